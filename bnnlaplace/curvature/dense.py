@@ -1,0 +1,37 @@
+"""The dense GGN: exact, for small networks, and the oracle that every matrix-free path is tested against."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from bnnlaplace.likelihood import Likelihood
+from bnnlaplace.network import Network
+from bnnlaplace.tree import unraveler, ravel
+
+
+def jacobian(network: Network, params: PyTree, inputs: Float[Array, "N ..."]) -> Float[Array, "N C P"]:
+    """d f(params, x_n) / d params by reverse mode, one example at a time within one vectorised call.
+
+    Memory: N C P numbers.
+    """
+    unravel = unraveler(params)
+
+    def outputs(vector: Float[Array, " P"], x: Array) -> Float[Array, " C"]:
+        return network(unravel(vector), x[None])[0]
+
+    return jax.vmap(jax.jacrev(outputs), in_axes=(None, 0))(ravel(params), inputs)
+
+
+def ggn(
+    network: Network,
+    likelihood: Likelihood,
+    params: PyTree,
+    inputs: Float[Array, "N ..."],
+    *,
+    scale: float = 1.0,
+) -> Float[Array, "P P"]:
+    """G = scale * sum_n J_n' Lambda_n J_n as a matrix. Cost: N C P (C + P) multiplications."""
+    jac = jacobian(network, params, inputs)
+    outputs = network(params, inputs)
+    columns = jax.vmap(likelihood.hessian_mv, in_axes=(None, 2), out_axes=2)(outputs, jac)
+    return scale * jnp.einsum("ncp,ncq->pq", jac, columns, precision=jax.lax.Precision.HIGHEST)

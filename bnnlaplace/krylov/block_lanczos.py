@@ -1,0 +1,191 @@
+"""Block Lanczos: one Krylov space for many start vectors, grown until a stopping rule is met.
+
+S probes span a block; K block steps give a basis of m = K S vectors, in which *every* probe's f(A) z is approximated.
+Against S separate runs of depth K the products are the same and the space is S times larger; against one run of depth
+m, the polynomial degree is lower, but the products come S at a time (one forward pass of a network serves them all, and
+matrix products replace matrix-vector products). On spectra with outliers, as of a GGN, it needs several times
+fewer products than separate runs for the same accuracy.
+
+With the basis as rows of Q (m x n) and Z the probes as rows:
+
+    Z = L_0 Q_1,    Q A = T Q + E_K L_K Q_{K+1},    T block tridiagonal: D_j on the diagonal, L_j above it.
+
+Source: Golub and Underwood 1977; Golub and Van Loan, Matrix Computations, section 10.3.6.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class BlockDecomposition(NamedTuple):
+    """K steps of block Lanczos from S probes; m = K S.
+
+    Attributes
+    ----------
+    basis
+        Q: m rows, orthonormal but for rows that are zero where the space was exhausted.
+    tridiagonal
+        T = Q A Q', in float64 on the host.
+    start
+        L_0: the probes in the coordinates of the first block.
+    residual
+        L_K: the coupling to the block that would follow; zero where the space is invariant.
+    """
+
+    basis: Float[Array, "m n"]
+    tridiagonal: Float[np.ndarray, "m m"]
+    start: Float[np.ndarray, "S S"]
+    residual: Float[np.ndarray, "S S"]
+
+
+class Ritz(NamedTuple):
+    """The eigendecomposition T = U diag(theta) U' of a block decomposition, and what the probes see of it.
+
+    Attributes
+    ----------
+    values
+        theta, ascending, negative rounding clipped to zero where `ritz(positive=True)`.
+    vectors
+        U, one Ritz vector in each column, in the coordinates of the basis.
+    weights
+        C = U' E_1 L_0': the components of each probe along each Ritz vector.
+    couplings
+        |L_K' E_K' u_j|: the residual norm |A x_j - theta_j x_j| of each Ritz pair.
+    tails
+        L_K' E_K' U: the residuals themselves, in the coordinates of the next block.
+    """
+
+    values: Float[np.ndarray, " m"]
+    vectors: Float[np.ndarray, "m m"]
+    weights: Float[np.ndarray, "m S"]
+    couplings: Float[np.ndarray, " m"]
+    tails: Float[np.ndarray, "S m"]
+
+
+def block_lanczos(
+    product: Callable[[Float[Array, "S n"]], Float[Array, "S n"]],
+    probes: Float[Array, "S n"],
+    *,
+    max_vectors: int,
+) -> Iterator[BlockDecomposition]:
+    """Grow a block decomposition one block at a time, yielding it after each.
+
+    Parameters
+    ----------
+    product
+        V -> V A for S rows at once, A symmetric. It should be compiled: it is called once a block.
+    probes
+        Z, S rows.
+    max_vectors
+        The largest m; no block is started that would exceed it.
+
+    Yields
+    ------
+    BlockDecomposition
+        After 1, 2, ... blocks. Stop iterating when it is good enough. The iteration ends by itself when `max_vectors`
+        or n is reached or the space is invariant, in which case everything computed from it is exact.
+
+    Raises
+    ------
+    ValueError
+        If there are more probes than `max_vectors` or than dimensions, or a probe is zero or not finite.
+
+    Notes
+    -----
+    Cost of block k: one product with S vectors and 8 k S^2 n multiplications (two passes of reorthogonalisation before
+    the triangular factorisation and one after it). Memory: m n numbers.
+    """
+    count, dimension = probes.shape
+    if not 1 <= count <= min(max_vectors, dimension):
+        raise ValueError(
+            f"block_lanczos(probes=...) must have between 1 and min(max_vectors, n) = {min(max_vectors, dimension)} "
+            f"rows; got {count}; use fewer probes or raise max_vectors"
+        )
+    norms = np.asarray(jnp.linalg.norm(probes, axis=1))
+    if not (np.isfinite(norms).all() and (norms > 0).all()):
+        raise ValueError("block_lanczos(probes=...) must have finite nonzero rows; got norms " + str(norms))
+
+    epsilon = float(jnp.finfo(probes.dtype).eps)
+    rows, start = _orthonormal_rows(probes, (), 10 * epsilon * float(norms.max()))
+    blocks: list[Array] = [rows]
+    diagonal: list[np.ndarray] = []
+    off_diagonal: list[np.ndarray] = []
+    scale = 0.0
+    while True:
+        images = product(blocks[-1])
+        block = np.asarray(_dot(images, blocks[-1].T), np.float64)
+        diagonal.append((block + block.T) / 2)
+        largest = float(jnp.max(jnp.linalg.norm(images, axis=1)))
+        if not np.isfinite(largest):
+            raise FloatingPointError("block_lanczos: the product returned values that are not finite; check the weights")
+        scale = max(scale, largest)
+        rows, lower = _orthonormal_rows(images, tuple(blocks), 10 * epsilon * scale)
+        off_diagonal.append(np.asarray(lower, np.float64))
+        yield BlockDecomposition(
+            jnp.concatenate(blocks), _assemble(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
+        )
+        exhausted = not off_diagonal[-1].any()
+        if exhausted or (len(blocks) + 1) * count > min(max_vectors, dimension):
+            return
+        blocks.append(rows)
+
+
+def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
+    """Diagonalise T in float64. `positive`: A is positive semidefinite, so negative Ritz values are rounding."""
+    values, vectors = np.linalg.eigh(decomposition.tridiagonal)
+    if positive:
+        values = np.maximum(values, 0.0)
+    count = len(decomposition.start)
+    tails = decomposition.residual.T @ vectors[-count:]
+    weights = vectors[:count].T @ decomposition.start.T
+    return Ritz(values, vectors, weights, np.linalg.norm(tails, axis=0), tails)
+
+
+def _orthonormal_rows(rows: Array, blocks: tuple[Array, ...], floor: float) -> tuple[Array, Array]:
+    """Write rows = (something in the span of `blocks`) + L Q with Q orthonormal and orthogonal to `blocks`.
+
+    A row of Q whose diagonal entry of L is below `floor` would be normalised rounding: it is set to zero, with its
+    column of L.
+    """
+    for _ in range(2):
+        for block in blocks:
+            rows = _remove(rows, block)
+    rows, lower = _factorise(rows, floor)
+    # Where L is ill-conditioned the factorisation magnified what rounding left along the earlier blocks.
+    for block in blocks:
+        rows = _remove(rows, block)
+    rows, correction = _factorise(rows, 0.5)
+    return rows, _dot(lower, correction)
+
+
+@jax.jit
+def _remove(rows: Array, block: Array) -> Array:
+    return rows - _dot(_dot(rows, block.T), block)
+
+
+@jax.jit
+def _factorise(rows: Array, floor: float) -> tuple[Array, Array]:
+    columns, upper = jnp.linalg.qr(rows.T)
+    alive = jnp.abs(jnp.diagonal(upper)) > floor
+    return columns.T * alive[:, None], (upper * alive[:, None]).T
+
+
+def _assemble(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> np.ndarray:
+    count = len(diagonal[0])
+    tridiagonal = np.zeros((len(diagonal) * count,) * 2)
+    for j, block in enumerate(diagonal):
+        here = slice(j * count, (j + 1) * count)
+        tridiagonal[here, here] = block
+        if j < len(off_diagonal):
+            there = slice((j + 1) * count, (j + 2) * count)
+            tridiagonal[here, there] = off_diagonal[j]
+            tridiagonal[there, here] = off_diagonal[j].T
+    return tridiagonal

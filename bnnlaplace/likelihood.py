@@ -1,0 +1,214 @@
+"""Likelihoods, in output space only: they know outputs and targets, never weights.
+
+With f the outputs of one example, Lambda = -d^2 log p(y | f) / df^2 and Lambda = B B'. A new likelihood is one function
+that returns a `Likelihood`; nothing else in the package asks which one it is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+from jaxtyping import Array, Float, Int
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("log_prob", "hessian_mv", "factor_mv", "factor_transpose_mv", "mean"),
+    meta_fields=("name", "target_kind"),
+)
+@dataclass(frozen=True)
+class Likelihood:
+    """p(y | f) and the products with its curvature in output space.
+
+    Every function takes outputs of shape (..., C) and works along the last axis. They are
+    `jax.tree_util.Partial`s, so that parameters such as a noise scale are leaves of this pytree, and differentiable.
+
+    Attributes
+    ----------
+    name
+        "classification", "regression" or "binary".
+    target_kind
+        "label" for integer class labels (...,), "array" for targets shaped like the outputs.
+    log_prob
+        (f, y) -> log p(y | f), shape (...,).
+    hessian_mv
+        (f, v) -> Lambda v.
+    factor_mv
+        (f, u) -> B u.
+    factor_transpose_mv
+        (f, v) -> B' v.
+    mean
+        f -> E[y | f]: class probabilities, or the mean itself.
+    """
+
+    name: str
+    target_kind: str
+    log_prob: Callable[[Array, Array], Array]
+    hessian_mv: Callable[[Array, Array], Array]
+    factor_mv: Callable[[Array, Array], Array]
+    factor_transpose_mv: Callable[[Array, Array], Array]
+    mean: Callable[[Array], Array]
+
+
+def categorical() -> Likelihood:
+    """Softmax likelihood of integer labels.
+
+    Lambda = diag(p) - p p' and B = diag(sqrt p) - p sqrt(p)', p = softmax(f): every product costs O(C), and no C x C
+    matrix is formed.
+    """
+    return Likelihood(
+        "classification",
+        "label",
+        Partial(_categorical_log_prob),
+        Partial(_categorical_hessian_mv),
+        Partial(_categorical_factor_mv),
+        Partial(_categorical_factor_transpose_mv),
+        Partial(_softmax),
+    )
+
+
+def gaussian(sigma_noise: Float[Array, ""] | float = 1.0) -> Likelihood:
+    """Gaussian likelihood with independent noise of standard deviation `sigma_noise` on every output.
+
+    log p(y | f) = -|y - f|^2 / (2 sigma^2) - C log(sigma sqrt(2 pi)); Lambda = I / sigma^2.
+    """
+    sigma = jnp.asarray(sigma_noise)
+    return Likelihood(
+        "regression",
+        "array",
+        Partial(_gaussian_log_prob, sigma),
+        Partial(_gaussian_hessian_mv, sigma),
+        Partial(_gaussian_factor_mv, sigma),
+        Partial(_gaussian_factor_mv, sigma),
+        Partial(_identity),
+    )
+
+
+def bernoulli() -> Likelihood:
+    """Independent Bernoulli likelihood with logits f; targets in {0, 1} shaped like f.
+
+    Lambda = diag(p (1 - p)), p = sigmoid(f).
+    """
+    return Likelihood(
+        "binary",
+        "array",
+        Partial(_bernoulli_log_prob),
+        Partial(_bernoulli_hessian_mv),
+        Partial(_bernoulli_factor_mv),
+        Partial(_bernoulli_factor_mv),
+        Partial(jax.nn.sigmoid),
+    )
+
+
+def resolve(likelihood: str | Likelihood, sigma_noise: float = 1.0) -> Likelihood:
+    """Turn the name of a likelihood into the record; a record passes through.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    if isinstance(likelihood, Likelihood):
+        return likelihood
+    known = {"classification": categorical, "regression": partial(gaussian, sigma_noise), "binary": bernoulli}
+    if likelihood not in known:
+        raise ValueError(
+            f"Laplace(likelihood=...) must be one of {sorted(known)} or a Likelihood; got {likelihood!r}; "
+            "build your own with bnnlaplace.Likelihood"
+        )
+    return known[likelihood]()
+
+
+def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Int[Array, "..."]) -> None:
+    """Check concrete targets against the shape (N, C) of the outputs.
+
+    Raises
+    ------
+    ValueError
+        If labels are not integers of shape (N,) within the classes, or other targets are not shaped like the outputs.
+    """
+    targets = jnp.asarray(targets)
+    if likelihood.target_kind == "array":
+        if targets.shape != outputs_shape:
+            raise ValueError(
+                f"fit(data=(x, y)): targets of a {likelihood.name} must have the shape {outputs_shape} of the outputs; "
+                f"got {targets.shape}; reshape them"
+            )
+        return
+    if targets.shape != outputs_shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            f"fit(data=(x, y)): labels must be integers of shape {outputs_shape[:-1]}; "
+            f"got {targets.dtype} of shape {targets.shape}; pass class indices, not one-hot rows or floats"
+        )
+    low, high = int(targets.min()), int(targets.max())
+    if low < 0 or high >= outputs_shape[-1]:
+        raise ValueError(
+            f"fit(data=(x, y)): labels must lie in 0..{outputs_shape[-1] - 1}, as the network has "
+            f"{outputs_shape[-1]} outputs; got labels from {low} to {high}; remap them or widen the network"
+        )
+
+
+def _identity(f: Array) -> Array:
+    return f
+
+
+def _softmax(f: Array) -> Array:
+    return jax.nn.softmax(f, axis=-1)
+
+
+def _root_softmax(f: Array) -> Array:
+    # not sqrt(softmax(f)), whose gradient is not finite where a probability rounds to zero
+    return jnp.exp(0.5 * jax.nn.log_softmax(f, axis=-1))
+
+
+def _inner(a: Array, b: Array) -> Array:
+    return jnp.sum(a * b, axis=-1, keepdims=True)
+
+
+def _categorical_log_prob(f: Array, y: Array) -> Array:
+    log_p = jax.nn.log_softmax(f, axis=-1)
+    return jnp.take_along_axis(log_p, y[..., None], axis=-1)[..., 0]
+
+
+def _categorical_hessian_mv(f: Array, v: Array) -> Array:
+    p = _softmax(f)
+    return p * v - p * _inner(p, v)
+
+
+def _categorical_factor_mv(f: Array, u: Array) -> Array:
+    root = _root_softmax(f)
+    return root * u - root**2 * _inner(root, u)
+
+
+def _categorical_factor_transpose_mv(f: Array, v: Array) -> Array:
+    root = _root_softmax(f)
+    return root * v - root * _inner(root**2, v)
+
+
+def _gaussian_log_prob(sigma: Array, f: Array, y: Array) -> Array:
+    return jnp.sum(-0.5 * ((y - f) / sigma) ** 2 - jnp.log(sigma) - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
+
+
+def _gaussian_hessian_mv(sigma: Array, f: Array, v: Array) -> Array:
+    return v / sigma**2
+
+
+def _gaussian_factor_mv(sigma: Array, f: Array, u: Array) -> Array:
+    return u / sigma
+
+
+def _bernoulli_log_prob(f: Array, y: Array) -> Array:
+    return jnp.sum(y * jax.nn.log_sigmoid(f) + (1 - y) * jax.nn.log_sigmoid(-f), axis=-1)
+
+
+def _bernoulli_hessian_mv(f: Array, v: Array) -> Array:
+    p = jax.nn.sigmoid(f)
+    return p * (1 - p) * v
+
+
+def _bernoulli_factor_mv(f: Array, u: Array) -> Array:
+    # sqrt(p (1 - p)), with a finite gradient also where p rounds to 0 or 1
+    return jnp.exp(0.5 * (jax.nn.log_sigmoid(f) + jax.nn.log_sigmoid(-f))) * u

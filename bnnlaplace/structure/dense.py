@@ -1,0 +1,57 @@
+"""The full GGN by its eigendecomposition: exact, for small networks, and the oracle of the others."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class DenseStructure(NamedTuple):
+    """G = V diag(lambda) V', for a scalar prior precision.
+
+    Attributes
+    ----------
+    eigenvalues
+        lambda >= 0, ascending, shape (P,).
+    eigenvectors
+        V, one eigenvector in each column, shape (P, P).
+    """
+
+    eigenvalues: Float[Array, " P"]
+    eigenvectors: Float[Array, "P P"]
+
+    @classmethod
+    def fit(cls, matrix: Float[Array, "P P"]) -> "DenseStructure":
+        """Decompose G; eigenvalues that rounding made negative become zero."""
+        values, vectors = jnp.linalg.eigh((matrix + matrix.T) / 2)
+        return cls(jnp.maximum(values, 0), vectors)
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Array]) -> "DenseStructure":
+        """Rebuild from its fields by name, as a checkpoint holds them."""
+        return cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
+
+    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+        """log det(I + G / delta), in float64."""
+        return np.log1p(np.asarray(self.eigenvalues, np.float64) / float(prior_precision)).sum(keepdims=True)
+
+    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
+        """Rows V diag((lambda + delta)^-1/2) eps."""
+        noise = jax.random.normal(key, (num_samples, self.eigenvalues.size), self.eigenvectors.dtype)
+        return (noise / jnp.sqrt(self.eigenvalues + prior_precision)) @ self.eigenvectors.T
+
+    def function_samples(
+        self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: Sequence[float]
+    ) -> Iterator[Float[Array, "S B C"]]:
+        """J times samples at each prior precision, the same noise at all of them."""
+        for precision in precisions:
+            yield pushforward(self.samples(key, num_samples, precision))
+
+    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
+        """J (G + delta I)^-1 J', exactly."""
+        rotated = jnp.matmul(jacobian, self.eigenvectors, precision=jax.lax.Precision.HIGHEST)
+        scaled = rotated / (self.eigenvalues + prior_precision)
+        return jnp.einsum("bcp,bdp->bcd", scaled, rotated, precision=jax.lax.Precision.HIGHEST)

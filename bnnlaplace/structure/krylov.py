@@ -1,0 +1,131 @@
+"""The GGN as a block Krylov decomposition: any network whose products can be computed, nothing formed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bnnlaplace import krylov
+
+
+class KrylovError(NamedTuple):
+    """What stopping the recurrence costs at one prior precision.
+
+    Attributes
+    ----------
+    prior_precision
+        delta.
+    sample
+        Bound on |e|_{G + delta I} / sqrt(effective number of parameters), root mean square over the posterior samples.
+    log_determinant
+        How far truncation lifts the mean log-determinant at most.
+    effective_parameters
+        tr G (G + delta I)^-1, the number of directions that the data determine.
+    """
+
+    prior_precision: float
+    sample: float
+    log_determinant: float
+    effective_parameters: float
+
+
+class KrylovStructure(NamedTuple):
+    """A block Krylov decomposition of G from normal probes, for a scalar prior precision.
+
+    One decomposition gives, at every prior precision, the log-determinant, its slope and as many posterior samples as
+    there were probes.
+
+    Attributes
+    ----------
+    decomposition, ritz
+        See `bnnlaplace.krylov`.
+    radau_nodes, radau_weights
+        The Gauss-Radau rule that bounds the log-determinant from below; shapes (m + S,) and (m + S, S).
+    """
+
+    decomposition: krylov.BlockDecomposition
+    ritz: krylov.Ritz
+    radau_nodes: Float[np.ndarray, " m+S"]
+    radau_weights: Float[np.ndarray, "m+S S"]
+
+    @classmethod
+    def from_decomposition(cls, decomposition: krylov.BlockDecomposition) -> "KrylovStructure":
+        """Diagonalise the small matrices behind the two quadrature rules."""
+        ritz = krylov.ritz(decomposition)
+        return cls(decomposition, ritz, *krylov.gauss_radau(decomposition, ritz))
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Any]) -> "KrylovStructure":
+        """Rebuild from its fields by name, as a checkpoint holds them; the small matrices stay on the host."""
+        decomposition = krylov.BlockDecomposition(**arrays["decomposition"])
+        decomposition = decomposition._replace(basis=jnp.asarray(decomposition.basis))
+        return cls(decomposition, krylov.Ritz(**arrays["ritz"]), arrays["radau_nodes"], arrays["radau_weights"])
+
+    @property
+    def num_probes(self) -> int:
+        """The number of probes, and of posterior samples."""
+        return len(self.decomposition.start)
+
+    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " S"]:
+        """log det(I + G / delta) as each probe estimates it; converged eigenpairs enter all of them exactly."""
+        return krylov.trace_forms(self.ritz, lambda values: np.log1p(values / prior_precision))
+
+    def truncation(self, prior_precision: float) -> Float[np.ndarray, " S"]:
+        """How far, at most, stopping the recurrence lifts each probe's log-determinant: Gauss minus Gauss-Radau."""
+        upper = np.log1p(self.ritz.values / prior_precision) @ self.ritz.weights**2
+        lower = np.log1p(self.radau_nodes / prior_precision) @ self.radau_weights**2
+        return np.maximum(upper - lower, 0.0)
+
+    def error(self, prior_precision: float) -> KrylovError:
+        """Bounds on the error of stopping here, at one prior precision."""
+        values = self.ritz.values
+        effective = krylov.trace_forms(self.ritz, lambda theta: theta / (theta + prior_precision)).mean()
+        bound = krylov.inverse_sqrt_error(self.ritz, prior_precision)
+        sample = np.sqrt(np.mean(bound**2) / max(effective, np.finfo(values.dtype).tiny))
+        truncation = self.truncation(prior_precision).mean()
+        return KrylovError(float(prior_precision), float(sample), float(truncation), float(effective))
+
+    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
+        """Rows (G + delta I)^-1/2 z for probes z drawn without replacement, with random signs.
+
+        Raises
+        ------
+        ValueError
+            If more samples are asked for than there were probes.
+        """
+        return jnp.matmul(
+            self._coefficients(key, num_samples, prior_precision),
+            self.decomposition.basis,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    def function_samples(
+        self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: Sequence[float]
+    ) -> Iterator[Float[Array, "S B C"]]:
+        """J times samples at each prior precision: J times the basis once, then small matrix products."""
+        if len(precisions) * num_samples < len(self.decomposition.basis):
+            for precision in precisions:
+                yield pushforward(self.samples(key, num_samples, precision))
+            return
+        images = pushforward(self.decomposition.basis)
+        for precision in precisions:
+            yield jnp.einsum("sm,mbc->sbc", self._coefficients(key, num_samples, precision), images)
+
+    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> None:
+        """None: estimated from `function_samples`."""
+        return None
+
+    def _coefficients(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S m"]:
+        if num_samples > self.num_probes:
+            raise ValueError(
+                f"a Krylov posterior gives one sample per probe: num_samples must be at most {self.num_probes}; got "
+                f"{num_samples}; fit with num_probes={num_samples} or more"
+            )
+        key_order, key_sign = jax.random.split(key)
+        chosen = jax.random.permutation(key_order, self.num_probes)[:num_samples]
+        signs = jax.random.rademacher(key_sign, (num_samples, 1))
+        coefficients = krylov.inverse_sqrt_coefficients(self.ritz, prior_precision)
+        return signs * jnp.asarray(coefficients, self.decomposition.basis.dtype)[chosen]

@@ -1,0 +1,21 @@
+"""Shared fixtures: double precision on request, and one small classification problem with its exact GGN."""
+
+import jax
+import numpy as np
+import pytest
+from problems import Problem, random_problem
+
+import bnnlaplace
+
+
+@pytest.fixture
+def x64():
+    """Double precision inside the test alone."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def classification(x64) -> Problem:
+    """Eleven examples of three classes, in double precision."""
+    return random_problem(bnnlaplace.categorical(), np.random.default_rng(1).integers(0, 3, size=11))

@@ -1,0 +1,116 @@
+"""Block Lanczos and the bounds that come with it, against matrices whose functions are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnnlaplace import krylov
+
+# Outliers over a decaying bulk over a null space: the shape of a GGN's spectrum.
+SPECTRUM = np.concatenate([np.geomspace(8e3, 1e-2, 150), np.zeros(250)])
+SHIFT = 0.8
+
+
+def decompositions(num_probes, max_vectors, dtype=jnp.float64, spectrum=SPECTRUM, seed=0):
+    values = jnp.asarray(spectrum, dtype)
+    probes = jax.random.normal(jax.random.key(seed), (num_probes, len(spectrum)), dtype)
+    product = jax.jit(lambda rows: rows * values)
+    return probes, list(krylov.block_lanczos(product, probes, max_vectors=max_vectors))
+
+
+def test_decomposition(x64):
+    probes, steps = decompositions(8, 64)
+    assert [len(step.tridiagonal) for step in steps] == [8, 16, 24, 32, 40, 48, 56, 64]
+    last = steps[-1]
+    np.testing.assert_allclose(last.basis @ last.basis.T, np.eye(64), atol=1e-12)
+    np.testing.assert_allclose(last.start @ last.basis[:8], probes, atol=1e-12)
+    np.testing.assert_allclose((last.basis * SPECTRUM) @ last.basis.T, last.tridiagonal, atol=1e-9)
+    residuals = np.asarray(last.basis * SPECTRUM - last.tridiagonal @ last.basis)
+    np.testing.assert_allclose(residuals[:-8], 0, atol=1e-9)
+    np.testing.assert_allclose(np.linalg.norm(residuals), np.linalg.norm(last.residual), rtol=1e-9)
+
+
+def test_orthogonality_in_single_precision():
+    _, steps = decompositions(8, 96, jnp.float32)
+    basis = np.asarray(steps[-1].basis)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(96), atol=5e-6)
+
+
+@pytest.mark.parametrize("shift", [SHIFT, 20.0])
+def test_error_bound_holds_and_is_tight(x64, shift):
+    probes, steps = decompositions(8, 120)
+    exact = np.asarray(probes) / np.sqrt(SPECTRUM + shift)
+    for step in steps[3:]:
+        ritz = krylov.ritz(step)
+        error = krylov.inverse_sqrt_coefficients(ritz, shift) @ np.asarray(step.basis) - exact
+        energy = np.sqrt(np.sum((SPECTRUM + shift) * error**2, axis=1))
+        bound = krylov.inverse_sqrt_error(ritz, shift)
+        if energy.max() < 1e-9:
+            continue  # rounding, of which the bound does not speak
+        assert np.all(energy <= bound)
+        if energy.max() < 0.2 * np.sqrt(np.sum(SPECTRUM / (SPECTRUM + shift))):  # where it decides when to stop
+            assert np.all(bound <= 3 * energy)
+
+
+def test_gauss_and_gauss_radau_bracket_the_logarithm(x64):
+    probes, steps = decompositions(8, 96)
+    exact = np.square(probes) @ np.log1p(SPECTRUM / SHIFT)
+    gaps = []
+    for step in steps:
+        ritz = krylov.ritz(step)
+        nodes, weights = krylov.gauss_radau(step, ritz)
+        upper = np.log1p(ritz.values / SHIFT) @ ritz.weights**2
+        lower = np.log1p(nodes / SHIFT) @ weights**2
+        assert np.all(lower <= exact * (1 + 1e-9)) and np.all(exact <= upper * (1 + 1e-9))
+        gaps.append(np.mean(upper - lower))
+    assert np.all(np.diff(gaps) < 0)
+    assert gaps[-1] < 1e-3 * gaps[0]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_trace_within_four_standard_errors(x64, seed):
+    _, steps = decompositions(16, 112, seed=seed)
+    ritz = krylov.ritz(steps[-1])
+    forms = krylov.trace_forms(ritz, lambda values: np.log1p(values / SHIFT))
+    sem = forms.std(ddof=1) / np.sqrt(len(forms))
+    plain = np.log1p(ritz.values / SHIFT) @ ritz.weights**2
+    assert abs(forms.mean() - np.log1p(SPECTRUM / SHIFT).sum()) <= 4 * sem
+    # Summing converged eigenpairs exactly is worth its name.
+    assert sem < 0.5 * plain.std(ddof=1) / np.sqrt(len(plain))
+
+
+def test_exhausted_space_is_exact(x64):
+    spectrum = np.concatenate([np.arange(1.0, 11.0), np.zeros(30)])
+    probes, steps = decompositions(8, 40, spectrum=spectrum)
+    last = steps[-1]
+    assert len(last.tridiagonal) == 24  # the span of the probes and ten directions
+    ritz = krylov.ritz(last)
+    forms = krylov.trace_forms(ritz, lambda values: np.log1p(values / SHIFT))
+    np.testing.assert_allclose(forms, np.log1p(spectrum / SHIFT).sum(), rtol=1e-10)
+    sample = krylov.inverse_sqrt_coefficients(ritz, SHIFT) @ np.asarray(last.basis)
+    np.testing.assert_allclose(sample, np.asarray(probes) / np.sqrt(spectrum + SHIFT), atol=1e-9)
+    np.testing.assert_array_equal(krylov.inverse_sqrt_error(ritz, SHIFT), 0)
+
+
+def test_dependent_probes_leave_no_spurious_direction(x64):
+    probes = jnp.ones((3, 6)).at[0, 0].set(2.0)
+    (first, *_) = krylov.block_lanczos(lambda rows: rows * jnp.arange(6.0), probes, max_vectors=6)
+    gram = np.asarray(first.basis @ first.basis.T)
+    np.testing.assert_allclose(np.sort(np.diagonal(gram)), [0, 1, 1], atol=1e-12)
+    np.testing.assert_allclose(first.start @ first.basis, probes, atol=1e-12)
+
+
+@pytest.mark.parametrize(("probes", "max_vectors", "message"), [
+    (np.ones((5, 6)), 4, r"between 1 and min\(max_vectors, n\) = 4 rows; got 5"),
+    (np.zeros((2, 6)), 6, "finite nonzero rows"),
+    (np.full((2, 6), np.nan), 6, "finite nonzero rows"),
+])
+def test_bad_probes(probes, max_vectors, message):
+    with pytest.raises(ValueError, match=message):
+        next(krylov.block_lanczos(lambda rows: rows, jnp.asarray(probes), max_vectors=max_vectors))
+
+
+def test_product_that_is_not_finite():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        next(krylov.block_lanczos(lambda rows: rows * jnp.nan, jnp.eye(3), max_vectors=3))

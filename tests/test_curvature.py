@@ -1,0 +1,80 @@
+"""Every arrangement of GGN products against the matrix from forward-mode Jacobians and autodiff Hessians."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import random_problem
+
+import bnnlaplace
+from bnnlaplace.curvature import dense, diagonal, ggn, microbatch
+from bnnlaplace.tree import ravel
+
+SCALE = 2.5
+
+
+@pytest.fixture(params=["classification", "regression", "binary"])
+def problem(request, x64):
+    rng = np.random.default_rng(2)
+    likelihood, targets = {
+        "classification": (bnnlaplace.categorical(), rng.integers(0, 3, size=11)),
+        "regression": (bnnlaplace.gaussian(0.4), rng.normal(size=(11, 3))),
+        "binary": (bnnlaplace.bernoulli(), rng.integers(0, 2, size=(11, 3))),
+    }[request.param]
+    return random_problem(likelihood, targets)
+
+
+def test_all_products_agree_with_the_matrix(problem):
+    network, likelihood, inputs, _, matrix = problem
+    params = network.params
+    arguments = {"scale": SCALE}
+    np.testing.assert_allclose(dense.ggn(network, likelihood, params, inputs, **arguments), SCALE * matrix, atol=1e-10)
+    np.testing.assert_allclose(
+        diagonal.ggn_diagonal(network, likelihood, params, inputs, microbatch=4, **arguments),
+        SCALE * np.diagonal(matrix),
+        atol=1e-10,
+    )
+    vectors = np.random.default_rng(3).normal(size=(3, len(matrix)))
+    # Microbatches of 4 pad eleven examples to twelve: the copy must not count.
+    product = ggn.block_product(network, likelihood, params, inputs, microbatch=4, **arguments)
+    np.testing.assert_allclose(product(jnp.asarray(vectors)), SCALE * vectors @ matrix, atol=1e-10)
+    operator = ggn.ggn_operator(network, likelihood, params, inputs, microbatch=4, **arguments)
+    assert operator.size == len(matrix)
+    np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
+
+
+def test_dual_has_the_same_nonzero_spectrum(problem):
+    network, likelihood, inputs, _, matrix = problem
+    precision = np.linspace(0.5, 2.0, len(matrix))
+    dual = ggn.dual_operator(
+        network, likelihood, network.params, inputs, scale=SCALE, prior_precision=precision, microbatch=4
+    )
+    gram = jax.vmap(dual.matvec)(jnp.eye(dual.size))
+    root = 1 / np.sqrt(precision)
+    primal = SCALE * root[:, None] * matrix * root
+    count = np.linalg.matrix_rank(primal)
+    np.testing.assert_allclose(gram, gram.T, atol=1e-10)
+    np.testing.assert_allclose(
+        np.linalg.eigvalsh(gram)[-count:], np.linalg.eigvalsh(primal)[-count:], atol=1e-9
+    )
+
+
+def test_microbatches_are_even_and_complete():
+    inputs = jnp.arange(11.0)
+    batches = microbatch.split(inputs, 4, jnp.float32)
+    assert batches.inputs.shape == (3, 4)
+    np.testing.assert_array_equal(batches.inputs.reshape(-1)[:11], inputs)
+    np.testing.assert_array_equal(batches.weights.reshape(-1), [1.0] * 11 + [0.0])
+    assert microbatch.split(jnp.arange(9.0), 8, jnp.float32).inputs.shape == (2, 5)
+
+
+@pytest.mark.parametrize(("count", "size", "message"), [(0, 4, "at least one example"), (3, 0, "at least 1; got 0")])
+def test_bad_microbatches(count, size, message):
+    with pytest.raises(ValueError, match=message):
+        microbatch.split(jnp.zeros(count), size, jnp.float32)
+
+
+def test_products_keep_single_precision():
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3), jnp.float32))
+    operator = ggn.ggn_operator(network, bnnlaplace.categorical(), network.params, jnp.ones((4, 2), jnp.float32))
+    assert operator.matvec(ravel(network.params)).dtype == jnp.float32

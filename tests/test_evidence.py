@@ -1,0 +1,126 @@
+"""The evidence against dense determinants, their gradients, and Bayesian linear regression in closed form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import bnnlaplace
+from bnnlaplace import evidence, prior
+from bnnlaplace.curvature import dense, ggn
+from bnnlaplace.structure import DenseStructure
+from bnnlaplace.tree import ravel
+
+PROBES = {"primal": np.sqrt(43) * np.eye(43), "dual": np.sqrt(36) * np.eye(36)}
+
+
+def exact(params, precision, problem, mean=0.0, scale=1.5):
+    """The evidence through a dense matrix, differentiable by autodiff."""
+    network, likelihood = problem.network, problem.likelihood
+    matrix = dense.ggn(network, likelihood, params, problem.inputs, scale=scale)
+    delta = jnp.broadcast_to(precision, len(matrix))
+    log_likelihood = scale * jnp.sum(likelihood.log_prob(network(params, problem.inputs), problem.targets))
+    deviation = ravel(params) - mean
+    determinant = jnp.linalg.slogdet(jnp.eye(len(matrix)) + matrix / jnp.sqrt(jnp.outer(delta, delta)))[1]
+    return log_likelihood - 0.5 * jnp.sum(delta * deviation**2) - 0.5 * determinant
+
+
+def by_quadrature(params, precision, problem, side, depth, mean=0.0):
+    return evidence.log_marginal_likelihood(
+        params,
+        precision,
+        (problem.inputs, problem.targets),
+        jnp.asarray(PROBES[side]),
+        network=problem.network,
+        likelihood=problem.likelihood,
+        num_matvecs=depth,
+        scale=1.5,
+        prior_mean=mean,
+        side=side,
+        microbatch=4,
+    )
+
+
+@pytest.mark.parametrize("side", ["primal", "dual"])
+def test_value_and_all_gradients_at_full_depth(classification, side):
+    # The rows of sqrt(n) I give the exact trace, and depth 30 exceeds the rank 22 of the GGN.
+    precision = jnp.linspace(0.5, 3.0, 43)
+    params, mean = classification.network.params, 0.1
+
+    def ours(params, precision, mean):
+        return by_quadrature(params, precision, classification, side, 30, mean).mean
+
+    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(params, precision, mean)
+    expected, expected_gradients = jax.value_and_grad(exact, (0, 1, 3))(params, precision, classification, mean)
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
+    for got, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+def test_wrong_likelihood_changes_the_evidence(classification):
+    right = by_quadrature(classification.network.params, 1.0, classification, "primal", 30)
+    wrong = classification._replace(likelihood=bnnlaplace.gaussian(), targets=np.eye(3)[classification.targets])
+    other = by_quadrature(classification.network.params, 1.0, wrong, "primal", 30)
+    assert abs(right.mean - other.mean) > 1
+
+
+def test_unknown_side(classification):
+    PROBES["both"] = PROBES["primal"]
+    with pytest.raises(ValueError, match="'primal' or 'dual'; got 'both'"):
+        by_quadrature(classification.network.params, 1.0, classification, "both", 3)
+
+
+def test_scalar_gradient_in_the_precision(classification):
+    def ours(precision):
+        return by_quadrature(classification.network.params, precision, classification, "primal", 30).mean
+
+    expected = jax.grad(exact, 1)(classification.network.params, 0.7, classification)
+    np.testing.assert_allclose(jax.jit(jax.grad(ours))(0.7), expected, rtol=1e-6)
+
+
+def test_bayesian_linear_regression(x64):
+    rng = np.random.default_rng(0)
+    features, targets = rng.normal(size=(9, 4)), rng.normal(size=(9, 1))
+    sigma, precision = 0.6, 1.7
+    posterior = features.T @ features / sigma**2 + precision * np.eye(4)
+    weights = np.linalg.solve(posterior, features.T @ targets / sigma**2)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.asarray(weights))
+    la = bnnlaplace.Laplace(network, "regression", "full", precision, sigma_noise=sigma).fit((features, targets))
+    covariance = features @ features.T / precision + sigma**2 * np.eye(9)
+    expected = stats.multivariate_normal.logpdf(targets[:, 0], np.zeros(9), covariance)
+    np.testing.assert_allclose(la.log_marginal_likelihood().mean, expected, rtol=1e-10)
+    np.testing.assert_allclose(np.linalg.norm(la.mode_gradient()), 0, atol=1e-10)
+    mean, variance = la.predictive(features)
+    np.testing.assert_allclose(mean, features @ weights, rtol=1e-10)
+    np.testing.assert_allclose(variance[:, 0], np.einsum("nd,de,ne->n", features, np.linalg.inv(posterior), features))
+
+
+@pytest.fixture
+def determinant(classification):
+    return DenseStructure.fit(jnp.asarray(classification.ggn)).log_determinant
+
+
+def test_curve_is_the_evidence_at_each_precision(classification, determinant):
+    network, likelihood, inputs, targets, _ = classification
+    log_likelihood = float(jnp.sum(likelihood.log_prob(network(network.params, inputs), targets)))
+    norm = float(ravel(network.params) @ ravel(network.params))
+    curve = evidence.curve(determinant, log_likelihood, norm, np.array([0.1, 1.0, 10.0]))
+    expected = [exact(network.params, delta, classification, scale=1.0) for delta in (0.1, 1.0, 10.0)]
+    np.testing.assert_allclose(curve.log_marginal_likelihood.mean, expected, rtol=1e-10)
+    np.testing.assert_array_equal(curve.log_marginal_likelihood.sem, 0)
+    np.testing.assert_array_equal(curve.slope_sem, 0)
+
+
+def test_optimum_has_no_slope(classification, determinant):
+    found = prior.optimum(determinant, -3.0, 40.0)
+    slope = jax.grad(lambda d: -20.0 * d - 0.5 * jnp.linalg.slogdet(jnp.eye(43) + classification.ggn / d)[1])
+    assert abs(slope(found.prior_precision) * found.prior_precision) < 1e-4
+    assert found.low == found.prior_precision == found.high
+    assert not found.at_bound
+
+
+def test_optimum_outside_the_range_says_so():
+    # Weights at zero: the evidence rises with the precision without end.
+    found = prior.optimum(lambda delta: np.array([1 / delta]), 0.0, 0.0)
+    assert found.at_bound

@@ -1,0 +1,275 @@
+"""The front object: every structure against the dense posterior, predictions, bad input, and one compilation per shape."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+import bnnlaplace
+from bnnlaplace import predictive
+from bnnlaplace.checkpoint import CheckpointError
+from bnnlaplace.structure import fit as structure_fit
+from bnnlaplace.tree import ravel
+
+
+def network_outputs(params, x):
+    """One hidden layer over five features of an image; 10 classes."""
+    return jnp.tanh(x @ params["w1"]) @ params["w2"] + params["b2"]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """400 digits, a network of 730 weights at a mode of its log joint, in single precision."""
+    images, labels = load_digits(return_X_y=True)
+    x, y = jnp.asarray(images[:400] / 16, jnp.float32), jnp.asarray(labels[:400])
+    rng = np.random.default_rng(0)
+    shapes = {"w1": (64, 8), "w2": (8, 10), "b2": (10,)}
+    params = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+
+    def negative_log_joint(vector):
+        params = unravel(vector)
+        log_probs = jax.nn.log_softmax(network_outputs(params, x))
+        return -jnp.sum(log_probs[jnp.arange(len(y)), y]) + 0.5 * vector @ vector
+
+    vector, unravel = jax.flatten_util.ravel_pytree(params)
+    vector = jax.jit(lambda v: descend(negative_log_joint, v))(vector)
+    network = bnnlaplace.Network.from_function(network_outputs, unravel(vector))
+    return network, np.asarray(x), np.asarray(y)
+
+
+def descend(loss, vector, steps=2000):
+    """Gradient descent with momentum."""
+
+    def step(carry, _):
+        vector, velocity = carry
+        velocity = 0.9 * velocity - 2e-3 * jax.grad(loss)(vector)
+        return (vector + velocity, velocity), None
+
+    return jax.lax.scan(step, (vector, jnp.zeros_like(vector)), length=steps)[0][0]
+
+
+@pytest.fixture(scope="module")
+def full(trained):
+    network, x, y = trained
+    return bnnlaplace.Laplace(network, hessian_structure="full").fit((x, y)).optimize_prior_precision()
+
+
+@pytest.fixture(scope="module")
+def diagonal(trained):
+    network, x, y = trained
+    return bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y)).optimize_prior_precision()
+
+
+@pytest.fixture(scope="module", params=[1, 2, 3])
+def lanczos(trained, request):
+    network, x, y = trained
+    la = bnnlaplace.Laplace(network, hessian_structure="lanczos")
+    return la.fit((x, y), key=jax.random.key(request.param), num_probes=32, microbatch=64).optimize_prior_precision()
+
+
+def test_weights_are_at_a_mode(full):
+    prior_part = np.linalg.norm(ravel(full.network.params))
+    assert np.linalg.norm(full.mode_gradient(1.0)) < 1e-2 * prior_part
+    assert np.linalg.norm(full.mode_gradient(50.0)) > prior_part
+
+
+def test_lanczos_evidence_is_the_exact_one(full, lanczos):
+    error = lanczos.krylov_error()
+    assert error.sample <= 0.05
+    for delta in (float(full.prior_precision), 10.0):
+        estimate = lanczos.log_marginal_likelihood(delta)
+        exact = full.log_marginal_likelihood(delta)
+        assert exact.sem == 0
+        # truncation lifts the log-determinant, and so lowers the evidence, by no more than its bound
+        truncation = 0.5 * lanczos.structure.error(delta).log_determinant
+        assert -4 * estimate.sem - truncation <= estimate.mean - exact.mean <= 4 * estimate.sem
+    found = lanczos.evidence_optimum()
+    half_width = 2 * np.log(found.high / found.prior_precision)  # four standard errors
+    assert abs(np.log(found.prior_precision / full.prior_precision)) <= half_width
+
+
+def test_lanczos_samples_have_the_exact_functional_variance(full, lanczos, trained):
+    """At the precision of the evidence, where G + delta I is badly conditioned."""
+    _, x, _ = trained
+    delta = full.prior_precision
+    condition = float(full.structure.eigenvalues[-1] / delta)
+    assert condition > 300
+    exact = np.trace(full.functional_variance(x[:60]), axis1=1, axis2=2)
+    ours = lanczos.with_prior_precision(delta)
+    pushforward = predictive.pushforward(ours.network, x[:60], ours.structure.samples(jax.random.key(0), 32, delta))
+    squares = np.square(pushforward).sum(axis=2)  # (S, B)
+    totals = (squares / exact).mean(axis=1)  # one per sample, with mean one
+    sem = totals.std(ddof=1) / np.sqrt(len(totals))
+    assert abs(totals.mean() - 1) <= 4 * sem + ours.krylov_error().sample
+    np.testing.assert_allclose(np.trace(ours.functional_variance(x[:60]), axis1=1, axis2=2), squares.mean(0), rtol=1e-3)
+
+
+def test_samples_in_the_leading_eigenspace_alone_would_fail(full, lanczos, trained):
+    """The negative control: without the prior's complement most of the variance is gone."""
+    _, x, _ = trained
+    delta = float(full.prior_precision)
+    ritz = lanczos.structure.ritz
+    leading = ritz.values > 50 * delta
+    coefficients = (ritz.vectors[:, leading] @ (ritz.weights[leading] / np.sqrt(ritz.values[leading] + delta)[:, None])).T
+    rows = jnp.asarray(coefficients, jnp.float32) @ lanczos.structure.decomposition.basis
+    squares = np.square(predictive.pushforward(lanczos.network, x[:60], rows)).sum(axis=2).mean(axis=0)
+    exact = np.trace(full.functional_variance(x[:60]), axis1=1, axis2=2)
+    assert (squares / exact).mean() < 0.5
+
+
+def test_diagonal_evidence_is_never_above(full, diagonal):
+    grid = np.geomspace(1e-2, 1e4, 13)
+    ours = diagonal.evidence_curve(grid).log_marginal_likelihood.mean
+    assert np.all(ours <= full.evidence_curve(grid).log_marginal_likelihood.mean)
+    assert diagonal.log_marginal_likelihood().mean < full.log_marginal_likelihood().mean - 10
+
+
+@pytest.mark.parametrize("name", ["full", "diagonal"])
+def test_samples_have_the_structured_variance(name, request, trained):
+    la = request.getfixturevalue(name)
+    _, x, _ = trained
+    variance = np.asarray(jnp.trace(la.functional_variance(x[:10]), axis1=1, axis2=2))
+    deviations = predictive.pushforward(la.network, x[:10], la.structure.samples(jax.random.key(3), 400, la.prior_precision))
+    totals = (np.square(deviations).sum(axis=2) / variance).mean(axis=1)
+    assert abs(totals.mean() - 1) <= 4 * totals.std(ddof=1) / np.sqrt(len(totals))
+
+
+def test_sample_is_a_tree_of_weights(lanczos):
+    samples = lanczos.sample(jax.random.key(0), 5)
+    for sample, weight in zip(jax.tree.leaves(samples), jax.tree.leaves(lanczos.network.params)):
+        assert sample.shape == (5, *weight.shape)
+    first, second = (ravel(jax.tree.map(lambda leaf: leaf[i], samples)) for i in (0, 1))
+    assert np.linalg.norm(first - second) > 1
+
+
+@pytest.mark.parametrize("link", ["probit", "mc"])
+def test_predictive_is_a_softer_distribution(full, trained, link):
+    network, x, _ = trained
+    probs = np.asarray(full.predictive(x[:50], link_approx=link, key=jax.random.key(0), num_samples=64))
+    np.testing.assert_allclose(probs.sum(axis=1), 1, rtol=1e-5)
+    at_mode = np.asarray(jax.nn.softmax(network(network.params, x[:50])))
+    assert probs.max(axis=1).mean() < at_mode.max(axis=1).mean()
+
+
+def test_predictive_tends_to_the_mode_as_the_prior_tightens(full, trained):
+    network, x, _ = trained
+    at_mode = jax.nn.softmax(network(network.params, x[:50]))
+    tight = full.with_prior_precision(1e8)
+    for link in ("probit", "mc"):
+        np.testing.assert_allclose(tight.predictive(x[:50], link_approx=link, key=jax.random.key(0)), at_mode, atol=1e-3)
+
+
+def test_gridsearch_takes_the_lowest_validation_nll(lanczos, trained):
+    _, x, y = trained
+    grid = [0.1, 1.0, 10.0, 100.0, 1000.0]
+    key = jax.random.key(0)
+    curve = lanczos.validation_curve(x[:80], y[:80], grid, key=key, num_samples=16)
+    chosen = lanczos.optimize_prior_precision("gridsearch", validation=(x[:80], y[:80]), precisions=grid, key=key, num_samples=16)
+    assert chosen.prior_precision == grid[int(np.argmin(curve.negative_log_likelihood))]
+    # the basis pushed through once gives what samples pushed one by one give
+    at_one = lanczos.with_prior_precision(1.0).predictive(x[:80], link_approx="mc", key=key, num_samples=16)
+    nll = -np.log(np.asarray(at_one)[np.arange(80), y[:80]]).mean()
+    np.testing.assert_allclose(curve.negative_log_likelihood[1], nll, rtol=1e-3)
+
+
+def test_a_subset_is_scaled_to_the_whole(trained, diagonal):
+    network, x, y = trained
+    twice = bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y), num_data=800)
+    np.testing.assert_allclose(twice.structure.diagonal, 2 * diagonal.structure.diagonal, rtol=1e-5)
+    np.testing.assert_allclose(twice.fitted.log_likelihood, 2 * diagonal.fitted.log_likelihood, rtol=1e-5)
+
+
+def test_batches_are_the_same_data(trained, diagonal):
+    network, x, y = trained
+    batches = [(x[:150], y[:150]), (x[150:], y[150:])]
+    la = bnnlaplace.Laplace(network, hessian_structure="diag").fit(batches)
+    np.testing.assert_array_equal(la.structure.diagonal, diagonal.structure.diagonal)
+
+
+@pytest.mark.parametrize("name", ["full", "diagonal", "lanczos"])
+def test_save_and_load(name, request, trained, tmp_path):
+    if name == "lanczos":
+        network, x, y = trained
+        la = bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(9), num_probes=8, max_vectors=24)
+    else:
+        la = request.getfixturevalue(name)
+    la.save(tmp_path / "la")
+    blank = la.network.with_params(jax.tree.map(jnp.zeros_like, la.network.params))
+    again = bnnlaplace.Laplace.load(tmp_path / "la", blank)
+    assert again.log_marginal_likelihood() == la.log_marginal_likelihood()
+    for ours, theirs in zip(jax.tree.leaves(again), jax.tree.leaves(la), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    other = bnnlaplace.Network.from_function(network_outputs, {**la.network.params, "b2": jnp.zeros(7)})
+    with pytest.raises(CheckpointError, match=r"params/b2"):
+        bnnlaplace.Laplace.load(tmp_path / "la", other)
+
+
+def test_compiles_once_per_shape(trained):
+    network, x, y = trained
+    products = structure_fit.block_product._cache_size()
+    for seed in (11, 12):
+        la = bnnlaplace.Laplace(network.with_params(jax.tree.map(lambda leaf: leaf * 1.01, network.params)))
+        la.fit((x[:90], y[:90]), key=jax.random.key(seed), num_probes=4, max_vectors=12).predictive(x[:7])
+    assert structure_fit.block_product._cache_size() == products + 1
+
+
+def test_linen_batch_statistics_are_frozen():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(3)(nn.BatchNorm(use_running_average=not train)(x))
+
+    module = Model()
+    x, y = jax.random.normal(jax.random.key(0), (6, 2)), jnp.array([0, 1, 2, 0, 1, 2])
+    variables = module.init(jax.random.key(1), x, train=False)
+    network = bnnlaplace.Network.from_linen(module, variables, train=False)
+    assert set(network.frozen) == {"batch_stats"}
+    la = bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y))
+    assert la.structure.diagonal.size == 2 * 3 + 3 + 2 * 2
+    # two wrappings of one module share compiled code
+    assert hash(network.forward) == hash(bnnlaplace.Network.from_linen(Model(), variables, train=False).forward)
+
+
+def test_is_a_pytree(diagonal, trained):
+    _, x, _ = trained
+    inside = jax.jit(lambda la, x: la.predictive(x))(diagonal, x[:5])
+    np.testing.assert_allclose(inside, diagonal.predictive(x[:5]), rtol=1e-5)
+    assert dataclasses.is_dataclass(jax.tree.map(lambda leaf: leaf, diagonal))
+
+
+def test_bad_input(trained, diagonal):
+    network, x, y = trained
+    la = bnnlaplace.Laplace(network)
+    with pytest.raises(ValueError, match=r"hessian_structure=\.\.\.\) must be one of \['diag', 'full', 'lanczos'\]; got 'kfac'"):
+        bnnlaplace.Laplace(network, hessian_structure="kfac")
+    with pytest.raises(ValueError, match="prior_precision.*positive and finite; got -1"):
+        bnnlaplace.Laplace(network, prior_precision=-1)
+    with pytest.raises(ValueError, match="call la = la.fit"):
+        la.log_marginal_likelihood()
+    with pytest.raises(ValueError, match="fit\\(key=...\\) must seed"):
+        la.fit((x, y))
+    with pytest.raises(ValueError, match="must hold at least one batch"):
+        la.fit([], key=jax.random.key(0))
+    with pytest.raises(ValueError, match="as many targets as inputs"):
+        la.fit((x, y[:5]), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="labels must lie in 0..9"):
+        la.fit((x, y + 5), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="not finite at these weights and data"):
+        la.fit((x.copy() * np.nan, y), key=jax.random.key(0))
+    with pytest.raises(ValueError, match="outputs must have shape"):
+        bnnlaplace.Laplace(bnnlaplace.Network.from_function(lambda w, x: x[:, 0] * w, jnp.ones(()))).fit((x, y))
+    with pytest.raises(ValueError, match="collection 'params'"):
+        bnnlaplace.Network.from_linen(nn.Dense(3), {"kernel": 1})
+    with pytest.raises(ValueError, match="'marglik' or 'gridsearch'; got 'cv'"):
+        diagonal.optimize_prior_precision("cv")
+    with pytest.raises(ValueError, match="'probit' or 'mc'; got 'bridge'"):
+        diagonal.predictive(x[:3], link_approx="bridge")
+
+
+def test_more_samples_than_probes(lanczos):
+    with pytest.raises(ValueError, match="num_samples must be at most 32; got 33; fit with num_probes=33"):
+        lanczos.sample(jax.random.key(0), 33)

@@ -1,0 +1,75 @@
+"""Likelihoods against autodiff of their own log-probabilities and against scipy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import bnnlaplace
+from bnnlaplace.likelihood import check_targets, resolve
+
+CASES = {
+    "categorical": (bnnlaplace.categorical, np.array([2, 0])),
+    "gaussian": (lambda: bnnlaplace.gaussian(0.7), np.array([[0.1, -1.0, 2.0], [0.5, 0.2, 0.0]])),
+    "bernoulli": (bnnlaplace.bernoulli, np.array([[1, 0, 1], [0, 0, 1]])),
+}
+OUTPUTS = np.array([[0.5, -1.2, 2.0], [3.0, 0.1, -0.4]])
+VECTORS = np.array([[1.0, -0.3, 0.2], [0.4, 0.9, -2.0]])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_curvature_is_the_hessian(x64, name):
+    make, targets = CASES[name]
+    likelihood = make()
+    for f, v, y in zip(OUTPUTS, VECTORS, jnp.asarray(targets)):
+        hessian = jax.hessian(lambda f: -likelihood.log_prob(f, y))(f)
+        np.testing.assert_allclose(likelihood.hessian_mv(f, v), hessian @ v, atol=1e-12)
+        factor = jax.vmap(likelihood.factor_mv, in_axes=(None, 0), out_axes=1)(f, jnp.eye(3))
+        np.testing.assert_allclose(factor @ factor.T, hessian, atol=1e-12)
+        np.testing.assert_allclose(likelihood.factor_transpose_mv(f, v), factor.T @ v, atol=1e-12)
+
+
+def test_log_probabilities(x64):
+    probs = np.exp(OUTPUTS) / np.exp(OUTPUTS).sum(axis=1, keepdims=True)
+    labels = np.array([2, 0])
+    np.testing.assert_allclose(bnnlaplace.categorical().log_prob(OUTPUTS, labels), np.log(probs[[0, 1], labels]))
+    targets = CASES["gaussian"][1]
+    expected = stats.norm.logpdf(targets, OUTPUTS, 0.7).sum(axis=1)
+    np.testing.assert_allclose(bnnlaplace.gaussian(0.7).log_prob(OUTPUTS, targets), expected)
+    targets = CASES["bernoulli"][1]
+    expected = stats.bernoulli.logpmf(targets, 1 / (1 + np.exp(-OUTPUTS))).sum(axis=1)
+    np.testing.assert_allclose(bnnlaplace.bernoulli().log_prob(OUTPUTS, targets), expected)
+
+
+def test_products_stay_finite_at_certainty():
+    certain = jnp.array([200.0, 0.0, -200.0])
+    for likelihood in (bnnlaplace.categorical(), bnnlaplace.bernoulli()):
+        gradient = jax.grad(lambda f: jnp.sum(likelihood.factor_mv(f, jnp.ones(3))))(certain)
+        assert np.isfinite(gradient).all()
+
+
+def test_noise_is_differentiable(x64):
+    gradient = jax.grad(lambda sigma: bnnlaplace.gaussian(sigma).log_prob(jnp.zeros(2), jnp.ones(2)))(0.5)
+    np.testing.assert_allclose(gradient, 2 * (1 / 0.5**3 - 1 / 0.5))
+
+
+@pytest.mark.parametrize(("targets", "message"), [
+    (np.array([0, 3, 1]), "labels must lie in 0..2.*from 0 to 3"),
+    (np.array([0, -1, 1]), "from -1 to 1"),
+    (np.array([0.0, 1.0, 1.0]), "labels must be integers"),
+    (np.eye(3, dtype=int), r"labels must be integers of shape \(3,\); got"),
+])
+def test_bad_labels(targets, message):
+    with pytest.raises(ValueError, match=message):
+        check_targets(bnnlaplace.categorical(), (3, 3), targets)
+
+
+def test_bad_regression_targets():
+    with pytest.raises(ValueError, match=r"shape \(3, 2\) of the outputs; got \(3,\)"):
+        check_targets(bnnlaplace.gaussian(), (3, 2), np.zeros(3))
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"\['binary', 'classification', 'regression'\].*got 'poisson'"):
+        resolve("poisson")

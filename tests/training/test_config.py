@@ -1,0 +1,289 @@
+"""Settings: config files, command line, and the config that a work directory keeps."""
+
+import dataclasses
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
+from training.config_io import (
+    describe_difference,
+    load_config,
+    load_saved_config,
+    open_workdir,
+    parse,
+    save_config,
+)
+from training.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = "python -m training.fit_van"
+
+UNUSUAL = Config(
+    seed=5,
+    data=Data(name="cifar10", dir=Path("some/where"), mean=(0.5, 0.25), std=(1.0, 2.0), train_examples=7, augment=True),
+    optimizer=Optimizer(learning_rate=1, clip_norm=2.5),
+    prior=Prior(update="online"),
+)
+
+
+def parsed(*argv: str) -> Config:
+    return parse(argv, PROGRAM).settings
+
+
+# --- command line ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_defaults_come_from_the_default_config_wherever_it_runs(
+    elsewhere: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path if elsewhere else ROOT)
+    arguments = parse([], PROGRAM)
+    assert arguments.settings == load_config(ROOT / "configs" / "van_digits.py")
+    assert arguments.workdir == Path("checkpoints/van_digits") and not arguments.resume
+
+
+def test_options_override_single_fields() -> None:
+    arguments = parse(
+        "--config configs/van_cifar10.py --workdir out --resume --seed 1 --optimizer.learning-rate 1e-3 "
+        "--prior.update online --data.name cifar100 --data.dir /sets --data.mean 0.1 0.2 0.3 --data.no-augment".split(),
+        PROGRAM,
+    )
+    expected = load_config(ROOT / "configs" / "van_cifar10.py")
+    data = replace(expected.data, name="cifar100", dir=Path("/sets"), mean=(0.1, 0.2, 0.3), augment=False)
+    optimizer = replace(expected.optimizer, learning_rate=1e-3)
+    prior = replace(expected.prior, update="online")
+    assert arguments.settings == replace(expected, seed=1, data=data, optimizer=optimizer, prior=prior)
+    assert arguments.workdir == Path("out") and arguments.resume
+
+
+def test_help_names_every_field_with_the_default_of_the_chosen_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from training.config import *\nconfig = Config(optimizer=Optimizer(batch_size=77))\n")
+    with pytest.raises(SystemExit) as caught:
+        parse([f"--config={file}", "--help"], PROGRAM)
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert caught.value.code == 0
+    assert "(default: 77)" in text and "(default: checkpoints/mine)" in text
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.default_factory) if section.name != "seed" else ():
+            assert f"--{section.name}.{field.name.replace('_', '-')}" in text
+    for option in ("--config", "--workdir", "--resume", "--seed"):
+        assert option in text
+    assert text.count("(default:") == 4 + sum(len(dataclasses.fields(record)) for record in _sections())
+
+
+def _sections() -> list[Any]:
+    config = Config()
+    return [config.data, config.model, config.optimizer, config.prior, config.curvature, config.evaluation]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--optimizer.learning-rate", "fast"], "could not convert string to float"),
+        (["--optimizer.epochs", "1.5"], "--optimizer.epochs"),
+        (["--prior.update", "sometimes"], "'fixed', 'online'"),
+        (["--optimizer.momentum", "0.9"], "Unrecognized options"),
+        (["--config"], "Missing value for argument '--config'"),
+        (["stray"], "stray"),
+    ],
+)
+def test_unusable_arguments_exit_with_status_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(argv, PROGRAM)
+    output = capsys.readouterr()
+    assert caught.value.code == 2
+    assert message in output.err and "Traceback" not in output.err and output.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "`--config` must name a Python file; there is none at .*known configs: .*van_digits.py"),
+        ("other = 1", "has nothing of that name"),
+        ("config = {'seed': 1}", "has dict; define it"),
+        ("config = ", "raised SyntaxError: invalid syntax"),
+        ("import nonexistent_module", "raised ModuleNotFoundError: No module named 'nonexistent_module'"),
+        ("raise SystemExit(3)", "raised SystemExit: 3"),
+        ("from training.config import *\nconfig = Config(seed=-1)", "broken.py: `seed` must be from 0"),
+        ("from training.config import *\nconfig = Config(speed=1)", "raised TypeError: .*unexpected keyword"),
+    ],
+)
+def test_an_unusable_config_file_is_one_line(content: str | None, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "broken.py"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        parse(["--config", str(file)], PROGRAM)
+    assert "\n" not in str(caught.value) and "broken.py" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "option"),
+    [
+        (Data, {"std": (0.1, 0.0)}, "data.std"),
+        (Data, {"mean": (float("nan"),)}, "data.mean"),
+        (Data, {"train_examples": 0}, "data.train_examples"),
+        (Data, {"validation_examples": -1}, "data.validation_examples"),
+        (Model, {"stem_kernel": 0}, "model.stem_kernel"),
+        (Model, {"stem_stride": 0}, "model.stem_stride"),
+        (Model, {"drop_path": 1.0}, "model.drop_path"),
+        (Optimizer, {"learning_rate": -1.0}, "optimizer.learning_rate"),
+        (Optimizer, {"polish_learning_rate": float("inf")}, "optimizer.polish_learning_rate"),
+        (Optimizer, {"clip_norm": float("nan")}, "optimizer.clip_norm"),
+        (Optimizer, {"batch_size": 0}, "optimizer.batch_size"),
+        (Optimizer, {"epochs": 0}, "optimizer.epochs"),
+        (Optimizer, {"polish_epochs": -1}, "optimizer.polish_epochs"),
+        (Optimizer, {"epochs": 2, "warmup_epochs": 3}, "optimizer.warmup_epochs"),
+        (Prior, {"precision": 0.0}, "prior.precision"),
+        (Prior, {"update": "sometimes"}, "prior.update"),
+        (Prior, {"every_epochs": 0}, "prior.every_epochs"),
+        (Prior, {"examples": 0}, "prior.examples"),
+        (Curvature, {"num_probes": 0}, "curvature.num_probes"),
+        (Curvature, {"num_probes": 8, "max_vectors": 7}, "curvature.max_vectors"),
+        (Curvature, {"tolerance": 0.0}, "curvature.tolerance"),
+        (Curvature, {"microbatch": 0}, "curvature.microbatch"),
+        (Evaluation, {"num_samples": 0}, "evaluation.num_samples"),
+        (Evaluation, {"grid_size": 1}, "evaluation.grid_size"),
+        (Evaluation, {"grid_low": 2.0, "grid_high": 1.0}, "evaluation.grid_high"),
+        (Evaluation, {"bins": 0}, "evaluation.bins"),
+        (Evaluation, {"resamples": 0}, "evaluation.resamples"),
+        (Config, {"seed": 2**31}, "seed"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(section: type, values: dict[str, Any], option: str) -> None:
+    with pytest.raises(UserError, match=f"^`{option}` must be .*; got .*; change it"):
+        section(**values)
+
+
+def test_a_value_out_of_range_on_the_command_line_is_one_line() -> None:
+    with pytest.raises(UserError, match="`optimizer.batch_size` must be at least 1; got 0"):
+        parsed("--optimizer.batch-size", "0")
+
+
+# --- work directory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [Config(), UNUSUAL], ids=["default", "unusual"])
+def test_saved_config_comes_back_typed(config: Config, tmp_path: Path) -> None:
+    save_config(tmp_path / "new" / "run", config)
+    loaded = load_saved_config(tmp_path / "new" / "run")
+    assert loaded == config
+    assert isinstance(loaded.optimizer.learning_rate, float)
+    assert loaded.data.dir is None or isinstance(loaded.data.dir, Path)
+    assert loaded.data.mean is None or isinstance(loaded.data.mean, tuple)
+    assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[: len(text) // 2], "must be a config as it was saved"),
+        (lambda text: text.replace('"seed": 5', '"seed": "5"'), "seed has the value '5'"),
+        (lambda text: text.replace('"seed": 5', '"seed": true'), "seed has the value True"),
+        (lambda text: text.replace('"seed"', '"speed"'), "the field speed is unknown"),
+        (lambda text: text.replace('"batch_size": 64', '"batch_size": 0'), "`optimizer.batch_size` must be at least 1"),
+        (lambda text: text.replace('"online"', '"never"'), "prior.update has the value 'never'"),
+        (lambda text: "[]", r"the file has the value \[\]"),
+    ],
+)
+def test_a_damaged_saved_config_says_what_is_wrong(change: Any, message: str, tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    file = tmp_path / "config.json"
+    changed = change(file.read_text())
+    assert changed != file.read_text()
+    file.write_text(changed)
+    with pytest.raises(UserError, match=message) as caught:
+        load_saved_config(tmp_path)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_no_saved_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must hold config.json"):
+        load_saved_config(tmp_path)
+
+
+def test_a_field_added_later_takes_its_default(tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["optimizer"]["clip_norm"], saved["curvature"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    expected = replace(UNUSUAL, optimizer=replace(UNUSUAL.optimizer, clip_norm=Optimizer().clip_norm))
+    assert load_saved_config(tmp_path) == expected
+
+
+def test_differences_name_field_and_both_values() -> None:
+    assert describe_difference(UNUSUAL, UNUSUAL) == []
+    here = replace(UNUSUAL, seed=6, optimizer=replace(UNUSUAL.optimizer, learning_rate=0.001))
+    assert describe_difference(UNUSUAL, here) == ["seed: 5 there, 6 here", "optimizer.learning_rate: 1 there, 0.001 here"]
+
+
+def with_pixels(config: Config, mean: Any, std: Any) -> Config:
+    return replace(config, data=replace(config.data, mean=mean, std=std))
+
+
+def test_measured_pixel_statistics_agree_with_a_config_that_left_them_to_measurement(tmp_path: Path) -> None:
+    recorded, asked = with_pixels(Config(), (0.3,), (0.2,)), Config()
+    assert describe_difference(recorded, asked) == []
+    assert describe_difference(asked, recorded) == [
+        "data.mean: None there, (0.3,) here",
+        "data.std: None there, (0.2,) here",
+    ]
+    save_config(tmp_path, recorded)
+    assert open_workdir(tmp_path, asked, resume=True) == recorded
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_fresh_workdir_is_created_with_its_config(resume: bool, exists: bool, tmp_path: Path) -> None:
+    workdir = tmp_path / "a" / "b"
+    if exists:
+        workdir.mkdir(parents=True)
+    assert open_workdir(workdir, UNUSUAL, resume) == UNUSUAL
+    assert load_saved_config(workdir) == UNUSUAL
+    # Nothing but the config is there yet, so starting it once more overwrites nothing.
+    assert open_workdir(workdir, UNUSUAL, resume) == UNUSUAL
+
+
+def test_a_workdir_with_a_run_needs_resume_and_the_same_settings(tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    (tmp_path / "log.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="must not overwrite another; .*continue it with --resume, or use another"):
+        open_workdir(tmp_path, UNUSUAL, resume=False)
+    assert open_workdir(tmp_path, UNUSUAL, resume=True) == UNUSUAL
+    for resume in (False, True):
+        with pytest.raises(UserError, match=r"differs in seed: 5 there, 6 here; .*use another --workdir"):
+            open_workdir(tmp_path, replace(UNUSUAL, seed=6), resume)
+    assert load_saved_config(tmp_path) == UNUSUAL
+
+
+def test_a_workdir_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="must be new, empty, or hold a run; .*holds thesis.tex"):
+        open_workdir(tmp_path, UNUSUAL, resume=False)
+    with pytest.raises(UserError, match="must be a directory"):
+        open_workdir(tmp_path / "thesis.tex", UNUSUAL, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --- shipped experiments --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.py")), ids=lambda file: file.stem)
+def test_every_shipped_config_is_an_experiment_card(file: Path) -> None:
+    load_config(file)
+    card = file.read_text().split('"""')[1]
+    for entry in ("Command", "Data", "Hardware", "Time", "Expected"):
+        assert re.search(rf"^{entry} +\S", card, re.MULTILINE)
+    name = "" if file.stem == "van_digits" else f" --config configs/{file.name}"
+    assert f"{PROGRAM}{name}\n" in card

@@ -1,0 +1,13 @@
+"""The exceptions that the command-line programs turn into a line instead of a traceback."""
+
+
+class UserError(Exception):
+    """A fault that the person at the command line can mend.
+
+    The message is one line: what must hold, what came, and what to do about it. `training.fit_van` and
+    `training.evaluate` print it and exit with status 2.
+    """
+
+
+class Interrupted(Exception):
+    """Ctrl-C or a termination signal ended the run after its state was saved; the programs exit with status 130."""

@@ -1,0 +1,1 @@
+"""Networks the training programs can build."""

@@ -1,0 +1,319 @@
+"""Depthwise 2-D convolution that stays fast when it is linearised, transposed, or batched over its kernels.
+
+The operation is bilinear in image and kernel. With zeros outside the image, dilation d and radius r = (k - 1) / 2,
+two primitives are closed under every derivative, of any order:
+
+    conv(x, w)[i, j]               = sum_uv x[i + d(u - r), j + d(v - r)] w[u, v]
+    kernel_gradient(x, y)[u, v]    = sum_ij x[i + d(u - r), j + d(v - r)] y[i, j]
+
+The transpose of `conv` in x is `conv` with the kernel turned by 180 degrees, in w it is `kernel_gradient`; the
+transposes of `kernel_gradient` are two `conv`.
+
+XLA on CPU runs grouped convolutions, above all dilated ones and their kernel gradients, many times slower than their
+arithmetic. So each primitive has three lowerings, and "auto" chooses where the program is compiled for, not where it
+is traced: the library's grouped convolution on accelerators; on CPU shifted multiply-adds, or, on the smallest images,
+one matrix product per channel with the Toeplitz matrix of its kernel. Taps that no pixel reaches are skipped: a 7 x 7
+kernel of dilation 3 has 9 left on a 4 x 4 image.
+
+Arrays are channels first, images last. A channel is then a contiguous matrix of pixels by images, so that multiply-adds
+run along the images, and the Toeplitz products, like the pointwise layers around them, need no transposition.
+
+Inside the primitives an axis G of independent convolutions leads: images are (G, C, H, W, N), kernels (G, kh, kw, C),
+and either may have G = 1 and be shared. `jax.vmap` maps to this axis.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+Method = Literal["auto", "toeplitz", "shifted", "grouped"]
+
+# Largest images, in pixels, for which Toeplitz products beat shifted sums (2 CPU cores, 16 to 64 channels). The kernel
+# gradient gains longer, because its sum over pixels and images is what XLA does not vectorise.
+TOEPLITZ_CONV_PIXELS = 16
+TOEPLITZ_GRADIENT_PIXELS = 64
+
+# Rows that the shifted kernel gradient adds up before it reduces: more would only lengthen compilation.
+ROWS_PER_SUM = 16
+
+
+def depthwise_conv(x: Array, kernel: Array, *, dilation: int = 1, method: Method = "auto") -> Array:
+    """Convolve each channel with its own kernel, stride 1, zeros outside, output as large as the input.
+
+    y[c, i, j, n] = sum_uv x[c, i + dilation (u - r_h), j + dilation (v - r_w), n] kernel[u, v, c]
+
+    Parameters
+    ----------
+    x : (C, H, W, N)
+        Images, channels first and images last.
+    kernel : (kh, kw, C)
+        One kernel per channel; kh and kw odd.
+    dilation
+        Distance between taps, in pixels.
+    method
+        "auto": "grouped" off CPU; on CPU "toeplitz" on the smallest images, else "shifted". Naming one fixes it.
+
+    Returns
+    -------
+    Array
+        (C, H, W, N). Differentiable to any order in x and kernel; cost C H W N multiply-adds per tap, or H W per
+        output for "toeplitz", which also keeps a C x (H W)^2 matrix.
+
+    Raises
+    ------
+    ValueError
+        Shapes that do not fit, an even kernel, a dilation below 1, an unknown method.
+    """
+    _check(x, kernel, dilation, method)
+    dtype = jnp.result_type(x, kernel)
+    x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
+    return _conv_p.bind(x[None], kernel[None], dilation=dilation, method=method)[0]
+
+
+def _check(x: Array, kernel: Array, dilation: int, method: str) -> None:
+    if method not in get_args(Method):
+        raise ValueError(f"depthwise_conv(method=...) must be one of {', '.join(get_args(Method))}; got {method!r}")
+    if x.ndim != 4 or kernel.ndim != 3 or kernel.shape[2] != x.shape[0]:
+        raise ValueError(
+            "depthwise_conv(x, kernel) must get x (C, H, W, N) and kernel (kh, kw, C); "
+            f"got {x.shape} and {kernel.shape}; transpose to channels first and images last"
+        )
+    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+        raise ValueError(f"depthwise_conv(kernel=...) must have odd sizes; got {kernel.shape[:2]}; pad it with zeros")
+    if dilation < 1:
+        raise ValueError(f"depthwise_conv(dilation=...) must be at least 1; got {dilation}")
+
+
+# Taps -----------------------------------------------------------------------------------------------------------------
+
+
+def _taps(window: tuple[int, int], dilation: int, image: tuple[int, int]) -> list[tuple[int, int, int, int]]:
+    """The (u, v, dy, dx) of the taps that reach at least one pixel of the image from another."""
+    offsets = [
+        [(k, dilation * (k - size // 2)) for k in range(size) if abs(dilation * (k - size // 2)) < extent]
+        for size, extent in zip(window, image, strict=True)
+    ]
+    return [(u, v, dy, dx) for u, dy in offsets[0] for v, dx in offsets[1]]
+
+
+def _pad_for(taps: list[tuple[int, int, int, int]], x: Array, below: int = 0) -> tuple[Array, int, int]:
+    """x with the zeros that the taps reach (and `below` more rows), and their number above and to the left."""
+    top = max(dy for _, _, dy, _ in taps)
+    left = max(dx for _, _, _, dx in taps)
+    padded = jnp.pad(x, ((0, 0), (0, 0), (top, top + below), (left, left), (0, 0)))
+    # Fused into the sum, the padding would be evaluated once per tap.
+    return lax.optimization_barrier(padded), top, left
+
+
+@cache
+def _toeplitz_pattern(window: tuple[int, int], dilation: int, image: tuple[int, int]) -> np.ndarray:
+    """E[t, q, p] = 1 where tap t carries input pixel p to output pixel q: (taps, pixels, pixels)."""
+    height, width = image
+    pattern = np.zeros((*window, height, width, height, width), np.float32)
+    for u, v, dy, dx in _taps(window, dilation, image):
+        for i in range(max(0, -dy), min(height, height - dy)):
+            for j in range(max(0, -dx), min(width, width - dx)):
+                pattern[u, v, i, j, i + dy, j + dx] = 1.0
+    return pattern.reshape(window[0] * window[1], height * width, height * width)
+
+
+# Lowerings ------------------------------------------------------------------------------------------------------------
+
+
+def _shifted_conv(x: Array, w: Array, *, dilation: int) -> Array:
+    height, width = x.shape[2:4]
+    taps = _taps(w.shape[1:3], dilation, (height, width))
+    padded, top, left = _pad_for(taps, x)
+    terms = [
+        padded[:, :, top + dy : top + dy + height, left + dx : left + dx + width] * w[:, u, v, :, None, None, None]
+        for u, v, dy, dx in taps
+    ]
+    # Fused into the next convolution's sum, this one would be evaluated once per tap of that one.
+    return lax.optimization_barrier(sum(terms[1:], terms[0]))
+
+
+def _shifted_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dilation: int) -> Array:
+    height, width = x.shape[2:4]
+    taps = _taps(window, dilation, (height, width))
+    rows = min(height, ROWS_PER_SUM)
+    blocks = -(-height // rows)
+    below = blocks * rows - height
+    padded, top, left = _pad_for(taps, x, below)
+    y = jnp.pad(y, ((0, 0), (0, 0), (0, below), (0, 0), (0, 0)))
+    sums = {}
+    for u, v, dy, dx in taps:
+        # Adding rows first vectorises and leaves little to reduce; a plain sum of products would do neither.
+        terms = [
+            padded[:, :, top + dy + i : top + dy + i + (blocks - 1) * rows + 1 : rows, left + dx : left + dx + width]
+            * y[:, :, i::rows]
+            for i in range(rows)
+        ]
+        sums[u, v] = sum(terms[1:], terms[0])
+    reduced = jnp.sum(lax.optimization_barrier(jnp.stack(list(sums.values()))), (3, 4, 5))
+    out = jnp.zeros((reduced.shape[1], *window, reduced.shape[2]), reduced.dtype)
+    us, vs = (np.array(axis) for axis in zip(*sums, strict=True))
+    return out.at[:, us, vs].set(jnp.moveaxis(reduced, 0, 1), unique_indices=True)
+
+
+def _toeplitz_conv(x: Array, w: Array, *, dilation: int) -> Array:
+    groups, channels, height, width, images = x.shape
+    pattern = _toeplitz_pattern(w.shape[1:3], dilation, (height, width)).astype(w.dtype)
+    matrices = _exact_einsum("gtc,tqp->gcqp", w.reshape(w.shape[0], -1, channels), pattern)
+    pixels = x.reshape(groups, channels, height * width, images)
+    if groups == 1:
+        y = _exact_einsum("gcqp,cpn->gcqn", matrices, pixels[0])
+    elif w.shape[0] == 1:
+        y = _exact_einsum("cqp,gcpn->gcqn", matrices[0], pixels)
+    else:
+        y = _exact_einsum("gcqp,gcpn->gcqn", matrices, pixels)
+    return y.reshape(y.shape[0], channels, height, width, images)
+
+
+def _toeplitz_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dilation: int) -> Array:
+    _, channels, height, width, images = x.shape
+    pattern = _toeplitz_pattern(window, dilation, (height, width)).astype(y.dtype)
+    inputs = x.reshape(x.shape[0], channels, height * width, images)
+    outputs = y.reshape(y.shape[0], channels, height * width, images)
+    if inputs.shape[0] == 1:
+        products = _exact_einsum("gcqn,cpn->gcqp", outputs, inputs[0])
+    elif outputs.shape[0] == 1:
+        products = _exact_einsum("cqn,gcpn->gcqp", outputs[0], inputs)
+    else:
+        products = _exact_einsum("gcqn,gcpn->gcqp", outputs, inputs)
+    gradient = _exact_einsum("gcqp,tqp->gtc", products, pattern)
+    return gradient.reshape(products.shape[0], *window, channels)
+
+
+_exact_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+
+def _grouped_conv(x: Array, w: Array, *, dilation: int) -> Array:
+    groups = max(x.shape[0], w.shape[0])
+    channels, height, width, images = x.shape[1:]
+    window = w.shape[1:3]
+    x = jnp.broadcast_to(x, (groups, *x.shape[1:])).reshape(groups * channels, height, width, images)
+    w = jnp.broadcast_to(w, (groups, *w.shape[1:]))
+    y = lax.conv_general_dilated(
+        x,
+        jnp.moveaxis(w, 0, 2).reshape(*window, 1, groups * channels),
+        window_strides=(1, 1),
+        padding="SAME",
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("CHWN", "HWIO", "CHWN"),
+        feature_group_count=groups * channels,
+    )
+    return y.reshape(groups, channels, height, width, images)
+
+
+def _grouped_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dilation: int) -> Array:
+    groups = max(x.shape[0], y.shape[0])
+    y = jnp.broadcast_to(y, (groups, *y.shape[1:]))
+    kernel = jax.ShapeDtypeStruct((groups, *window, y.shape[1]), y.dtype)
+    (gradient,) = jax.linear_transpose(partial(_grouped_conv, x, dilation=dilation), kernel)(y)
+    return gradient
+
+
+# Primitives -----------------------------------------------------------------------------------------------------------
+
+_conv_p = Primitive("depthwise_conv")
+_gradient_p = Primitive("depthwise_kernel_gradient")
+
+
+def _conv_shape(x: Any, w: Any, **_: Any) -> Any:
+    return x.update(shape=(max(x.shape[0], w.shape[0]), *x.shape[1:]))
+
+
+def _gradient_shape(x: Any, y: Any, *, window: tuple[int, int], **_: Any) -> Any:
+    return y.update(shape=(max(x.shape[0], y.shape[0]), *window, y.shape[1]))
+
+
+def _summed_like(operand: Any, cotangent: Array) -> Array:
+    """The cotangent of an operand that one or all of the G convolutions shared."""
+    shared = operand.aval.shape[0] == 1 < cotangent.shape[0]
+    return jnp.sum(cotangent, 0, keepdims=True) if shared else cotangent
+
+
+def _conv_transpose_x(ct: Array, x: Any, w: Array, **params: Any) -> Array:
+    return _summed_like(x, _conv_p.bind(ct, w[:, ::-1, ::-1], **params))
+
+
+def _conv_transpose_w(ct: Array, x: Array, w: Any, **params: Any) -> Array:
+    return _summed_like(w, _gradient_p.bind(x, ct, window=w.aval.shape[1:3], **params))
+
+
+def _gradient_transpose_x(ct: Array, x: Any, y: Array, *, window: tuple[int, int], **params: Any) -> Array:
+    return _summed_like(x, _conv_p.bind(y, ct[:, ::-1, ::-1], **params))
+
+
+def _gradient_transpose_y(ct: Array, x: Array, y: Any, *, window: tuple[int, int], **params: Any) -> Array:
+    return _summed_like(y, _conv_p.bind(x, ct, **params))
+
+
+def _batch(primitive: Primitive, operands: tuple[Array, ...], axes: tuple[Any, ...], **params: Any) -> tuple[Array, int]:
+    """Fold the mapped axis into G; an operand that is neither mapped nor grouped stays shared."""
+    moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True)]
+    size = next(a.shape[0] for a, axis in zip(moved, axes, strict=True) if axis is not None)
+    groups = max(a.shape[axis is not None] for a, axis in zip(moved, axes, strict=True))
+
+    def fold(a: Array, mapped: bool) -> Array:
+        if not mapped and a.shape[0] == 1:
+            return a
+        a = a if mapped else a[None]
+        return jnp.broadcast_to(a, (size, groups, *a.shape[2:])).reshape(size * groups, *a.shape[2:])
+
+    out = primitive.bind(*(fold(a, axis is not None) for a, axis in zip(moved, axes, strict=True)), **params)
+    return out.reshape(size, groups, *out.shape[1:]), 0
+
+
+@cache
+def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Array]:
+    return jax.jit(partial(primitive.bind, **dict(params)))
+
+
+def _lowering(rules: dict[str, Callable[..., Array]], pixels: int, platform: str) -> Callable[..., list[Array]]:
+    """The rule for `platform`; on CPU, Toeplitz products up to `pixels`."""
+
+    def lower(x: Array, other: Array, *, method: Method, **params: Any) -> list[Array]:
+        if method == "auto" and platform == "cpu":
+            method = "toeplitz" if x.shape[2] * x.shape[3] <= pixels else "shifted"
+        elif method == "auto":
+            method = "grouped"
+        return [rules[method](x, other, **params)]
+
+    return lower
+
+
+def _define(primitive: Primitive, shape: Any, rules: dict[str, Callable[..., Array]], pixels: int) -> None:
+    primitive.def_abstract_eval(shape)
+    primitive.def_impl(lambda *operands, **params: _compiled(primitive, tuple(params.items()))(*operands))
+    batching.primitive_batchers[primitive] = partial(_batch, primitive)
+    for platform in ("default", "cpu"):
+        rule = mlir.lower_fun(_lowering(rules, pixels, platform), multiple_results=True)
+        mlir.register_lowering(primitive, rule, platform=None if platform == "default" else platform)
+
+
+_define(
+    _conv_p,
+    _conv_shape,
+    {"toeplitz": _toeplitz_conv, "shifted": _shifted_conv, "grouped": _grouped_conv},
+    TOEPLITZ_CONV_PIXELS,
+)
+_define(
+    _gradient_p,
+    _gradient_shape,
+    {
+        "toeplitz": _toeplitz_kernel_gradient,
+        "shifted": _shifted_kernel_gradient,
+        "grouped": _grouped_kernel_gradient,
+    },
+    TOEPLITZ_GRADIENT_PIXELS,
+)
+ad.defbilinear(_conv_p, _conv_transpose_x, _conv_transpose_w)
+ad.defbilinear(_gradient_p, _gradient_transpose_x, _gradient_transpose_y)

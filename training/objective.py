@@ -1,0 +1,119 @@
+"""The network as training sees it: log-likelihood, its gradient, and the gradient of the log joint.
+
+Two modes. Live: batch statistics come from the batch, drop-path is on. Frozen: both are fixed, and the network is
+the deterministic function that a Laplace approximation expands.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Batches = Iterable[tuple[Any, Any, Any]]
+"""Images, labels and mask of batches of one shape."""
+
+
+class Network(NamedTuple):
+    """The compiled passes over one batch; each compiles at its first call and only then."""
+
+    initialise: Callable[[jax.Array, Any], tuple[Any, Any]]
+    """(key, images) -> params, batch_stats"""
+    live_gradient: Callable[..., Any]
+    """(params, batch_stats, images, labels, key) -> (nll, (correct, batch_stats)), gradient; to be compiled into a step"""
+    frozen_gradient: Callable[..., Any]
+    """(params, batch_stats, images, labels, mask) -> (nll, correct), gradient"""
+    frozen_totals: Callable[..., tuple[jax.Array, jax.Array]]
+    """(params, batch_stats, images, labels, mask) -> nll, correct"""
+
+
+class JointGradient(NamedTuple):
+    """Euclidean norms at one point, in nats per unit of weight."""
+
+    norm: float
+    """Of the gradient of log p(D, theta) over all training images."""
+    prior_norm: float
+    """Of the prior's part of it, prior_precision * |theta|."""
+
+
+def make_network(module: nn.Module, prepare: Callable[[Any], Any]) -> Network:
+    """Build the passes of a network.
+
+    Parameters
+    ----------
+    module
+        ``module.apply(variables, x, train=..., rngs={"drop_path": key})`` returns logits.
+    prepare
+        From stored images to the network's input ``x``; it is compiled with the rest.
+
+    Notes
+    -----
+    ``nll`` and ``correct`` are sums over the batch, or over the images that the mask leaves in.
+    """
+
+    def initialise(key: jax.Array, images: Any) -> tuple[Any, Any]:
+        variables = module.init({"params": key, "drop_path": key}, prepare(images), train=False)
+        return variables["params"], variables.get("batch_stats", {})
+
+    def live_totals(params: Any, batch_stats: Any, images: Any, labels: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        logits, updates = module.apply(
+            {"params": params, "batch_stats": batch_stats},
+            prepare(images),
+            train=True,
+            rngs={"drop_path": key},
+            mutable=["batch_stats"],
+        )
+        nll, correct = _totals(logits, labels, np.ones(labels.shape, bool))
+        return nll, (correct, updates.get("batch_stats", batch_stats))
+
+    def frozen_totals(params: Any, batch_stats: Any, images: Any, labels: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+        logits = module.apply({"params": params, "batch_stats": batch_stats}, prepare(images), train=False)
+        return _totals(logits, labels, mask)
+
+    return Network(
+        initialise=jax.jit(initialise),
+        live_gradient=jax.value_and_grad(live_totals, has_aux=True),
+        frozen_gradient=jax.jit(jax.value_and_grad(frozen_totals, has_aux=True)),
+        frozen_totals=jax.jit(frozen_totals),
+    )
+
+
+def _totals(logits: jax.Array, labels: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    correct = logits.argmax(-1) == labels
+    return jnp.where(mask, nll, 0.0).sum(), (mask & correct).sum(dtype=jnp.int32)
+
+
+def evaluate(network: Network, params: Any, batch_stats: Any, batches: Batches) -> tuple[float, float]:
+    """Mean negative log-likelihood (nats) and accuracy of the frozen network."""
+    nll = correct = count = 0.0
+    for images, labels, mask in batches:
+        batch_nll, batch_correct = network.frozen_totals(params, batch_stats, images, labels, mask)
+        nll, correct, count = nll + float(batch_nll), correct + int(batch_correct), count + int(mask.sum())
+    return nll / count, correct / count
+
+
+def joint_gradient(
+    network: Network, params: Any, batch_stats: Any, prior_precision: float, batches: Batches
+) -> JointGradient:
+    """Measure how far the frozen network is from a mode of the log joint, over the whole training set.
+
+    Notes
+    -----
+    Cost: one gradient of the training set. The batches are summed in float64, because at a mode the likelihood's
+    part and the prior's cancel.
+    """
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    total = [prior_precision * leaf for leaf in leaves]
+    prior_norm = _norm(total)
+    for images, labels, mask in batches:
+        _, gradient = network.frozen_gradient(params, batch_stats, images, labels, mask)
+        total = [one + np.asarray(other, np.float64) for one, other in zip(total, jax.tree.leaves(gradient), strict=True)]
+    return JointGradient(_norm(total), prior_norm)
+
+
+def _norm(leaves: list[np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.sum(leaf**2) for leaf in leaves)))
