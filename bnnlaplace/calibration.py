@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from scipy.optimize import brentq
 
-from bnnlaplace.bootstrap import Bootstrap, Interval, intervals, resample
+from bnnlaplace.resampling import Bootstrap, Interval, intervals, resample
 
 Binning = Literal["equal_width", "equal_mass"]
 Probs = Float[np.ndarray, "N C"] | Float[Array, "N C"]

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from bnnlaplace import bootstrap as bootstrap_module
-from bnnlaplace import calibration
-from bnnlaplace.bootstrap import Bootstrap, intervals, paired_differences
+from bnnlaplace import calibration, resampling
+from bnnlaplace.resampling import Bootstrap, intervals, paired_differences
 
 NUM_CLASSES = 5
 
@@ -243,8 +242,8 @@ def test_replicates_are_the_metrics_of_resampled_data(case, monkeypatch):
     """The definition: draw with replacement, then compute the metric from scratch."""
     probs, labels, ood = case
     drawn = []
-    original = bootstrap_module._multinomial
-    monkeypatch.setattr(bootstrap_module, "_multinomial", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    original = resampling._multinomial
+    monkeypatch.setattr(resampling, "_multinomial", lambda *a: drawn.append(original(*a)) or drawn[-1])
     result = calibration.bootstrap(probs, labels, ood, seed=3, resamples=4)
     weights_in, weights_out = (weights.astype(int) for weights in drawn)
     assert (weights_in.sum(axis=1) == len(probs)).all() and weights_in.max() > 1
@@ -260,10 +259,23 @@ def test_replicates_are_the_metrics_of_resampled_data(case, monkeypatch):
 
 def test_chunks_do_not_change_the_result(case, monkeypatch):
     whole = calibration.bootstrap(*case, seed=0, resamples=25)
-    monkeypatch.setattr(bootstrap_module, "_CHUNK_ELEMENTS", 7 * (200 + 150))
+    monkeypatch.setattr(resampling, "_CHUNK_ELEMENTS", 7 * (200 + 150))
     parts = calibration.bootstrap(*case, seed=0, resamples=25)
     for name in whole.values:
         np.testing.assert_allclose(parts.replicates[name], whole.replicates[name], rtol=1e-12)
+
+
+def test_two_sets_of_one_size_are_resampled_independently():
+    def alike(weights, others):
+        return {"alike": (weights == others).all(axis=1).astype(float)}
+
+    result = resampling.resample(alike, [9, 9], seed=0, resamples=5)
+    assert result.values["alike"] == 1 and not result.replicates["alike"].any()
+
+
+def test_interval_of_a_biased_metric_holds_its_value_and_no_negative_number():
+    result = Bootstrap({"ece": 0.01}, {"ece": np.linspace(0.02, 0.05, 100)}, ("ece",))
+    assert intervals(result)["ece"] == (0.01, 0.0, 0.01)
 
 
 def test_interval_of_the_accuracy_is_binomial():

@@ -34,6 +34,7 @@ class Record:
 
 def example_tree() -> dict[str, Any]:
     rng = np.random.default_rng(0)
+    record = Record(jnp.ones(2), {"a.b c": np.ones(1)})
     return {
         "float64": rng.normal(size=(3, 2)),
         "float32": jnp.asarray(rng.normal(size=(2, 5)), jnp.float32),
@@ -43,7 +44,7 @@ def example_tree() -> dict[str, Any]:
         "none": np.zeros((0, 3), np.float32),
         "scalar": np.float16(0.5),
         "key": jax.random.split(jax.random.key(3), 2),
-        "moments": Moments(jnp.arange(3), (), [np.arange(2, dtype=np.uint8), Record(jnp.ones(2), {"a.b c": np.ones(1)})]),
+        "moments": Moments(jnp.arange(3), (), [np.arange(2, dtype=np.uint8), record]),
     }
 
 

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 import bnnlaplace
 from bnnlaplace import predictive
 from bnnlaplace.checkpoint import CheckpointError
+from bnnlaplace.curvature import dense
 from bnnlaplace.structure import fit as structure_fit
 from bnnlaplace.tree import ravel
 
@@ -119,6 +120,18 @@ def test_samples_in_the_leading_eigenspace_alone_would_fail(full, lanczos, train
     squares = np.square(predictive.pushforward(lanczos.network, x[:60], rows)).sum(axis=2).mean(axis=0)
     exact = np.trace(full.functional_variance(x[:60]), axis1=1, axis2=2)
     assert (squares / exact).mean() < 0.5
+
+
+def test_low_rank_plus_prior_would_overstate_the_variance(full, lanczos, trained):
+    """Why samples: with the same basis, giving the complement its prior variance is biased where samples are not."""
+    _, x, _ = trained
+    delta, ritz = float(full.prior_precision), lanczos.structure.ritz
+    jacobian = dense.jacobian(lanczos.network, lanczos.network.params, x[:60])
+    along = np.asarray(jacobian @ lanczos.structure.decomposition.basis.T) @ ritz.vectors
+    outside = np.square(jacobian).sum(axis=2) - np.square(along).sum(axis=2)
+    low_rank = np.sum(along**2 / (ritz.values + delta), axis=2) + outside / delta
+    exact = np.diagonal(full.functional_variance(x[:60]), axis1=1, axis2=2)
+    assert (low_rank / exact).mean() > 1.1
 
 
 def test_diagonal_evidence_is_never_above(full, diagonal):

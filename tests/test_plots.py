@@ -99,6 +99,7 @@ def test_evidence_axis_keeps_the_peaks_in_view(curves):
     """The evidence at the end of the grid is a thousand times the optimum; both peaks take a fair part of the axis."""
     panel = plots.evidence_curve(curves).axes[0]
     assert min(curve.log_evidence.min() for curve in curves.values()) < -1e6
+    assert -1e5 < panel.get_ylim()[0] < -2e4  # down to twenty times the worse peak, and no further
     height = panel.transAxes.inverted().transform(panel.transData.transform([(1, -700), (1, -2700)]))[:, 1]
     assert 0.6 < height[1] < height[0] < 1
     assert height[0] - height[1] > 0.15

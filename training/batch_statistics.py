@@ -35,25 +35,22 @@ def make_moments(module: nn.Module, prepare: Callable[[Any], Any]) -> Callable[.
 
     Returns
     -------
-    moments(params, batch_stats, images, mask)
-        For every layer, by its path: the sums over the unmasked images (and pixels) of the input minus the present
-        mean, and of its square, per channel; and the number of terms in each sum. Measured from the present mean,
-        which is near the new one, they lose no digits to cancellation.
+    moments(params, batch_stats, images)
+        For every layer, by its path: the sums over all images and pixels of the input minus the present mean, and of
+        its square, per channel; and the number of terms in each sum. Measured from the present mean, which is near
+        the new one, they lose no digits to cancellation.
     """
 
-    def moments(params: Any, batch_stats: Any, images: jax.Array, mask: jax.Array) -> Moments:
+    def moments(params: Any, batch_stats: Any, images: jax.Array) -> Moments:
         measured: Moments = {}
 
         def measure(call: Callable[..., Any], args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
             layer = context.module
             if isinstance(layer, nn.BatchNorm) and context.method_name == "__call__":
                 present = layer.variables["batch_stats"]["mean"]
-                inputs = jnp.moveaxis(args[0].astype(present.dtype), layer.axis, -1)
-                weights = mask.reshape(-1, *[1] * (inputs.ndim - 1))
-                centred = jnp.where(weights, inputs - present, 0.0)
-                others = tuple(range(inputs.ndim - 1))
-                count = mask.sum() * (inputs[0, ..., 0].size)
-                measured["/".join(layer.path)] = centred.sum(others), jnp.square(centred).sum(others), count
+                centred = jnp.moveaxis(args[0].astype(present.dtype), layer.axis, -1) - present
+                centred = centred.reshape(-1, present.size)
+                measured["/".join(layer.path)] = centred.sum(0), jnp.square(centred).sum(0), jnp.float32(len(centred))
             return call(*args, **kwargs)
 
         with nn.intercept_methods(measure):
@@ -64,7 +61,7 @@ def make_moments(module: nn.Module, prepare: Callable[[Any], Any]) -> Callable[.
 
 
 def population_statistics(
-    moments: Callable[..., Moments], params: Any, batch_stats: Any, batches: Callable[[], Iterable[tuple[Any, Any]]]
+    moments: Callable[..., Moments], params: Any, batch_stats: Any, batches: Callable[[], Iterable[tuple[Any, float]]]
 ) -> Any:
     """Replace running statistics by those of the whole data set.
 
@@ -75,7 +72,8 @@ def population_statistics(
     params, batch_stats
         The network.
     batches
-        Called for every pass: the (images, mask) batches of the data set, unaugmented, in a fixed order.
+        Called for every pass: the images of the data set, unaugmented, in batches of one shape and in a fixed order,
+        each batch with the weight of its sums (`training.batches.weighted_batches`).
 
     Returns
     -------
@@ -89,20 +87,18 @@ def population_statistics(
     layers = _layers(batch_stats)
     for _ in layers:
         change = 0.0
-        totals: dict[str, list[np.ndarray]] = {}
-        for images, mask in batches():
-            for name, sums in moments(params, _nested(layers), images, mask).items():
-                held = totals.setdefault(name, [np.zeros(())] * 3)
-                totals[name] = [total + np.asarray(term, np.float64) for total, term in zip(held, sums, strict=True)]
-        if missing := sorted(layers.keys() - totals.keys()):
-            raise TypeError(
-                f"batch statistics must belong to flax.linen.BatchNorm layers; got others at {missing[0]!r}; "
-                "use that layer"
-            )
+        totals: dict[str, tuple[Any, ...]] = {}
+        for images, weight in batches():
+            for name, sums in moments(params, _nested(layers), images).items():
+                held = totals.get(name, (0.0, 0.0, 0.0))
+                totals[name] = tuple(a + weight * np.asarray(b, np.float64) for a, b in zip(held, sums, strict=True))
+        for name in layers.keys() - totals.keys():
+            raise _other_statistics(name)
         for name, (first, second, count) in totals.items():
             mean, var = layers[name]
             shift = first / count
-            new = (mean + shift).astype(mean.dtype), (second / count - shift**2).astype(var.dtype)
+            # Rounding may leave a variance of zero just below it.
+            new = (mean + shift).astype(mean.dtype), np.maximum(second / count - shift**2, 0.0).astype(var.dtype)
             scale = np.sqrt(new[1] + _EPSILON)
             change = max(change, np.max(np.abs(shift) / scale), np.max(np.abs(new[1] - var) / scale**2))
             layers[name] = new
@@ -118,7 +114,14 @@ def _layers(batch_stats: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for keys, leaf in flat:
         *path, field = (key.key for key in keys)
         found.setdefault("/".join(path), {})[field] = np.asarray(leaf)
+    for name, fields in found.items():
+        if fields.keys() != {"mean", "var"}:
+            raise _other_statistics(name)
     return {name: (fields["mean"], fields["var"]) for name, fields in found.items()}
+
+
+def _other_statistics(name: str) -> TypeError:
+    return TypeError(f"batch statistics must belong to flax.linen.BatchNorm layers; got others at {name!r}; use these")
 
 
 def _nested(layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> Any:

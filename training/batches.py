@@ -70,3 +70,17 @@ def fixed_order(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.
             images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
             labels = np.concatenate([labels, np.zeros(missing, labels.dtype)])
         yield images, labels, mask
+
+
+def weighted_batches(images: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, float]]:
+    """Batches of full size with weights, such that the weighted sums over batches are the sums over the images.
+
+    For sums in which the images cannot be told apart any more, so that a mask is of no use: the last batch is filled
+    up with copies of its first image, and a batch of nothing but these copies takes their share away again.
+    """
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        missing = batch_size - len(batch)
+        yield np.concatenate([batch, np.repeat(batch[:1], missing, axis=0)]), 1.0
+        if missing:
+            yield np.repeat(batch[:1], batch_size, axis=0), -missing / batch_size

@@ -223,7 +223,7 @@ def _not_prepared(name: str, directory: Path) -> UserError:
     if _NAME.fullmatch(name) and name.split("/")[0] in tfds.list_builders(with_community_datasets=False):
         return UserError(
             f"data set {name!r} must be prepared in array_record format; {directory} holds {here}; "
-            f"run: {prepare_command(name, directory)}"
+            f"with a network, and TensorFlow for most sets, run: {prepare_command(name, directory)}"
         )
     return UserError(
         f"the data set must be {EMBEDDED}, one prepared in {directory} (there: {here}), or one that TFDS knows; "

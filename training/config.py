@@ -124,9 +124,9 @@ class Prior:
 class Curvature:
     """The GGN and its block Krylov decomposition."""
 
-    num_probes: int = 16
-    """Normal probes, decomposed together as one block; also the number of posterior samples they give."""
-    max_vectors: int = 400
+    num_probes: int = 64
+    """Normal probes, decomposed together as one block; also the number of posterior samples of every predictive."""
+    max_vectors: int = 512
     """Largest number of basis vectors kept (each as long as the weights); it bounds time and memory."""
     tolerance: float = 0.05
     """The decomposition grows until the bound on the relative error of a posterior sample (in the metric of the
@@ -144,13 +144,11 @@ class Curvature:
 class Evaluation:
     """Held-out evaluation."""
 
-    split: str = "test"
-    """The split to evaluate on: validation or test."""
+    split: Literal["test", "validation"] = "test"
+    """The split to evaluate on."""
     ood: str = "inverted"
     """Out-of-distribution images: inverted (the split's own images, intensities reversed), noise, or the name of a
     prepared TFDS set (resized and converted to the model's image shape)."""
-    num_samples: int = 64
-    """Posterior samples of the Monte Carlo predictive."""
     grid_size: int = 25
     """Prior precisions on the curves of evidence, validation NLL and ECE."""
     grid_low: float = 1e-2
@@ -163,7 +161,7 @@ class Evaluation:
     """Bootstrap resamples behind every interval."""
 
     def __post_init__(self) -> None:
-        _require(self, "at least 1", _at_least(1), "num_samples", "bins", "resamples")
+        _require(self, "at least 1", _at_least(1), "bins", "resamples")
         _require(self, "at least 2", _at_least(2), "grid_size")
         _require(self, "positive and finite", _positive, "grid_low", "grid_high")
         _require(self, f"above `evaluation.grid_low`, {self.grid_low}", lambda high: high > self.grid_low, "grid_high")

@@ -68,7 +68,8 @@ def parse(argv: Sequence[str], program: str) -> Arguments:
     config = _find(_config_option(argv) or DEFAULT_CONFIG)
     settings = load_config(config)
     default = Arguments(config=config, workdir=Path("checkpoints") / config.stem, resume=False, settings=settings)
-    return dataclasses.replace(tyro.cli(Arguments, args=list(argv), default=default, prog=program, config=()), config=config)
+    arguments = tyro.cli(Arguments, args=list(argv), default=default, prog=program, config=())
+    return dataclasses.replace(arguments, config=config)
 
 
 def load_config(path: Path) -> Config:
@@ -173,7 +174,8 @@ def load_saved_config(workdir: Path) -> Config:
     except FileNotFoundError:
         raise UserError(f"a work directory must hold {CONFIG_FILE}; {workdir} does not; check the path") from None
     except (ValueError, UserError) as error:
-        raise UserError(f"{path} must be a config as it was saved; {error}; restore it, or use another --workdir") from None
+        advice = "restore it, or use another --workdir"
+        raise UserError(f"{path} must be a config as it was saved; {error}; {advice}") from None
 
 
 def describe_difference(there: Config, here: Config) -> list[str]:

@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="download a TFDS set and write it in array_record format")
     prepare.add_argument("name", metavar="NAME", help="a set as TFDS names it, NAME or NAME/CONFIG")
-    prepare.add_argument("--dir", type=Path, help="data directory (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)")
+    prepare.add_argument("--dir", type=Path, help="data directory; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
     options = parser.parse_args(arguments)
     directory = catalog.data_directory(options.dir)
     try:
@@ -248,7 +248,8 @@ def _statistics(config: Data, images: np.ndarray) -> tuple[tuple[float, ...], tu
         mean, std = mean or measured_mean, std or measured_std
     if not all(value > 0 for value in std):
         raise UserError(
-            f"`data.std` must be positive in every channel; got {std} for {config.name!r}; set it, or use images that vary"
+            f"`data.std` must be positive in every channel; got {std} measured for {config.name!r}; set it, or use "
+            "images that vary"
         )
     return mean, std
 

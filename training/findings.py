@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bnnlaplace.bootstrap import Bootstrap, Interval, paired_differences
 from bnnlaplace.plots import PrecisionCurve
+from bnnlaplace.resampling import Bootstrap, Interval, paired_differences
 from training.results import MethodResult, RunResults
 
 # A gradient this much smaller than the prior's own moves the weights by a few percent of their length at most.

@@ -6,19 +6,13 @@ Laplace approximation expands, whose loss is exactly its negative log joint over
 measured and reported: the gradient of the log joint over all training images.
 
 Images, keys and schedules are pure functions of (seed, step), and the state of a step is all that a checkpoint
-holds, so a run interrupted after any step continues to the same numbers::
-
-    workdir/train/step_XXXXXXXX/   checkpoints (see `steps`)
-    workdir/log.jsonl              one record per epoch; cut back to the checkpoint when a run is resumed
+holds, so a run interrupted after any step continues to the same numbers. What is on disk: see `record`.
 """
 
-import dataclasses
-import json
 import math
-import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,54 +21,32 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from bnnlaplace.checkpoint import CheckpointError, load_pytree
 from training import interruption, progress
 from training.batch_statistics import make_moments, population_statistics
-from training.batches import Plan, fixed_order
+from training.batches import Plan, fixed_order, weighted_batches
 from training.config import Config
 from training.data import ImageData, Split, augment, normalise
 from training.errors import Interrupted, UserError
 from training.objective import Batches, JointGradient, Network, evaluate, joint_gradient, make_network
-from training.steps import list_steps, load_newest, save_step
+from training.record import (
+    Journal,
+    TrainResult,
+    append_log,
+    load_progress,
+    result_of,
+    rewrite_log,
+    save_progress,
+)
+from training.steps import list_steps
 from training.train_step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
 
 CHECKPOINTS = 10
 CHECKPOINT_SECONDS = 10.0
-LOG_FILE = "log.jsonl"
 
 # The host prepares batches while the device computes, but no further ahead than this, so that a run stops promptly.
 STEPS_IN_FLIGHT = 2
 
 UpdatePrior = Callable[[Any, Any, float, int], float]
-
-
-class TrainResult(NamedTuple):
-    """A trained network and the record of its training."""
-
-    params: Any
-    batch_stats: Any
-    prior_precision: float
-    history: list[dict[str, Any]]
-    """Per epoch: epoch, phase, loss, accuracy, validation_nll, validation_accuracy, prior_precision, learning_rate,
-    gradient_norm (of the log joint, at the end of each phase; otherwise None), seconds."""
-    joint_gradient_norm: float
-    """Norm of the gradient of log p(D, theta), in nats per unit of weight."""
-    joint_gradient_to_prior: float
-    """The same over the norm of the prior's part of that gradient, prior_precision * |theta|."""
-    joint_gradient_to_initial: float
-    """The same over its value at initialisation."""
-
-
-@dataclasses.dataclass
-class _Journal:
-    """What a run remembers beside its arrays; a checkpoint's metadata."""
-
-    step: int = 0
-    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    epoch_seconds: float = 0.0
-    initial_gradient_norm: float = math.nan
-    gradient_norm: float = math.nan
-    prior_gradient_norm: float = math.nan
 
 
 class _Run(NamedTuple):
@@ -140,7 +112,7 @@ def train(
     """
     run = _prepare(config, data, module, workdir, console, update_prior)
     state, journal = (_restore(run) if resume else None) or _begin(run)
-    _write_log(run, journal)
+    rewrite_log(workdir, journal.history)
     with (
         interruption.watch() as interrupted,
         progress.show(console, journal.step, run.plan.total_steps, run.plan.total_epochs) as display,
@@ -159,29 +131,7 @@ def train(
             if _checkpoint_is_due(run.plan, journal, time.monotonic() - saved_at):
                 _save(run, state, journal)
                 saved_at = time.monotonic()
-    return _result(state, journal)
-
-
-def load_trained(workdir: Path) -> TrainResult:
-    """Read the result of a finished training from its work directory; the arrays are NumPy arrays.
-
-    Raises
-    ------
-    UserError
-        There is none, it is not finished, or a file of it is damaged (the file is named).
-    """
-    checkpoints = list_steps(workdir / "train")
-    if not checkpoints:
-        raise UserError(f"{workdir} must hold a trained network; it holds none; train it with training.fit_van")
-    try:
-        tree, metadata = load_pytree(checkpoints[-1])
-    except CheckpointError as error:
-        raise UserError(f"{error}, or train its last steps again with --resume") from None
-    if not metadata["finished"]:
-        raise UserError(f"the training in {workdir} must be finished; it is not; finish it with --resume")
-    # Containers without leaves, such as the statistics of a network without normalisation, are not in the file.
-    tree.setdefault("batch_stats", {})
-    return _result(TrainState(**tree), _Journal(**metadata["journal"]))
+    return result_of(state, journal)
 
 
 # --- start ----------------------------------------------------------------------------------------------------------
@@ -230,20 +180,19 @@ def _initial_state(run: _Run) -> TrainState:
     return initial_state(params, batch_stats, run.config.optimizer, run.config.prior.precision)
 
 
-def _begin(run: _Run) -> tuple[TrainState, _Journal]:
+def _begin(run: _Run) -> tuple[TrainState, Journal]:
     state = _initial_state(run)
-    return state, _Journal(initial_gradient_norm=_joint_gradient(run, state).norm)
+    return state, Journal(initial_gradient_norm=_joint_gradient(run, state).norm)
 
 
-def _restore(run: _Run) -> tuple[TrainState, _Journal] | None:
+def _restore(run: _Run) -> tuple[TrainState, Journal] | None:
     like = jax.eval_shape(lambda: _initial_state(run))
-    found = load_newest(run.workdir / "train", like, report=lambda message: _say(run, message))
+    found = load_progress(run.workdir, like, report=lambda message: _say(run, message))
     if found is None:
-        _say(run, f"no checkpoint in {run.workdir / 'train'}: starting at the beginning")
+        _say(run, f"no training checkpoint in {run.workdir}: starting at the beginning")
         return None
-    state, metadata = found
-    journal = _Journal(**metadata["journal"])
-    if metadata["finished"]:
+    state, journal, finished = found
+    if finished:
         _say(run, f"training is finished: {journal.step} steps, {len(journal.history)} epochs")
     else:
         _say(run, f"resuming after step {journal.step} of {run.plan.total_steps}")
@@ -254,7 +203,7 @@ def _restore(run: _Run) -> tuple[TrainState, _Journal] | None:
 
 
 def _run_epoch(
-    run: _Run, state: TrainState, journal: _Journal, display: progress.Display, interrupted: Callable[[], bool]
+    run: _Run, state: TrainState, journal: Journal, display: progress.Display, interrupted: Callable[[], bool]
 ) -> TrainState:
     """Take the steps that are left of the present epoch, or fewer if the run is interrupted."""
     started = time.monotonic() - journal.epoch_seconds
@@ -280,7 +229,7 @@ def _run_epoch(
     return state
 
 
-def _end_epoch(run: _Run, state: TrainState, journal: _Journal) -> TrainState:
+def _end_epoch(run: _Run, state: TrainState, journal: Journal) -> TrainState:
     """Evaluate and record a complete epoch; freeze the network after the last of phase "train"; update the prior."""
     started, epoch = time.monotonic(), len(journal.history) + 1
     end_of_phase = journal.step in (run.plan.train_steps, run.plan.total_steps)
@@ -307,16 +256,15 @@ def _end_epoch(run: _Run, state: TrainState, journal: _Journal) -> TrainState:
     record["seconds"] = round(journal.epoch_seconds + time.monotonic() - started, 3)
     journal.history.append(record)
     journal.epoch_seconds = 0.0
-    with (run.workdir / LOG_FILE).open("a") as log:
-        log.write(json.dumps(record) + "\n")
+    append_log(run.workdir, record)
     return state._replace(sums=no_sums())
 
 
 def _freeze(run: _Run, state: TrainState) -> TrainState:
-    def passes() -> Any:
-        return ((images, mask) for images, _, mask in _batches(run, run.data.train))
+    def batches() -> Iterator[tuple[np.ndarray, float]]:
+        return weighted_batches(run.data.train.images, run.plan.batch_size)
 
-    batch_stats = population_statistics(run.moments, state.params, state.batch_stats, passes)
+    batch_stats = population_statistics(run.moments, state.params, state.batch_stats, batches)
     return frozen_state(state, batch_stats, run.config.optimizer)
 
 
@@ -355,40 +303,16 @@ def _require_finite(run: _Run, state: TrainState) -> None:
         )
 
 
-# --- disk and console -----------------------------------------------------------------------------------------------
+def _save(run: _Run, state: TrainState, journal: Journal) -> Path:
+    return save_progress(run.workdir, state, journal, finished=journal.step == run.plan.total_steps)
 
 
-def _checkpoint_is_due(plan: Plan, journal: _Journal, seconds: float) -> bool:
+def _checkpoint_is_due(plan: Plan, journal: Journal, seconds: float) -> bool:
     """At the end, and at most ten times before, no two within ten seconds."""
     every = -(-plan.total_epochs // CHECKPOINTS)
     regular = len(journal.history) % every == 0 and seconds >= CHECKPOINT_SECONDS
     return regular or journal.step == plan.total_steps
 
 
-def _save(run: _Run, state: TrainState, journal: _Journal) -> Path:
-    finished = journal.step == run.plan.total_steps
-    metadata = {"finished": finished, "journal": dataclasses.asdict(journal)}
-    return save_step(run.workdir / "train", journal.step, state, metadata)
-
-
-def _write_log(run: _Run, journal: _Journal) -> None:
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    temporary = run.workdir / f".{LOG_FILE}.writing"
-    temporary.write_text("".join(json.dumps(record) + "\n" for record in journal.history))
-    os.replace(temporary, run.workdir / LOG_FILE)
-
-
 def _say(run: _Run, message: str) -> None:
     run.console.print(message, markup=False, highlight=False, soft_wrap=True)
-
-
-def _result(state: TrainState, journal: _Journal) -> TrainResult:
-    return TrainResult(
-        params=state.params,
-        batch_stats=state.batch_stats,
-        prior_precision=float(state.prior_precision),
-        history=journal.history,
-        joint_gradient_norm=journal.gradient_norm,
-        joint_gradient_to_prior=journal.gradient_norm / journal.prior_gradient_norm,
-        joint_gradient_to_initial=journal.gradient_norm / journal.initial_gradient_norm,
-    )

@@ -17,16 +17,20 @@ Batches = Iterable[tuple[Any, Any, Any]]
 """Images, labels and mask of batches of one shape."""
 
 
+Totals = tuple[jax.Array, jax.Array]
+"""Negative log-likelihood in nats and number of correct predictions, summed over a batch."""
+
+
 class Network(NamedTuple):
-    """The compiled passes over one batch; each compiles at its first call and only then."""
+    """The passes over one batch; each compiles at its first call and only then."""
 
     initialise: Callable[[jax.Array, Any], tuple[Any, Any]]
     """(key, images) -> params, batch_stats"""
     live_gradient: Callable[..., Any]
-    """(params, batch_stats, images, labels, key) -> (nll, (correct, batch_stats)), gradient; to be compiled into a step"""
+    """(params, batch_stats, images, labels, key) -> (nll, (correct, batch_stats)), gradient; compiled with the step"""
     frozen_gradient: Callable[..., Any]
     """(params, batch_stats, images, labels, mask) -> (nll, correct), gradient"""
-    frozen_totals: Callable[..., tuple[jax.Array, jax.Array]]
+    frozen_totals: Callable[..., Totals]
     """(params, batch_stats, images, labels, mask) -> nll, correct"""
 
 
@@ -69,7 +73,7 @@ def make_network(module: nn.Module, prepare: Callable[[Any], Any]) -> Network:
         nll, correct = _totals(logits, labels, np.ones(labels.shape, bool))
         return nll, (correct, updates.get("batch_stats", batch_stats))
 
-    def frozen_totals(params: Any, batch_stats: Any, images: Any, labels: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+    def frozen_totals(params: Any, batch_stats: Any, images: Any, labels: Any, mask: Any) -> Totals:
         logits = module.apply({"params": params, "batch_stats": batch_stats}, prepare(images), train=False)
         return _totals(logits, labels, mask)
 
@@ -81,7 +85,7 @@ def make_network(module: nn.Module, prepare: Callable[[Any], Any]) -> Network:
     )
 
 
-def _totals(logits: jax.Array, labels: Any, mask: Any) -> tuple[jax.Array, jax.Array]:
+def _totals(logits: jax.Array, labels: Any, mask: Any) -> Totals:
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = logits.argmax(-1) == labels
     return jnp.where(mask, nll, 0.0).sum(), (mask & correct).sum(dtype=jnp.int32)
@@ -111,7 +115,8 @@ def joint_gradient(
     prior_norm = _norm(total)
     for images, labels, mask in batches:
         _, gradient = network.frozen_gradient(params, batch_stats, images, labels, mask)
-        total = [one + np.asarray(other, np.float64) for one, other in zip(total, jax.tree.leaves(gradient), strict=True)]
+        terms = jax.tree.leaves(gradient)
+        total = [one + np.asarray(other, np.float64) for one, other in zip(total, terms, strict=True)]
     return JointGradient(_norm(total), prior_norm)
 
 

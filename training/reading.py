@@ -18,7 +18,7 @@ from training.errors import UserError
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-_BATCH = 1000  # Records fetched at a time; the speed does not depend on it beyond a hundred.
+_BATCH = 1000  # Records fetched at a time; bounds the encoded bytes held at once.
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour images of 8 bits.
 
 
@@ -63,9 +63,9 @@ def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tup
     builder = catalog.open_set(name, catalog.data_directory(data_dir))
     splits = builder.info.splits
     if split not in splits:
-        raise UserError(f"the split of {name!r} must be one of: {', '.join(splits)}; got {split!r}; choose one of these")
+        raise UserError(f"the split of {name!r} must be one of: {', '.join(splits)}; got {split!r}; choose another")
     if not splits[split].num_examples:
-        raise UserError(f"the split must hold images; {split!r} of {name!r} is empty; choose one of: {', '.join(splits)}")
+        raise UserError(f"the split must hold images; {split!r} of {name!r} is empty; the set has: {', '.join(splits)}")
     image_key, label_key = _feature_keys(name, builder.info.features)
     shape = builder.info.features[image_key].shape
     try:
@@ -86,11 +86,11 @@ def _feature_keys(name: str, features: "tfds.features.FeaturesDict") -> tuple[st
 
     keys = []
     for kind, usual in ((tfds.features.Image, "image"), (tfds.features.ClassLabel, "label")):
-        candidates = [key for key, feature in features.items() if isinstance(feature, kind)]
+        candidates = sorted(key for key, feature in features.items() if isinstance(feature, kind))
         if len(candidates) != 1 and usual not in candidates:
             raise UserError(
                 f"data set {name!r} must have one {kind.__name__} feature, or one called {usual!r}; it has "
-                f"{', '.join(candidates) or 'none'} among: {', '.join(features)}; use an image-classification set"
+                f"{', '.join(candidates) or 'none'} among: {', '.join(sorted(features))}; use a set that has"
             )
         keys.append(usual if usual in candidates else candidates[0])
     image = features[keys[0]]

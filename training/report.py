@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bnnlaplace import plots
-from bnnlaplace.bootstrap import Interval, paired_differences
+from bnnlaplace.resampling import Interval, paired_differences
 from training.findings import findings, number, precision
 from training.results import (
     KrylovResult,

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from bnnlaplace.bootstrap import Bootstrap, Interval, intervals, paired_differences
 from bnnlaplace.calibration import ReliabilityBins
 from bnnlaplace.plots import PrecisionCurve
+from bnnlaplace.resampling import Bootstrap, Interval, intervals, paired_differences
 from training.errors import UserError
 
 FORMAT_VERSION = 1
@@ -95,7 +95,7 @@ class RunResults:
     methods: Sequence[MethodResult]
     """In the order of the table; the first is MAP, with which the others are compared."""
     curves: Mapping[str, PrecisionCurve]
-    """By structure."""
+    """By structure, named as in `methods`; Lanczos among them."""
     curve_link: str
     """The predictive behind the validation curves: MC or probit."""
     krylov: KrylovResult
@@ -110,6 +110,8 @@ class RunResults:
         labels = [method.label for method in self.methods]
         if not labels or len(set(labels)) < len(labels):
             raise ValueError(f"methods must be at least one, each with a label of its own; got {labels}")
+        if "Lanczos" not in self.curves:
+            raise ValueError(f"curves must hold Lanczos, whose decomposition is `krylov`; got {list(self.curves)}")
 
 
 def difference_from_map(results: RunResults, method: MethodResult) -> dict[str, Interval]:

@@ -225,7 +225,8 @@ def test_a_field_added_later_takes_its_default(tmp_path: Path) -> None:
 def test_differences_name_field_and_both_values() -> None:
     assert describe_difference(UNUSUAL, UNUSUAL) == []
     here = replace(UNUSUAL, seed=6, optimizer=replace(UNUSUAL.optimizer, learning_rate=0.001))
-    assert describe_difference(UNUSUAL, here) == ["seed: 5 there, 6 here", "optimizer.learning_rate: 1 there, 0.001 here"]
+    differences = describe_difference(UNUSUAL, here)
+    assert differences == ["seed: 5 there, 6 here", "optimizer.learning_rate: 1 there, 0.001 here"]
 
 
 def with_pixels(config: Config, mean: Any, std: Any) -> Config:

@@ -18,12 +18,14 @@ import scipy.optimize
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from training import interruption, loop, steps
-from training.batches import Plan, fixed_order
+from training import interruption, loop, record, steps
+from training.batch_statistics import make_moments, population_statistics
+from training.batches import Plan, fixed_order, weighted_batches
 from training.config import Config, Optimizer, Prior
 from training.data import ImageData, Split, epoch_order, normalise
 from training.errors import Interrupted, UserError
-from training.loop import TrainResult, load_trained, train
+from training.loop import train
+from training.record import TrainResult, load_trained
 
 # 26 images in batches of 8: no epoch ends with a batch. Steps end epochs at 4, 7, 10 (train), 14, 17 (polish).
 CONFIG = Config(
@@ -74,8 +76,16 @@ def make_data() -> ImageData:
 DATA = make_data()
 
 
-def run(workdir: Path, config: Config = CONFIG, *, resume: bool = False, output: io.StringIO | None = None, **kwargs: Any):
-    module = kwargs.pop("module", Network())
+def run(
+    workdir: Path,
+    config: Config = CONFIG,
+    *,
+    module: nn.Module | None = None,
+    resume: bool = False,
+    output: io.StringIO | None = None,
+    **kwargs: Any,
+) -> TrainResult:
+    module = Network() if module is None else module
     console = Console(file=output or io.StringIO(), width=200)
     return train(config, DATA, module, workdir=workdir, resume=resume, console=console, **kwargs)
 
@@ -214,7 +224,7 @@ def test_a_finished_run_is_returned_without_training(finished, monkeypatch: pyte
 def test_regular_checkpoints_keep_the_newest_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(loop, "save_step", lambda *args: saved.append(args[1]) or steps.save_step(*args))
+    monkeypatch.setattr(record, "save_step", lambda *args: saved.append(args[1]) or steps.save_step(*args))
     run(tmp_path)
     assert saved == [4, 7, 10, 14, 17]
     assert [path.name for path in steps.list_steps(tmp_path / "train")] == ["step_00000014", "step_00000017"]
@@ -260,7 +270,8 @@ def test_history_describes_every_epoch(finished) -> None:
     assert result.history[-1]["gradient_norm"] == result.joint_gradient_norm
     rates = [record["learning_rate"] for record in result.history]
     assert rates[0] == pytest.approx(0.02) and rates[3] > rates[4] and rates[2] < rates[1]
-    correct = [record["accuracy"] * 8 * steps for record, steps in zip(result.history, [4, 3, 3, 4, 3], strict=True)]
+    images = 8 * np.array([4, 3, 3, 4, 3])
+    correct = images * [record["accuracy"] for record in result.history]
     np.testing.assert_allclose(correct, np.round(correct), atol=1e-9)
 
 
@@ -283,6 +294,14 @@ def test_validation_numbers_are_those_of_the_final_network(finished) -> None:
     predicted = apply(Network(), result, DATA.validation.images).argmax(-1)
     assert result.history[-1]["validation_nll"] == pytest.approx(-log_likelihood / 10, rel=1e-5)
     assert result.history[-1]["validation_accuracy"] == np.mean(predicted == DATA.validation.labels)
+
+
+def test_weighted_batches_add_up_to_the_images() -> None:
+    batches = list(weighted_batches(DATA.train.images, 8))
+    assert [weight for _, weight in batches] == [1.0, 1.0, 1.0, 1.0, -0.75]
+    assert {images.shape for images, _ in batches} == {(8, 2, 2, 1)}
+    total = sum(weight * images.sum(dtype=np.float64) for images, weight in batches)
+    assert total == DATA.train.images.sum(dtype=np.float64)
 
 
 @pytest.fixture(scope="module")
@@ -310,8 +329,9 @@ def test_the_joint_gradient_is_that_of_the_log_joint(standing: TrainResult) -> N
     assert standing.joint_gradient_to_prior == pytest.approx(squares**0.5 / (2.5 * weights**0.5), rel=1e-5)
 
 
-def test_frozen_statistics_are_those_of_the_whole_training_set(standing: TrainResult) -> None:
-    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), standing.params)
+def exact_statistics(params: Any) -> Any:
+    """Mean and variance of both layers' inputs over all images, layer by layer in float64."""
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
 
     def dense(name: str, inputs: np.ndarray) -> np.ndarray:
         return inputs @ params[name]["kernel"] + params[name]["bias"]
@@ -323,10 +343,38 @@ def test_frozen_statistics_are_those_of_the_whole_training_set(standing: TrainRe
     first = statistics(first_input)
     x = (first_input - first["mean"]) / np.sqrt(first["var"] + 1e-5)
     x = np.maximum(x * params["BatchNorm_0"]["scale"] + params["BatchNorm_0"]["bias"], 0.0)
-    expected = {"BatchNorm_0": first, "BatchNorm_1": statistics(x + dense("Dense_1", x))}
-    assert jax.tree.structure(standing.batch_stats) == jax.tree.structure(expected)
-    for actual, exact in zip(jax.tree.leaves(standing.batch_stats), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=1e-6)
+    return {"BatchNorm_0": first, "BatchNorm_1": statistics(x + dense("Dense_1", x))}
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_statistics_are_those_of_the_whole_training_set(standing: TrainResult) -> None:
+    assert_close(standing.batch_stats, exact_statistics(standing.params))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_population_statistics_in_small_batches_and_any_layout(batch_first: bool, standing: TrainResult) -> None:
+    class Transposed(Network):
+        """The same network with channels first and images last."""
+
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+            def normalised(x: jax.Array) -> jax.Array:
+                layer = nn.BatchNorm(use_running_average=True, axis=0)
+                return jnp.moveaxis(layer(jnp.moveaxis(x, (0, 3), (3, 0))), (3, 0), (0, 3))
+
+            x = nn.relu(normalised(nn.Dense(5)(x)))
+            return normalised(x + nn.Dense(5)(x))
+
+    module = Network() if batch_first else Transposed()
+    moments = make_moments(module, lambda images: normalise(images, DATA.mean, DATA.std))
+    start = jax.tree.map(lambda leaf: np.full_like(leaf, 0.7), standing.batch_stats)
+    batches = lambda: weighted_batches(DATA.train.images, 8)  # noqa: E731
+    assert_close(population_statistics(moments, standing.params, start, batches), exact_statistics(standing.params))
 
 
 def test_batch_statistics_of_another_layer_are_refused(tmp_path: Path) -> None:

@@ -98,6 +98,13 @@ def test_labels_outside_the_classes_are_refused(write_set, examples):
         load_split("tiny", "train", directory)
 
 
+def test_labels_beyond_the_last_class_are_refused(write_set, examples):
+    directory = write_set("tiny", {"train": examples(4)})
+    (directory / "tiny/1.0.0/label.labels.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="in 0 to 1; 1 of 4 in split 'train' do not, the first is 2 at index 2"):
+        load_split("tiny", "train", directory)
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:70_000])
 

@@ -1,0 +1,72 @@
+"""Evaluate a finished run again, on another split or other out-of-distribution images.
+
+    python -m training.evaluate checkpoints/van_digits --split test --ood inverted
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from training import config_io, heldout, loop, posteriors, program
+from training.data import load
+from training.errors import UserError
+from training.models import van
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Evaluate a finished run again, from its work directory alone.
+
+    Writes metrics.json, report.html and figures to WORKDIR/evaluation-SPLIT-OOD.
+    """
+
+    workdir: Annotated[Path, tyro.conf.Positional]
+    """The work directory of a run of training.fit_van."""
+    split: Literal["test", "validation"] | None = None
+    """The split to evaluate on; default: as in the run."""
+    ood: str | None = None
+    """Out-of-distribution images: inverted, noise, or a prepared TFDS set; default: as in the run."""
+    data_dir: Path | None = None
+    """The TFDS data directory, if it is another one than in the run."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    return program.run(lambda console: evaluate(sys.argv[1:] if argv is None else argv, console))
+
+
+def evaluate(argv: Sequence[str], console: Console) -> None:
+    """Read config, weights and posteriors back, verified, and evaluate them."""
+    arguments = tyro.cli(Arguments, args=list(argv), prog="python -m training.evaluate")
+    config = config_io.load_saved_config(arguments.workdir)
+    chosen = {name: value for name in ("split", "ood") if (value := getattr(arguments, name)) is not None}
+    config = dataclasses.replace(
+        config,
+        evaluation=dataclasses.replace(config.evaluation, **chosen),
+        data=dataclasses.replace(config.data, dir=arguments.data_dir or config.data.dir),
+    )
+    watch = program.Stopwatch(console)
+    with watch.stage("data"):
+        trained = loop.load_trained(arguments.workdir)
+        data = load(config.data)
+        module = van.from_config(config.model, len(data.class_names))
+        network = posteriors.make_network(module, trained.params, trained.batch_stats)
+        fitted = posteriors.load(arguments.workdir, network, console)
+        if fitted is None:
+            raise UserError(
+                f"{arguments.workdir} must hold fitted posteriors; it does not; "
+                f"fit them with: python -m training.fit_van --resume --workdir {arguments.workdir} and the run's options"
+            )
+    with watch.stage("evaluation"):
+        results = heldout.evaluate(config, data, trained, fitted, watch.seconds)
+    directory = arguments.workdir / f"evaluation-{config.evaluation.split}-{config.evaluation.ood}"
+    program.write_results(directory, results, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Train a Visual Attention Network, put both Laplace posteriors on it, and evaluate them on held-out images.
+
+    python -m training.fit_van --config configs/van_digits.py --workdir checkpoints/van_digits --seed 1
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from training import config_io, heldout, loop, posteriors, program
+from training.data import load
+from training.models import van
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns its exit status."""
+    return program.run(lambda console: fit(sys.argv[1:] if argv is None else argv, console))
+
+
+def fit(argv: Sequence[str], console: Console) -> None:
+    """Data, training, posteriors, evaluation, report."""
+    arguments = config_io.parse(argv, "python -m training.fit_van")
+    watch = program.Stopwatch(console)
+    with watch.stage("data"):
+        data = load(arguments.settings.data)
+        measured = dataclasses.replace(arguments.settings.data, mean=data.mean, std=data.std)
+        config = dataclasses.replace(arguments.settings, data=measured)
+        module = van.from_config(config.model, len(data.class_names))
+        workdir = arguments.workdir
+        config = config_io.open_workdir(workdir, config, arguments.resume)
+    with watch.stage("training"):
+        trained = loop.train(
+            config,
+            data,
+            module,
+            workdir=workdir,
+            resume=arguments.resume,
+            console=console,
+            update_prior=posteriors.online_update(config, data, module),
+        )
+    network = posteriors.make_network(module, trained.params, trained.batch_stats)
+    with watch.stage("posterior"):
+        fitted = posteriors.load(workdir, network, console) if arguments.resume else None
+        if fitted is None:
+            fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
+            posteriors.save(workdir, fitted)
+    with watch.stage("evaluation"):
+        results = heldout.evaluate(config, data, trained, fitted, watch.seconds)
+    program.write_results(workdir, results, console)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Held-out evaluation of a trained network and its posteriors: from logits to a `RunResults` record."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bnnlaplace import Laplace, Network, calibration, predictive
+from bnnlaplace.plots import PrecisionCurve
+from bnnlaplace.tree import size
+from training.config import Config
+from training.data import ImageData, Split, normalise, out_of_distribution
+from training.loop import TrainResult
+from training.results import KrylovResult, MethodResult, RunResults
+
+_CURVE_STREAM, _SAMPLE_STREAM = 201, 202
+LINKS = {"MC": "mc", "probit": "probit"}
+
+
+def evaluate(
+    config: Config,
+    data: ImageData,
+    trained: TrainResult,
+    posteriors: Mapping[str, Laplace],
+    seconds: Mapping[str, float],
+) -> RunResults:
+    """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
+
+    The temperature and the second precision (the lowest NLL of the Monte Carlo predictive on a grid) are chosen on the
+    validation images; the first precision is the maximiser of the evidence.
+    """
+    network = next(iter(posteriors.values())).network
+    split: Split = getattr(data, config.evaluation.split)
+    foreign = out_of_distribution(config.evaluation.ood, split, config.data.dir, config.seed)
+    validation = normalise(data.validation.images, data.mean, data.std)
+    held_out = _HeldOut(
+        config, normalise(split.images, data.mean, data.std), split.labels, normalise(foreign, data.mean, data.std)
+    )
+    curves = {name: precision_curve(config, la, validation, data.validation.labels) for name, la in posteriors.items()}
+    methods = [
+        *held_out.point_predictions(network, validation, data.validation.labels),
+        *(
+            method
+            for name, la in posteriors.items()
+            for choice, precision in _choices(curves[name])
+            for method in held_out.posterior_predictions(name, choice, la.with_prior_precision(precision))
+        ),
+    ]
+    return RunResults(
+        data=config.data.name,
+        num_images={name: len(getattr(data, name).labels) for name in ("train", "validation", "test")},
+        split=config.evaluation.split,
+        ood=config.evaluation.ood,
+        num_weights=size(network.params),
+        seed=config.seed,
+        config=dataclasses.asdict(config),
+        seconds=seconds,
+        methods=methods,
+        curves=curves,
+        curve_link="MC",
+        krylov=krylov_result(config, posteriors["Lanczos"], curves["Lanczos"].evidence_optimum),
+        history=trained.history,
+        gradient_norm=trained.joint_gradient_norm,
+        prior_gradient_norm=trained.joint_gradient_norm / trained.joint_gradient_to_prior,
+    )
+
+
+def precision_curve(config: Config, la: Laplace, images: np.ndarray, labels: np.ndarray) -> PrecisionCurve:
+    """Evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima."""
+    settings = config.evaluation
+    grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
+    evidence = la.evidence_curve(grid).log_marginal_likelihood
+    optimum = la.evidence_optimum()
+    heldout = la.validation_curve(
+        images,
+        labels,
+        grid,
+        key=_key(config, _CURVE_STREAM),
+        num_samples=config.curvature.num_probes,
+        microbatch=config.curvature.microbatch,
+    )
+    return PrecisionCurve(
+        precision=grid,
+        log_evidence=evidence.mean,
+        log_evidence_sem=evidence.sem,
+        validation_nll=heldout.negative_log_likelihood,
+        validation_ece=heldout.expected_calibration_error,
+        evidence_optimum=optimum.prior_precision,
+        evidence_optimum_low=optimum.low,
+        evidence_optimum_high=optimum.high,
+        nll_optimum=float(grid[np.argmin(heldout.negative_log_likelihood)]),
+    )
+
+
+def krylov_result(config: Config, la: Laplace, prior_precision: float) -> KrylovResult:
+    """What the decomposition cost and how far it can be off, at one prior precision."""
+    structure = la.structure
+    error = structure.error(prior_precision)
+    upper = float(structure.log_determinant(prior_precision).mean())
+    return KrylovResult(
+        depth=len(structure.ritz.values) // structure.num_probes,
+        num_vectors=len(structure.ritz.values),
+        num_probes=structure.num_probes,
+        converged=error.sample <= config.curvature.tolerance,
+        sample_error_bound=error.sample,
+        log_det_low=upper - error.log_determinant,
+        log_det_high=upper,
+        ritz_values=np.asarray(structure.ritz.values),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeldOut:
+    """Images to evaluate on; every method sees the same ones and the same resamples."""
+
+    config: Config
+    images: np.ndarray
+    labels: np.ndarray
+    foreign: np.ndarray
+
+    def point_predictions(self, network: Network, validation: np.ndarray, labels: np.ndarray) -> Iterator[MethodResult]:
+        """MAP, and MAP with the temperature that validation chooses."""
+        logits, foreign, chosen_on = (
+            np.asarray(predictive.outputs(network, x, microbatch=self.config.curvature.microbatch), np.float64)
+            for x in (self.images, self.foreign, validation)
+        )
+        yield self._result(_softmax(logits), _softmax(foreign), structure="MAP")
+        fitted = calibration.fit_temperature(chosen_on, labels).temperature
+        yield self._result(_softmax(logits / fitted), _softmax(foreign / fitted), structure="MAP", temperature=fitted)
+
+    def posterior_predictions(self, name: str, choice: str, la: Laplace) -> Iterator[MethodResult]:
+        """One posterior at one prior precision, through each link."""
+        for link, link_approx in LINKS.items():
+            probs, foreign = (
+                _distributions(
+                    la.predictive(
+                        x,
+                        link_approx=link_approx,
+                        key=_key(self.config, _SAMPLE_STREAM),
+                        num_samples=self.config.curvature.num_probes,
+                        microbatch=self.config.curvature.microbatch,
+                    )
+                )
+                for x in (self.images, self.foreign)
+            )
+            yield self._result(
+                probs, foreign, structure=name, prior_choice=choice, prior_precision=float(la.prior_precision), link=link
+            )
+
+    def _result(self, probs: np.ndarray, foreign: np.ndarray, **description: Any) -> MethodResult:
+        settings = self.config.evaluation
+        return MethodResult(
+            bootstrap=calibration.bootstrap(
+                probs,
+                self.labels,
+                foreign,
+                seed=self.config.seed,
+                num_bins=settings.bins,
+                resamples=settings.resamples,
+            ),
+            reliability=calibration.reliability_bins(probs, self.labels, settings.bins),
+            **description,
+        )
+
+
+def _choices(curve: PrecisionCurve) -> list[tuple[str, float]]:
+    return [("evidence", curve.evidence_optimum), ("validation NLL", curve.nll_optimum)]
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def _distributions(probs: Any) -> np.ndarray:
+    """Rows that sum to one in double precision too."""
+    probs = np.asarray(probs, np.float64)
+    return probs / probs.sum(axis=1, keepdims=True)
+
+
+def _key(config: Config, stream: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), stream)

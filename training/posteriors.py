@@ -1,0 +1,107 @@
+"""The two Laplace posteriors of a run: the diagonal GGN and the Lanczos one, fitted on the training images."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from rich.console import Console
+
+from bnnlaplace import Laplace, Network
+from bnnlaplace.checkpoint import CheckpointError
+from bnnlaplace.structure import KrylovError, KrylovStructure
+from training.config import Config
+from training.data import ImageData, normalise
+from training.shuffle import stratified_indices
+
+# Display name -> hessian_structure of Laplace, in the order of tables.
+STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}
+
+# Online updates move the prior precision within these bounds: a layer whose weights have died, or weights hardly
+# trained yet, can send the maximiser to zero or infinity.
+ONLINE_RANGE = (1e-3, 1e3)
+_PROBE_STREAM, _SUBSET_STREAM = 101, 102
+
+
+def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
+    """The trained module in inference mode: batch statistics frozen, drop-path off."""
+    return Network.from_linen(module, {"params": params, "batch_stats": batch_stats}, train=False)
+
+
+def fit(config: Config, data: ImageData, network: Network, prior_precision: float, console: Console) -> dict[str, Laplace]:
+    """Fit both structures on all training images, unaugmented and in fixed order.
+
+    Each comes back at the prior precision of training; `Laplace.optimize_prior_precision` moves it.
+    """
+    images = normalise(data.train.images, data.mean, data.std)
+    posteriors = {}
+    for name, structure in STRUCTURES.items():
+        la = Laplace(network, hessian_structure=structure, prior_precision=prior_precision)
+        posteriors[name] = la.fit(
+            (images, data.train.labels),
+            key=probe_key(config),
+            num_probes=config.curvature.num_probes,
+            max_vectors=config.curvature.max_vectors,
+            tolerance=config.curvature.tolerance,
+            microbatch=config.curvature.microbatch,
+            on_block=lambda structure, error: _report_block(console, config, structure, error),
+        )
+    return posteriors
+
+
+def probe_key(config: Config) -> jax.Array:
+    """Seeds the probes of the decomposition."""
+    return jax.random.fold_in(jax.random.key(config.seed), _PROBE_STREAM)
+
+
+def save(workdir: Path, posteriors: dict[str, Laplace]) -> None:
+    """Write each posterior under `workdir/laplace`, verified on reading."""
+    for name, la in posteriors.items():
+        la.save(workdir / "laplace" / name)
+
+
+def load(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
+    """Read what `save` wrote; None, with a word on the console where a file is damaged, if it must be fitted again."""
+    try:
+        return {name: Laplace.load(workdir / "laplace" / name, network) for name in STRUCTURES}
+    except CheckpointError as error:
+        if (workdir / "laplace").exists():
+            console.print(f"fitting the posterior again: {error}", style="yellow", highlight=False)
+        return None
+
+
+def online_update(config: Config, data: ImageData, module: nn.Module) -> Callable[[Any, Any, float, int], float]:
+    """The `update_prior` of `training.loop.train`: the maximiser of the Lanczos evidence on a subset of the images.
+
+    The subset is stratified, the same in every call; log likelihood and curvature are scaled to all training images.
+    """
+    count = min(config.prior.examples, len(data.train.labels))
+    chosen = np.sort(stratified_indices(data.train.labels, count, (config.seed + _SUBSET_STREAM) % 2**63))
+    images = normalise(data.train.images[chosen], data.mean, data.std)
+    labels = data.train.labels[chosen]
+
+    def update(params: Any, batch_stats: Any, precision: float, epoch: int) -> float:
+        la = Laplace(make_network(module, params, batch_stats), prior_precision=precision).fit(
+            (images, labels),
+            key=jax.random.fold_in(probe_key(config), epoch),
+            num_data=len(data.train.labels),
+            num_probes=min(16, config.curvature.num_probes),
+            max_vectors=config.curvature.max_vectors // 2,
+            tolerance=4 * config.curvature.tolerance,
+            microbatch=config.curvature.microbatch,
+        )
+        return float(np.clip(la.evidence_optimum().prior_precision, *ONLINE_RANGE))
+
+    return update
+
+
+def _report_block(console: Console, config: Config, structure: KrylovStructure, error: KrylovError) -> None:
+    done = "" if error.sample > config.curvature.tolerance else ", converged"
+    console.print(
+        f"  {len(structure.ritz.values):4d} vectors: at precision {error.prior_precision:.3g} the error of a sample is "
+        f"at most {error.sample:.2g}, of the log-determinant {error.log_determinant:.2g}{done}",
+        style="dim",
+        highlight=False,
+    )

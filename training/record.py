@@ -1,0 +1,123 @@
+"""What a training run leaves in its work directory, and how it is read again.
+
+::
+
+    workdir/train/step_XXXXXXXX/   the state after a step, with the journal as metadata (see `steps`)
+    workdir/log.jsonl              the journal's history, one record per epoch
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bnnlaplace.checkpoint import CheckpointError, load_pytree
+from training.errors import UserError
+from training.steps import list_steps, load_newest, save_step
+from training.train_step import TrainState
+
+LOG_FILE = "log.jsonl"
+
+
+class TrainResult(NamedTuple):
+    """A trained network and the record of its training."""
+
+    params: Any
+    batch_stats: Any
+    prior_precision: float
+    history: list[dict[str, Any]]
+    """Per epoch: epoch, phase, loss, accuracy, validation_nll, validation_accuracy, prior_precision (during the
+    epoch), learning_rate (of its last step), gradient_norm (of the log joint, at the end of each phase; otherwise
+    None), seconds."""
+    joint_gradient_norm: float
+    """Norm of the gradient of log p(D, theta), in nats per unit of weight."""
+    joint_gradient_to_prior: float
+    """The same over the norm of the prior's part of that gradient, prior_precision * |theta|."""
+    joint_gradient_to_initial: float
+    """The same over its value at initialisation."""
+
+
+@dataclasses.dataclass
+class Journal:
+    """What a run remembers beside its arrays; all of it JSON."""
+
+    step: int = 0
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    epoch_seconds: float = 0.0
+    """Spent on the present epoch so far."""
+    initial_gradient_norm: float = math.nan
+    gradient_norm: float = math.nan
+    prior_gradient_norm: float = math.nan
+
+
+def result_of(state: TrainState, journal: Journal) -> TrainResult:
+    """The result of a finished run."""
+    return TrainResult(
+        params=state.params,
+        batch_stats=state.batch_stats,
+        prior_precision=float(state.prior_precision),
+        history=journal.history,
+        joint_gradient_norm=journal.gradient_norm,
+        joint_gradient_to_prior=journal.gradient_norm / journal.prior_gradient_norm,
+        joint_gradient_to_initial=journal.gradient_norm / journal.initial_gradient_norm,
+    )
+
+
+def load_trained(workdir: Path) -> TrainResult:
+    """Read the result of a finished training from its work directory; the arrays are NumPy arrays.
+
+    Raises
+    ------
+    UserError
+        There is none, it is not finished, or a file of it is damaged (the file is named).
+    """
+    checkpoints = list_steps(workdir / "train")
+    if not checkpoints:
+        raise UserError(f"{workdir} must hold a trained network; it holds none; train it with training.fit_van")
+    try:
+        tree, metadata = load_pytree(checkpoints[-1])
+    except CheckpointError as error:
+        raise UserError(f"{error}, or train its last steps again with --resume") from None
+    if not metadata["finished"]:
+        raise UserError(f"the training in {workdir} must be finished; it is not; finish it with --resume")
+    # Containers without leaves, such as the statistics of a network without normalisation, are not in the file.
+    tree.setdefault("batch_stats", {})
+    return result_of(TrainState(**tree), Journal(**metadata["journal"]))
+
+
+def save_progress(workdir: Path, state: TrainState, journal: Journal, finished: bool) -> Path:
+    """Write a step checkpoint."""
+    metadata = {"finished": finished, "journal": dataclasses.asdict(journal)}
+    return save_step(workdir / "train", journal.step, state, metadata)
+
+
+def load_progress(
+    workdir: Path, like: TrainState, report: Callable[[str], None]
+) -> tuple[TrainState, Journal, bool] | None:
+    """Read the newest good step checkpoint: state, journal, and whether the training is finished."""
+    found = load_newest(workdir / "train", like, report=report)
+    if found is None:
+        return None
+    state, metadata = found
+    return state, Journal(**metadata["journal"]), metadata["finished"]
+
+
+def rewrite_log(workdir: Path, history: list[dict[str, Any]]) -> None:
+    """Make the log hold these records and no others."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / f".{LOG_FILE}.writing"
+    temporary.write_text("".join(_line(record) for record in history))
+    os.replace(temporary, workdir / LOG_FILE)
+
+
+def append_log(workdir: Path, record: dict[str, Any]) -> None:
+    """Add the record of an epoch to the log."""
+    with (workdir / LOG_FILE).open("a") as log:
+        log.write(_line(record))
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record) + "\n"
