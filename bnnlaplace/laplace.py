@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace import calibration, checkpoint, evidence, predictive, prior
-from bnnlaplace.curvature import microbatch as mb
+from bnnlaplace import calibration, checkpoint, evidence, mode, predictive, prior
 from bnnlaplace.likelihood import Likelihood, check_targets, resolve
 from bnnlaplace.network import Network
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KrylovError, KrylovStructure
@@ -165,7 +164,9 @@ class Laplace:
             raise ValueError(f"a network's outputs must have shape (B, C); got {shape} for {len(x)} examples")
         check_targets(self.likelihood, shape, y)
         scale = 1.0 if num_data is None else num_data / len(x)
-        value, gradient = _log_likelihood(self.network, self.likelihood, x, y, microbatch=microbatch)
+        value, gradient = _log_likelihood(
+            self.network, self.likelihood, self.network.params, x, y, microbatch=microbatch
+        )
         if not bool(jnp.isfinite(value) & jnp.isfinite(gradient).all()):
             raise ValueError(
                 "fit: the log likelihood or its gradient is not finite at these weights and data; look for NaN or "
@@ -399,23 +400,7 @@ class Laplace:
         return next(iter(structure.function_samples(pushforward, key, num_samples, [self.prior_precision])))
 
 
-@partial(jax.jit, static_argnames="microbatch")
-def _log_likelihood(
-    network: Network, likelihood: Likelihood, x: Array, y: Array, *, microbatch: int
-) -> tuple[Float[Array, ""], Float[Array, " P"]]:
-    """sum_n log p(y_n | f_n) and its gradient in the weights, a microbatch at a time."""
-    batches = mb.split(x, microbatch, ravel(network.params).dtype)
-    targets = mb.split(y, microbatch, ravel(network.params).dtype).inputs
-
-    def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> Array:
-        return jnp.sum(batch.weights * likelihood.log_prob(network(params, batch.inputs), targets))
-
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(value)(network.params, *part)), None
-
-    zero = jnp.zeros((), batches.weights.dtype), jax.tree.map(jnp.zeros_like, network.params)
-    (total, gradient), _ = jax.lax.scan(add, zero, (batches, targets))
-    return total, ravel(gradient)
+_log_likelihood = jax.jit(mode.log_likelihood, static_argnames="microbatch")
 
 
 def _as_arrays(data: tuple[Array, Array] | Iterable[tuple[Array, Array]]) -> tuple[Array, Array]:

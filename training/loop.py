@@ -33,12 +33,15 @@ from training.record import (
     TrainResult,
     append_log,
     load_progress,
+    load_trained,
     result_of,
     rewrite_log,
     save_progress,
 )
 from training.steps import list_steps
 from training.train_step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
+
+__all__ = ["TrainResult", "UpdatePrior", "load_trained", "train"]
 
 CHECKPOINTS = 10
 CHECKPOINT_SECONDS = 10.0

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,16 @@ def test_a_second_signal_stops_at_once_and_handlers_return(capfd: pytest.Capture
     assert capfd.readouterr().err.count("stopping after this step") == 1
 
 
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    def ask() -> tuple[bool, Any]:
+        with interruption.watch() as interrupted:
+            return interrupted(), signal.getsignal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(ask).result() == (False, before)
+
+
 # --- the finished run -----------------------------------------------------------------------------------------------
 
 
@@ -275,9 +286,9 @@ def test_history_describes_every_epoch(finished) -> None:
     np.testing.assert_allclose(correct, np.round(correct), atol=1e-9)
 
 
-def apply(module: nn.Module, result: TrainResult, images: np.ndarray, **kwargs: Any) -> Any:
+def apply(module: nn.Module, result: TrainResult, images: np.ndarray) -> Any:
     variables = {"params": result.params, "batch_stats": result.batch_stats}
-    return module.apply(variables, normalise(images, DATA.mean, DATA.std), **kwargs)
+    return jax.jit(module.apply)(variables, normalise(images, DATA.mean, DATA.std))
 
 
 def log_joint_terms(module: nn.Module, result: TrainResult, data: Split) -> tuple[float, float]:
@@ -318,12 +329,14 @@ def test_the_loss_is_the_negative_log_joint_over_the_number_of_images(standing: 
 
 
 def test_the_joint_gradient_is_that_of_the_log_joint(standing: TrainResult) -> None:
-    def log_joint(params: Any) -> jax.Array:
+    @jax.jit
+    @jax.grad
+    def gradient(params: Any) -> jax.Array:
         logits = apply(Network(), standing._replace(params=params), DATA.train.images)
         log_likelihood = jax.nn.log_softmax(logits)[jnp.arange(26), DATA.train.labels].sum()
         return log_likelihood - 1.25 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
-    squares = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(jax.grad(log_joint)(standing.params)))
+    squares = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradient(standing.params)))
     _, weights = log_joint_terms(Network(), standing, DATA.train)
     assert standing.joint_gradient_norm == pytest.approx(squares**0.5, rel=1e-5)
     assert standing.joint_gradient_to_prior == pytest.approx(squares**0.5 / (2.5 * weights**0.5), rel=1e-5)

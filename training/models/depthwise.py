@@ -256,7 +256,7 @@ def _gradient_transpose_y(ct: Array, x: Array, y: Any, *, window: tuple[int, int
     return _summed_like(y, _conv_p.bind(x, ct, **params))
 
 
-def _batch(primitive: Primitive, operands: tuple[Array, ...], axes: tuple[Any, ...], **params: Any) -> tuple[Array, int]:
+def _batch(primitive: Primitive, operands: tuple[Array, ...], axes: tuple[int | None, ...], **params: Any) -> Any:
     """Fold the mapped axis into G; an operand that is neither mapped nor grouped stays shared."""
     moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True)]
     size = next(a.shape[0] for a, axis in zip(moved, axes, strict=True) if axis is not None)

@@ -11,7 +11,7 @@ slowest, and depthwise convolutions are fastest (see `training.models.depthwise`
 
 import math
 from dataclasses import dataclass, fields
-from typing import get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,7 +38,8 @@ class VANVariant:
     stem_stride: int = 4
     """Stride of the first patch embedding; the later ones have kernel 3 and stride 2."""
     image_shape: tuple[int, int, int] = (224, 224, 3)
-    """The height, width and channels it was designed for; others work from the product of the strides upwards."""
+    """The height, width and channels it is meant for. Any other will do that is no smaller than the product of the
+    strides."""
 
 
 _SMALL = (32, 64, 160, 256)
@@ -46,6 +47,7 @@ _MEDIUM = (64, 128, 320, 512)
 _LARGE = (96, 192, 480, 768)
 _RATIOS = (8, 8, 4, 4)
 
+# B0 to B6 are the official sizes.
 VARIANTS: dict[str, VANVariant] = {
     "b0": VANVariant(_SMALL, (3, 3, 5, 2), _RATIOS),
     "b1": VANVariant(_MEDIUM, (2, 2, 4, 2), _RATIOS),
@@ -54,36 +56,30 @@ VARIANTS: dict[str, VANVariant] = {
     "b4": VANVariant(_MEDIUM, (3, 6, 40, 3), _RATIOS),
     "b5": VANVariant(_LARGE, (3, 3, 24, 3), _RATIOS),
     "b6": VANVariant((96, 192, 384, 768), (6, 6, 90, 6), _RATIOS),
-    "cifar": VANVariant((32, 64, 128), (1, 1, 1), (4, 4, 3), 3, 2, (32, 32, 3)),
+    "cifar": VANVariant((32, 64, 96), (1, 2, 1), (4, 4, 2), 3, 2, (32, 32, 3)),
     "digits": VANVariant((16, 32), (1, 1), (4, 2), 3, 2, (8, 8, 1)),
 }
 
 
-def _per_channel(v: Array) -> Array:
-    """(C,) against (C, H, W, N)."""
-    return v[:, None, None, None]
-
-
 class Pointwise(nn.Module):
-    """A linear map of the channels, W' x + b: (C, ...) to (features, ...)."""
+    """A linear map of the channels: (C, ...) to (features, ...)."""
 
     features: int
-    kernel_std: float | None = None
+    kernel_std: float
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        std = math.sqrt(2 / self.features) if self.kernel_std is None else self.kernel_std
-        kernel = self.param("kernel", nn.initializers.normal(std), (x.shape[0], self.features))
+        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), (x.shape[0], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        # The kernel first: products with many kernels at once are then one matrix product, kernels times features long.
-        y = lax.dot_general(kernel, x, (((0,), (0,)), ((), ())))
-        return y + bias.reshape(-1, *(1,) * (x.ndim - 1))
+        return _linear(kernel, x) + bias.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 class Depthwise(nn.Module):
+    """A depthwise convolution with bias: (C, H, W, N) to the same."""
+
     size: int
-    dilation: int = 1
-    method: Method = "auto"
+    dilation: int
+    method: Method
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -93,11 +89,9 @@ class Depthwise(nn.Module):
         return depthwise_conv(x, kernel, dilation=self.dilation, method=self.method) + _per_channel(bias)
 
 
-def _batch_norm(name: str, train: bool) -> nn.BatchNorm:
-    return nn.BatchNorm(use_running_average=not train, axis=0, momentum=0.9, epsilon=1e-5, name=name)
-
-
 class PatchEmbedding(nn.Module):
+    """A strided convolution of overlapping patches, and batch normalisation."""
+
     features: int
     size: int
     stride: int
@@ -105,67 +99,106 @@ class PatchEmbedding(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool) -> Array:
         shape = (self.size, self.size, x.shape[0], self.features)
-        std = math.sqrt(2 / self.features) / self.size
-        kernel = self.param("kernel", nn.initializers.normal(std), shape)
+        kernel = self.param("kernel", nn.initializers.normal(math.sqrt(2 / self.features) / self.size), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        y = lax.dot_general(kernel.reshape(-1, self.features), self._patches(x), (((0,), (0,)), ((), ())))
+        # Patches times kernel as one matrix product. The library convolution has no fast form for many kernels at
+        # once, nor for one kernel gradient per image; the patches overlap little enough to be written out.
+        y = _linear(kernel.reshape(-1, self.features), self._patches(x))
         return _batch_norm("norm", train)(y + _per_channel(bias))
 
-    def _patches(self, x):
-        r, s = self.size // 2, self.stride
-        height, width = (-(-extent // s) for extent in x.shape[1:3])
-        x = jnp.pad(x, ((0, 0), (r, r), (r, r), (0, 0)))
-        return jnp.concatenate([
-            x[:, i : i + (height - 1) * s + 1 : s, j : j + (width - 1) * s + 1 : s]
-            for i in range(self.size) for j in range(self.size)
-        ])
+    def _patches(self, x: Array) -> Array:
+        """(C, H, W, N) to (size * size * C, H / stride, W / stride, N), zeros outside, centred on every stride-th."""
+        radius, stride = self.size // 2, self.stride
+        height, width = (-(-extent // stride) for extent in x.shape[1:3])
+        x = jnp.pad(x, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
+        shifts = [
+            x[:, i : i + (height - 1) * stride + 1 : stride, j : j + (width - 1) * stride + 1 : stride]
+            for i in range(self.size)
+            for j in range(self.size)
+        ]
+        return jnp.concatenate(shifts)
 
 
 class Attention(nn.Module):
-    method: Method = "auto"
+    """Large kernel attention between two pointwise layers: 25 + 49 taps let the gate see 23 x 23 pixels."""
+
+    method: Method
 
     @nn.compact
-    def __call__(self, x):
-        c = x.shape[0]
-        u = nn.gelu(Pointwise(c, name="proj_1")(x), approximate=False)
-        a = Depthwise(5, 1, self.method, name="conv0")(u)
-        a = Depthwise(7, 3, self.method, name="conv_spatial")(a)
-        a = Pointwise(c, name="conv1")(a)
-        return x + Pointwise(c, name="proj_2")(u * a)
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[0]
+        std = math.sqrt(2 / channels)
+        value = nn.gelu(Pointwise(channels, std, name="proj_1")(x), approximate=False)
+        gate = Depthwise(5, 1, self.method, name="conv0")(value)
+        gate = Depthwise(7, 3, self.method, name="conv_spatial")(gate)
+        gate = Pointwise(channels, std, name="conv1")(gate)
+        return x + Pointwise(channels, std, name="proj_2")(value * gate)
 
 
 class MLP(nn.Module):
+    """Two pointwise layers with a 3 x 3 depthwise convolution and a GELU between them."""
+
     hidden: int
-    method: Method = "auto"
+    method: Method
 
     @nn.compact
-    def __call__(self, x):
-        y = Pointwise(self.hidden, name="fc1")(x)
-        y = Depthwise(3, 1, self.method, name="dwconv")(y)
-        return Pointwise(x.shape[0], name="fc2")(nn.gelu(y, approximate=False))
+    def __call__(self, x: Array) -> Array:
+        channels = x.shape[0]
+        y = Pointwise(self.hidden, math.sqrt(2 / self.hidden), name="fc1")(x)
+        y = nn.gelu(Depthwise(3, 1, self.method, name="dwconv")(y), approximate=False)
+        return Pointwise(channels, math.sqrt(2 / channels), name="fc2")(y)
 
 
 class Block(nn.Module):
+    """Attention, then MLP: each normalised first, scaled per channel, and added to its input."""
+
     mlp_ratio: int
     drop_path: float
     method: Method
 
     @nn.compact
-    def __call__(self, x, train):
+    def __call__(self, x: Array, train: bool) -> Array:
         y = Attention(self.method, name="attn")(_batch_norm("norm1", train)(x))
         x = x + self._branch("layer_scale_1", y, train)
         y = MLP(self.mlp_ratio * x.shape[0], self.method, name="mlp")(_batch_norm("norm2", train)(x))
         return x + self._branch("layer_scale_2", y, train)
 
-    def _branch(self, name, y, train):
-        y = _per_channel(self.param(name, nn.initializers.constant(1e-2), y.shape[:1])) * y
+    def _branch(self, name: str, y: Array, train: bool) -> Array:
+        y = y * _per_channel(self.param(name, nn.initializers.constant(1e-2), y.shape[:1]))
         if not train or self.drop_path == 0.0:
             return y
         keep = jax.random.bernoulli(self.make_rng("drop_path"), 1 - self.drop_path, y.shape[-1:])
-        return y * keep / (1 - self.drop_path)
+        return y * (keep.astype(y.dtype) / (1 - self.drop_path))
 
 
 class VAN(nn.Module):
+    """Visual Attention Network: images (N, H, W, C) to logits (N, num_classes).
+
+    Fields are those of `VANVariant`, and:
+
+    num_classes
+        Length of the logits.
+    drop_path
+        Probability, in training, that a residual branch of the last block is dropped for an image; it grows linearly
+        from 0 at the first block. Draws from the random stream "drop_path".
+    depthwise
+        How depthwise convolutions run; see `training.models.depthwise.depthwise_conv`.
+
+    Raises
+    ------
+    ValueError
+        When called: fields that do not fit together, images smaller than the product of the strides, or with another
+        number of channels than the weights were made for.
+
+    Examples
+    --------
+    >>> import jax, jax.numpy as jnp
+    >>> module = VAN.from_variant(VARIANTS["digits"], num_classes=10)
+    >>> variables = module.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
+    >>> module.apply(variables, jnp.zeros((5, 8, 8, 1))).shape
+    (5, 10)
+    """
+
     num_classes: int
     embed_dims: tuple[int, ...]
     depths: tuple[int, ...]
@@ -175,15 +208,95 @@ class VAN(nn.Module):
     drop_path: float = 0.0
     depthwise: Method = "auto"
 
+    @classmethod
+    def from_variant(cls, variant: VANVariant, num_classes: int, **options: Any) -> "VAN":
+        """The network of a size; `options` are further fields, and replace those of the variant."""
+        size = {f.name: getattr(variant, f.name) for f in fields(variant) if f.name != "image_shape"}
+        return cls(num_classes, **(size | options))
+
     @nn.compact
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        self._check(x.shape)
         x = jnp.transpose(x, (3, 1, 2, 0))
-        total = sum(self.depths)
-        rates = iter([self.drop_path * i / max(total - 1, 1) for i in range(total)])
-        for i, (d, n, r) in enumerate(zip(self.embed_dims, self.depths, self.mlp_ratios, strict=True), start=1):
-            k, s = (self.stem_kernel, self.stem_stride) if i == 1 else (3, 2)
-            x = PatchEmbedding(d, k, s, name=f"patch_embed{i}")(x, train)
-            for j in range(n):
-                x = Block(r, next(rates), self.depthwise, name=f"block{i}_{j}")(x, train)
-            x = nn.LayerNorm(epsilon=1e-6, reduction_axes=0, feature_axes=0, name=f"norm{i}")(x)
+        rates = iter(self._drop_rates())
+        for stage, (channels, depth, ratio) in enumerate(zip(self.embed_dims, self.depths, self.mlp_ratios), start=1):
+            size, stride = (self.stem_kernel, self.stem_stride) if stage == 1 else (3, 2)
+            x = PatchEmbedding(channels, size, stride, name=f"patch_embed{stage}")(x, train)
+            for index in range(depth):
+                x = Block(ratio, next(rates), self.depthwise, name=f"block{stage}_{index}")(x, train)
+            x = nn.LayerNorm(epsilon=1e-6, reduction_axes=0, feature_axes=0, name=f"norm{stage}")(x)
         return Pointwise(self.num_classes, kernel_std=0.02, name="head")(jnp.mean(x, (1, 2))).T
+
+    def _drop_rates(self) -> list[float]:
+        blocks = sum(self.depths)
+        return [self.drop_path * index / max(blocks - 1, 1) for index in range(blocks)]
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if not len(self.embed_dims) == len(self.depths) == len(self.mlp_ratios) > 0:
+            raise ValueError(
+                "VAN(embed_dims=..., depths=..., mlp_ratios=...) must have one entry per stage; "
+                f"got {self.embed_dims}, {self.depths}, {self.mlp_ratios}"
+            )
+        if self.stem_kernel % 2 == 0 or not 1 <= self.stem_stride <= self.stem_kernel:
+            raise ValueError(
+                "VAN(stem_kernel=..., stem_stride=...) must be an odd kernel and a stride of at least 1 that the "
+                f"kernel covers; got {self.stem_kernel} and {self.stem_stride}"
+            )
+        if not 0.0 <= self.drop_path < 1.0:
+            raise ValueError(f"VAN(drop_path=...) must lie in [0, 1); got {self.drop_path}")
+        if len(shape) != 4:
+            raise ValueError(f"VAN()(x) must get images (N, H, W, C); got shape {shape}; add the missing axes")
+        smallest = self.stem_stride * 2 ** (len(self.embed_dims) - 1)
+        if min(shape[1:3]) < smallest:
+            raise ValueError(
+                f"VAN()(x) must get images of at least {smallest} x {smallest} pixels, the product of its strides; "
+                f"got {shape[1]} x {shape[2]}; use a smaller stem_stride or fewer stages"
+            )
+        stem = self.variables.get("params", {}).get("patch_embed1")
+        if stem is not None and stem["kernel"].shape[2] != shape[3]:
+            raise ValueError(
+                f"VAN()(x) must get images of {stem['kernel'].shape[2]} channels, those its weights were made for; "
+                f"got {shape[3]}; convert the images or initialise anew"
+            )
+
+
+def from_config(model: config.Model, num_classes: int) -> VAN:
+    """The network that a configuration describes.
+
+    Parameters
+    ----------
+    model
+        Variant, overrides of its stem, and drop-path.
+    num_classes
+        Classes of the data.
+
+    Raises
+    ------
+    UserError
+        An unknown variant, an even stem kernel, or a stem stride that leaves pixels out.
+    """
+    if model.variant not in VARIANTS:
+        raise UserError(f"`model.variant` must be one of {', '.join(VARIANTS)}; got {model.variant!r}; choose one")
+    variant = VARIANTS[model.variant]
+    kernel = variant.stem_kernel if model.stem_kernel is None else model.stem_kernel
+    stride = variant.stem_stride if model.stem_stride is None else model.stem_stride
+    if kernel % 2 == 0:
+        raise UserError(f"`model.stem_kernel` must be odd; got {kernel}; try {kernel + 1}")
+    if stride > kernel:
+        raise UserError(f"`model.stem_stride` must not exceed the stem's kernel, {kernel}; got {stride}; try {kernel}")
+    return VAN.from_variant(variant, num_classes, stem_kernel=kernel, stem_stride=stride, drop_path=model.drop_path)
+
+
+def _per_channel(v: Array) -> Array:
+    """(C,) against (C, H, W, N)."""
+    return v[:, None, None, None]
+
+
+def _linear(kernel: Array, x: Array) -> Array:
+    """kernel' x over the leading axes. The kernel comes first so that the product with S kernels is one of S times the
+    features, in an order that needs no transposition."""
+    return lax.dot_general(kernel, x, (((0,), (0,)), ((), ())))
+
+
+def _batch_norm(name: str, train: bool) -> nn.BatchNorm:
+    return nn.BatchNorm(use_running_average=not train, axis=0, momentum=0.9, epsilon=1e-5, name=name)
