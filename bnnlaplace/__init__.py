@@ -5,7 +5,7 @@ decomposition (`krylov`) and what is fitted from it (`structure`); the evidence 
 predictions (`predictive`) and their calibration (`calibration`). `Laplace` assembles them.
 """
 
-from bnnlaplace import calibration, curvature, evidence, krylov, mode, predictive, prior, structure
+from bnnlaplace import calibration, curvature, evidence, krylov, predictive, prior, structure
 from bnnlaplace.laplace import Laplace
 from bnnlaplace.likelihood import Likelihood, bernoulli, categorical, gaussian
 from bnnlaplace.network import Network
@@ -24,7 +24,6 @@ __all__ = [
     "evidence",
     "gaussian",
     "krylov",
-    "mode",
     "predictive",
     "prior",
     "structure",

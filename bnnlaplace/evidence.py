@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.curvature import ggn
+from bnnlaplace.curvature import ggn, microbatch as mb
 from bnnlaplace.krylov import stochastic_lanczos_quadrature
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
@@ -38,6 +38,31 @@ class EvidenceCurve(NamedTuple):
     prior_precision: Float[np.ndarray, " D"]
     log_marginal_likelihood: Estimate
     slope_sem: Float[np.ndarray, " D"]
+
+
+def log_likelihood_and_gradient(
+    network: Network,
+    likelihood: Likelihood,
+    params: PyTree,
+    inputs: Float[Array, "N ..."],
+    targets: Array,
+    *,
+    microbatch: int,
+) -> tuple[Float[Array, ""], Float[Array, " P"]]:
+    """sum_n log p(y_n | f_n) and its gradient in the weights, a microbatch at a time. Call it inside `jit`."""
+    dtype = ravel(params).dtype
+    batches = mb.split(inputs, microbatch, dtype)
+    labels = mb.split(targets, microbatch, dtype).inputs
+
+    def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> Array:
+        return jnp.sum(batch.weights * likelihood.log_prob(network(params, batch.inputs), targets))
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(value)(params, *part)), None
+
+    zero = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params)
+    (total, gradient), _ = jax.lax.scan(add, zero, (batches, labels))
+    return total, ravel(gradient)
 
 
 def log_joint(

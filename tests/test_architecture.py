@@ -20,7 +20,6 @@ ALLOWED = {
     "bnnlaplace.structure": {"types", "tree", "network", "likelihood", "curvature", "krylov", "prior"},
     "bnnlaplace.evidence": {"types", "tree", "network", "likelihood", "curvature", "krylov"},
     "bnnlaplace.prior": {"types", "tree", "evidence"},
-    "bnnlaplace.mode": {"types", "tree", "network", "likelihood", "curvature"},
     "bnnlaplace.predictive": {"types", "tree", "network", "likelihood", "curvature"},
     "bnnlaplace.resampling": set(),
     "bnnlaplace.calibration": {"resampling"},

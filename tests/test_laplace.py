@@ -78,6 +78,16 @@ def test_weights_are_at_a_mode(full):
     assert np.linalg.norm(full.mode_gradient(50.0)) > prior_part
 
 
+def test_mode_decrement(full, diagonal, lanczos):
+    gradient = np.asarray(full.mode_gradient(50.0), np.float64)
+    values, vectors = (np.asarray(part, np.float64) for part in full.structure)
+    exact = gradient @ (vectors @ ((vectors.T @ gradient) / (values + 50.0)))
+    np.testing.assert_allclose(full.mode_decrement(50.0), exact, rtol=1e-6)
+    assert exact <= lanczos.mode_decrement(50.0) * (1 + 1e-3) <= 2 * exact
+    assert diagonal.mode_decrement(50.0) > 0
+    assert full.mode_decrement(1.0) < 1e-2
+
+
 def test_lanczos_evidence_is_the_exact_one(full, lanczos):
     error = lanczos.krylov_error()
     assert error.sample <= 0.05

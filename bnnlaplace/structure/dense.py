@@ -38,6 +38,11 @@ class DenseStructure(NamedTuple):
         """log det(I + G / delta), in float64."""
         return np.log1p(np.asarray(self.eigenvalues, np.float64) / float(prior_precision)).sum(keepdims=True)
 
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+        """v' (G + delta I)^-1 v."""
+        along = np.asarray(self.eigenvectors, np.float64).T @ vector
+        return float(np.sum(along**2 / (np.asarray(self.eigenvalues, np.float64) + prior_precision)))
+
     def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
         """Rows V diag((lambda + delta)^-1/2) eps."""
         noise = jax.random.normal(key, (num_samples, self.eigenvalues.size), self.eigenvectors.dtype)

@@ -30,6 +30,10 @@ class DiagonalStructure(NamedTuple):
         ratio = np.asarray(self.diagonal, np.float64) / np.asarray(prior_precision, np.float64)
         return np.log1p(ratio).sum(keepdims=True)
 
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+        """v' diag(1 / (diag(G) + delta)) v."""
+        return float(np.sum(vector**2 / (np.asarray(self.diagonal, np.float64) + prior_precision)))
+
     def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
         """Rows eps / sqrt(diag(G) + delta)."""
         noise = jax.random.normal(key, (num_samples, self.diagonal.size), self.diagonal.dtype)

@@ -88,6 +88,13 @@ class KrylovStructure(NamedTuple):
         truncation = self.truncation(prior_precision).mean()
         return KrylovError(float(prior_precision), float(sample), float(truncation), float(effective))
 
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+        """v' (G + delta I)^-1 v from above: what lies outside the basis counts with the prior's precision alone."""
+        inside = np.asarray(self.decomposition.basis, np.float64) @ vector
+        along = self.ritz.vectors.T @ inside
+        outside = max(vector @ vector - inside @ inside, 0.0)
+        return float(np.sum(along**2 / (self.ritz.values + prior_precision)) + outside / prior_precision)
+
     def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
         """Rows (G + delta I)^-1/2 z for probes z drawn without replacement, with random signs.
 

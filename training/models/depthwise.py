@@ -18,8 +18,9 @@ kernel of dilation 3 has 9 left on a 4 x 4 image.
 Arrays are channels first, images last. A channel is then a contiguous matrix of pixels by images, so that multiply-adds
 run along the images, and the Toeplitz products, like the pointwise layers around them, need no transposition.
 
-Inside the primitives an axis G of independent convolutions leads: images are (G, C, H, W, N), kernels (G, kh, kw, C),
-and either may have G = 1 and be shared. `jax.vmap` maps to this axis.
+Inside the primitives there is an axis G of independent convolutions, and `jax.vmap` maps to it: images are
+(C, G, H, W, N), kernels (kh, kw, C, G), and either may have G = 1 and be shared. Linear layers mapped over the last axis
+of their kernels put the mapped axis in the same place, so that a network maps without transposing an activation.
 """
 
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def depthwise_conv(x: Array, kernel: Array, *, dilation: int = 1, method: Method
     _check(x, kernel, dilation, method)
     dtype = jnp.result_type(x, kernel)
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    return _conv_p.bind(x[None], kernel[None], dilation=dilation, method=method)[0]
+    return _conv_p.bind(x[:, None], kernel[..., None], dilation=dilation, method=method)[:, 0]
 
 
 def _check(x: Array, kernel: Array, dilation: int, method: str) -> None:
@@ -129,10 +130,10 @@ def _toeplitz_pattern(window: tuple[int, int], dilation: int, image: tuple[int, 
 
 def _shifted_conv(x: Array, w: Array, *, dilation: int) -> Array:
     height, width = x.shape[2:4]
-    taps = _taps(w.shape[1:3], dilation, (height, width))
+    taps = _taps(w.shape[:2], dilation, (height, width))
     padded, top, left = _pad_for(taps, x)
     terms = [
-        padded[:, :, top + dy : top + dy + height, left + dx : left + dx + width] * w[:, u, v, :, None, None, None]
+        padded[:, :, top + dy : top + dy + height, left + dx : left + dx + width] * w[u, v, :, :, None, None, None]
         for u, v, dy, dx in taps
     ]
     # Fused into the next convolution's sum, this one would be evaluated once per tap of that one.
@@ -157,65 +158,60 @@ def _shifted_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dil
         ]
         sums[u, v] = sum(terms[1:], terms[0])
     reduced = jnp.sum(lax.optimization_barrier(jnp.stack(list(sums.values()))), (3, 4, 5))
-    out = jnp.zeros((reduced.shape[1], *window, reduced.shape[2]), reduced.dtype)
     us, vs = (np.array(axis) for axis in zip(*sums, strict=True))
-    return out.at[:, us, vs].set(jnp.moveaxis(reduced, 0, 1), unique_indices=True)
+    return jnp.zeros((*window, *reduced.shape[1:]), reduced.dtype).at[us, vs].set(reduced, unique_indices=True)
 
 
 def _toeplitz_conv(x: Array, w: Array, *, dilation: int) -> Array:
-    groups, channels, height, width, images = x.shape
-    pattern = _toeplitz_pattern(w.shape[1:3], dilation, (height, width)).astype(w.dtype)
-    matrices = _exact_einsum("gtc,tqp->gcqp", w.reshape(w.shape[0], -1, channels), pattern)
-    pixels = x.reshape(groups, channels, height * width, images)
+    channels, groups, height, width, images = x.shape
+    pattern = _toeplitz_pattern(w.shape[:2], dilation, (height, width)).astype(w.dtype)
+    matrices = _exact_einsum("tcg,tqp->cgqp", w.reshape(-1, *w.shape[2:]), pattern)
+    pixels = x.reshape(channels, groups, height * width, images)
     if groups == 1:
-        y = _exact_einsum("gcqp,cpn->gcqn", matrices, pixels[0])
-    elif w.shape[0] == 1:
-        y = _exact_einsum("cqp,gcpn->gcqn", matrices[0], pixels)
+        y = _exact_einsum("cgqp,cpn->cgqn", matrices, pixels[:, 0])
     else:
-        y = _exact_einsum("gcqp,gcpn->gcqn", matrices, pixels)
-    return y.reshape(y.shape[0], channels, height, width, images)
+        # A shared matrix is repeated: one product per convolution beats transposing the images for one per channel.
+        y = _exact_einsum("cgqp,cgpn->cgqn", jnp.broadcast_to(matrices, (channels, groups, *matrices.shape[2:])), pixels)
+    return y.reshape(*y.shape[:2], height, width, images)
 
 
 def _toeplitz_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dilation: int) -> Array:
-    _, channels, height, width, images = x.shape
+    channels, _, height, width, images = x.shape
     pattern = _toeplitz_pattern(window, dilation, (height, width)).astype(y.dtype)
-    inputs = x.reshape(x.shape[0], channels, height * width, images)
-    outputs = y.reshape(y.shape[0], channels, height * width, images)
-    if inputs.shape[0] == 1:
-        products = _exact_einsum("gcqn,cpn->gcqp", outputs, inputs[0])
-    elif outputs.shape[0] == 1:
-        products = _exact_einsum("cqn,gcpn->gcqp", outputs[0], inputs)
+    inputs = x.reshape(channels, -1, height * width, images)
+    outputs = y.reshape(channels, -1, height * width, images)
+    if inputs.shape[1] == 1:
+        products = _exact_einsum("cgqn,cpn->cgqp", outputs, inputs[:, 0])
+    elif outputs.shape[1] == 1:
+        products = _exact_einsum("cqn,cgpn->cgqp", outputs[:, 0], inputs)
     else:
-        products = _exact_einsum("gcqn,gcpn->gcqp", outputs, inputs)
-    gradient = _exact_einsum("gcqp,tqp->gtc", products, pattern)
-    return gradient.reshape(products.shape[0], *window, channels)
+        products = _exact_einsum("cgqn,cgpn->cgqp", outputs, inputs)
+    gradient = _exact_einsum("tqp,cgqp->tcg", pattern, products)
+    return gradient.reshape(*window, *products.shape[:2])
 
 
 _exact_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 def _grouped_conv(x: Array, w: Array, *, dilation: int) -> Array:
-    groups = max(x.shape[0], w.shape[0])
-    channels, height, width, images = x.shape[1:]
-    window = w.shape[1:3]
-    x = jnp.broadcast_to(x, (groups, *x.shape[1:])).reshape(groups * channels, height, width, images)
-    w = jnp.broadcast_to(w, (groups, *w.shape[1:]))
+    channels, _, height, width, images = x.shape
+    groups = max(x.shape[1], w.shape[3])
     y = lax.conv_general_dilated(
-        x,
-        jnp.moveaxis(w, 0, 2).reshape(*window, 1, groups * channels),
+        jnp.broadcast_to(x, (channels, groups, *x.shape[2:])).reshape(channels * groups, *x.shape[2:]),
+        jnp.broadcast_to(w, (*w.shape[:3], groups)).reshape(*w.shape[:2], 1, channels * groups),
         window_strides=(1, 1),
         padding="SAME",
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("CHWN", "HWIO", "CHWN"),
-        feature_group_count=groups * channels,
+        feature_group_count=channels * groups,
     )
-    return y.reshape(groups, channels, height, width, images)
+    return y.reshape(channels, groups, height, width, images)
 
 
 def _grouped_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dilation: int) -> Array:
-    groups = max(x.shape[0], y.shape[0])
-    y = jnp.broadcast_to(y, (groups, *y.shape[1:]))
-    kernel = jax.ShapeDtypeStruct((groups, *window, y.shape[1]), y.dtype)
+    channels, groups = x.shape[0], max(x.shape[1], y.shape[1])
+    y = jnp.broadcast_to(y, (channels, groups, *y.shape[2:]))
+    kernel = jax.ShapeDtypeStruct((*window, channels, groups), y.dtype)
     (gradient,) = jax.linear_transpose(partial(_grouped_conv, x, dilation=dilation), kernel)(y)
     return gradient
 
@@ -226,50 +222,62 @@ _conv_p = Primitive("depthwise_conv")
 _gradient_p = Primitive("depthwise_kernel_gradient")
 
 
+# Where G stands, in an image and in a kernel.
+_IMAGE, _KERNEL = 1, 3
+
+
 def _conv_shape(x: Any, w: Any, **_: Any) -> Any:
-    return x.update(shape=(max(x.shape[0], w.shape[0]), *x.shape[1:]))
+    return x.update(shape=(x.shape[0], max(x.shape[1], w.shape[3]), *x.shape[2:]))
 
 
 def _gradient_shape(x: Any, y: Any, *, window: tuple[int, int], **_: Any) -> Any:
-    return y.update(shape=(max(x.shape[0], y.shape[0]), *window, y.shape[1]))
+    return y.update(shape=(*window, x.shape[0], max(x.shape[1], y.shape[1])))
 
 
-def _summed_like(operand: Any, cotangent: Array) -> Array:
+def _summed_like(operand: Any, cotangent: Array, axis: int) -> Array:
     """The cotangent of an operand that one or all of the G convolutions shared."""
-    shared = operand.aval.shape[0] == 1 < cotangent.shape[0]
-    return jnp.sum(cotangent, 0, keepdims=True) if shared else cotangent
+    shared = operand.aval.shape[axis] == 1 < cotangent.shape[axis]
+    return jnp.sum(cotangent, axis, keepdims=True) if shared else cotangent
 
 
 def _conv_transpose_x(ct: Array, x: Any, w: Array, **params: Any) -> Array:
-    return _summed_like(x, _conv_p.bind(ct, w[:, ::-1, ::-1], **params))
+    return _summed_like(x, _conv_p.bind(ct, w[::-1, ::-1], **params), _IMAGE)
 
 
 def _conv_transpose_w(ct: Array, x: Array, w: Any, **params: Any) -> Array:
-    return _summed_like(w, _gradient_p.bind(x, ct, window=w.aval.shape[1:3], **params))
+    return _summed_like(w, _gradient_p.bind(x, ct, window=w.aval.shape[:2], **params), _KERNEL)
 
 
 def _gradient_transpose_x(ct: Array, x: Any, y: Array, *, window: tuple[int, int], **params: Any) -> Array:
-    return _summed_like(x, _conv_p.bind(y, ct[:, ::-1, ::-1], **params))
+    return _summed_like(x, _conv_p.bind(y, ct[::-1, ::-1], **params), _IMAGE)
 
 
 def _gradient_transpose_y(ct: Array, x: Array, y: Any, *, window: tuple[int, int], **params: Any) -> Array:
-    return _summed_like(y, _conv_p.bind(x, ct, **params))
+    return _summed_like(y, _conv_p.bind(x, ct, **params), _IMAGE)
 
 
-def _batch(primitive: Primitive, operands: tuple[Array, ...], axes: tuple[int | None, ...], **params: Any) -> Any:
+def _batch(
+    primitive: Primitive,
+    places: tuple[int, int],
+    place_out: int,
+    operands: tuple[Array, Array],
+    axes: tuple[int | None, int | None],
+    **params: Any,
+) -> tuple[Array, int]:
     """Fold the mapped axis into G; an operand that is neither mapped nor grouped stays shared."""
-    moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True)]
-    size = next(a.shape[0] for a, axis in zip(moved, axes, strict=True) if axis is not None)
-    groups = max(a.shape[axis is not None] for a, axis in zip(moved, axes, strict=True))
+    moved = [
+        jnp.expand_dims(a, place) if axis is None else jnp.moveaxis(a, axis, place)
+        for a, axis, place in zip(operands, axes, places, strict=True)
+    ]
+    size, groups = (max(a.shape[place + k] for a, place in zip(moved, places, strict=True)) for k in (0, 1))
 
-    def fold(a: Array, mapped: bool) -> Array:
-        if not mapped and a.shape[0] == 1:
-            return a
-        a = a if mapped else a[None]
-        return jnp.broadcast_to(a, (size, groups, *a.shape[2:])).reshape(size * groups, *a.shape[2:])
+    def fold(a: Array, place: int) -> Array:
+        before, own, after = a.shape[:place], a.shape[place : place + 2], a.shape[place + 2 :]
+        own = own if own == (1, 1) else (size, groups)
+        return jnp.broadcast_to(a, (*before, *own, *after)).reshape(*before, own[0] * own[1], *after)
 
-    out = primitive.bind(*(fold(a, axis is not None) for a, axis in zip(moved, axes, strict=True)), **params)
-    return out.reshape(size, groups, *out.shape[1:]), 0
+    out = primitive.bind(*(fold(a, place) for a, place in zip(moved, places, strict=True)), **params)
+    return out.reshape(*out.shape[:place_out], size, groups, *out.shape[place_out + 1 :]), place_out
 
 
 @cache
@@ -290,10 +298,13 @@ def _lowering(rules: dict[str, Callable[..., Array]], pixels: int, platform: str
     return lower
 
 
-def _define(primitive: Primitive, shape: Any, rules: dict[str, Callable[..., Array]], pixels: int) -> None:
+def _define(
+    primitive: Primitive, shape: Any, places: tuple[int, int, int], rules: dict[str, Callable[..., Array]], pixels: int
+) -> None:
+    """Register all but the derivatives. `places` says where G stands in the operands and in the result."""
     primitive.def_abstract_eval(shape)
     primitive.def_impl(lambda *operands, **params: _compiled(primitive, tuple(params.items()))(*operands))
-    batching.primitive_batchers[primitive] = partial(_batch, primitive)
+    batching.primitive_batchers[primitive] = partial(_batch, primitive, places[:2], places[2])
     for platform in ("default", "cpu"):
         rule = mlir.lower_fun(_lowering(rules, pixels, platform), multiple_results=True)
         mlir.register_lowering(primitive, rule, platform=None if platform == "default" else platform)
@@ -302,12 +313,14 @@ def _define(primitive: Primitive, shape: Any, rules: dict[str, Callable[..., Arr
 _define(
     _conv_p,
     _conv_shape,
+    (_IMAGE, _KERNEL, _IMAGE),
     {"toeplitz": _toeplitz_conv, "shifted": _shifted_conv, "grouped": _grouped_conv},
     TOEPLITZ_CONV_PIXELS,
 )
 _define(
     _gradient_p,
     _gradient_shape,
+    (_IMAGE, _IMAGE, _KERNEL),
     {
         "toeplitz": _toeplitz_kernel_gradient,
         "shifted": _shifted_kernel_gradient,
