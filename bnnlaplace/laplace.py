@@ -121,7 +121,7 @@ class Laplace:
         max_vectors: int = 512,
         tolerance: float = 0.05,
         target_precision: float | None = None,
-        microbatch: int = 128,
+        microbatch: int = 64,
         on_block=None,
     ) -> "Laplace":
         """Compute the curvature at the network's weights.
@@ -245,7 +245,7 @@ class Laplace:
         return self.with_prior_precision(float(grid[np.nanargmin(curve.negative_log_likelihood)]))
 
     def validation_curve(
-        self, x: Array, y: Array, precisions: Iterable[float], *, key: Array, num_samples: int, microbatch: int = 128
+        self, x: Array, y: Array, precisions: Iterable[float], *, key: Array, num_samples: int, microbatch: int = 64
     ) -> ValidationCurve:
         """NLL and ECE of the Monte Carlo predictive at many prior precisions; classification only.
 
@@ -300,7 +300,7 @@ class Laplace:
         deviations = structure.samples(key, num_samples, self.prior_precision)
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 
-    def functional_variance(self, x: Array, *, key: Array | None = None, microbatch: int = 128) -> Float[Array, "B C C"]:
+    def functional_variance(self, x: Array, *, key: Array | None = None, microbatch: int = 64) -> Float[Array, "B C C"]:
         """Covariance J (G + delta I)^-1 J' of the linearised outputs at each input.
 
         Exact for "diag" and "full". For "lanczos" from all its samples: unbiased, with relative standard error
@@ -319,7 +319,7 @@ class Laplace:
         *,
         key: Array | None = None,
         num_samples: int = 32,
-        microbatch: int = 128,
+        microbatch: int = 64,
     ) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], Float[Array, "B C"]]:
         """Predictions under the posterior of the linearised network.
 

@@ -13,32 +13,43 @@ from bnnlaplace.tree import unraveler
 
 
 @partial(jax.jit, static_argnames="microbatch")
-def outputs(network: Network, inputs: Float[Array, "B ..."], *, microbatch: int = 128) -> Float[Array, "B C"]:
+def outputs(network: Network, inputs: Float[Array, "B ..."], *, microbatch: int = 64) -> Float[Array, "B C"]:
     """f(x; theta*), one microbatch at a time."""
     batches = mb.split(inputs, microbatch, jnp.float32)
     return _join(jax.lax.map(lambda x: network(network.params, x), batches.inputs), len(inputs))
 
 
-@partial(jax.jit, static_argnames=("microbatch", "vectors_at_once"))
 def pushforward(
     network: Network,
     inputs: Float[Array, "B ..."],
     directions: Float[Array, "R P"],
     *,
-    microbatch: int = 128,
+    microbatch: int = 64,
     vectors_at_once: int = 16,
 ) -> Float[Array, "R B C"]:
-    """J(x) v for every input and every row v of `directions`: linearised once a microbatch, forward mode for each row.
+    """J(x) v for every input and every row v of `directions`, by forward mode.
 
-    Memory: `vectors_at_once` times the activations of a microbatch, and the result.
+    Each microbatch is linearised once for `vectors_at_once` rows, whose number alone is compiled in: any number of rows
+    shares one program. Memory: `vectors_at_once` times the activations of a microbatch, and the result.
     """
+    images = []
+    for start in range(0, len(directions), vectors_at_once):
+        rows = directions[start : start + vectors_at_once]
+        padded = jnp.pad(rows, ((0, vectors_at_once - len(rows)), (0, 0)))
+        images.append(_pushforward_block(network, inputs, padded, microbatch=microbatch)[: len(rows)])
+    return jnp.concatenate(images)
+
+
+@partial(jax.jit, static_argnames="microbatch")
+def _pushforward_block(
+    network: Network, inputs: Float[Array, "B ..."], directions: Float[Array, "R P"], *, microbatch: int
+) -> Float[Array, "R B C"]:
     unravel = unraveler(network.params)
     batches = mb.split(inputs, microbatch, directions.dtype)
 
     def images(x: Array) -> Float[Array, "m R C"]:
         _, jvp = jax.linearize(lambda p: network(p, x), network.params)
-        rows = jax.lax.map(lambda v: jvp(unravel(v)), directions, batch_size=vectors_at_once)
-        return jnp.swapaxes(rows, 0, 1)
+        return jnp.swapaxes(jax.vmap(lambda v: jvp(unravel(v)))(directions), 0, 1)
 
     return jnp.swapaxes(_join(jax.lax.map(images, batches.inputs), len(inputs)), 0, 1)
 

@@ -131,7 +131,7 @@ class Curvature:
     tolerance: float = 0.05
     """The decomposition grows until the bound on the relative error of a posterior sample (in the metric of the
     posterior precision, against the effective number of parameters) falls below this, or `max_vectors` is reached."""
-    microbatch: int = 128
+    microbatch: int = 64
     """Images linearised at a time; bounds the memory of one product."""
 
     def __post_init__(self) -> None:
@@ -149,11 +149,11 @@ class Evaluation:
     ood: str = "inverted"
     """Out-of-distribution images: inverted (the split's own images, intensities reversed), noise, or the name of a
     prepared TFDS set (resized and converted to the model's image shape)."""
-    grid_size: int = 25
+    grid_size: int = 29
     """Prior precisions on the curves of evidence, validation NLL and ECE."""
     grid_low: float = 1e-2
     """Smallest prior precision of the curves."""
-    grid_high: float = 1e4
+    grid_high: float = 1e5
     """Largest prior precision of the curves."""
     bins: int = 15
     """Bins of the calibration error."""

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from training import config_io, heldout, loop, posteriors, program
 from training.data import load
-from training.errors import UserError
 from training.models import van
 
 
@@ -56,12 +55,7 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
         data = load(config.data)
         module = van.from_config(config.model, len(data.class_names))
         network = posteriors.make_network(module, trained.params, trained.batch_stats)
-        fitted = posteriors.load(arguments.workdir, network, console)
-        if fitted is None:
-            raise UserError(
-                f"{arguments.workdir} must hold fitted posteriors; it does not; "
-                f"fit them with: python -m training.fit_van --resume --workdir {arguments.workdir} and the run's options"
-            )
+        fitted = posteriors.load(arguments.workdir, network)
     with watch.stage("evaluation"):
         results = heldout.evaluate(config, data, trained, fitted, watch.seconds)
     directory = arguments.workdir / f"evaluation-{config.evaluation.split}-{config.evaluation.ood}"

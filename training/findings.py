@@ -9,7 +9,7 @@ from bnnlaplace.resampling import Bootstrap, Interval, paired_differences
 from training.results import MethodResult, RunResults
 
 # A gradient this much smaller than the prior's own moves the weights by a few percent of their length at most.
-_SMALL_GRADIENT = 0.05
+_NEAR_MODE = 0.01  # squared distance to the mode over the effective number of parameters
 _SAME_OPTIMUM = 2.0  # prior precisions within this factor are called the same
 
 
@@ -236,12 +236,19 @@ def _krylov(results: RunResults) -> Finding:
 
 def _mode(results: RunResults) -> Finding:
     relative = results.gradient_norm / results.prior_gradient_norm
+    share = results.mode_decrement / results.krylov.effective_parameters
     text = (
         f"A Laplace approximation expands the log joint at a mode. At the trained weights its gradient has norm "
-        f"{results.gradient_norm:.2g}, {number(100 * relative, 2)} % of the norm of the prior's gradient: "
+        f"{results.gradient_norm:.2g}, {number(100 * relative, 2)} % of the norm of the prior's gradient. In the metric "
+        f"of the posterior the mode is {number(results.mode_decrement**0.5, 1)} standard deviations away, where a sample "
+        f"of the posterior is about {number(results.krylov.effective_parameters**0.5, 1)} away in the directions that "
+        f"the data determine; a Gauss-Newton step promises {number(results.mode_decrement / 2, 1)} nats: "
     )
-    if relative <= _SMALL_GRADIENT:
+    if share <= _NEAR_MODE:
         text += "a mode for practical purposes."
     else:
-        text += "not yet a mode, so the evidence is that of a point beside it; train longer or with a smaller rate."
+        text += (
+            "not quite a mode, so the evidence is that of a point beside it, mostly in directions that the prior alone "
+            "determines and training reaches last; train longer to come closer."
+        )
     return Finding("Is this a mode?", text)

@@ -6,11 +6,17 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
+import jax
+import numpy as np
 from rich.console import Console
 
+from bnnlaplace import Laplace, Network
 from training import config_io, heldout, loop, posteriors, program
-from training.data import load
+from training.data import ImageData, load
+from training.errors import UserError
 from training.models import van
 
 
@@ -28,6 +34,7 @@ def fit(argv: Sequence[str], console: Console) -> None:
         measured = dataclasses.replace(arguments.settings.data, mean=data.mean, std=data.std)
         config = dataclasses.replace(arguments.settings, data=measured)
         module = van.from_config(config.model, len(data.class_names))
+        _check_images(module, data)
         workdir = arguments.workdir
         config = config_io.open_workdir(workdir, config, arguments.resume)
     with watch.stage("training"):
@@ -42,13 +49,33 @@ def fit(argv: Sequence[str], console: Console) -> None:
         )
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     with watch.stage("posterior"):
-        fitted = posteriors.load(workdir, network, console) if arguments.resume else None
+        fitted = _fitted(workdir, network, console) if arguments.resume else None
         if fitted is None:
             fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
             posteriors.save(workdir, fitted)
     with watch.stage("evaluation"):
         results = heldout.evaluate(config, data, trained, fitted, watch.seconds)
     program.write_results(workdir, results, console)
+
+
+def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
+    """The posteriors that an earlier, finished run left; None, and a word why, where one is damaged."""
+    if not (workdir / "laplace").exists():
+        return None
+    try:
+        return posteriors.load(workdir, network)
+    except UserError as error:
+        console.print(f"fitting again: {error}", style="yellow", highlight=False, markup=False)
+        return None
+
+
+def _check_images(module: van.VAN, data: ImageData) -> None:
+    """Trace the network, without computing anything, before a work directory is made for it."""
+    image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
+    try:
+        jax.eval_shape(partial(module.init, train=False), {"params": jax.random.key(0)}, image)
+    except ValueError as error:
+        raise UserError(f"`data.name` and `model.variant` do not fit each other: {error}") from None
 
 
 if __name__ == "__main__":

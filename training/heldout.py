@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from scipy.special import softmax
 
 from bnnlaplace import Laplace, Network, calibration, predictive
 from bnnlaplace.plots import PrecisionCurve
@@ -35,9 +36,7 @@ def evaluate(
     split: Split = getattr(data, config.evaluation.split)
     foreign = out_of_distribution(config.evaluation.ood, split, config.data.dir, config.seed)
     validation = normalise(data.validation.images, data.mean, data.std)
-    held_out = _HeldOut(
-        config, normalise(split.images, data.mean, data.std), split.labels, normalise(foreign, data.mean, data.std)
-    )
+    held_out = _HeldOut(config, normalise(np.concatenate([split.images, foreign]), data.mean, data.std), split.labels)
     curves = {name: precision_curve(config, la, validation, data.validation.labels) for name, la in posteriors.items()}
     methods = [
         *held_out.point_predictions(network, validation, data.validation.labels),
@@ -64,6 +63,7 @@ def evaluate(
         history=trained.history,
         gradient_norm=trained.joint_gradient_norm,
         prior_gradient_norm=trained.joint_gradient_norm / trained.joint_gradient_to_prior,
+        mode_decrement=posteriors["Lanczos"].mode_decrement(trained.prior_precision),
     )
 
 
@@ -107,6 +107,7 @@ def krylov_result(config: Config, la: Laplace, prior_precision: float) -> Krylov
         sample_error_bound=error.sample,
         log_det_low=upper - error.log_determinant,
         log_det_high=upper,
+        effective_parameters=error.effective_parameters,
         ritz_values=np.asarray(structure.ritz.values),
     )
 
@@ -117,67 +118,54 @@ class _HeldOut:
 
     config: Config
     images: np.ndarray
+    """Those of the split, then the out-of-distribution ones: one array, so that one program serves both."""
     labels: np.ndarray
-    foreign: np.ndarray
+    """Of the split."""
 
     def point_predictions(self, network: Network, validation: np.ndarray, labels: np.ndarray) -> Iterator[MethodResult]:
         """MAP, and MAP with the temperature that validation chooses."""
-        logits, foreign, chosen_on = (
+        logits, chosen_on = (
             np.asarray(predictive.outputs(network, x, microbatch=self.config.curvature.microbatch), np.float64)
-            for x in (self.images, self.foreign, validation)
+            for x in (self.images, validation)
         )
-        yield self._result(_softmax(logits), _softmax(foreign), structure="MAP")
+        yield self._result(softmax(logits, axis=1), structure="MAP")
         fitted = calibration.fit_temperature(chosen_on, labels).temperature
-        yield self._result(_softmax(logits / fitted), _softmax(foreign / fitted), structure="MAP", temperature=fitted)
+        yield self._result(softmax(logits / fitted, axis=1), structure="MAP", temperature=fitted)
 
     def posterior_predictions(self, name: str, choice: str, la: Laplace) -> Iterator[MethodResult]:
         """One posterior at one prior precision, through each link."""
         for link, link_approx in LINKS.items():
-            probs, foreign = (
-                _distributions(
-                    la.predictive(
-                        x,
-                        link_approx=link_approx,
-                        key=_key(self.config, _SAMPLE_STREAM),
-                        num_samples=self.config.curvature.num_probes,
-                        microbatch=self.config.curvature.microbatch,
-                    )
-                )
-                for x in (self.images, self.foreign)
+            probs = la.predictive(
+                self.images,
+                link_approx=link_approx,
+                key=_key(self.config, _SAMPLE_STREAM),
+                num_samples=self.config.curvature.num_probes,
+                microbatch=self.config.curvature.microbatch,
             )
+            probs = np.asarray(probs, np.float64)
+            probs /= probs.sum(axis=1, keepdims=True)  # rows that sum to one in double precision too
             yield self._result(
-                probs, foreign, structure=name, prior_choice=choice, prior_precision=float(la.prior_precision), link=link
+                probs, structure=name, prior_choice=choice, prior_precision=float(la.prior_precision), link=link
             )
 
-    def _result(self, probs: np.ndarray, foreign: np.ndarray, **description: Any) -> MethodResult:
-        settings = self.config.evaluation
+    def _result(self, probs: np.ndarray, **description: Any) -> MethodResult:
+        settings, count = self.config.evaluation, len(self.labels)
         return MethodResult(
             bootstrap=calibration.bootstrap(
-                probs,
+                probs[:count],
                 self.labels,
-                foreign,
+                probs[count:],
                 seed=self.config.seed,
                 num_bins=settings.bins,
                 resamples=settings.resamples,
             ),
-            reliability=calibration.reliability_bins(probs, self.labels, settings.bins),
+            reliability=calibration.reliability_bins(probs[:count], self.labels, settings.bins),
             **description,
         )
 
 
 def _choices(curve: PrecisionCurve) -> list[tuple[str, float]]:
     return [("evidence", curve.evidence_optimum), ("validation NLL", curve.nll_optimum)]
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return shifted / shifted.sum(axis=1, keepdims=True)
-
-
-def _distributions(probs: Any) -> np.ndarray:
-    """Rows that sum to one in double precision too."""
-    probs = np.asarray(probs, np.float64)
-    return probs / probs.sum(axis=1, keepdims=True)
 
 
 def _key(config: Config, stream: int) -> jax.Array:

@@ -14,6 +14,7 @@ from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
 from training.config import Config
 from training.data import ImageData, normalise
+from training.errors import UserError
 from training.shuffle import stratified_indices
 
 # Display name -> hessian_structure of Laplace, in the order of tables.
@@ -62,14 +63,20 @@ def save(workdir: Path, posteriors: dict[str, Laplace]) -> None:
         la.save(workdir / "laplace" / name)
 
 
-def load(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
-    """Read what `save` wrote; None, with a word on the console where a file is damaged, if it must be fitted again."""
+def load(workdir: Path, network: Network) -> dict[str, Laplace]:
+    """Read what `save` wrote.
+
+    Raises
+    ------
+    UserError
+        There is none, or a file is damaged: the message names it.
+    """
     try:
         return {name: Laplace.load(workdir / "laplace" / name, network) for name in STRUCTURES}
     except CheckpointError as error:
-        if (workdir / "laplace").exists():
-            console.print(f"fitting the posterior again: {error}", style="yellow", highlight=False)
-        return None
+        raise UserError(
+            f"the posteriors in {workdir} must be whole: {error}; training.fit_van with --resume fits them again"
+        ) from None
 
 
 def online_update(config: Config, data: ImageData, module: nn.Module) -> Callable[[Any, Any, float, int], float]:

@@ -71,6 +71,8 @@ class KrylovResult:
     """Lower end of the truncation bracket of log det(I + GGN / prior precision), nats."""
     log_det_high: float
     """Upper end of that bracket."""
+    effective_parameters: float
+    """tr G (G + delta I)^-1 at the prior precision of the evidence: how many directions the data determine."""
     ritz_values: np.ndarray
 
 
@@ -105,6 +107,9 @@ class RunResults:
     """Norm of the gradient of the log joint over all training images, at the weights that Laplace expands at."""
     prior_gradient_norm: float
     """Norm of the prior term's gradient there, the scale on which `gradient_norm` is small or not."""
+    mode_decrement: float
+    """Squared distance from those weights to the mode, in standard deviations of the Lanczos posterior at the prior
+    precision of training; twice the nats that a Gauss-Newton step promises."""
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]

@@ -96,11 +96,13 @@ def block_product(
     inputs: Float[Array, "N ..."],
     *,
     scale: float = 1.0,
-    microbatch: int = 128,
+    microbatch: int = 64,
+    vectors_at_once: int = 16,
 ) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
     """Return V -> V G for S row vectors at once, streamed over microbatches of the data.
 
-    Arithmetic: one forward pass and S GGN products. Memory: residuals of one microbatch, and S times its activations.
+    Arithmetic: one forward pass and S GGN products. Memory: residuals of one microbatch, and `vectors_at_once` times
+    its activations.
     """
     unravel = unraveler(params)
     batches = mb.split(inputs, microbatch, ravel(params).dtype)
@@ -115,7 +117,7 @@ def block_product(
                 cotangent = scale * batch.weights[:, None] * likelihood.hessian_mv(outputs, tangent)
                 return ravel(pullback(cotangent)[0])
 
-            return total + jax.vmap(one)(vectors), None
+            return total + jax.lax.map(one, vectors, batch_size=min(vectors_at_once, len(vectors))), None
 
         return jax.lax.scan(add, jnp.zeros_like(vectors), batches)[0]
 

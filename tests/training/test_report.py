@@ -84,10 +84,11 @@ def results():
         methods=methods,
         curves=curves,
         curve_link="MC",
-        krylov=KrylovResult(5, 40, 8, True, 0.031, 120.25, 121.75, np.array([100.0, 10.0, 1e-3, -1e-9])),
+        krylov=KrylovResult(5, 40, 8, True, 0.031, 120.25, 121.75, 200.0, np.array([100.0, 10.0, 1e-3, -1e-9])),
         history=[{"epoch": n, "phase": "train", "loss": 1.0 / (n + 1), "gradient_norm": None} for n in range(3)],
         gradient_norm=0.02,
         prior_gradient_norm=10.0,
+        mode_decrement=0.5,
     )
 
 
@@ -294,8 +295,10 @@ def test_krylov_error_and_convergence_are_stated(results):
 
 
 def test_gradient_at_the_mode_is_judged(results):
-    assert "norm 0.02, 0.20 % of the norm of the prior's gradient: a mode" in said(results, "mode")
-    assert "not yet a mode" in said(dataclasses.replace(results, gradient_norm=1.0), "mode")
+    near = said(results, "mode")
+    assert "norm 0.02, 0.20 % of the norm of the prior's gradient" in near
+    assert "0.7 standard deviations away" in near and "promises 0.2 nats: a mode" in near
+    assert "not quite a mode" in said(dataclasses.replace(results, mode_decrement=50.0), "mode")
 
 
 def test_numbers_are_written_for_readers():

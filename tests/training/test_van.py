@@ -1,5 +1,6 @@
 """The Visual Attention Network against its definition in library convolutions, and against its published sizes."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -20,12 +21,13 @@ TINY = VAN(3, embed_dims=(4, 6), depths=(1, 2), mlp_ratios=(2, 1), stem_kernel=3
 def variables() -> dict[str, Any]:
     """Random numbers everywhere: at initialisation biases are zero and layer scales small enough to hide faults."""
     shapes = jax.eval_shape(TINY.init, jax.random.key(0), jnp.zeros((1, 8, 8, 2)))
-    leaves, structure = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    drawn = [0.5 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    drawn = jax.tree.unflatten(structure, drawn)
-    positive = jax.tree.map_with_path(lambda path, a: jnp.abs(a) + 0.5 if path[-1].key == "var" else a, drawn)
-    return {"params": drawn["params"], "batch_stats": positive["batch_stats"]}
+    rng = np.random.default_rng(1)
+
+    def draw(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Array:
+        numbers = 0.5 * rng.standard_normal(leaf.shape)
+        return jnp.asarray(np.abs(numbers) + 0.5 if path[-1].key == "var" else numbers, leaf.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 @pytest.fixture(scope="module")
@@ -93,20 +95,31 @@ def definition(variables: dict[str, Any], x: Array) -> Array:
     return x.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"]
 
 
-@pytest.mark.parametrize("method", ["auto", "shifted", "grouped"])
-def test_logits_and_derivatives_are_those_of_the_definition(variables, images, method):
-    module = TINY.clone(depthwise=method)
+Function = Callable[[dict[str, Any], Array], Array]
+
+
+@pytest.fixture(scope="module")
+def derivatives(variables, images) -> Callable[[Function], list[Array]]:
+    """Return a function that evaluates logits, a directional derivative and a gradient, through one linearisation."""
 
     @partial(jax.jit, static_argnums=0)
-    def derivatives(f, variables):
+    def evaluate(f: Function, variables: dict[str, Any]) -> Any:
         logits, pushforward = jax.linearize(lambda p: f({**variables, "params": p}, images), variables["params"])
         cotangent = jnp.cos(jnp.arange(logits.size).reshape(logits.shape))
         gradient = jax.linear_transpose(pushforward, variables["params"])(cotangent)[0]
         return logits, pushforward(jax.tree.map(jnp.cos, variables["params"])), gradient
 
-    actual = derivatives(module.apply, variables)
-    expected = derivatives(definition, variables)
-    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+    return lambda f: jax.tree.leaves(evaluate(f, variables))
+
+
+@pytest.fixture(scope="module")
+def expected(derivatives) -> list[Array]:
+    return derivatives(definition)
+
+
+@pytest.mark.parametrize("method", ["auto", "shifted", "grouped"])
+def test_logits_and_derivatives_are_those_of_the_definition(derivatives, expected, method):
+    for ours, theirs in zip(derivatives(TINY.clone(depthwise=method).apply), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=2e-5 * float(jnp.abs(theirs).max()))
 
 

@@ -18,9 +18,8 @@ kernel of dilation 3 has 9 left on a 4 x 4 image.
 Arrays are channels first, images last. A channel is then a contiguous matrix of pixels by images, so that multiply-adds
 run along the images, and the Toeplitz products, like the pointwise layers around them, need no transposition.
 
-Inside the primitives there is an axis G of independent convolutions, and `jax.vmap` maps to it: images are
-(C, G, H, W, N), kernels (kh, kw, C, G), and either may have G = 1 and be shared. Linear layers mapped over the last axis
-of their kernels put the mapped axis in the same place, so that a network maps without transposing an activation.
+Inside the primitives there is an axis G of independent convolutions, to which `jax.vmap` maps: images are
+(C, G, H, W, N), kernels (kh, kw, C, G), and either may have G = 1 and be shared.
 """
 
 from collections.abc import Callable
@@ -171,7 +170,8 @@ def _toeplitz_conv(x: Array, w: Array, *, dilation: int) -> Array:
         y = _exact_einsum("cgqp,cpn->cgqn", matrices, pixels[:, 0])
     else:
         # A shared matrix is repeated: one product per convolution beats transposing the images for one per channel.
-        y = _exact_einsum("cgqp,cgpn->cgqn", jnp.broadcast_to(matrices, (channels, groups, *matrices.shape[2:])), pixels)
+        matrices = jnp.broadcast_to(matrices, (channels, groups, *matrices.shape[2:]))
+        y = _exact_einsum("cgqp,cgpn->cgqn", matrices, pixels)
     return y.reshape(*y.shape[:2], height, width, images)
 
 

