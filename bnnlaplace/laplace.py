@@ -1,7 +1,7 @@
 """Laplace: the front object. It assembles the stages and holds no algorithm."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -249,15 +249,13 @@ class Laplace:
     ) -> ValidationCurve:
         """NLL and ECE of the Monte Carlo predictive at many prior precisions; classification only.
 
-        Lanczos pushes its basis through the network once for all of them; the others push samples for each.
+        The network is differentiated once for all of them: Lanczos pushes its basis through it, the others take one
+        Jacobian per input.
         """
-        structure, _ = self._require_fit()
         grid = np.asarray(list(precisions), np.float64)
-        mean = predictive.outputs(self.network, x, microbatch=microbatch)
-        pushforward = partial(predictive.pushforward, self.network, x, microbatch=microbatch)
         nll, ece = [], []
-        for deviations in structure.function_samples(pushforward, key, num_samples, grid):
-            probs = np.asarray(predictive.monte_carlo(self.likelihood, mean, deviations), np.float64)
+        for found in self.functional_posteriors(x, grid, key=key, num_samples=num_samples, microbatch=microbatch):
+            probs = np.asarray(predictive.monte_carlo(self.likelihood, found.mean, found.deviations), np.float64)
             nll.append(calibration.negative_log_likelihood(probs, y))
             ece.append(calibration.expected_calibration_error(probs, y))
         return ValidationCurve(grid, np.asarray(nll), np.asarray(ece))
@@ -300,16 +298,36 @@ class Laplace:
         deviations = structure.samples(key, num_samples, self.prior_precision)
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 
-    def functional_variance(self, x: Array, *, key: Array | None = None, microbatch: int = 64) -> Float[Array, "B C C"]:
-        """Covariance J (G + delta I)^-1 J' of the linearised outputs at each input.
+    def functional_posteriors(
+        self, x: Array, precisions: Sequence[float], *, key: Array, num_samples: int, microbatch: int = 64
+    ) -> Iterator[predictive.FunctionalPosterior]:
+        """Mean, covariance and samples of the linearised outputs at each input, for each of several prior precisions.
 
-        Exact for "diag" and "full". For "lanczos" from all its samples: unbiased, with relative standard error
-        sqrt(2 / num_probes).
+        The network is differentiated once for all of them.
+
+        Parameters
+        ----------
+        x
+            Inputs (B, ...).
+        precisions
+            Prior precisions.
+        key, num_samples
+            Of the samples. For "diag" and "full" they are drawn at each input from its exact covariance; for "lanczos"
+            they are weight samples pushed through the Jacobian, at most one per probe, and the covariance is estimated
+            from them: without bias, with relative standard error sqrt(2 / num_samples).
         """
+        self._require_fit()
+        mean = predictive.outputs(self.network, x, microbatch=microbatch)
+        for variance, deviations in self._functional(x, precisions, key, num_samples, microbatch):
+            yield predictive.FunctionalPosterior(mean, variance, deviations)
+
+    def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B C C"]:
+        """Covariance J (G + delta I)^-1 J' of the linearised outputs; for "lanczos" from all its samples."""
         structure, _ = self._require_fit()
-        if not isinstance(structure, KrylovStructure):
-            return predictive.structured_variance(self.network, x, structure, self.prior_precision)
-        return predictive.sample_variance(self._deviations(x, jax.random.key(0), structure.num_probes, microbatch))
+        # All samples are used, so that the key only orders them.
+        count = structure.num_probes if isinstance(structure, KrylovStructure) else 1
+        ((variance, _),) = self._functional(x, [self.prior_precision], jax.random.key(0), count, microbatch)
+        return variance
 
     def predictive(
         self,
@@ -340,18 +358,20 @@ class Laplace:
         """
         if pred_type != "glm":
             raise ValueError(f"predictive(pred_type=...) must be 'glm'; got {pred_type!r}")
-        mean = predictive.outputs(self.network, x, microbatch=microbatch)
-        if self.likelihood.name == "regression" or link_approx == "probit":
-            variance = jnp.diagonal(self.functional_variance(x, microbatch=microbatch), axis1=1, axis2=2)
-            if self.likelihood.name == "regression":
-                return mean, variance
-            return predictive.probit(self.likelihood, mean, variance)
-        if link_approx != "mc":
+        if link_approx not in ("probit", "mc"):
             raise ValueError(f"predictive(link_approx=...) must be 'probit' or 'mc'; got {link_approx!r}")
-        if key is None:
-            raise ValueError("predictive(link_approx='mc') must be given key=...; pass jax.random.key(0)")
-        deviations = self._deviations(x, key, num_samples, microbatch)
-        return predictive.monte_carlo(self.likelihood, mean, deviations)
+        if self.likelihood.name != "regression" and link_approx == "mc":
+            if key is None:
+                raise ValueError("predictive(link_approx='mc') must be given key=...; pass jax.random.key(0)")
+            (found,) = self.functional_posteriors(
+                x, [self.prior_precision], key=key, num_samples=num_samples, microbatch=microbatch
+            )
+            return predictive.monte_carlo(self.likelihood, found.mean, found.deviations)
+        mean = predictive.outputs(self.network, x, microbatch=microbatch)
+        variance = jnp.diagonal(self.functional_variance(x, microbatch=microbatch), axis1=1, axis2=2)
+        if self.likelihood.name == "regression":
+            return mean, variance
+        return predictive.probit(self.likelihood, mean, variance)
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
@@ -406,10 +426,24 @@ class Laplace:
         weights = np.asarray(ravel(self.network.params), np.float64)
         return float(weights @ weights)
 
-    def _deviations(self, x: Array, key: Array, num_samples: int, microbatch: int) -> Float[Array, "S B C"]:
+    def _functional(
+        self, x: Array, precisions: Sequence[float], key: Array, num_samples: int, microbatch: int
+    ) -> Iterator[tuple[Float[Array, "B C C"], Float[Array, "S B C"]]]:
+        """Covariance and samples of J (theta - theta*) at each prior precision; the network is differentiated once."""
         structure, _ = self._require_fit()
-        pushforward = partial(predictive.pushforward, self.network, x, microbatch=microbatch)
-        return next(iter(structure.function_samples(pushforward, key, num_samples, [self.prior_precision])))
+        if isinstance(structure, KrylovStructure):
+            push = partial(predictive.pushforward, self.network, x, microbatch=microbatch)
+            for deviations in structure.function_samples(push, key, num_samples, precisions):
+                yield predictive.sample_variance(deviations), deviations
+            return
+        # One Jacobian is C gradients of P numbers: a quarter of the images of other passes keeps memory level.
+        count = max(1, microbatch // 4)
+        grid = jnp.asarray(precisions, self._dtype())
+        for variance in predictive.structured_variance(self.network, x, structure, grid, microbatch=count):
+            yield variance, predictive.marginal_samples(key, variance, num_samples)
+
+    def _dtype(self) -> jnp.dtype:
+        return jax.tree.leaves(self.network.params)[0].dtype
 
 
 _log_likelihood = jax.jit(evidence.log_likelihood_and_gradient, static_argnames="microbatch")

@@ -1,22 +1,41 @@
 """Predictions of the linearised network f(x; theta*) + J(x) (theta - theta*) under the posterior."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from bnnlaplace.curvature import dense, microbatch as mb
+from bnnlaplace.curvature import dense
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.tree import unraveler
 
 
-@partial(jax.jit, static_argnames="microbatch")
+class FunctionalPosterior(NamedTuple):
+    """The posterior of the linearised outputs at a batch of inputs.
+
+    Attributes
+    ----------
+    mean
+        f(x; theta*), (B, C).
+    variance
+        J Sigma J', (B, C, C); from the samples where they are the only way.
+    deviations
+        Samples of J (theta - theta*), (S, B, C).
+    """
+
+    mean: Float[Array, "B C"]
+    variance: Float[Array, "B C C"]
+    deviations: Float[Array, "S B C"]
+
+
 def outputs(network: Network, inputs: Float[Array, "B ..."], *, microbatch: int = 64) -> Float[Array, "B C"]:
     """f(x; theta*), one microbatch at a time."""
-    batches = mb.split(inputs, microbatch, jnp.float32)
-    return _join(jax.lax.map(lambda x: network(network.params, x), batches.inputs), len(inputs))
+    return _by_microbatch(partial(_outputs, network), inputs, microbatch)
 
 
 def pushforward(
@@ -25,46 +44,44 @@ def pushforward(
     directions: Float[Array, "R P"],
     *,
     microbatch: int = 64,
-    vectors_at_once: int = 16,
+    vectors_at_once: int = 8,
 ) -> Float[Array, "R B C"]:
     """J(x) v for every input and every row v of `directions`, by forward mode.
 
-    Each microbatch is linearised once for `vectors_at_once` rows, whose number alone is compiled in: any number of rows
-    shares one program. Memory: `vectors_at_once` times the activations of a microbatch, and the result.
+    Memory: `vectors_at_once` times the activations of a microbatch, and the result. Any number of inputs and rows
+    shares one program.
     """
     images = []
     for start in range(0, len(directions), vectors_at_once):
         rows = directions[start : start + vectors_at_once]
         padded = jnp.pad(rows, ((0, vectors_at_once - len(rows)), (0, 0)))
-        images.append(_pushforward_block(network, inputs, padded, microbatch=microbatch)[: len(rows)])
+        found = _by_microbatch(partial(_pushforward, network, padded), inputs, microbatch)
+        images.append(jnp.swapaxes(found, 0, 1)[: len(rows)])
     return jnp.concatenate(images)
 
 
-@partial(jax.jit, static_argnames="microbatch")
-def _pushforward_block(
-    network: Network, inputs: Float[Array, "B ..."], directions: Float[Array, "R P"], *, microbatch: int
-) -> Float[Array, "R B C"]:
-    unravel = unraveler(network.params)
-    batches = mb.split(inputs, microbatch, directions.dtype)
-
-    def images(x: Array) -> Float[Array, "m R C"]:
-        _, jvp = jax.linearize(lambda p: network(p, x), network.params)
-        return jnp.swapaxes(jax.vmap(lambda v: jvp(unravel(v)))(directions), 0, 1)
-
-    return jnp.swapaxes(_join(jax.lax.map(images, batches.inputs), len(inputs)), 0, 1)
-
-
-@partial(jax.jit, static_argnames="microbatch")
 def structured_variance(
-    network: Network, inputs: Float[Array, "B ..."], structure, prior_precision: float, *, microbatch: int = 16
-) -> Float[Array, "B C C"]:
-    """J Sigma J' from `structure.functional_variance`, with the Jacobians of one microbatch in memory at a time."""
-    batches = mb.split(inputs, microbatch, jnp.float32)
+    network: Network,
+    inputs: Float[Array, "B ..."],
+    structure,
+    precisions: Float[Array, " D"],
+    *,
+    microbatch: int = 16,
+) -> Float[Array, "D B C C"]:
+    """J Sigma J' at every prior precision, from `structure.functional_variance`.
 
-    def variance(x: Array) -> Float[Array, "m C C"]:
-        return structure.functional_variance(dense.jacobian(network, network.params, x), prior_precision)
+    One Jacobian per input serves all precisions; those of one microbatch are in memory at a time.
+    """
+    found = _by_microbatch(partial(_structured_variance, network, structure, jnp.asarray(precisions)), inputs, microbatch)
+    return jnp.swapaxes(found, 0, 1)
 
-    return _join(jax.lax.map(variance, batches.inputs), len(inputs))
+
+def marginal_samples(key: Array, variance: Float[Array, "B C C"], num_samples: int) -> Float[Array, "S B C"]:
+    """Draws from N(0, variance) at each input; independent between inputs, which averages over samples do not see."""
+    values, vectors = jnp.linalg.eigh(variance)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
+    noise = jax.random.normal(key, (num_samples, *variance.shape[:2]), variance.dtype)
+    return jnp.einsum("bcd,sbd->sbc", root, noise)
 
 
 def sample_variance(deviations: Float[Array, "S B C"]) -> Float[Array, "B C C"]:
@@ -87,5 +104,38 @@ def probit(likelihood: Likelihood, mean: Float[Array, "B C"], variance: Float[Ar
     return likelihood.mean(mean / jnp.sqrt(1 + jnp.pi / 8 * variance))
 
 
-def _join(batches: Float[Array, "num size ..."], count: int) -> Float[Array, "count ..."]:
-    return batches.reshape(-1, *batches.shape[2:])[:count]
+@jax.jit
+def _outputs(network: Network, x: Float[Array, "m ..."]) -> Float[Array, "m C"]:
+    return network(network.params, x)
+
+
+@jax.jit
+def _pushforward(network: Network, directions: Float[Array, "R P"], x: Float[Array, "m ..."]) -> Float[Array, "m R C"]:
+    unravel = unraveler(network.params)
+    _, jvp = jax.linearize(lambda p: network(p, x), network.params)
+    return jnp.swapaxes(jax.vmap(lambda v: jvp(unravel(v)))(directions), 0, 1)
+
+
+@jax.jit
+def _structured_variance(
+    network: Network, structure, precisions: Float[Array, " D"], x: Float[Array, "m ..."]
+) -> Float[Array, "m D C C"]:
+    jacobian = dense.jacobian(network, network.params, x)
+    found = jax.lax.map(lambda precision: structure.functional_variance(jacobian, precision), precisions)
+    return jnp.swapaxes(found, 0, 1)
+
+
+def _by_microbatch(
+    function: Callable[[Array], Array], inputs: Float[Array, "B ..."], microbatch: int
+) -> Float[Array, "B ..."]:
+    """Apply a compiled function to microbatches of one shape, the last one padded with copies of the last input.
+
+    Called from Python rather than scanned, so that inputs of any number share one program.
+    """
+    count = len(inputs)
+    microbatch = min(microbatch, count)
+    found = []
+    for start in range(0, count, microbatch):
+        index = np.minimum(np.arange(start, start + microbatch), count - 1)
+        found.append(function(inputs[index]))
+    return jnp.concatenate(found)[:count]

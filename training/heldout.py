@@ -17,7 +17,6 @@ from training.loop import TrainResult
 from training.results import KrylovResult, MethodResult, RunResults
 
 _CURVE_STREAM, _SAMPLE_STREAM = 201, 202
-LINKS = {"MC": "mc", "probit": "probit"}
 
 
 def evaluate(
@@ -43,8 +42,7 @@ def evaluate(
         *(
             method
             for name, la in posteriors.items()
-            for choice, precision in _choices(curves[name])
-            for method in held_out.posterior_predictions(name, choice, la.with_prior_precision(precision))
+            for method in held_out.posterior_predictions(name, la, _choices(curves[name]))
         ),
     ]
     return RunResults(
@@ -132,21 +130,26 @@ class _HeldOut:
         fitted = calibration.fit_temperature(chosen_on, labels).temperature
         yield self._result(softmax(logits / fitted, axis=1), structure="MAP", temperature=fitted)
 
-    def posterior_predictions(self, name: str, choice: str, la: Laplace) -> Iterator[MethodResult]:
-        """One posterior at one prior precision, through each link."""
-        for link, link_approx in LINKS.items():
-            probs = la.predictive(
-                self.images,
-                link_approx=link_approx,
-                key=_key(self.config, _SAMPLE_STREAM),
-                num_samples=self.config.curvature.num_probes,
-                microbatch=self.config.curvature.microbatch,
-            )
-            probs = np.asarray(probs, np.float64)
-            probs /= probs.sum(axis=1, keepdims=True)  # rows that sum to one in double precision too
-            yield self._result(
-                probs, structure=name, prior_choice=choice, prior_precision=float(la.prior_precision), link=link
-            )
+    def posterior_predictions(self, name: str, la: Laplace, choices: Mapping[str, float]) -> Iterator[MethodResult]:
+        """One posterior at each chosen prior precision, through each link."""
+        settings = self.config.curvature
+        posteriors = la.functional_posteriors(
+            self.images,
+            list(choices.values()),
+            key=_key(self.config, _SAMPLE_STREAM),
+            num_samples=settings.num_probes,
+            microbatch=settings.microbatch,
+        )
+        for (choice, precision), found in zip(choices.items(), posteriors, strict=True):
+            variance = np.diagonal(found.variance, axis1=1, axis2=2)
+            links = {
+                "MC": predictive.monte_carlo(la.likelihood, found.mean, found.deviations),
+                "probit": predictive.probit(la.likelihood, found.mean, variance),
+            }
+            for link, probs in links.items():
+                probs = np.asarray(probs, np.float64)
+                probs /= probs.sum(axis=1, keepdims=True)  # rows that sum to one in double precision too
+                yield self._result(probs, structure=name, prior_choice=choice, prior_precision=precision, link=link)
 
     def _result(self, probs: np.ndarray, **description: Any) -> MethodResult:
         settings, count = self.config.evaluation, len(self.labels)
@@ -164,8 +167,8 @@ class _HeldOut:
         )
 
 
-def _choices(curve: PrecisionCurve) -> list[tuple[str, float]]:
-    return [("evidence", curve.evidence_optimum), ("validation NLL", curve.nll_optimum)]
+def _choices(curve: PrecisionCurve) -> dict[str, float]:
+    return {"evidence": curve.evidence_optimum, "validation NLL": curve.nll_optimum}
 
 
 def _key(config: Config, stream: int) -> jax.Array:

@@ -97,7 +97,7 @@ def block_product(
     *,
     scale: float = 1.0,
     microbatch: int = 64,
-    vectors_at_once: int = 16,
+    vectors_at_once: int = 8,
 ) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
     """Return V -> V G for S row vectors at once, streamed over microbatches of the data.
 

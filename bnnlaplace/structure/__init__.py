@@ -4,9 +4,9 @@ A structure is a pytree with the methods
 
 - `log_determinant(delta)`: log det(I + G / delta), one value per probe (a single one where it is exact);
 - `samples(key, num_samples, delta)`: rows distributed as N(0, (G + delta I)^-1);
-- `function_samples(pushforward, key, num_samples, deltas)`: J times such samples, at every delta;
 - `inverse_quadratic_form(vector, delta)`: v' (G + delta I)^-1 v;
-- `functional_variance(jacobian, delta)`: J (G + delta I)^-1 J', or None where samples are the only way.
+- `functional_variance(jacobian, delta)`: J (G + delta I)^-1 J', or, where that is not to be had,
+  `function_samples(pushforward, key, num_samples, deltas)`: J times samples, at every delta.
 
 A new one is a class with these methods and a function that fits it; nothing else in the package asks which one it is.
 """

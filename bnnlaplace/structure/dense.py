@@ -1,6 +1,5 @@
 """The full GGN by its eigendecomposition: exact, for small networks, and the oracle of the others."""
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,13 +46,6 @@ class DenseStructure(NamedTuple):
         """Rows V diag((lambda + delta)^-1/2) eps."""
         noise = jax.random.normal(key, (num_samples, self.eigenvalues.size), self.eigenvectors.dtype)
         return (noise / jnp.sqrt(self.eigenvalues + prior_precision)) @ self.eigenvectors.T
-
-    def function_samples(
-        self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: Sequence[float]
-    ) -> Iterator[Float[Array, "S B C"]]:
-        """J times samples at each prior precision, the same noise at all of them."""
-        for precision in precisions:
-            yield pushforward(self.samples(key, num_samples, precision))
 
     def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
         """J (G + delta I)^-1 J', exactly."""

@@ -1,6 +1,5 @@
 """The diagonal of the GGN: the baseline. By Hadamard's inequality its log-determinant is never below the true one."""
 
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -38,13 +37,6 @@ class DiagonalStructure(NamedTuple):
         """Rows eps / sqrt(diag(G) + delta)."""
         noise = jax.random.normal(key, (num_samples, self.diagonal.size), self.diagonal.dtype)
         return noise / jnp.sqrt(self.diagonal + prior_precision)
-
-    def function_samples(
-        self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: Sequence[float]
-    ) -> Iterator[Float[Array, "S B C"]]:
-        """J times samples at each prior precision, the same noise at all of them."""
-        for precision in precisions:
-            yield pushforward(self.samples(key, num_samples, precision))
 
     def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
         """J diag(1 / (diag(G) + delta)) J', exactly."""

@@ -121,10 +121,6 @@ class KrylovStructure(NamedTuple):
         for precision in precisions:
             yield jnp.einsum("sm,mbc->sbc", self._coefficients(key, num_samples, precision), images)
 
-    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> None:
-        """None: estimated from `function_samples`."""
-        return None
-
     def _coefficients(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S m"]:
         if num_samples > self.num_probes:
             raise ValueError(
