@@ -1,13 +1,15 @@
-# Two commands: `make fit-van` trains, fits and evaluates; `make test` runs the tests. Both create .venv first.
+# Two commands: `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests.
+# Both create .venv first.
 
 PYTHON ?= python3
 ARGS ?=
+WORKDIR ?= checkpoints/van_digits
 VENV := .venv/bin
 
 .PHONY: fit-van test clean
 
 fit-van: .venv/installed
-	$(VENV)/python -m training.fit_van $(ARGS)
+	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
 
 test: .venv/installed-test
 	$(VENV)/python -m pytest $(ARGS)

@@ -3,8 +3,9 @@
 Command    python -m training.fit_van
 Data       digits (embedded): 1,257 training, 180 validation and 360 test images, 10 classes
 Hardware   2 CPU cores, no GPU, under 2 GB of memory
-Time       at most 3 minutes with cold compile caches
-Expected   test accuracy of the MAP network at least 97 %
+Time       about 2 minutes with cold compile caches, 1.5 with warm ones
+Expected   test accuracy of the MAP network at least 97 %; evidence near -840 nats with Lanczos, -3,100 with the diagonal;
+           at the precision of the evidence both predictives are underconfident, Lanczos the better OOD detector
 """
 
 from training.config import Config, Data, Model, Optimizer
@@ -12,5 +13,5 @@ from training.config import Config, Data, Model, Optimizer
 config = Config(
     data=Data(name="digits"),
     model=Model(variant="digits"),
-    optimizer=Optimizer(learning_rate=3e-3, batch_size=64, epochs=60, warmup_epochs=3, polish_epochs=20),
+    optimizer=Optimizer(learning_rate=3e-3, batch_size=64, epochs=50, warmup_epochs=3, polish_epochs=20),
 )

@@ -82,7 +82,7 @@ class Optimizer:
     """Peak learning rate."""
     batch_size: int = 64
     """Images per step."""
-    epochs: int = 60
+    epochs: int = 50
     """Epochs with batch statistics and drop-path live."""
     warmup_epochs: int = 3
     """Epochs of linear warm-up within `epochs`."""
@@ -124,11 +124,11 @@ class Prior:
 class Curvature:
     """The GGN and its block Krylov decomposition."""
 
-    num_probes: int = 64
+    num_probes: int = 48
     """Normal probes, decomposed together as one block; also the number of posterior samples of every predictive."""
     max_vectors: int = 512
     """Largest number of basis vectors kept (each as long as the weights); it bounds time and memory."""
-    tolerance: float = 0.05
+    tolerance: float = 0.1
     """The decomposition grows until the bound on the relative error of a posterior sample (in the metric of the
     posterior precision, against the effective number of parameters) falls below this, or `max_vectors` is reached."""
     microbatch: int = 64

@@ -57,7 +57,7 @@ VARIANTS: dict[str, VANVariant] = {
     "b5": VANVariant(_LARGE, (3, 3, 24, 3), _RATIOS),
     "b6": VANVariant((96, 192, 384, 768), (6, 6, 90, 6), _RATIOS),
     "cifar": VANVariant((32, 64, 96), (1, 2, 1), (4, 4, 2), 3, 2, (32, 32, 3)),
-    "digits": VANVariant((16, 32), (1, 1), (4, 2), 3, 1, (8, 8, 1)),
+    "digits": VANVariant((16, 32), (1, 1), (2, 2), 3, 1, (8, 8, 1)),
 }
 
 
