@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, and a JSON record with versions and device."""
 
+import importlib.metadata
 import json
 import os
 import resource
@@ -35,7 +36,7 @@ def write(name: str, content: Mapping[str, Any]) -> Path:
     """Write `results/NAME.json` with versions, device, cores and peak memory of this process."""
     device = jax.devices()[0]
     record = {
-        "jax": jax.__version__,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         "platform": device.platform,
         "device": device.device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

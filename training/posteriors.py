@@ -105,10 +105,10 @@ def online_update(config: Config, data: ImageData, module: nn.Module) -> Callabl
 
 
 def _report_block(console: Console, config: Config, structure: KrylovStructure, error: KrylovError) -> None:
-    done = "" if error.sample > config.curvature.tolerance else ", converged"
+    done = "; converged" if error.sample <= config.curvature.tolerance else ""
     console.print(
-        f"  {len(structure.ritz.values):4d} vectors: at precision {error.prior_precision:.3g} the error of a sample is "
-        f"at most {error.sample:.2g}, of the log-determinant {error.log_determinant:.2g}{done}",
+        f"  {len(structure.ritz.values):4d} vectors; error at precision {error.prior_precision:.3g}: samples "
+        f"{error.sample:.2g}, log-determinant {error.log_determinant:.2g}{done}",
         style="dim",
         highlight=False,
     )

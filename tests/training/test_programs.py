@@ -153,6 +153,7 @@ def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--data.name", "imagenet21k"], "digits"),
     (["--model.variant", "b9"], "b0"),
+    (["--model.variant", "b0"], "images"),
     (["--optimizer.learning-rate", "fast"], "learning-rate"),
     (["--optimizer.learning-rate", "-1"], "positive and finite"),
     (["--data.augment"], "augment"),
@@ -163,14 +164,6 @@ def test_bad_options(config_file, tmp_path, capsys, arguments, message):
     status, error = run(fit_van, capsys, "--config", config_file, "--workdir", workdir, *arguments)
     assert status == 2 and message in error
     assert not workdir.exists()
-
-
-def test_images_too_small_for_the_model(config_file, tmp_path, capfd, write_set, examples):
-    directory = write_set("specks", {"train": examples(120, (2, 2, 3)), "test": examples(9, (2, 2, 3))})
-    arguments = ["--data.name", "specks", "--data.dir", directory]
-    status, error = run(fit_van, capfd, "--config", config_file, "--workdir", tmp_path / "run", *arguments)
-    assert status == 2 and "2" in error and "image" in error
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_workdir_of_another_run(finished, config_file, capsys):
