@@ -167,5 +167,6 @@ def curve(
 
 
 def _sem(samples: Float[np.ndarray, "D S"]) -> Float[np.ndarray, " D"]:
+    """Over probes; a single value is an exact one, as `structure` promises."""
     count = samples.shape[1]
     return samples.std(axis=1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(samples))

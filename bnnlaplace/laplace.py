@@ -104,10 +104,14 @@ class Laplace:
             raise ValueError(
                 f"Laplace(hessian_structure=...) must be one of {sorted(_STRUCTURES)}; got {self.hessian_structure!r}"
             )
-        if isinstance(self.prior_precision, (int, float)) and not (0 < self.prior_precision < float("inf")):
+        if isinstance(self.prior_precision, (int, float, np.ndarray, np.generic)) and not (
+            np.ndim(self.prior_precision) == 0 and 0 < self.prior_precision < float("inf")
+        ):
             raise ValueError(
-                f"Laplace(prior_precision=...) must be positive and finite; got {self.prior_precision}; try 1.0"
+                f"Laplace(prior_precision=...) must be one positive, finite number; got {self.prior_precision}; try 1.0"
             )
+        if isinstance(sigma_noise, (int, float)) and not 0 < sigma_noise < float("inf"):
+            raise ValueError(f"Laplace(sigma_noise=...) must be positive and finite; got {sigma_noise}; try 1.0")
 
     # --- fitting ----------------------------------------------------------------------------------------------------
 
@@ -336,7 +340,7 @@ class Laplace:
         link_approx: Literal["probit", "mc"] = "probit",
         *,
         key: Array | None = None,
-        num_samples: int = 32,
+        num_samples: int | None = None,
         microbatch: int = 64,
     ) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], Float[Array, "B C"]]:
         """Predictions under the posterior of the linearised network.
@@ -350,7 +354,7 @@ class Laplace:
         link_approx
             "probit": MacKay's approximation from marginal variances. "mc": the mean probability over samples.
         key, num_samples
-            For "mc".
+            For "mc"; by default as many samples as "lanczos" has probes, otherwise 100.
 
         Returns
         -------
@@ -363,6 +367,8 @@ class Laplace:
         if self.likelihood.name != "regression" and link_approx == "mc":
             if key is None:
                 raise ValueError("predictive(link_approx='mc') must be given key=...; pass jax.random.key(0)")
+            if num_samples is None:
+                num_samples = self.structure.num_probes if isinstance(self.structure, KrylovStructure) else 100
             (found,) = self.functional_posteriors(
                 x, [self.prior_precision], key=key, num_samples=num_samples, microbatch=microbatch
             )

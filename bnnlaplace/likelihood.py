@@ -1,7 +1,7 @@
 """Likelihoods, in output space only: they know outputs and targets, never weights.
 
 With f the outputs of one example, Lambda = -d^2 log p(y | f) / df^2 and Lambda = B B'. A new likelihood is one function
-that returns a `Likelihood`; nothing else in the package asks which one it is.
+that returns a `Likelihood`.
 """
 
 from collections.abc import Callable

@@ -36,6 +36,7 @@ class PrecisionCurve(NamedTuple):
     precision: Float[np.ndarray, "G"]
     log_evidence: Float[np.ndarray, "G"]
     log_evidence_sem: Float[np.ndarray, "G"]
+    log_evidence_truncation: Float[np.ndarray, "G"]
     validation_nll: Float[np.ndarray, "G"]
     validation_ece: Float[np.ndarray, "G"]
     evidence_optimum: float
@@ -45,7 +46,9 @@ class PrecisionCurve(NamedTuple):
 
 
 def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
-    """Log evidence (with a band of 2 standard errors), validation NLL and validation ECE against prior precision.
+    """Log evidence, validation NLL and validation ECE against prior precision.
+
+    The band around the evidence is 2 standard errors, and upwards also the truncation.
 
     Parameters
     ----------
@@ -65,7 +68,12 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
     for (name, curve), colour, style in zip(curves.items(), _cycle(PALETTE), _cycle(_LINE_STYLES), strict=False):
         band = 2 * np.asarray(curve.log_evidence_sem)
         evidence.fill_between(
-            curve.precision, curve.log_evidence - band, curve.log_evidence + band, color=colour, alpha=0.25, lw=0
+            curve.precision,
+            curve.log_evidence - band,
+            curve.log_evidence + band + np.asarray(curve.log_evidence_truncation),
+            color=colour,
+            alpha=0.25,
+            lw=0,
         )
         drawn = {"color": colour, "linestyle": style, "lw": 1.8}
         ece_drawn = np.maximum(curve.validation_ece, _LEAST_ECE)

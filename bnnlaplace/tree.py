@@ -17,18 +17,18 @@ def ravel(tree: PyTree) -> Float[Array, " P"]:
 
 
 def unraveler(tree: PyTree) -> Callable[[Float[Array, " P"]], Any]:
-    """Return the map from a vector of `size(tree)` numbers to the structure of `tree`, dtype of the vector kept.
+    """Return the map from a vector of `size(tree)` numbers to the structure, shapes and dtypes of `tree`.
 
     `tree` may hold arrays, tracers or `jax.ShapeDtypeStruct`s: only its structure and shapes are used, so that the
     result holds no array alive.
     """
     leaves, treedef = jax.tree.flatten(tree)
-    shapes = [leaf.shape for leaf in leaves]
+    shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
 
     def unravel(vector: Float[Array, " P"]) -> Any:
         parts = jnp.split(vector, ends)
-        return jax.tree.unflatten(treedef, [part.reshape(shape) for part, shape in zip(parts, shapes)])
+        return jax.tree.unflatten(treedef, [p.reshape(s).astype(d) for p, s, d in zip(parts, shapes, dtypes)])
 
     return unravel
 

@@ -217,7 +217,8 @@ def test_batches_are_the_same_data(trained, diagonal):
 def test_save_and_load(name, request, trained, tmp_path):
     if name == "lanczos":
         network, x, y = trained
-        la = bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(9), num_probes=8, max_vectors=24)
+        with pytest.warns(UserWarning, match="not converged"):
+            la = bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(9), num_probes=8, max_vectors=24)
     else:
         la = request.getfixturevalue(name)
     la.save(tmp_path / "la")
@@ -236,8 +237,27 @@ def test_compiles_once_per_shape(trained):
     products = structure_fit.block_product._cache_size()
     for seed in (11, 12):
         la = bnnlaplace.Laplace(network.with_params(jax.tree.map(lambda leaf: leaf * 1.01, network.params)))
-        la.fit((x[:90], y[:90]), key=jax.random.key(seed), num_probes=4, max_vectors=12).predictive(x[:7])
+        with pytest.warns(UserWarning, match="not converged"):
+            la.fit((x[:90], y[:90]), key=jax.random.key(seed), num_probes=4, max_vectors=12).predictive(x[:7])
     assert structure_fit.block_product._cache_size() == products + 1
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weights_keep_their_precision(enabled, dtype):
+    with jax.enable_x64(enabled):
+        params = {"w": jnp.ones((2, 3), dtype), "b": jnp.zeros(3, jnp.float32)}
+        network = bnnlaplace.Network.from_function(lambda p, x: x @ p["w"] + p["b"], params)
+        data = np.random.default_rng(0).normal(size=(8, 2)).astype(np.float32), np.arange(8) % 3
+        la = bnnlaplace.Laplace(network).fit(data, key=jax.random.key(0), num_probes=9, max_vectors=9)
+        assert np.isfinite(la.log_marginal_likelihood().mean)
+        assert la.sample(jax.random.key(1), 2)["w"].dtype == dtype
+
+
+def test_an_unconverged_decomposition_warns(trained):
+    network, x, y = trained
+    with pytest.warns(UserWarning, match="has not converged with 4 vectors.*raise max_vectors"):
+        bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(0), num_probes=4, max_vectors=4)
 
 
 def test_linen_batch_statistics_are_frozen():
@@ -269,7 +289,7 @@ def test_bad_input(trained, diagonal):
     la = bnnlaplace.Laplace(network)
     with pytest.raises(ValueError, match=r"hessian_structure=\.\.\.\) must be one of \['diag', 'full', 'lanczos'\]; got 'kfac'"):
         bnnlaplace.Laplace(network, hessian_structure="kfac")
-    with pytest.raises(ValueError, match="prior_precision.*positive and finite; got -1"):
+    with pytest.raises(ValueError, match="prior_precision.*one positive, finite number; got -1"):
         bnnlaplace.Laplace(network, prior_precision=-1)
     with pytest.raises(ValueError, match="call la = la.fit"):
         la.log_marginal_likelihood()

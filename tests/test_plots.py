@@ -21,7 +21,7 @@ def precision_curve(best, peak, nll_best, sem=20.0):
     evidence = peak * (1 + 0.3 * np.log(GRID / best) ** 2 + 0.05 * GRID)
     nll = 0.05 + 2.2 / (1 + GRID / (nll_best / 100)) + 0.01 * np.log1p(GRID / nll_best)
     return PrecisionCurve(
-        GRID, evidence, np.full(len(GRID), sem), nll, nll / 3, best, best / 1.2, best * 1.2, nll_best
+        GRID, evidence, np.full(len(GRID), sem), 10 / GRID, nll, nll / 3, best, best / 1.2, best * 1.2, nll_best
     )  # fmt: skip
 
 

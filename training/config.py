@@ -135,7 +135,8 @@ class Curvature:
     """Images linearised at a time; bounds the memory of one product."""
 
     def __post_init__(self) -> None:
-        _require(self, "at least 1", _at_least(1), "num_probes", "max_vectors", "microbatch")
+        _require(self, "at least 2", _at_least(2), "num_probes")
+        _require(self, "at least 1", _at_least(1), "max_vectors", "microbatch")
         _require(self, f"at least `curvature.num_probes`, {self.num_probes}", _at_least(self.num_probes), "max_vectors")
         _require(self, "positive and finite", _positive, "tolerance")
 

@@ -8,7 +8,6 @@ from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.resampling import Bootstrap, Interval, paired_differences
 from training.results import MethodResult, RunResults
 
-# A gradient this much smaller than the prior's own moves the weights by a few percent of their length at most.
 _NEAR_MODE = 0.01  # squared distance to the mode over the effective number of parameters
 _SAME_OPTIMUM = 2.0  # prior precisions within this factor are called the same
 
@@ -180,10 +179,9 @@ def _hadamard(results: RunResults) -> list[Finding]:
             continue
         here = np.interp(np.log(curve.precision), np.log(diagonal.precision), diagonal.log_evidence)
         excess = here - curve.log_evidence
-        # Two standard errors, what truncation leaves open (the evidence holds half of the log-determinant), and the
-        # rounding of sums of this size: at large precision the two evidences are all but equal.
-        truncation = (results.krylov.log_det_high - results.krylov.log_det_low) / 2
-        allowed = 2 * np.asarray(curve.log_evidence_sem) + truncation + 1e-6 * np.abs(here)
+        # Two standard errors, what truncation can have taken from the evidence, and the rounding of sums of this size:
+        # at large precision the two evidences are all but equal.
+        allowed = 2 * np.asarray(curve.log_evidence_sem) + curve.log_evidence_truncation + 1e-6 * np.abs(here)
         violated = excess > allowed
         best, best_diagonal = np.nanmax(curve.log_evidence), np.nanmax(diagonal.log_evidence)
         text = (

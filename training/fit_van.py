@@ -15,7 +15,8 @@ from rich.console import Console
 
 from bnnlaplace import Laplace, Network
 from training import config_io, heldout, loop, posteriors, program
-from training.data import ImageData, load
+from training.config import Config
+from training.data import ImageData, load, out_of_distribution
 from training.errors import UserError
 from training.models import van
 
@@ -34,7 +35,7 @@ def fit(argv: Sequence[str], console: Console) -> None:
         measured = dataclasses.replace(arguments.settings.data, mean=data.mean, std=data.std)
         config = dataclasses.replace(arguments.settings, data=measured)
         module = van.from_config(config.model, len(data.class_names))
-        _check_images(module, data)
+        _check(config, data, module)
         workdir = arguments.workdir
         config = config_io.open_workdir(workdir, config, arguments.resume)
     with watch.stage("training"):
@@ -45,7 +46,7 @@ def fit(argv: Sequence[str], console: Console) -> None:
             workdir=workdir,
             resume=arguments.resume,
             console=console,
-            update_prior=posteriors.online_update(config, data, module),
+            update_prior=posteriors.online_update(config, data, module, console),
         )
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     with watch.stage("posterior"):
@@ -69,8 +70,14 @@ def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Lapl
         return None
 
 
-def _check_images(module: van.VAN, data: ImageData) -> None:
-    """Trace the network, without computing anything, before a work directory is made for it."""
+def _check(config: Config, data: ImageData, module: van.VAN) -> None:
+    """Find what would stop the run later, before a work directory is made for it: nothing is computed."""
+    if config.optimizer.batch_size > len(data.train.labels):
+        raise UserError(
+            f"`optimizer.batch_size` must be at most the number of training images, {len(data.train.labels)}; "
+            f"got {config.optimizer.batch_size}; make it smaller"
+        )
+    out_of_distribution(config.evaluation.ood, getattr(data, config.evaluation.split), config.data.dir, config.seed)
     image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
     try:
         jax.eval_shape(partial(module.init, train=False), {"params": jax.random.key(0)}, image)

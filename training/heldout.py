@@ -10,6 +10,7 @@ from scipy.special import softmax
 
 from bnnlaplace import Laplace, Network, calibration, predictive
 from bnnlaplace.plots import PrecisionCurve
+from bnnlaplace.structure import KrylovStructure
 from bnnlaplace.tree import size
 from training.config import Config
 from training.data import ImageData, Split, normalise, out_of_distribution
@@ -70,6 +71,7 @@ def precision_curve(config: Config, la: Laplace, images: np.ndarray, labels: np.
     settings = config.evaluation
     grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
     evidence = la.evidence_curve(grid).log_marginal_likelihood
+    is_krylov = isinstance(la.structure, KrylovStructure)
     optimum = la.evidence_optimum()
     heldout = la.validation_curve(
         images,
@@ -83,6 +85,10 @@ def precision_curve(config: Config, la: Laplace, images: np.ndarray, labels: np.
         precision=grid,
         log_evidence=evidence.mean,
         log_evidence_sem=evidence.sem,
+        # The log-determinant is at most this much too high, so the evidence at most half as much too low.
+        log_evidence_truncation=np.array(
+            [0.5 * la.structure.truncation(delta).mean() if is_krylov else 0.0 for delta in grid]
+        ),
         validation_nll=heldout.negative_log_likelihood,
         validation_ece=heldout.expected_calibration_error,
         evidence_optimum=optimum.prior_precision,
@@ -101,7 +107,7 @@ def krylov_result(config: Config, la: Laplace, prior_precision: float) -> Krylov
         depth=len(structure.ritz.values) // structure.num_probes,
         num_vectors=len(structure.ritz.values),
         num_probes=structure.num_probes,
-        converged=error.sample <= config.curvature.tolerance,
+        converged=structure.has_converged(error, config.curvature.tolerance),
         sample_error_bound=error.sample,
         log_det_low=upper - error.log_determinant,
         log_det_high=upper,

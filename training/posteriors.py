@@ -1,6 +1,8 @@
 """The two Laplace posteriors of a run: the diagonal GGN and the Lanczos one, fitted on the training images."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,16 +42,27 @@ def fit(config: Config, data: ImageData, network: Network, prior_precision: floa
     posteriors = {}
     for name, structure in STRUCTURES.items():
         la = Laplace(network, hessian_structure=structure, prior_precision=prior_precision)
-        posteriors[name] = la.fit(
-            (images, data.train.labels),
-            key=probe_key(config),
-            num_probes=config.curvature.num_probes,
-            max_vectors=config.curvature.max_vectors,
-            tolerance=config.curvature.tolerance,
-            microbatch=config.curvature.microbatch,
-            on_block=lambda structure, error: _report_block(console, config, structure, error),
-        )
+        with _warnings_on(console):
+            posteriors[name] = la.fit(
+                (images, data.train.labels),
+                key=probe_key(config),
+                num_probes=config.curvature.num_probes,
+                max_vectors=config.curvature.max_vectors,
+                tolerance=config.curvature.tolerance,
+                microbatch=config.curvature.microbatch,
+                on_block=lambda structure, error: _report_block(console, config, structure, error),
+            )
     return posteriors
+
+
+@contextmanager
+def _warnings_on(console: Console) -> Iterator[None]:
+    """Print what the library warns of, such as a decomposition that has not converged, as one line."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for warning in caught:
+        console.print(f"warning: {warning.message}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def probe_key(config: Config) -> jax.Array:
@@ -79,7 +92,7 @@ def load(workdir: Path, network: Network) -> dict[str, Laplace]:
         ) from None
 
 
-def online_update(config: Config, data: ImageData, module: nn.Module) -> Callable[[Any, Any, float, int], float]:
+def online_update(config: Config, data: ImageData, module: nn.Module, console: Console) -> Callable[[Any, Any, float, int], float]:
     """The `update_prior` of `training.loop.train`: the maximiser of the Lanczos evidence on a subset of the images.
 
     The subset is stratified, the same in every call; log likelihood and curvature are scaled to all training images.
@@ -90,22 +103,27 @@ def online_update(config: Config, data: ImageData, module: nn.Module) -> Callabl
     labels = data.train.labels[chosen]
 
     def update(params: Any, batch_stats: Any, precision: float, epoch: int) -> float:
-        la = Laplace(make_network(module, params, batch_stats), prior_precision=precision).fit(
-            (images, labels),
-            key=jax.random.fold_in(probe_key(config), epoch),
-            num_data=len(data.train.labels),
-            num_probes=min(16, config.curvature.num_probes),
-            max_vectors=config.curvature.max_vectors // 2,
-            tolerance=4 * config.curvature.tolerance,
-            microbatch=config.curvature.microbatch,
-        )
-        return float(np.clip(la.evidence_optimum().prior_precision, *ONLINE_RANGE))
+        with _warnings_on(console):
+            la = Laplace(make_network(module, params, batch_stats), prior_precision=precision).fit(
+                (images, labels),
+                key=jax.random.fold_in(probe_key(config), epoch),
+                num_data=len(data.train.labels),
+                num_probes=min(16, config.curvature.num_probes),
+                max_vectors=max(config.curvature.num_probes, config.curvature.max_vectors // 2),
+                tolerance=4 * config.curvature.tolerance,
+                microbatch=config.curvature.microbatch,
+            )
+        best = la.evidence_optimum().prior_precision
+        bounded = float(np.clip(best, *ONLINE_RANGE))
+        if bounded != best:
+            console.print(f"epoch {epoch}: the evidence prefers precision {best:.3g}; bounded to {bounded:g}", highlight=False)
+        return bounded
 
     return update
 
 
 def _report_block(console: Console, config: Config, structure: KrylovStructure, error: KrylovError) -> None:
-    done = "; converged" if error.sample <= config.curvature.tolerance else ""
+    done = "; converged" if structure.has_converged(error, config.curvature.tolerance) else ""
     console.print(
         f"  {len(structure.ritz.values):4d} vectors; error at precision {error.prior_precision:.3g}: samples "
         f"{error.sample:.2g}, log-determinant {error.log_determinant:.2g}{done}",

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +35,11 @@ def run(main: Callable[[Console], None]) -> int:
     except Interrupted as error:
         print(str(error), file=sys.stderr)
         return INTERRUPTED
+    except OSError as error:
+        print(f"error: files must be readable and writable; {error}; check the path and the disk", file=sys.stderr)
+        return USER_FAULT
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept: continue with --resume", file=sys.stderr)
+        print("stopped; what was finished is kept", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -68,8 +70,7 @@ class Stopwatch:
 
 def write_results(directory: Path, results: RunResults, console: Console) -> None:
     """Print the table and write metrics.json, report.html and the figures."""
-    with warnings.catch_warnings():
-        figures = report.draw_figures(results)
+    figures = report.draw_figures(results)
     (directory / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         figure.savefig(directory / "figures" / f"{name}.png", dpi=150)

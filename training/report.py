@@ -62,7 +62,7 @@ _COLUMNS = {
 _CAPTIONS = {
     "evidence": "Log evidence, validation NLL and validation ECE against prior precision. Solid vertical lines mark "
     "the optimum of the evidence, with its error band shaded, dotted ones that of the validation NLL. The band around "
-    "the evidence is two standard errors.",
+    "the evidence is two standard errors, and upwards also what stopping the recurrence can have taken from it.",
     "reliability": "Accuracy against confidence, and below how many images have which confidence. On the dashed line a "
     "prediction made with 70 % confidence is right 70 % of the time.",
     "training": "Training. The loss is the negative log joint divided by the number of training images.",

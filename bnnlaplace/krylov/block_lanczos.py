@@ -2,9 +2,9 @@
 
 S probes span a block; K block steps give a basis of m = K S vectors, in which *every* probe's f(A) z is approximated.
 Against S separate runs of depth K the products are the same and the space is S times larger; against one run of depth
-m, the polynomial degree is lower, but the products come S at a time (one forward pass of a network serves them all, and
-matrix products replace matrix-vector products). On spectra with outliers, as of a GGN, it needs several times
-fewer products than separate runs for the same accuracy.
+m, the polynomial degree is lower, but it serves S probes. On spectra with outliers, as of a GGN, it needs several times
+fewer products than separate runs for the same accuracy. Products come S at a time, so that one forward pass of a network
+serves them all and data can be streamed.
 
 With the basis as rows of Q (m x n) and Z the probes as rows:
 
@@ -101,7 +101,7 @@ def block_lanczos(
     Notes
     -----
     Cost of block k: one product with S vectors and 8 k S^2 n multiplications (two passes of reorthogonalisation before
-    the triangular factorisation and one after it). Memory: m n numbers.
+    the factorisation and one after it). Memory: m n numbers.
     """
     count, dimension = probes.shape
     if not 1 <= count <= min(max_vectors, dimension):
@@ -152,7 +152,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
 def _orthonormal_rows(rows: Array, blocks: tuple[Array, ...], floor: float) -> tuple[Array, Array]:
     """Write rows = (something in the span of `blocks`) + L Q with Q orthonormal and orthogonal to `blocks`.
 
-    A row of Q whose diagonal entry of L is below `floor` would be normalised rounding: it is set to zero, with its
+    A direction whose singular value is below `floor` would be normalised rounding: its row of Q is set to zero, with its
     column of L.
     """
     for _ in range(2):
@@ -173,9 +173,12 @@ def _remove(rows: Array, block: Array) -> Array:
 
 @jax.jit
 def _factorise(rows: Array, floor: float) -> tuple[Array, Array]:
+    # The factorisation must reveal the rank: QR alone invents a direction for a dependent row, and later rows have
+    # components along it. The singular values of the small triangular factor tell which directions are there.
     columns, upper = jnp.linalg.qr(rows.T)
-    alive = jnp.abs(jnp.diagonal(upper)) > floor
-    return columns.T * alive[:, None], (upper * alive[:, None]).T
+    left, values, right = jnp.linalg.svd(upper)
+    alive = values > floor
+    return _dot(left.T, columns.T) * alive[:, None], right.T * (values * alive)
 
 
 def _assemble(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> np.ndarray:

@@ -149,7 +149,8 @@ def _adjoint_backward(matvec, num_matvecs, saved, cotangent):
 
     def pairing(arguments):
         params, consts = arguments
-        images = jax.lax.map(lambda q: matvec(q, *params, *consts), result.basis)
+        # Checkpointed: otherwise what each of the K products saves for its derivative is alive at once.
+        images = jax.lax.map(jax.checkpoint(lambda q: matvec(q, *params, *consts)), result.basis)
         return jnp.sum(images * multipliers)
 
     (arguments_cotangent,) = jax.vjp(pairing, (params, consts))[1](jnp.ones((), multipliers.dtype))

@@ -8,7 +8,7 @@ A structure is a pytree with the methods
 - `functional_variance(jacobian, delta)`: J (G + delta I)^-1 J', or, where that is not to be had,
   `function_samples(pushforward, key, num_samples, deltas)`: J times samples, at every delta.
 
-A new one is a class with these methods and a function that fits it; nothing else in the package asks which one it is.
+A new one is a class with these methods and a function that fits it, both named in `bnnlaplace.laplace`.
 """
 
 from bnnlaplace.structure.dense import DenseStructure

@@ -1,5 +1,6 @@
 """Fit a structure to a network and data: curvature in, the posterior's answers out."""
 
+import warnings
 from functools import partial
 
 import jax
@@ -13,7 +14,7 @@ from bnnlaplace.network import Network
 from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
 from bnnlaplace.structure.krylov import KrylovStructure
-from bnnlaplace.tree import size
+from bnnlaplace.tree import ravel, size
 
 
 @partial(jax.jit, static_argnames="microbatch")
@@ -85,7 +86,12 @@ def fit_krylov(
     on_block
         Called after each block with (structure, error); for progress.
     """
-    probes = jax.random.normal(key, (min(num_probes, size(network.params)), size(network.params)))
+    dimension = size(network.params)
+    if num_probes < 2:
+        raise ValueError(
+            f"fit(num_probes=...) must be at least 2, as their spread is the error of the evidence; got {num_probes}"
+        )
+    probes = jax.random.normal(key, (min(num_probes, dimension), dimension), ravel(network.params).dtype)
     product = partial(block_product, network, likelihood, inputs, scale, microbatch=microbatch)
     for decomposition in krylov.block_lanczos(product, probes, max_vectors=max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition)
@@ -93,10 +99,14 @@ def fit_krylov(
         error = structure.error(target)
         if on_block is not None:
             on_block(structure, error)
-        forms = structure.log_determinant(target)
-        negligible = max(0.1, forms.std() / jnp.sqrt(len(forms)))
-        if error.sample <= tolerance and error.log_determinant <= negligible:
-            break
+        if structure.has_converged(error, tolerance):
+            return structure
+    warnings.warn(
+        f"the Krylov decomposition has not converged with {len(structure.ritz.values)} vectors: at prior precision "
+        f"{target:.3g} a posterior sample can be off by {100 * error.sample:.0f} % and the log-determinant by "
+        f"{error.log_determinant:.2g} nats; raise max_vectors",
+        stacklevel=3,
+    )
     return structure
 
 

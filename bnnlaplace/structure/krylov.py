@@ -88,6 +88,16 @@ class KrylovStructure(NamedTuple):
         truncation = self.truncation(prior_precision).mean()
         return KrylovError(float(prior_precision), float(sample), float(truncation), float(effective))
 
+    def has_converged(self, error: KrylovError, tolerance: float) -> bool:
+        """Whether samples are within `tolerance`, and truncation is below the log-determinant's standard error.
+
+        Truncation below 0.1 nat is negligible whatever the standard error.
+        """
+        forms = self.log_determinant(error.prior_precision)
+        return bool(
+            error.sample <= tolerance and error.log_determinant <= max(0.1, forms.std() / np.sqrt(len(forms)))
+        )
+
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v from above: what lies outside the basis counts with the prior's precision alone."""
         inside = np.asarray(self.decomposition.basis, np.float64) @ vector

@@ -154,6 +154,8 @@ def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
     (["--data.name", "imagenet21k"], "digits"),
     (["--model.variant", "b9"], "b0"),
     (["--model.variant", "b0"], "images"),
+    (["--evaluation.ood", "imagenet21k"], "imagenet21k"),
+    (["--optimizer.batch-size", "5000"], "batch_size"),
     (["--optimizer.learning-rate", "fast"], "learning-rate"),
     (["--optimizer.learning-rate", "-1"], "positive and finite"),
     (["--data.augment"], "augment"),

@@ -43,7 +43,7 @@ def curve(best, peak, nll_best):
     grid = np.logspace(-2, 3, 7)
     evidence = peak - 20 * np.log(grid / best) ** 2
     nll = 0.1 + 0.05 * np.log(grid / nll_best) ** 2
-    return PrecisionCurve(grid, evidence, np.full(7, 1.0), nll, nll / 4, best, best / 1.1, best * 1.1, nll_best)
+    return PrecisionCurve(grid, evidence, np.full(7, 1.0), np.full(7, 0.75), nll, nll / 4, best, best / 1.1, best * 1.1, nll_best)
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +276,7 @@ def test_structures_are_compared_at_their_evidence_optimum(results):
 
 def test_hadamard_is_checked_within_the_error(results):
     assert "that holds at every precision of the grid" in said(results, "Evidence")
-    # 2 standard errors of 1 nat and half a bracket of 1.5 nats: 2.7 nats above are allowed, 2.8 are not.
+    # 2 standard errors of 1 nat and 0.75 of truncation: 2.7 nats above are allowed, 2.8 are not.
     for excess, holds in ((2.7, True), (2.8, False)):
         lanczos = results.curves["Lanczos"]
         diagonal = results.curves["diagonal"]._replace(log_evidence=lanczos.log_evidence - 1000 * np.r_[0, np.ones(6)])
