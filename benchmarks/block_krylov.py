@@ -41,7 +41,9 @@ def main(workdir: Path) -> None:
     images = normalise(data.train.images, data.mean, data.std)
     product = partial(block_product, network, categorical(), images, 1.0, microbatch=64)
 
-    table = Table("probes in a block", "products a block", f"products for {SAMPLES} samples", "seconds", title_justify="left")
+    table = Table(
+        "probes in a block", "products a block", f"products for {SAMPLES} samples", "seconds", title_justify="left"
+    )
     table.title = f"{workdir.name}: prior precision {precision:.3g}, relative error of a sample at most {TOLERANCE}"
     rows = []
     for probes, repetitions in ((1, 3), (4, 1), (16, 1), (64, 1)):

@@ -72,7 +72,9 @@ def structured_variance(
 
     One Jacobian per input serves all precisions; those of one microbatch are in memory at a time.
     """
-    found = _by_microbatch(partial(_structured_variance, network, structure, jnp.asarray(precisions)), inputs, microbatch)
+    found = _by_microbatch(
+        partial(_structured_variance, network, structure, jnp.asarray(precisions)), inputs, microbatch
+    )
     return jnp.swapaxes(found, 0, 1)
 
 

@@ -64,9 +64,7 @@ def optimum(
 def _log_standard_error(negative: Callable, log_determinant: Callable, log_delta: float) -> float:
     step = 0.05
     curvature = (negative(log_delta + step) - 2 * negative(log_delta) + negative(log_delta - step)) / step**2
-    slopes = (
-        0.5 * (log_determinant(np.exp(log_delta + step)) - log_determinant(np.exp(log_delta - step))) / (2 * step)
-    )
+    slopes = 0.5 * (log_determinant(np.exp(log_delta + step)) - log_determinant(np.exp(log_delta - step))) / (2 * step)
     if len(slopes) == 1 or np.ptp(slopes) == 0:
         return 0.0
     return float(slopes.std(ddof=1) / np.sqrt(len(slopes)) / max(curvature, np.finfo(float).tiny))

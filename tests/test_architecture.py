@@ -54,7 +54,9 @@ def test_imports_point_one_way(part):
 
 
 def test_every_part_is_listed():
-    parts = {f"bnnlaplace.{path.stem}" for path in (ROOT / "bnnlaplace").iterdir() if path.suffix == ".py" or path.is_dir()}
+    parts = {
+        f"bnnlaplace.{path.stem}" for path in (ROOT / "bnnlaplace").iterdir() if path.suffix == ".py" or path.is_dir()
+    }
     parts -= {"bnnlaplace.__init__", "bnnlaplace.__pycache__"}
     assert parts == set(ALLOWED) | {"bnnlaplace.laplace"}
 

@@ -54,9 +54,7 @@ def test_dual_has_the_same_nonzero_spectrum(problem):
     primal = SCALE * root[:, None] * matrix * root
     count = np.linalg.matrix_rank(primal)
     np.testing.assert_allclose(gram, gram.T, atol=1e-10)
-    np.testing.assert_allclose(
-        np.linalg.eigvalsh(gram)[-count:], np.linalg.eigvalsh(primal)[-count:], atol=1e-9
-    )
+    np.testing.assert_allclose(np.linalg.eigvalsh(gram)[-count:], np.linalg.eigvalsh(primal)[-count:], atol=1e-9)
 
 
 def test_microbatches_are_even_and_complete():

@@ -125,7 +125,9 @@ def test_samples_in_the_leading_eigenspace_alone_would_fail(full, lanczos, train
     delta = float(full.prior_precision)
     ritz = lanczos.structure.ritz
     leading = ritz.values > 50 * delta
-    coefficients = (ritz.vectors[:, leading] @ (ritz.weights[leading] / np.sqrt(ritz.values[leading] + delta)[:, None])).T
+    coefficients = (
+        ritz.vectors[:, leading] @ (ritz.weights[leading] / np.sqrt(ritz.values[leading] + delta)[:, None])
+    ).T
     rows = jnp.asarray(coefficients, jnp.float32) @ lanczos.structure.decomposition.basis
     squares = np.square(predictive.pushforward(lanczos.network, x[:60], rows)).sum(axis=2).mean(axis=0)
     exact = np.trace(full.functional_variance(x[:60]), axis1=1, axis2=2)
@@ -156,7 +158,9 @@ def test_samples_have_the_structured_variance(name, request, trained):
     la = request.getfixturevalue(name)
     _, x, _ = trained
     variance = np.asarray(jnp.trace(la.functional_variance(x[:10]), axis1=1, axis2=2))
-    deviations = predictive.pushforward(la.network, x[:10], la.structure.samples(jax.random.key(3), 400, la.prior_precision))
+    deviations = predictive.pushforward(
+        la.network, x[:10], la.structure.samples(jax.random.key(3), 400, la.prior_precision)
+    )
     totals = (np.square(deviations).sum(axis=2) / variance).mean(axis=1)
     assert abs(totals.mean() - 1) <= 4 * totals.std(ddof=1) / np.sqrt(len(totals))
 
@@ -183,7 +187,9 @@ def test_predictive_tends_to_the_mode_as_the_prior_tightens(full, trained):
     at_mode = jax.nn.softmax(network(network.params, x[:50]))
     tight = full.with_prior_precision(1e8)
     for link in ("probit", "mc"):
-        np.testing.assert_allclose(tight.predictive(x[:50], link_approx=link, key=jax.random.key(0)), at_mode, atol=1e-3)
+        np.testing.assert_allclose(
+            tight.predictive(x[:50], link_approx=link, key=jax.random.key(0)), at_mode, atol=1e-3
+        )
 
 
 def test_gridsearch_takes_the_lowest_validation_nll(lanczos, trained):
@@ -191,7 +197,9 @@ def test_gridsearch_takes_the_lowest_validation_nll(lanczos, trained):
     grid = [0.1, 1.0, 10.0, 100.0, 1000.0]
     key = jax.random.key(0)
     curve = lanczos.validation_curve(x[:80], y[:80], grid, key=key, num_samples=16)
-    chosen = lanczos.optimize_prior_precision("gridsearch", validation=(x[:80], y[:80]), precisions=grid, key=key, num_samples=16)
+    chosen = lanczos.optimize_prior_precision(
+        "gridsearch", validation=(x[:80], y[:80]), precisions=grid, key=key, num_samples=16
+    )
     assert chosen.prior_precision == grid[int(np.argmin(curve.negative_log_likelihood))]
     # the basis pushed through once gives what samples pushed one by one give
     at_one = lanczos.with_prior_precision(1.0).predictive(x[:80], link_approx="mc", key=key, num_samples=16)
@@ -287,7 +295,9 @@ def test_is_a_pytree(diagonal, trained):
 def test_bad_input(trained, diagonal):
     network, x, y = trained
     la = bnnlaplace.Laplace(network)
-    with pytest.raises(ValueError, match=r"hessian_structure=\.\.\.\) must be one of \['diag', 'full', 'lanczos'\]; got 'kfac'"):
+    with pytest.raises(
+        ValueError, match=r"hessian_structure=\.\.\.\) must be one of \['diag', 'full', 'lanczos'\]; got 'kfac'"
+    ):
         bnnlaplace.Laplace(network, hessian_structure="kfac")
     with pytest.raises(ValueError, match="prior_precision.*one positive, finite number; got -1"):
         bnnlaplace.Laplace(network, prior_precision=-1)

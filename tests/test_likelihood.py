@@ -54,12 +54,15 @@ def test_noise_is_differentiable(x64):
     np.testing.assert_allclose(gradient, 2 * (1 / 0.5**3 - 1 / 0.5))
 
 
-@pytest.mark.parametrize(("targets", "message"), [
-    (np.array([0, 3, 1]), "labels must lie in 0..2.*from 0 to 3"),
-    (np.array([0, -1, 1]), "from -1 to 1"),
-    (np.array([0.0, 1.0, 1.0]), "labels must be integers"),
-    (np.eye(3, dtype=int), r"labels must be integers of shape \(3,\); got"),
-])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (np.array([0, 3, 1]), "labels must lie in 0..2.*from 0 to 3"),
+        (np.array([0, -1, 1]), "from -1 to 1"),
+        (np.array([0.0, 1.0, 1.0]), "labels must be integers"),
+        (np.eye(3, dtype=int), r"labels must be integers of shape \(3,\); got"),
+    ],
+)
 def test_bad_labels(targets, message):
     with pytest.raises(ValueError, match=message):
         check_targets(bnnlaplace.categorical(), (3, 3), targets)

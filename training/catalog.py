@@ -45,9 +45,7 @@ def find(name: str, directory: Path) -> Path | None:
     if not _NAME.fullmatch(name):
         return None
     versions = [
-        path.parent
-        for path in (directory / name).glob("*/dataset_info.json")
-        if _VERSION.fullmatch(path.parent.name)
+        path.parent for path in (directory / name).glob("*/dataset_info.json") if _VERSION.fullmatch(path.parent.name)
     ]
     return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
 

@@ -1,6 +1,6 @@
 """Evaluate a finished run again, on another split or other out-of-distribution images.
 
-    python -m training.evaluate checkpoints/van_digits --split test --ood inverted
+python -m training.evaluate checkpoints/van_digits --split test --ood inverted
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """Train a Visual Attention Network, put both Laplace posteriors on it, and evaluate them on held-out images.
 
-    python -m training.fit_van --config configs/van_digits.py --workdir checkpoints/van_digits --seed 1
+python -m training.fit_van --config configs/van_digits.py --workdir checkpoints/van_digits --seed 1
 """
 
 import dataclasses

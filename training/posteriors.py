@@ -33,7 +33,9 @@ def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
     return Network.from_linen(module, {"params": params, "batch_stats": batch_stats}, train=False)
 
 
-def fit(config: Config, data: ImageData, network: Network, prior_precision: float, console: Console) -> dict[str, Laplace]:
+def fit(
+    config: Config, data: ImageData, network: Network, prior_precision: float, console: Console
+) -> dict[str, Laplace]:
     """Fit both structures on all training images, unaugmented and in fixed order.
 
     Each comes back at the prior precision of training; `Laplace.optimize_prior_precision` moves it.
@@ -92,7 +94,9 @@ def load(workdir: Path, network: Network) -> dict[str, Laplace]:
         ) from None
 
 
-def online_update(config: Config, data: ImageData, module: nn.Module, console: Console) -> Callable[[Any, Any, float, int], float]:
+def online_update(
+    config: Config, data: ImageData, module: nn.Module, console: Console
+) -> Callable[[Any, Any, float, int], float]:
     """The `update_prior` of `training.loop.train`: the maximiser of the Lanczos evidence on a subset of the images.
 
     The subset is stratified, the same in every call; log likelihood and curvature are scaled to all training images.
@@ -116,7 +120,9 @@ def online_update(config: Config, data: ImageData, module: nn.Module, console: C
         best = la.evidence_optimum().prior_precision
         bounded = float(np.clip(best, *ONLINE_RANGE))
         if bounded != best:
-            console.print(f"epoch {epoch}: the evidence prefers precision {best:.3g}; bounded to {bounded:g}", highlight=False)
+            console.print(
+                f"epoch {epoch}: the evidence prefers precision {best:.3g}; bounded to {bounded:g}", highlight=False
+            )
         return bounded
 
     return update

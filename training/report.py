@@ -41,7 +41,6 @@ __all__ = [
 ]
 
 
-
 class _Column(NamedTuple):
     heading: str
     short: str

@@ -1,6 +1,6 @@
 """Put several runs of one experiment, usually of several seeds, into one table: mean and range of every metric.
 
-    python -m training.summarise checkpoints/van_digits checkpoints/van_digits_1 checkpoints/van_digits_2
+python -m training.summarise checkpoints/van_digits checkpoints/van_digits_1 checkpoints/van_digits_2
 """
 
 import dataclasses
@@ -64,9 +64,13 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     UserError
         The runs are of different data, splits or methods.
     """
-    kinds = {(run["data"], run["split"], run["ood"], tuple(method["label"] for method in run["methods"])) for run in runs}
+    kinds = {
+        (run["data"], run["split"], run["ood"], tuple(method["label"] for method in run["methods"])) for run in runs
+    }
     if len(kinds) != 1:
-        raise UserError("all runs must be of one experiment; these differ in data, split or methods; compare like with like")
+        raise UserError(
+            "all runs must be of one experiment; these differ in data, split or methods; compare like with like"
+        )
     lines = ["| method | prior precision | " + " | ".join(_METRICS) + " |", "|---" * (len(_METRICS) + 2) + "|"]
     for methods in zip(*(run["methods"] for run in runs), strict=True):
         precisions = [method["prior_precision"] for method in methods]

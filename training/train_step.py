@@ -125,7 +125,5 @@ def _schedule(config: Optimizer, plan: Plan) -> optax.Schedule:
     warmup = plan.end_of_epoch(config.warmup_epochs)
     rising = optax.linear_schedule(config.learning_rate / max(warmup, 1), config.learning_rate, max(warmup - 1, 1))
     falling = optax.cosine_decay_schedule(config.learning_rate, max(plan.train_steps - warmup, 1))
-    polishing = optax.cosine_decay_schedule(
-        config.polish_learning_rate, max(plan.total_steps - plan.train_steps, 1)
-    )
+    polishing = optax.cosine_decay_schedule(config.polish_learning_rate, max(plan.total_steps - plan.train_steps, 1))
     return optax.join_schedules([rising, falling, polishing], [warmup, plan.train_steps])

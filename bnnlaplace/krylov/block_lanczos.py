@@ -125,12 +125,17 @@ def block_lanczos(
         diagonal.append((block + block.T) / 2)
         largest = float(jnp.max(jnp.linalg.norm(images, axis=1)))
         if not np.isfinite(largest):
-            raise FloatingPointError("block_lanczos: the product returned values that are not finite; check the weights")
+            raise FloatingPointError(
+                "block_lanczos: the product returned values that are not finite; check the weights"
+            )
         scale = max(scale, largest)
         rows, lower = _orthonormal_rows(images, tuple(blocks), 10 * epsilon * scale)
         off_diagonal.append(np.asarray(lower, np.float64))
         yield BlockDecomposition(
-            jnp.concatenate(blocks), _assemble(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
+            jnp.concatenate(blocks),
+            _assemble(diagonal, off_diagonal[:-1]),
+            np.asarray(start, np.float64),
+            off_diagonal[-1],
         )
         exhausted = not off_diagonal[-1].any()
         if exhausted or (len(blocks) + 1) * count > min(max_vectors, dimension):

@@ -178,13 +178,7 @@ def _adjoint_multipliers(matvec, result: Lanczos, cotangent: Lanczos, num: int):
 
     def step(carry, k):
         row, row_above, symmetric = carry
-        bracket = (
-            cotangent.basis[k]
-            + matvec(row)
-            - diagonal[k] * row
-            - off_diagonal[k] * row_above
-            + g[k] * residual
-        )
+        bracket = cotangent.basis[k] + matvec(row) - diagonal[k] * row - off_diagonal[k] * row_above + g[k] * residual
         b = off_diagonal[k - 1]
         along = _dot(basis, bracket)
         # Rows i <= k of Q' L_{k-1} are prescribed; the others follow from the symmetry of S.
@@ -199,9 +193,7 @@ def _adjoint_multipliers(matvec, result: Lanczos, cotangent: Lanczos, num: int):
     carry, rows = jax.lax.scan(step, carry, jnp.arange(num - 1, 0, -1))
     row, row_above, symmetric = carry
     multipliers = jnp.concatenate([row[None], rows[::-1]])
-    bracket = (
-        cotangent.basis[0] + matvec(row) - diagonal[0] * row - off_diagonal[0] * row_above + g[0] * residual
-    )
+    bracket = cotangent.basis[0] + matvec(row) - diagonal[0] * row - off_diagonal[0] * row_above + g[0] * residual
     free = bracket + _dot(jnp.where(index == 0, 0, symmetric[:, 0]), basis)
     first = basis[0]
     tangent = (free - first * _dot(first, free)) / jnp.where(result.start_norm > 0, result.start_norm, 1)

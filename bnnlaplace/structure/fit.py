@@ -30,9 +30,7 @@ def fit_diagonal(
 
 
 @jax.jit
-def fit_dense(
-    network: Network, likelihood: Likelihood, inputs: Float[Array, "N ..."], scale: float
-) -> DenseStructure:
+def fit_dense(network: Network, likelihood: Likelihood, inputs: Float[Array, "N ..."], scale: float) -> DenseStructure:
     """The eigendecomposition of the whole GGN: P^2 numbers in memory, P^3 work."""
     return DenseStructure.fit(dense.ggn(network, likelihood, network.params, inputs, scale=scale))
 

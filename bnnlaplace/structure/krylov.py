@@ -94,9 +94,7 @@ class KrylovStructure(NamedTuple):
         Truncation below 0.1 nat is negligible whatever the standard error.
         """
         forms = self.log_determinant(error.prior_precision)
-        return bool(
-            error.sample <= tolerance and error.log_determinant <= max(0.1, forms.std() / np.sqrt(len(forms)))
-        )
+        return bool(error.sample <= tolerance and error.log_determinant <= max(0.1, forms.std() / np.sqrt(len(forms))))
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v from above: what lies outside the basis counts with the prior's precision alone."""

@@ -102,11 +102,14 @@ def test_dependent_probes_leave_no_spurious_direction(x64, order):
     np.testing.assert_allclose(first.start @ first.basis, probes, atol=1e-12)
 
 
-@pytest.mark.parametrize(("probes", "max_vectors", "message"), [
-    (np.ones((5, 6)), 4, r"between 1 and min\(max_vectors, n\) = 4 rows; got 5"),
-    (np.zeros((2, 6)), 6, "finite nonzero rows"),
-    (np.full((2, 6), np.nan), 6, "finite nonzero rows"),
-])
+@pytest.mark.parametrize(
+    ("probes", "max_vectors", "message"),
+    [
+        (np.ones((5, 6)), 4, r"between 1 and min\(max_vectors, n\) = 4 rows; got 5"),
+        (np.zeros((2, 6)), 6, "finite nonzero rows"),
+        (np.full((2, 6), np.nan), 6, "finite nonzero rows"),
+    ],
+)
 def test_bad_probes(probes, max_vectors, message):
     with pytest.raises(ValueError, match=message):
         next(krylov.block_lanczos(lambda rows: rows, jnp.asarray(probes), max_vectors=max_vectors))

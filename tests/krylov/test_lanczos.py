@@ -42,9 +42,7 @@ def test_ritz_values_at_full_depth_are_eigenvalues(problem):
     start, params = problem
     result = lanczos(matvec, start, params, num_matvecs=SIZE)
     tridiagonal = jnp.diag(result.diagonal) + jnp.diag(result.off_diagonal, 1) + jnp.diag(result.off_diagonal, -1)
-    np.testing.assert_allclose(
-        jnp.linalg.eigvalsh(tridiagonal), jnp.linalg.eigvalsh(symmetric(params)), atol=1e-11
-    )
+    np.testing.assert_allclose(jnp.linalg.eigvalsh(tridiagonal), jnp.linalg.eigvalsh(symmetric(params)), atol=1e-11)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7, SIZE])
@@ -94,11 +92,14 @@ def test_invariant_subspace_ends_the_recurrence(x64):
     np.testing.assert_array_equal(result.residual, 0)
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"num_matvecs": 0}, "between 1 and the dimension 12; got 0"),
-    ({"num_matvecs": 13}, "between 1 and the dimension 12; got 13"),
-    ({"num_matvecs": 3, "gradient": "magic"}, "'adjoint' or 'autodiff'; got 'magic'"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_matvecs": 0}, "between 1 and the dimension 12; got 0"),
+        ({"num_matvecs": 13}, "between 1 and the dimension 12; got 13"),
+        ({"num_matvecs": 3, "gradient": "magic"}, "'adjoint' or 'autodiff'; got 'magic'"),
+    ],
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         lanczos(lambda v: v, jnp.ones(12), **options)

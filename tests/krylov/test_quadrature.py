@@ -58,8 +58,6 @@ def test_adjoint_is_the_gradient_of_the_truncated_quadrature(factor, depth):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_truncated_trace_within_four_standard_errors(factor, seed):
     probes = jax.random.normal(jax.random.key(seed), (200, SIZE), jnp.float64)
-    forms = stochastic_lanczos_quadrature(
-        jnp.log1p, lambda v: factor @ (factor.T @ v), probes, num_matvecs=RANK - 2
-    )
+    forms = stochastic_lanczos_quadrature(jnp.log1p, lambda v: factor @ (factor.T @ v), probes, num_matvecs=RANK - 2)
     sem = forms.std(ddof=1) / np.sqrt(len(forms))
     assert abs(forms.mean() - log_determinant(factor, 1.0)) <= 4 * sem

@@ -121,7 +121,9 @@ def test_resuming_a_finished_run_fits_nothing_again(finished, config_file, tmp_p
 def test_a_damaged_posterior_is_named_and_fitted_again(finished, config_file, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    victim = max((copy / "laplace" / "Lanczos").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    victim = max(
+        (copy / "laplace" / "Lanczos").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
+    )
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
@@ -150,17 +152,20 @@ def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
     assert any((workdir / "train").iterdir())
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--data.name", "imagenet21k"], "digits"),
-    (["--model.variant", "b9"], "b0"),
-    (["--model.variant", "b0"], "images"),
-    (["--evaluation.ood", "imagenet21k"], "imagenet21k"),
-    (["--optimizer.batch-size", "5000"], "batch_size"),
-    (["--optimizer.learning-rate", "fast"], "learning-rate"),
-    (["--optimizer.learning-rate", "-1"], "positive and finite"),
-    (["--data.augment"], "augment"),
-    (["--no-such-option"], "no-such-option"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.name", "imagenet21k"], "digits"),
+        (["--model.variant", "b9"], "b0"),
+        (["--model.variant", "b0"], "images"),
+        (["--evaluation.ood", "imagenet21k"], "imagenet21k"),
+        (["--optimizer.batch-size", "5000"], "batch_size"),
+        (["--optimizer.learning-rate", "fast"], "learning-rate"),
+        (["--optimizer.learning-rate", "-1"], "positive and finite"),
+        (["--data.augment"], "augment"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
 def test_bad_options(config_file, tmp_path, capsys, arguments, message):
     workdir = tmp_path / "run"
     status, error = run(fit_van, capsys, "--config", config_file, "--workdir", workdir, *arguments)
@@ -188,7 +193,19 @@ def test_unknown_foreign_images(finished, capsys):
 
 def test_help_lists_every_field():
     text = subprocess.run(
-        [sys.executable, "-m", "training.fit_van", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "160"}
+        [sys.executable, "-m", "training.fit_van", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "160"},
     ).stdout
-    for option in ("--workdir", "--resume", "--optimizer.learning-rate", "--prior.update", "--data.name", "--curvature.max-vectors"):
+    for option in (
+        "--workdir",
+        "--resume",
+        "--optimizer.learning-rate",
+        "--prior.update",
+        "--data.name",
+        "--curvature.max-vectors",
+    ):
         assert option in text

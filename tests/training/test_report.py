@@ -43,7 +43,9 @@ def curve(best, peak, nll_best):
     grid = np.logspace(-2, 3, 7)
     evidence = peak - 20 * np.log(grid / best) ** 2
     nll = 0.1 + 0.05 * np.log(grid / nll_best) ** 2
-    return PrecisionCurve(grid, evidence, np.full(7, 1.0), np.full(7, 0.75), nll, nll / 4, best, best / 1.1, best * 1.1, nll_best)
+    return PrecisionCurve(
+        grid, evidence, np.full(7, 1.0), np.full(7, 0.75), nll, nll / 4, best, best / 1.1, best * 1.1, nll_best
+    )
 
 
 @pytest.fixture(scope="module")
