@@ -101,8 +101,8 @@ def log_marginal_likelihood(
     batch
         (inputs, targets).
     probes
-        S rows with independent entries of mean 0 and variance 1, of P numbers for "primal" and `dual_size(...)` for
-        "dual"; normal or Rademacher.
+        S rows with independent entries of mean 0 and variance 1, of P numbers for "primal", and for "dual" of
+        `curvature.ggn.dual_operator(...).size`; normal or Rademacher.
     network, likelihood
         The model.
     num_matvecs

@@ -72,11 +72,7 @@ def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Lapl
 
 def _check(config: Config, data: ImageData, module: van.VAN) -> None:
     """Find what would stop the run later, before a work directory is made for it: nothing is computed."""
-    if config.optimizer.batch_size > len(data.train.labels):
-        raise UserError(
-            f"`optimizer.batch_size` must be at most the number of training images, {len(data.train.labels)}; "
-            f"got {config.optimizer.batch_size}; make it smaller"
-        )
+    loop.check_batch_size(config, data)
     out_of_distribution(config.evaluation.ood, getattr(data, config.evaluation.split), config.data.dir, config.seed)
     image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
     try:

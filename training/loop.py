@@ -137,6 +137,16 @@ def train(
     return result_of(state, journal)
 
 
+def check_batch_size(config: Config, data: ImageData) -> None:
+    """Raise a UserError if a batch is larger than the training set; `train` checks it too."""
+    num_examples = len(data.train.labels)
+    if config.optimizer.batch_size > num_examples:
+        raise UserError(
+            f"`optimizer.batch_size` must be at most the number of training images, {num_examples}; "
+            f"got {config.optimizer.batch_size}; make it smaller"
+        )
+
+
 # --- start ----------------------------------------------------------------------------------------------------------
 
 
@@ -148,12 +158,8 @@ def _prepare(
     console: Console,
     update_prior: UpdatePrior | None,
 ) -> _Run:
+    check_batch_size(config, data)
     optimizer, num_examples = config.optimizer, len(data.train.labels)
-    if optimizer.batch_size > num_examples:
-        raise UserError(
-            f"`optimizer.batch_size` must be at most the number of training images, {num_examples}; "
-            f"got {optimizer.batch_size}; make it smaller"
-        )
     if config.prior.update == "online" and update_prior is None:
         raise ValueError("`train(update_prior=...)` must be given where prior.update is online; got None; pass one")
     plan = Plan(num_examples, optimizer.batch_size, optimizer.epochs, optimizer.polish_epochs)
