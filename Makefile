@@ -1,10 +1,11 @@
 # Two commands: `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests.
-# Both create .venv first.
+# Both create .venv first. Each of its stages ends with a stamp, so that what an interrupted one leaves is gone over again.
 
 PYTHON ?= python3
 ARGS ?=
 WORKDIR ?= checkpoints/van_digits
 VENV := .venv/bin
+INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --editable
 
 .PHONY: fit-van test clean
 
@@ -14,17 +15,18 @@ fit-van: .venv/installed
 test: .venv/installed-test
 	$(VENV)/python -m pytest $(ARGS)
 
-.venv/bin/python:
+.venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "make: Python 3.11 or newer is needed; $(PYTHON) is older; try make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	@touch $@
 
-.venv/installed: .venv/bin/python pyproject.toml
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check --editable .
+.venv/installed: .venv/created pyproject.toml
+	$(INSTALL) .
 	@touch $@
 
 .venv/installed-test: .venv/installed
-	$(VENV)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(INSTALL) '.[test]'
 	@touch $@
 
 clean:

@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bnnlaplace import Network, categorical
 from bnnlaplace.curvature.diagonal import ggn_diagonal
-from bnnlaplace.curvature.ggn import block_product, ggn_operator
+from bnnlaplace.curvature.ggn import block_product, ggn_operator, linearise
 from bnnlaplace.tree import ravel, size, unraveler
 from training.models.depthwise import Method
 from training.models.van import VAN, VARIANTS
@@ -54,7 +54,7 @@ def repeated(network: Network, x: Array, microbatch: int, count: int) -> Callabl
 
     @jax.jit
     def run(network: Network, x: Array, vector: Array) -> Array:
-        operator = ggn_operator(network, categorical(), network.params, x, microbatch=microbatch)
+        operator = ggn_operator(linearise(network, network.params, x, microbatch=microbatch), categorical())
 
         def step(vector: Array, _: None) -> tuple[Array, None]:
             image = operator.matvec(vector)
@@ -79,12 +79,12 @@ def one_product(networks: dict[str, tuple[Network, Array]], microbatch: int, rep
 
 def largest_difference(networks: dict[str, tuple[Network, Array]], microbatch: int) -> float:
     """Of the products of two networks with the same weights, relative to the largest entry."""
-    images = [
-        jax.jit(lambda v, n=network, x=x: ggn_operator(n, categorical(), n.params, x, microbatch=microbatch).matvec(v))(
-            vectors(network, 1)[0]
-        )
-        for network, x in networks.values()
-    ]
+
+    @jax.jit
+    def product(network: Network, x: Array, vector: Array) -> Array:
+        return ggn_operator(linearise(network, network.params, x, microbatch=microbatch), categorical()).matvec(vector)
+
+    images = [product(network, x, vectors(network, 1)[0]) for network, x in networks.values()]
     return float(jnp.abs(images[0] - images[1]).max() / jnp.abs(images[1]).max())
 
 

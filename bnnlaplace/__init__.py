@@ -1,11 +1,23 @@
 """Laplace approximations for Bayesian neural networks in JAX, with a GGN that is never formed.
 
 The stages, in the order data pass through them: a `Network` and a `Likelihood`; the curvature (`curvature`), its Krylov
-decomposition (`krylov`) and what is fitted from it (`structure`); the evidence and the choice of the prior (`evidence`, `prior`);
-predictions (`predictive`) and their calibration (`calibration`). `Laplace` assembles them.
+decomposition (`krylov`) and what is fitted from it (`structure`); the evidence and the choice of the prior (`evidence`,
+`prior`, `validation`); predictions (`predictive`) and how good they are (`calibration`, `detection`, `temperature`).
+`Laplace` assembles them.
 """
 
-from bnnlaplace import calibration, curvature, evidence, krylov, predictive, prior, structure
+from bnnlaplace import (
+    calibration,
+    curvature,
+    detection,
+    evidence,
+    krylov,
+    predictive,
+    prior,
+    structure,
+    temperature,
+    validation,
+)
 from bnnlaplace.laplace import Laplace
 from bnnlaplace.likelihood import Likelihood, bernoulli, categorical, gaussian
 from bnnlaplace.network import Network
@@ -21,10 +33,13 @@ __all__ = [
     "calibration",
     "categorical",
     "curvature",
+    "detection",
     "evidence",
     "gaussian",
     "krylov",
     "predictive",
     "prior",
     "structure",
+    "temperature",
+    "validation",
 ]

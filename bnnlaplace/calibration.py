@@ -1,26 +1,24 @@
-"""Numbers that say how good predicted class probabilities are: accuracy, proper scores, calibration, detection.
+"""Numbers that say how good predicted class probabilities are: accuracy, proper scores, calibration.
 
 Everything here is float64 NumPy on the probabilities that a predictive returns. A Bayesian predictive must be
 averaged over posterior samples *before* it comes here: the score of the mean probability is not the mean score.
 
-Every metric comes as a function of its own and, through `evaluate`, with a bootstrap interval.
+Every metric comes as a function of its own and, through `evaluate`, with a bootstrap interval; there the scores of
+out-of-distribution detection (`detection`) join it.
 """
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
-from scipy.optimize import brentq
+from jaxtyping import Float, Int
 
+from bnnlaplace.detection import weighted_detection
+from bnnlaplace.metric_inputs import Labels, Probs, checked, checked_probs
 from bnnlaplace.resampling import Bootstrap, Interval, intervals, resample
 
 Binning = Literal["equal_width", "equal_mass"]
-Probs = Float[np.ndarray, "N C"] | Float[Array, "N C"]
-Labels = Int[np.ndarray, "N"] | Int[Array, "N"]
-Scores = Float[np.ndarray, "N"] | Float[Array, "N"]
 
-_SUM_TOLERANCE = 1e-4  # rows of probabilities computed in float32 add up to one well within this
 _BIASED_UPWARDS = ("ece", "ece_equal_mass")  # |mean gap| per bin: sampling noise makes it larger
 
 
@@ -33,25 +31,17 @@ class ReliabilityBins(NamedTuple):
     accuracy: Float[np.ndarray, "B"]
 
 
-class Temperature(NamedTuple):
-    """A fitted temperature, the NLL there (nats per example), and whether the search stopped at a bound."""
-
-    temperature: float
-    nll: float
-    at_bound: bool
-
-
 # --- one metric each --------------------------------------------------------------------------------------------
 
 
 def accuracy(probs: Probs, labels: Labels) -> float:
     """Fraction of examples whose most probable class is the label (the first of equal ones counts)."""
-    return float(_per_example(*_checked(probs, labels))["accuracy"].mean())
+    return float(_per_example(*checked(probs, labels))["accuracy"].mean())
 
 
 def mean_confidence(probs: Probs) -> float:
     """Mean over examples of the largest probability; above the accuracy, the predictions are overconfident."""
-    return float(_checked_probs("probs", probs).max(axis=1).mean())
+    return float(checked_probs("probs", probs).max(axis=1).mean())
 
 
 def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
@@ -74,12 +64,12 @@ def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
     ValueError
         Wrong shapes, rows that are no distributions, labels outside the classes.
     """
-    return float(_per_example(*_checked(probs, labels))["nll"].mean())
+    return float(_per_example(*checked(probs, labels))["nll"].mean())
 
 
 def brier_score(probs: Probs, labels: Labels) -> float:
     """Mean over examples of sum_c (p_c - [c = label])^2: in [0, 2], 0 is perfect (Brier 1950)."""
-    return float(_per_example(*_checked(probs, labels))["brier"].mean())
+    return float(_per_example(*checked(probs, labels))["brier"].mean())
 
 
 def expected_calibration_error(
@@ -101,7 +91,7 @@ def expected_calibration_error(
     Source: Guo et al., "On calibration of modern neural networks", ICML 2017, equation 3. The estimate is biased
     upwards: perfectly calibrated predictions get a positive value of order sqrt(B / N).
     """
-    probs, labels = _checked(probs, labels)
+    probs, labels = checked(probs, labels)
     columns = _per_example(probs, labels)
     gaps = _binned_gaps(columns, num_bins, binning)
     return float(np.abs(gaps.sum(axis=0)).sum() / len(labels))
@@ -111,73 +101,13 @@ def reliability_bins(
     probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
 ) -> ReliabilityBins:
     """Counts, mean confidence and accuracy in the bins of `expected_calibration_error`: for a reliability diagram."""
-    columns = _per_example(*_checked(probs, labels))
+    columns = _per_example(*checked(probs, labels))
     edges, index = _binned(columns["confidence"], num_bins, binning)
     counts = np.bincount(index, minlength=num_bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN of an empty bin
         confidence = np.bincount(index, columns["confidence"], num_bins) / counts
         correct = np.bincount(index, columns["accuracy"], num_bins) / counts
     return ReliabilityBins(edges, counts, confidence, correct)
-
-
-def auroc(scores_in: Scores, scores_out: Scores) -> float:
-    """Area under the ROC curve: P(score_in > score_out) + P(equal) / 2, by ranks in O((N + M) log(N + M)).
-
-    Higher scores mean in-distribution, e.g. the largest class probability. 0.5 is chance, 1 is perfect.
-    """
-    return _detection_of_all(scores_in, scores_out)["auroc"]
-
-
-def fpr_at_95_tpr(scores_in: Scores, scores_out: Scores) -> float:
-    """Fraction of out-of-distribution scores accepted at the highest threshold that accepts 95 % of the others.
-
-    An example is accepted when its score is at least the threshold, so that ties with it are accepted on both sides.
-    Lower is better.
-    """
-    return _detection_of_all(scores_in, scores_out)["fpr95"]
-
-
-def fit_temperature(
-    logits: Float[np.ndarray, "N C"] | Float[Array, "N C"], labels: Labels, bounds: tuple[float, float] = (0.1, 10.0)
-) -> Temperature:
-    """The temperature T that minimises the NLL of softmax(logits / T), for held-out logits.
-
-    The NLL is convex in 1/T, so its slope there has at most one sign change, found by Brent's method to 1e-12 in
-    log T. Logits that classify every example correctly have their optimum at T = 0, logits worse than chance at
-    T = infinity; the result is then the bound, with `at_bound` true.
-
-    Raises
-    ------
-    ValueError
-        Wrong shapes, non-finite logits, labels outside the classes, bounds that are not 0 < low < high.
-
-    Source: Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2.
-    """
-    logits = np.asarray(logits, np.float64)
-    if logits.ndim != 2 or 0 in logits.shape or not np.isfinite(logits).all():
-        raise ValueError(f"logits must be a non-empty (N, C) array of finite numbers; got {_described(logits)}")
-    labels = _checked_labels(labels, *logits.shape)
-    low, high = bounds
-    if not 0 < low < high < np.inf:
-        raise ValueError(f"bounds must satisfy 0 < low < high < inf; got {bounds}")
-    # Relative to the label's own logit the NLL is mean log sum exp(margins / T), with no cancellation.
-    margins = logits - np.take_along_axis(logits, labels[:, None], axis=1)
-
-    def slope(log_temperature: float) -> float:
-        """Derivative of the NLL with respect to 1/T."""
-        scaled = margins / np.exp(log_temperature)
-        weights = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return float(((weights * margins).sum(axis=1) / weights.sum(axis=1)).mean())
-
-    at_bound = True
-    if slope(np.log(low)) <= 0:
-        temperature = low
-    elif slope(np.log(high)) >= 0:
-        temperature = high
-    else:
-        temperature = float(np.exp(brentq(slope, np.log(low), np.log(high), xtol=1e-12)))
-        at_bound = False
-    return Temperature(temperature, float(np.logaddexp.reduce(margins / temperature, axis=1).mean()), at_bound)
 
 
 # --- all metrics with their uncertainty -------------------------------------------------------------------------
@@ -218,14 +148,14 @@ def bootstrap(
     ValueError
         Wrong shapes, rows that are no distributions, labels outside the classes, no resamples.
     """
-    probs, labels = _checked(probs, labels)
+    probs, labels = checked(probs, labels)
     metrics = _weighted_metrics(probs, labels, num_bins)
     if probs_ood is None:
         return resample(metrics, [len(probs)], seed=seed, resamples=resamples, biased_upwards=_BIASED_UPWARDS)
-    probs_ood = _checked_probs("probs_ood", probs_ood)
+    probs_ood = checked_probs("probs_ood", probs_ood)
     if probs_ood.shape[1] != probs.shape[1]:
         raise ValueError(f"probs_ood must have the {probs.shape[1]} classes of probs; got {probs_ood.shape[1]} columns")
-    detection = _weighted_detection(probs.max(axis=1), probs_ood.max(axis=1))
+    detection = weighted_detection(probs.max(axis=1), probs_ood.max(axis=1))
     return resample(
         lambda weights_in, weights_out: metrics(weights_in) | detection(weights_in, weights_out),
         [len(probs), len(probs_ood)],
@@ -313,82 +243,3 @@ def _weighted_metrics(
         return {name: found[name] for name in ("accuracy", "nll", "ece", "ece_equal_mass", "brier", "confidence")}
 
     return metrics
-
-
-def _weighted_detection(
-    scores_in: np.ndarray, scores_out: np.ndarray
-) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
-    """Map weights (R, N) and (R, M) to the R values of AUROC and FPR95; everything is sorted once, here."""
-    descending = np.argsort(-scores_in, kind="stable")
-    ascending = np.argsort(scores_out, kind="stable")
-    below = np.searchsorted(scores_out[ascending], scores_in[descending], side="left")
-    up_to = np.searchsorted(scores_out[ascending], scores_in[descending], side="right")
-
-    def detection(weights_in: np.ndarray, weights_out: np.ndarray) -> dict[str, np.ndarray]:
-        weights_in = weights_in[:, descending]
-        lower = np.zeros((len(weights_out), len(scores_out) + 1))  # [r, j]: weight of the j smallest of the others
-        np.cumsum(weights_out[:, ascending], axis=1, out=lower[:, 1:])
-        wins = np.einsum("rn,rn->r", weights_in, lower[:, below]) + np.einsum("rn,rn->r", weights_in, lower[:, up_to])
-        accepted = np.cumsum(weights_in, axis=1)
-        # Weights are whole numbers, so 20 a >= 19 N decides "at least 95 %" exactly.
-        threshold = np.argmax(20 * accepted >= 19 * accepted[:, -1:], axis=1)
-        rejected = lower[np.arange(len(lower)), below[threshold]]
-        return {
-            "auroc": wins / (2 * accepted[:, -1] * lower[:, -1]),
-            "fpr95": (lower[:, -1] - rejected) / lower[:, -1],
-        }
-
-    return detection
-
-
-def _detection_of_all(scores_in: Scores, scores_out: Scores) -> dict[str, float]:
-    both = []
-    for name, scores in (("scores_in", scores_in), ("scores_out", scores_out)):
-        scores = np.asarray(scores, np.float64)
-        if scores.ndim != 1 or scores.size == 0 or np.isnan(scores).any():
-            raise ValueError(f"{name} must be a non-empty vector without NaN; got {_described(scores)}")
-        both.append(scores)
-    found = _weighted_detection(*both)(np.ones((1, both[0].size)), np.ones((1, both[1].size)))
-    return {name: float(value[0]) for name, value in found.items()}
-
-
-# --- what comes in ----------------------------------------------------------------------------------------------
-
-
-def _checked(probs: Probs, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-    probs = _checked_probs("probs", probs)
-    return probs, _checked_labels(labels, *probs.shape)
-
-
-def _checked_probs(name: str, probs: Probs) -> np.ndarray:
-    probs = np.asarray(probs, np.float64)
-    if probs.ndim != 2 or 0 in probs.shape:
-        raise ValueError(
-            f"{name} must be a non-empty (N, C) array; got shape {probs.shape}; average over posterior samples first"
-        )
-    if np.isnan(probs).any():
-        raise ValueError(f"{name} must not contain NaN; got {_described(probs)}; check the predictive")
-    if probs.min() < 0:
-        raise ValueError(f"{name} must not be negative; got {probs.min():.6g}; apply the softmax first")
-    worst = np.argmax(np.abs(probs.sum(axis=1) - 1))
-    total = probs[worst].sum()
-    if not abs(total - 1) <= _SUM_TOLERANCE:
-        raise ValueError(f"{name} must have rows that sum to 1; row {worst} sums to {total:.6g}; apply the softmax")
-    return probs
-
-
-def _checked_labels(labels: Labels, num_examples: int, num_classes: int) -> np.ndarray:
-    labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integer classes; got dtype {labels.dtype}; convert them with astype(int)")
-    if labels.shape != (num_examples,):
-        raise ValueError(f"labels must have shape ({num_examples},), one per example; got {labels.shape}")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}; got {labels.min()}..{labels.max()}; check the number of classes"
-        )
-    return labels.astype(np.int64)
-
-
-def _described(array: np.ndarray) -> str:
-    return f"shape {array.shape} with {np.count_nonzero(~np.isfinite(array))} non-finite entries"

@@ -8,14 +8,12 @@ file is listed with its SHA-256 in a manifest that is written last and checked b
       metadata.json   format version, the caller's metadata, and path, shape and dtype of every leaf
       manifest.json   size and SHA-256 of every other file
 
-The directory is built under a temporary name beside `path`, flushed to disk, and renamed: under its final name it
-is always complete. One process writes; arrays are gathered to the host first, so a checkpoint knows no devices.
+Under its final name the directory is always complete (`files.replacing`). One process writes; arrays are gathered to
+the host first, so a checkpoint knows no devices.
 """
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from bnnlaplace.files import recover, replacing
 
 FORMAT_VERSION = 1
 
@@ -38,8 +38,7 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     """Write a pytree of arrays and a dictionary of JSON values, atomically.
 
     Until the last instant `path` holds what it held before; a process killed at any point leaves either the old
-    checkpoint or the new one (and at most a hidden temporary directory beside it, which the next save to the
-    same `path` removes).
+    checkpoint or the new one (see `files.replacing`).
 
     Parameters
     ----------
@@ -71,24 +70,13 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise TypeError(f"`save_pytree(metadata=...)` must hold JSON values only; {error}; convert it first") from None
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _recover(path)
-    temporary, replaced = _temporary(path), _replaced(path)
-    for stale in (temporary, replaced):
-        shutil.rmtree(stale, ignore_errors=True)
-    temporary.mkdir()
-    if arrays:
-        _checkpointer().save(temporary.absolute() / _ARRAYS, arrays)
-    (temporary / _METADATA).write_text(text)
-    files = {str(file.relative_to(temporary)): _fingerprint(file) for file in _files(temporary)}
-    (temporary / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-    _flush(temporary)
-
-    if path.exists():
-        os.replace(path, replaced)
-    os.replace(temporary, path)
-    _flush_entry(path.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with replacing(path) as directory:
+        directory.mkdir()
+        if arrays:
+            _checkpointer().save(directory.absolute() / _ARRAYS, arrays)
+        (directory / _METADATA).write_text(text)
+        files = {str(file.relative_to(directory)): _fingerprint(file) for file in _files(directory)}
+        (directory / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
 
 
 def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -120,7 +108,7 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     Cost: each file is read twice, once for its SHA-256 and once for its contents.
     """
     path = Path(path)
-    _recover(path)
+    recover(path)
     if not path.is_dir():
         raise CheckpointError(f"a checkpoint must be a directory; there is none at {path}; check the path")
     if damage := find_damage(path):
@@ -320,20 +308,6 @@ def _checkpointer() -> Any:
     return ocp.PyTreeCheckpointer()
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.writing")
-
-
-def _replaced(path: Path) -> Path:
-    return path.with_name(f".{path.name}.replaced")
-
-
-def _recover(path: Path) -> None:
-    """Put the old checkpoint back where a save was killed between moving it aside and moving the new one in."""
-    if not path.exists() and _replaced(path).exists():
-        os.replace(_replaced(path), path)
-
-
 def _files(directory: Path) -> list[Path]:
     return sorted(file for file in directory.rglob("*") if not file.is_dir())
 
@@ -341,19 +315,3 @@ def _files(directory: Path) -> list[Path]:
 def _fingerprint(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _flush(directory: Path) -> None:
-    """Force files and directory entries to disk, so that the rename is never ahead of what it names."""
-    for entry in [*directory.rglob("*"), directory]:
-        _flush_entry(entry)
-
-
-def _flush_entry(entry: Path) -> None:
-    if entry.is_dir() and os.name == "nt":
-        return  # Windows neither needs nor allows it.
-    descriptor = os.open(entry, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,6 +7,7 @@ With the prior N(mu, P0^-1), P0 = diag(delta), and G the GGN of the negative log
 Written like this the null space of G contributes exactly zero to the determinant.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.curvature import ggn, microbatch as mb
+from bnnlaplace.curvature import ggn
+from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.krylov import stochastic_lanczos_quadrature
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
@@ -30,14 +32,54 @@ class EvidenceCurve(NamedTuple):
     prior_precision
         The grid, shape (D,).
     log_marginal_likelihood
-        Mean and standard error over probes, shape (D,) each; in nats.
-    slope_sem
-        Standard error of d log p(D) / d log delta, shape (D,): what makes the optimum uncertain.
+        Mean and standard error over probes, shape (D,) each; in nats. The standard error knows nothing of a truncated
+        recurrence, which lowers the mean: `structure.truncation` bounds by how much.
     """
 
     prior_precision: Float[np.ndarray, " D"]
     log_marginal_likelihood: Estimate
-    slope_sem: Float[np.ndarray, " D"]
+
+
+class DataTerms(NamedTuple):
+    """The log likelihood at the weights, and its gradient: what the evidence needs beside the curvature.
+
+    Attributes
+    ----------
+    log_likelihood
+        scale * sum_n log p(y_n | f_n), in nats.
+    log_likelihood_gradient
+        Its gradient in the weights, shape (P,): with the prior's, it says how far from a mode the weights are.
+    """
+
+    log_likelihood: Float[Array, ""]
+    log_likelihood_gradient: Float[Array, " P"]
+
+
+def data_terms(
+    network: Network,
+    likelihood: Likelihood,
+    inputs: Float[Array, "N ..."],
+    targets: Array,
+    *,
+    scale: float = 1.0,
+    microbatch: int,
+) -> DataTerms:
+    """The log likelihood of all data at the network's weights and its gradient, times `scale`.
+
+    Raises
+    ------
+    ValueError
+        If either is not finite.
+    """
+    value, gradient = _log_likelihood_and_gradient(
+        network, likelihood, network.params, inputs, targets, microbatch=microbatch
+    )
+    if not bool(jnp.isfinite(value) & jnp.isfinite(gradient).all()):
+        raise ValueError(
+            "fit: the log likelihood or its gradient is not finite at these weights and data; look for NaN or "
+            "infinite values in the inputs and the weights"
+        )
+    return DataTerms(scale * value, scale * gradient)
 
 
 def log_likelihood_and_gradient(
@@ -57,12 +99,15 @@ def log_likelihood_and_gradient(
     def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> Array:
         return jnp.sum(batch.weights * likelihood.log_prob(network(params, batch.inputs), targets))
 
-    def add(total, part):
+    def add(total: tuple[Array, PyTree], part: tuple[mb.Microbatches, Array]) -> tuple[tuple[Array, PyTree], None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(value)(params, *part)), None
 
     zero = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params)
     (total, gradient), _ = jax.lax.scan(add, zero, (batches, labels))
     return total, ravel(gradient)
+
+
+_log_likelihood_and_gradient = jax.jit(log_likelihood_and_gradient, static_argnames="microbatch")
 
 
 def log_joint(
@@ -101,8 +146,8 @@ def log_marginal_likelihood(
     batch
         (inputs, targets).
     probes
-        S rows with independent entries of mean 0 and variance 1, of P numbers for "primal", and for "dual" of
-        `curvature.ggn.dual_operator(...).size`; normal or Rademacher.
+        S rows with independent entries of mean 0 and variance 1, normal or Rademacher: of P numbers for "primal", for
+        "dual" of one number per output, the padding of the last microbatch included (`dual_operator(...).size`).
     network, likelihood
         The model.
     num_matvecs
@@ -115,58 +160,58 @@ def log_marginal_likelihood(
         "primal": Lanczos on P numbers. "dual": on outputs, log det(I + B' J P0^-1 J' B), the same value with shorter
         vectors where there are fewer outputs than weights.
     gradient
-        "adjoint": exact gradient of the quadrature by S K more products and one batched vector-Jacobian product a probe.
+        "adjoint": exact gradient of the quadrature by S K more products and one batched vector-Jacobian product a
+        probe.
 
     Returns
     -------
     Estimate
-        `mean` and, over probes, `sem` (infinite for one probe).
+        `mean` and, over probes, `sem` (infinite for one probe). A recurrence that `num_matvecs` ends early lowers the
+        mean, of which `sem` knows nothing.
 
     Notes
     -----
-    Cost: one linearisation and S K products; about twice that with the gradient. Memory: residuals of one
-    linearisation at the batch, and K vectors. Reference: Krämer et al. 2024, arXiv 2405.17277, section 5.
+    Cost: one linearisation, whose outputs serve the log likelihood too, and S K products; about twice that with the
+    gradient. Memory: residuals of the linearisation at the batch, and K vectors. Reference: Krämer et al. 2024, arXiv
+    2405.17277, section 5.
+
+    Raises
+    ------
+    ValueError
+        If `side` is unknown, or `prior_precision` or `prior_mean` does not fit the weights.
     """
     inputs, targets = batch
     delta = as_vector(prior_precision, params)
     deviation = ravel(params) - as_vector(prior_mean, params)
+    linearised = ggn.linearise(network, params, inputs, microbatch=microbatch)
     if side == "primal":
-        operator = ggn.ggn_operator(network, likelihood, params, inputs, scale=scale, microbatch=microbatch)
+        operator = ggn.ggn_operator(linearised, likelihood, scale=scale)
         root = jax.lax.rsqrt(delta)
 
         def matvec(vector: Array) -> Array:
             return root * operator.matvec(root * vector)
 
     elif side == "dual":
-        matvec = ggn.dual_operator(
-            network, likelihood, params, inputs, scale=scale, prior_precision=delta, microbatch=microbatch
-        ).matvec
+        matvec = ggn.dual_operator(linearised, likelihood, scale=scale, prior_precision=delta).matvec
     else:
         raise ValueError(f"log_marginal_likelihood(side=...) must be 'primal' or 'dual'; got {side!r}")
     forms = stochastic_lanczos_quadrature(jnp.log1p, matvec, probes, num_matvecs=num_matvecs, gradient=gradient)
-    log_likelihood = scale * jnp.sum(likelihood.log_prob(network(params, inputs), targets))
+    log_likelihood = scale * jnp.sum(likelihood.log_prob(linearised.outputs[: len(inputs)], targets))
     evidence = log_likelihood - 0.5 * jnp.sum(delta * deviation**2) - 0.5 * forms
     spread = jnp.std(jax.lax.stop_gradient(forms), ddof=1) if len(probes) > 1 else jnp.inf
     return Estimate(jnp.mean(evidence), 0.5 * spread / jnp.sqrt(len(probes)))
 
 
 def curve(
-    log_determinant, log_likelihood: float, squared_norm: float, precisions: Float[np.ndarray, " D"]
+    log_determinant: Callable[[float], Float[np.ndarray, " S"]],
+    log_likelihood: float,
+    squared_norm: float,
+    precisions: Float[np.ndarray, " D"],
 ) -> EvidenceCurve:
     """The evidence at each prior precision from a fitted structure's `log_determinant`: no product is computed."""
     forms = np.stack([log_determinant(delta) for delta in precisions])
-    mean = log_joint(log_likelihood, squared_norm, np.asarray(precisions)) - 0.5 * forms.mean(axis=1)
-    step = 1e-3
-    slopes = np.stack(
-        [
-            (log_determinant(delta * np.exp(step)) - log_determinant(delta * np.exp(-step))) / (2 * step)
-            for delta in precisions
-        ]
-    )
-    return EvidenceCurve(np.asarray(precisions), Estimate(mean, 0.5 * _sem(forms)), 0.5 * _sem(slopes))
-
-
-def _sem(samples: Float[np.ndarray, "D S"]) -> Float[np.ndarray, " D"]:
-    """Over probes; a single value is an exact one, as `structure` promises."""
-    count = samples.shape[1]
-    return samples.std(axis=1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(samples))
+    mean = log_joint(log_likelihood, squared_norm, precisions) - 0.5 * forms.mean(axis=1)
+    count = forms.shape[1]
+    # A single value is an exact one, as `structure` promises.
+    sem = 0.5 * forms.std(axis=1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(forms))
+    return EvidenceCurve(precisions, Estimate(mean, sem))

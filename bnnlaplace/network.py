@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace import precise
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
 @dataclass(frozen=True)
@@ -33,8 +35,13 @@ class Network:
     frozen: PyTree
 
     def __call__(self, params: PyTree, x: Float[Array, "B ..."]) -> Float[Array, "B C"]:
-        """Outputs (logits, or means of a regression) at `params` for a batch of inputs."""
-        return self.forward(self.frozen, params, x)
+        """Outputs (logits, or means of a regression) at `params` for a batch of inputs.
+
+        Matrix products and convolutions that state no precision of their own are computed in full precision, and so are
+        their derivatives, of which the curvature is made (`bnnlaplace.precise` says why).
+        """
+        with precise.all_products():
+            return self.forward(self.frozen, params, x)
 
     @classmethod
     def from_linen(cls, module: Any, variables: Mapping[str, PyTree], **call_arguments: Any) -> "Network":

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,7 +31,25 @@ _LEAST_ECE = 1e-3  # drawn at this height where it is smaller: the axis is logar
 
 
 class PrecisionCurve(NamedTuple):
-    """One curvature structure against prior precision: arrays (G,), and the optima with the evidence's error band."""
+    """One curvature structure against prior precision.
+
+    Attributes
+    ----------
+    precision
+        The grid, increasing; the other arrays belong to its points.
+    log_evidence, log_evidence_sem, log_evidence_truncation
+        In nats; its standard error, and how much too low it can be because the recurrence was stopped.
+    validation_nll, validation_ece
+        Of a predictive on validation images; the NLL in nats per image.
+    converged
+        Whether the samples behind that predictive have converged.
+    evidence_optimum, evidence_optimum_low, evidence_optimum_high
+        The maximiser of the evidence, with its error band.
+    evidence_at_bound, nll_at_bound
+        Whether the optimum is at an end of what was searched, and may lie beyond it.
+    nll_optimum
+        The converged precision with the lowest validation NLL.
+    """
 
     precision: Float[np.ndarray, "G"]
     log_evidence: Float[np.ndarray, "G"]
@@ -39,21 +57,25 @@ class PrecisionCurve(NamedTuple):
     log_evidence_truncation: Float[np.ndarray, "G"]
     validation_nll: Float[np.ndarray, "G"]
     validation_ece: Float[np.ndarray, "G"]
+    converged: Bool[np.ndarray, "G"]
     evidence_optimum: float
     evidence_optimum_low: float
     evidence_optimum_high: float
+    evidence_at_bound: bool
     nll_optimum: float
+    nll_at_bound: bool
 
 
 def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
     """Log evidence, validation NLL and validation ECE against prior precision.
 
-    The band around the evidence is 2 standard errors, and upwards also the truncation.
+    The band around the evidence is 2 standard errors, and upwards also the truncation. NLL and ECE are drawn thin and
+    faint where the samples behind them have not converged.
 
     Parameters
     ----------
     curves
-        By name of the curvature structure, in the order of the legend. Log evidence and NLL in nats, the NLL per image.
+        By name of the curvature structure, in the order of the legend.
 
     Returns
     -------
@@ -64,7 +86,7 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
         raise ValueError("curves must hold at least one structure; got none; pass {'diagonal': PrecisionCurve(...)}")
     figure = _figure(6.6, 7.4)
     evidence, nll, ece = axes = figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1, 1))
-    handles: list[Line2D] = []
+    columns = []
     for (name, curve), colour, style in zip(curves.items(), _cycle(PALETTE), _cycle(_LINE_STYLES), strict=False):
         band = 2 * np.asarray(curve.log_evidence_sem)
         evidence.fill_between(
@@ -76,9 +98,13 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
             lw=0,
         )
         drawn = {"color": colour, "linestyle": style, "lw": 1.8}
-        ece_drawn = np.maximum(curve.validation_ece, _LEAST_ECE)
-        for panel, values in zip(axes, (curve.log_evidence, curve.validation_nll, ece_drawn), strict=True):
-            panel.plot(curve.precision, np.where(np.isfinite(values), values, np.nan), **drawn)
+        faint = {"color": colour, "linestyle": ":", "lw": 1.0, "alpha": 0.6}
+        everywhere = np.ones(len(curve.precision), bool)
+        converged = np.asarray(curve.converged, bool)
+        _line(evidence, curve.precision, curve.log_evidence, everywhere, drawn, faint)
+        _line(nll, curve.precision, curve.validation_nll, converged, drawn, faint)
+        _line(ece, curve.precision, np.maximum(curve.validation_ece, _LEAST_ECE), converged, drawn, faint)
+        for panel in axes:
             panel.axvspan(curve.evidence_optimum_low, curve.evidence_optimum_high, color=colour, alpha=0.15, lw=0)
             panel.axvline(curve.evidence_optimum, color=colour, lw=0.9, alpha=0.8)
             panel.axvline(curve.nll_optimum, color=colour, lw=1.2, ls=(0, (1, 2)))
@@ -86,14 +112,15 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
         at_nll = {"marker": "D", "ms": 5.5, "color": colour, "mfc": "white", "mew": 1.5, "ls": "none"}
         _mark(evidence, curve.precision, curve.log_evidence, curve.evidence_optimum, at_evidence)
         _mark(nll, curve.precision, curve.validation_nll, curve.nll_optimum, at_nll)
-        low, high = _number(curve.evidence_optimum_low), _number(curve.evidence_optimum_high)
-        interval = "" if low == high else f" ({low} to {high})"
-        handles += [
-            Line2D([], [], label=name, **drawn),
-            Line2D([], [], label=f"best evidence: {_number(curve.evidence_optimum)}{interval}", **at_evidence),
-            Line2D([], [], label=f"best validation NLL: {_number(curve.nll_optimum)}", **at_nll),
-        ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(curves), fontsize=_FONT, frameon=False)
+        columns.append(
+            [
+                Line2D([], [], label=name, **drawn),
+                Line2D([], [], label=f"best evidence: {_evidence_optimum(curve)}", **at_evidence),
+                Line2D([], [], label=f"best validation NLL: {_nll_optimum(curve)}", **at_nll),
+                *([] if converged.all() else [Line2D([], [], label="samples not converged", **faint)]),
+            ]
+        )
+    _legend_columns(figure, columns)
     _finish(evidence, "log evidence (nats)")
     _evidence_axis(evidence, list(curves.values()))
     _finish(nll, "validation NLL\n(nats per image)")
@@ -266,6 +293,44 @@ def _varies(values: np.ndarray) -> bool:
 def _number(value: float) -> str:
     """Two digits that count, and no powers of ten: 0.083, 1.7, 560, 1,800."""
     return f"{float(f'{value:.2g}'):,.10g}"
+
+
+def _evidence_optimum(curve: PrecisionCurve) -> str:
+    """The optimum for the legend with its error band, or with the word that it is at an end of its search."""
+    if curve.evidence_at_bound:
+        return f"{_number(curve.evidence_optimum)} (at end)"
+    low, high = _number(curve.evidence_optimum_low), _number(curve.evidence_optimum_high)
+    return _number(curve.evidence_optimum) + ("" if low == high else f" ({low} to {high})")
+
+
+def _nll_optimum(curve: PrecisionCurve) -> str:
+    return _number(curve.nll_optimum) + (" (at end)" if curve.nll_at_bound else "")
+
+
+def _legend_columns(figure: Figure, columns: Sequence[list[Line2D]]) -> None:
+    """A legend above the panels with a column for each structure; blanks make the columns equally long."""
+    rows = max(map(len, columns))
+    blank = Line2D([], [], ls="none", label=" ")
+    handles = [handle for column in columns for handle in (*column, *[blank] * (rows - len(column)))]
+    figure.legend(handles=handles, loc="outside upper center", ncols=len(columns), fontsize=_FONT, frameon=False)
+
+
+def _line(
+    panel: Axes,
+    precision: np.ndarray,
+    values: np.ndarray,
+    trusted: np.ndarray,
+    drawn: Mapping[str, Any],
+    faint: Mapping[str, Any],
+) -> None:
+    """A curve with gaps where it is not finite, faint between points of which one is not trusted."""
+    values = np.where(np.isfinite(values), values, np.nan)
+    if not trusted.all():
+        touched = ~trusted
+        touched[1:] |= ~trusted[:-1]
+        touched[:-1] |= ~trusted[1:]
+        panel.plot(precision, np.where(touched, values, np.nan), **faint)
+    panel.plot(precision, np.where(trusted, values, np.nan), **drawn)
 
 
 def _tick(value: float, _: int) -> str:

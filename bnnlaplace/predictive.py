@@ -1,8 +1,8 @@
 """Predictions of the linearised network f(x; theta*) + J(x) (theta - theta*) under the posterior."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jaxtyping import Array, Float
 from bnnlaplace.curvature import dense
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
+from bnnlaplace.precise import einsum
+from bnnlaplace.structure import CovarianceStructure, SampleStructure, Structure
 from bnnlaplace.tree import unraveler
 
 
@@ -34,7 +36,7 @@ class FunctionalPosterior(NamedTuple):
 
 
 def outputs(network: Network, inputs: Float[Array, "B ..."], *, microbatch: int = 64) -> Float[Array, "B C"]:
-    """f(x; theta*), one microbatch at a time."""
+    """f(x; theta*), one microbatch at a time; for no inputs no rows, here and below."""
     return _by_microbatch(partial(_outputs, network), inputs, microbatch)
 
 
@@ -60,21 +62,127 @@ def pushforward(
     return jnp.concatenate(images)
 
 
+def functional_posteriors(
+    network: Network,
+    structure: Structure,
+    inputs: Float[Array, "B ..."],
+    precisions: Sequence[float],
+    *,
+    key: Array,
+    num_samples: int,
+    microbatch: int = 64,
+) -> Iterator[FunctionalPosterior]:
+    """The posterior of the linearised outputs at each of several prior precisions, one after another.
+
+    A structure that knows covariances gives them exactly at each input, and samples are drawn from those; it takes one
+    Jacobian per input for all precisions. One that knows samples has them pushed through the Jacobian, and the
+    covariance is estimated from them: without bias, with relative standard error sqrt(2 / num_samples).
+
+    Parameters
+    ----------
+    network, structure
+        The posterior.
+    inputs
+        (B, ...); none are allowed.
+    precisions
+        Prior precisions.
+    key, num_samples
+        Of the samples; of a `SampleStructure` at most as many as it has.
+    microbatch
+        Inputs differentiated at a time; bounds memory.
+    """
+    mean = outputs(network, inputs, microbatch=microbatch)
+    if isinstance(structure, SampleStructure):
+        push = partial(pushforward, network, inputs, microbatch=microbatch)
+        for deviations in structure.function_samples(push, key, num_samples, precisions):
+            yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
+        return
+    for variance in structured_variance(network, inputs, structure, precisions, microbatch=microbatch):
+        yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
+
+
+def functional_variance(
+    network: Network,
+    structure: Structure,
+    inputs: Float[Array, "B ..."],
+    prior_precision: float,
+    *,
+    microbatch: int = 64,
+) -> Float[Array, "B C C"]:
+    """The covariance J (G + delta I)^-1 J' of the linearised outputs; from all samples of a `SampleStructure`."""
+    if isinstance(structure, SampleStructure):
+        push = partial(pushforward, network, inputs, microbatch=microbatch)
+        # All samples are used, so that the key only orders them.
+        key, count = jax.random.key(0), structure.num_probes
+        (deviations,) = structure.function_samples(push, key, count, [prior_precision])
+        return sample_variance(deviations)
+    return structured_variance(network, inputs, structure, [prior_precision], microbatch=microbatch)[0]
+
+
+def predictions(
+    network: Network,
+    likelihood: Likelihood,
+    structure: Structure,
+    inputs: Float[Array, "B ..."],
+    prior_precision: float,
+    *,
+    link_approx: Literal["probit", "mc"],
+    key: Array | None = None,
+    num_samples: int | None = None,
+    microbatch: int = 64,
+) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """E[y] under the posterior of the linearised outputs; of a regression the mean of the outputs and their variance.
+
+    Parameters
+    ----------
+    network, likelihood, structure, prior_precision
+        The posterior.
+    inputs
+        (B, ...); none are allowed.
+    link_approx
+        `probit` or `monte_carlo`; a regression needs neither.
+    key, num_samples
+        For "mc"; by default as many samples as a `SampleStructure` has, from a covariance 100.
+    microbatch
+        Inputs differentiated at a time; bounds memory.
+
+    Raises
+    ------
+    ValueError
+        If the link is unknown, or "mc" lacks a key.
+    """
+    if link_approx not in ("probit", "mc"):
+        raise ValueError(f"predictive(link_approx=...) must be 'probit' or 'mc'; got {link_approx!r}")
+    if link_approx == "mc" and likelihood.name != "regression":
+        if key is None:
+            raise ValueError("predictive(link_approx='mc') must be given key=...; pass jax.random.key(0)")
+        if num_samples is None:
+            num_samples = structure.num_probes if isinstance(structure, SampleStructure) else 100
+        (found,) = functional_posteriors(
+            network, structure, inputs, [prior_precision], key=key, num_samples=num_samples, microbatch=microbatch
+        )
+        return monte_carlo(likelihood, found.mean, found.deviations)
+    mean = outputs(network, inputs, microbatch=microbatch)
+    covariance = functional_variance(network, structure, inputs, prior_precision, microbatch=microbatch)
+    variance = jnp.diagonal(covariance, axis1=1, axis2=2)
+    return (mean, variance) if likelihood.name == "regression" else probit(likelihood, mean, variance)
+
+
 def structured_variance(
     network: Network,
     inputs: Float[Array, "B ..."],
-    structure,
-    precisions: Float[Array, " D"],
+    structure: CovarianceStructure,
+    precisions: Sequence[float],
     *,
-    microbatch: int = 16,
+    microbatch: int = 64,
 ) -> Float[Array, "D B C C"]:
     """J Sigma J' at every prior precision, from `structure.functional_variance`.
 
-    One Jacobian per input serves all precisions; those of one microbatch are in memory at a time.
+    One Jacobian per input serves all precisions; those of a quarter of a microbatch are in memory at a time, as one is
+    C gradients of P numbers.
     """
-    found = _by_microbatch(
-        partial(_structured_variance, network, structure, jnp.asarray(precisions)), inputs, microbatch
-    )
+    grid = jnp.asarray(precisions, jax.tree.leaves(network.params)[0].dtype)
+    found = _by_microbatch(partial(_structured_variance, network, structure, grid), inputs, max(1, microbatch // 4))
     return jnp.swapaxes(found, 0, 1)
 
 
@@ -83,12 +191,12 @@ def marginal_samples(key: Array, variance: Float[Array, "B C C"], num_samples: i
     values, vectors = jnp.linalg.eigh(variance)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
     noise = jax.random.normal(key, (num_samples, *variance.shape[:2]), variance.dtype)
-    return jnp.einsum("bcd,sbd->sbc", root, noise)
+    return einsum("bcd,sbd->sbc", root, noise)
 
 
 def sample_variance(deviations: Float[Array, "S B C"]) -> Float[Array, "B C C"]:
     """Functional variance from samples whose mean is known to be zero; relative standard error sqrt(2 / S)."""
-    return jnp.einsum("sbc,sbd->bcd", deviations, deviations) / len(deviations)
+    return einsum("sbc,sbd->bcd", deviations, deviations) / len(deviations)
 
 
 def monte_carlo(
@@ -120,7 +228,7 @@ def _pushforward(network: Network, directions: Float[Array, "R P"], x: Float[Arr
 
 @jax.jit
 def _structured_variance(
-    network: Network, structure, precisions: Float[Array, " D"], x: Float[Array, "m ..."]
+    network: Network, structure: CovarianceStructure, precisions: Float[Array, " D"], x: Float[Array, "m ..."]
 ) -> Float[Array, "m D C C"]:
     jacobian = dense.jacobian(network, network.params, x)
     found = jax.lax.map(lambda precision: structure.functional_variance(jacobian, precision), precisions)
@@ -134,7 +242,13 @@ def _by_microbatch(
 
     Called from Python rather than scanned, so that inputs of any number share one program.
     """
+    if microbatch < 1:
+        raise ValueError(f"microbatch=... must be at least 1; got {microbatch}; try 64")
     count = len(inputs)
+    if count == 0:
+        dtype = jax.dtypes.canonicalize_dtype(inputs.dtype)
+        one = jax.eval_shape(function, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), dtype))
+        return jnp.zeros((0, *one.shape[1:]), one.dtype)
     microbatch = min(microbatch, count)
     found = []
     for start in range(0, count, microbatch):

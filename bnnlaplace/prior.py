@@ -3,13 +3,16 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from scipy.optimize import minimize_scalar
 
 from bnnlaplace import evidence
 
 SEARCH_RANGE = (1e-4, 1e6)
+
+LogDeterminant = Callable[[float], Float[np.ndarray, " S"]]
 
 
 class PriorOptimum(NamedTuple):
@@ -20,8 +23,10 @@ class PriorOptimum(NamedTuple):
     prior_precision
         The maximiser.
     low, high
-        An interval of two standard errors around it, from the probes: on the log scale the standard error of the slope
-        over the curvature. A point where nothing was sampled.
+        An interval that holds both errors of it. For a truncated recurrence, it reaches from this maximiser to that of
+        the evidence at the other end of the truncation bracket of the log-determinant. For the random probes, it goes
+        two standard errors beyond either: on the log scale the standard error of the slope over the curvature. It is
+        cut at the search range, and a point where the evidence is exact.
     at_bound
         The evidence still rises at an end of the search range: the optimum is not inside it.
     """
@@ -33,35 +38,132 @@ class PriorOptimum(NamedTuple):
 
 
 def optimum(
-    log_determinant: Callable[[float], Float[np.ndarray, " S"]],
+    log_determinant: LogDeterminant,
+    log_likelihood: float,
+    squared_norm: float,
+    *,
+    truncation: LogDeterminant | None = None,
+    search_range: tuple[float, float] = SEARCH_RANGE,
+) -> PriorOptimum:
+    """Maximise log p(D) over a scalar delta, from a fitted structure alone; no curvature product.
+
+    Parameters
+    ----------
+    log_determinant, truncation
+        delta -> log det(I + G / delta) for each probe, and how far truncation may have lifted it; as the methods of a
+        `bnnlaplace.structure.Structure`. Without `truncation` the interval holds the error of the probes alone.
+    log_likelihood, squared_norm
+        sum_n log p(y_n | f_n) and |theta - mu|^2.
+    search_range
+        The smallest and the largest delta.
+
+    Raises
+    ------
+    ValueError
+        If the evidence is not a number at any delta.
+    """
+    bounds = np.log(search_range)
+
+    def located(end: LogDeterminant) -> tuple[float, float]:
+        """The maximiser and two standard errors of it, on the log scale."""
+        negative = _negative_evidence(end, log_likelihood, squared_norm)
+        point = _log_maximiser(negative, bounds)
+        return point, 2 * _log_standard_error(negative, end, point)
+
+    ends = [log_determinant] if truncation is None else bracket(log_determinant, truncation)
+    points, widths = np.transpose([located(end) for end in ends])
+    low, high = np.clip([(points - widths).min(), (points + widths).max()], *bounds)
+    at_bound = bool(np.abs(points[0] - bounds).min() < 1e-3)
+    return PriorOptimum(*(float(np.exp(point)) for point in (points[0], low, high)), at_bound)
+
+
+def maximiser(
+    log_determinant: LogDeterminant,
     log_likelihood: float,
     squared_norm: float,
     *,
     search_range: tuple[float, float] = SEARCH_RANGE,
-) -> PriorOptimum:
-    """Maximise log p(D) over a scalar delta, from a fitted structure alone.
+) -> float:
+    """The delta of `optimum`, without its interval.
 
-    A grid of 8 points a decade finds the highest of several maxima; Brent's method refines it. No curvature product.
+    A grid of 8 points a decade finds the highest of several maxima; Brent's method refines it.
     """
+    negative = _negative_evidence(log_determinant, log_likelihood, squared_norm)
+    return float(np.exp(_log_maximiser(negative, np.log(search_range))))
+
+
+def bracket(log_determinant: LogDeterminant, truncation: LogDeterminant) -> tuple[LogDeterminant, LogDeterminant]:
+    """The log-determinant as a truncated recurrence gives it, which is an upper bound, and the lower bound."""
+    return log_determinant, lambda delta: log_determinant(delta) - truncation(delta)
+
+
+def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
+    """The index of the smallest value, those that are not a number passed over.
+
+    Raises
+    ------
+    ValueError
+        If none is a number; `what` says in the message what they are.
+    """
+    if np.isnan(values).all():
+        raise ValueError(
+            f"{what} must be a number at one prior precision at least; got NaN at all {len(values)}; look for values "
+            "that are not finite in the weights and the data"
+        )
+    return int(np.nanargmin(values))
+
+
+def check(prior_precision: float | Float[Array, ""], where: str) -> None:
+    """Check a scalar prior precision; of a traced one, its shape alone.
+
+    Raises
+    ------
+    ValueError
+        If it is not one positive, finite number; `where` names the argument in the message.
+    """
+    if isinstance(prior_precision, jax.core.Tracer) and prior_precision.shape == ():
+        return
+    is_number = isinstance(prior_precision, (int, float, np.number, np.ndarray, jax.Array))
+    if not is_number or np.shape(prior_precision) != () or not 0 < float(prior_precision) < float("inf"):
+        got = f"shape {np.shape(prior_precision)}" if np.shape(prior_precision) else repr(prior_precision)
+        raise ValueError(f"{where} must be one positive, finite number; got {got}; try 1.0")
+
+
+def checked_grid(precisions: Float[np.ndarray, " D"], where: str) -> Float[np.ndarray, " D"]:
+    """Several prior precisions as an array.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or one is not positive and finite; `where` names the argument in the message.
+    """
+    grid = np.asarray(precisions, np.float64)
+    if grid.ndim != 1 or grid.size == 0 or not ((grid > 0) & np.isfinite(grid)).all():
+        raise ValueError(f"{where} must be positive, finite numbers, at least one; got {grid}; try [0.1, 1.0, 10.0]")
+    return grid
+
+
+def _negative_evidence(
+    log_determinant: LogDeterminant, log_likelihood: float, squared_norm: float
+) -> Callable[[float], float]:
+    """-log p(D) as a function of log delta."""
 
     def negative(log_delta: float) -> float:
         delta = np.exp(log_delta)
         return 0.5 * float(np.mean(log_determinant(delta))) - evidence.log_joint(log_likelihood, squared_norm, delta)
 
-    low, high = np.log(search_range)
+    return negative
+
+
+def _log_maximiser(negative: Callable[[float], float], bounds: Float[np.ndarray, " 2"]) -> float:
+    low, high = bounds
     grid = np.linspace(low, high, 1 + int(np.ceil(8 * (high - low) / np.log(10))))
-    best = int(np.argmin([negative(point) for point in grid]))
-    bracket = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    refined = minimize_scalar(negative, bounds=bracket, method="bounded", options={"xatol": 1e-6})
-    log_delta = float(refined.x)
-    at_bound = bool(best in (0, len(grid) - 1) and min(log_delta - low, high - log_delta) < 1e-3)
-    width = 2 * _log_standard_error(negative, log_determinant, log_delta)
-    return PriorOptimum(
-        float(np.exp(log_delta)), float(np.exp(log_delta - width)), float(np.exp(log_delta + width)), at_bound
-    )
+    best = lowest(np.array([negative(point) for point in grid]), "the evidence")
+    around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    return float(minimize_scalar(negative, bounds=around, method="bounded", options={"xatol": 1e-6}).x)
 
 
-def _log_standard_error(negative: Callable, log_determinant: Callable, log_delta: float) -> float:
+def _log_standard_error(negative: Callable[[float], float], log_determinant: LogDeterminant, log_delta: float) -> float:
     step = 0.05
     curvature = (negative(log_delta + step) - 2 * negative(log_delta) + negative(log_delta - step)) / step**2
     slopes = 0.5 * (log_determinant(np.exp(log_delta + step)) - log_determinant(np.exp(log_delta - step))) / (2 * step)

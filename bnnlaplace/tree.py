@@ -1,13 +1,14 @@
-"""Pytrees as flat vectors: the one place that ravels."""
+"""Pytrees: flat vectors of them (the one place that ravels), and classes that are some."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
+from jax.tree_util import GetAttrKey
 from jaxtyping import Array, Float, PyTree
 
 
@@ -28,7 +29,8 @@ def unraveler(tree: PyTree) -> Callable[[Float[Array, " P"]], Any]:
 
     def unravel(vector: Float[Array, " P"]) -> Any:
         parts = jnp.split(vector, ends)
-        return jax.tree.unflatten(treedef, [p.reshape(s).astype(d) for p, s, d in zip(parts, shapes, dtypes)])
+        filled = [p.reshape(s).astype(d) for p, s, d in zip(parts, shapes, dtypes, strict=True)]
+        return jax.tree.unflatten(treedef, filled)
 
     return unravel
 
@@ -57,3 +59,33 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
             f"got shape {vector.shape}; try a scalar"
         )
     return jnp.broadcast_to(vector, (count,))
+
+
+def squared_norm(tree: PyTree) -> float:
+    """The sum of squares of all numbers, in float64 on the host."""
+    vector = np.asarray(ravel(tree), np.float64)
+    return float(vector @ vector)
+
+
+def register_unchecked(data_fields: tuple[str, ...], meta_fields: tuple[str, ...]) -> Callable[[type], type]:
+    """Register a frozen dataclass as a pytree, as `jax.tree_util.register_dataclass` does, but past its constructor.
+
+    JAX rebuilds pytrees with leaves that are no arrays, or batches of them, which a constructor that checks its
+    arguments would refuse.
+    """
+
+    def flatten(record: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[Any, ...]]:
+        children = [(GetAttrKey(name), getattr(record, name)) for name in data_fields]
+        return children, tuple(getattr(record, name) for name in meta_fields)
+
+    def register(cls: type) -> type:
+        def unflatten(meta: tuple[Any, ...], children: Iterable[Any]) -> Any:
+            record = object.__new__(cls)
+            for name, value in zip((*data_fields, *meta_fields), (*children, *meta), strict=True):
+                object.__setattr__(record, name, value)
+            return record
+
+        jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+        return cls
+
+    return register

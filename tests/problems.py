@@ -38,7 +38,7 @@ def random_problem(likelihood: bnnlaplace.Likelihood, targets: np.ndarray, seed:
     jacobians = jax.jacfwd(lambda vector: two_layers(unravel(vector), inputs))(flat)
     outputs = two_layers(params, inputs)
     ggn = 0.0
-    for jacobian, output, target in zip(jacobians, outputs, targets):
-        hessian = jax.hessian(lambda f: -likelihood.log_prob(f, jnp.asarray(target)))(output)
+    for jacobian, output, target in zip(jacobians, outputs, jnp.asarray(targets), strict=True):
+        hessian = jax.hessian(lambda f, target=target: -likelihood.log_prob(f, target))(output)
         ggn = ggn + jacobian.T @ hessian @ jacobian
     return Problem(network, likelihood, inputs, targets, np.asarray(ggn))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 
-from bnnlaplace import calibration, resampling
+from bnnlaplace import calibration, detection, resampling
 from bnnlaplace.resampling import Bootstrap, intervals, paired_differences
 
 NUM_CLASSES = 5
@@ -42,16 +42,6 @@ def ece_by_loop(probs, labels, edges, closed):
             total += len(members) * abs(hits - np.mean([probs[n].max() for n in members]))
     assert counted == len(probs)
     return total / len(probs)
-
-
-def auroc_by_loop(scores_in, scores_out):
-    wins = [(a > b) + 0.5 * (a == b) for a in scores_in for b in scores_out]
-    return float(np.mean(wins))
-
-
-def fpr95_by_loop(scores_in, scores_out):
-    accepted = [t for t in sorted(scores_in, reverse=True) if np.mean(np.asarray(scores_in) >= t) >= 0.95]
-    return float(np.mean(np.asarray(scores_out) >= accepted[0]))
 
 
 # --- point values -----------------------------------------------------------------------------------------------
@@ -162,58 +152,6 @@ def test_certain_and_right_scores_plus_zero():
     assert math.copysign(1, calibration.negative_log_likelihood(np.eye(2), np.array([0, 1]))) == 1
 
 
-def test_auroc_against_sklearn_and_loop(case):
-    rng = np.random.default_rng(2)
-    for scores_in, scores_out in [
-        (case[0].max(axis=1), case[2].max(axis=1)),
-        (rng.integers(0, 6, 40) / 6, rng.integers(0, 5, 30) / 6),  # many ties
-    ]:
-        truth = np.repeat([1, 0], [len(scores_in), len(scores_out)])
-        expected = sklearn.metrics.roc_auc_score(truth, np.concatenate([scores_in, scores_out]))
-        found = calibration.auroc(scores_in, scores_out)
-        assert found == pytest.approx(expected, abs=1e-14)
-        assert found == pytest.approx(auroc_by_loop(scores_in, scores_out), abs=1e-14)
-        assert calibration.fpr_at_95_tpr(scores_in, scores_out) == fpr95_by_loop(scores_in, scores_out)
-
-
-def test_detection_limits():
-    high, low = np.linspace(2, 3, 20), np.linspace(0, 1, 10)
-    assert (calibration.auroc(high, low), calibration.fpr_at_95_tpr(high, low)) == (1, 0)
-    assert (calibration.auroc(low, high), calibration.fpr_at_95_tpr(low, high)) == (0, 1)
-    assert calibration.auroc(np.ones(3), np.ones(4)) == 0.5
-    # Exactly 95 % of 20 is 19: the threshold passes over one low score, and no more.
-    assert calibration.fpr_at_95_tpr(np.r_[0.0, high[1:]], np.array([1.0])) == 0
-    assert calibration.fpr_at_95_tpr(np.r_[0.0, 0.0, high[2:]], np.array([1.0])) == 1
-
-
-# --- temperature ------------------------------------------------------------------------------------------------
-
-
-def test_temperature_recovers_the_scale_and_minimises(case):
-    probs, labels, _ = case
-    logits = np.log(probs)
-    fit = calibration.fit_temperature(logits, labels)
-    assert not fit.at_bound and 1.2 < fit.temperature < 3
-
-    def nll(temperature):
-        return calibration.negative_log_likelihood(softmax(logits / temperature), labels)
-
-    assert fit.nll == pytest.approx(nll(fit.temperature), rel=1e-12)
-    step = 1e-4  # a central difference of the NLL vanishes at its minimum, up to O(step^2)
-    assert abs(nll(fit.temperature * (1 + step)) - nll(fit.temperature * (1 - step))) < 10 * step**3
-    scaled = calibration.fit_temperature(3 * logits + 7, labels)
-    assert scaled.temperature == pytest.approx(3 * fit.temperature, rel=1e-9)
-
-
-def test_temperature_at_its_bounds():
-    logits = np.array([[5.0, 0.0], [0.0, 5.0]])
-    separable = calibration.fit_temperature(logits, np.array([0, 1]))
-    assert separable.at_bound and separable.temperature == 0.1
-    assert np.isfinite(separable.nll) and separable.nll < 1e-20
-    hopeless = calibration.fit_temperature(logits, np.array([1, 0]), bounds=(0.5, 20.0))
-    assert hopeless.at_bound and hopeless.temperature == 20.0
-
-
 # --- bootstrap --------------------------------------------------------------------------------------------------
 
 
@@ -228,8 +166,8 @@ def test_evaluate_reports_the_functions_and_brackets_them(case):
         "ece_equal_mass": calibration.expected_calibration_error(probs, labels, binning="equal_mass"),
         "brier": calibration.brier_score(probs, labels),
         "confidence": calibration.mean_confidence(probs),
-        "auroc": calibration.auroc(*scores),
-        "fpr95": calibration.fpr_at_95_tpr(*scores),
+        "auroc": detection.auroc(*scores),
+        "fpr95": detection.fpr_at_95_tpr(*scores),
     }
     assert list(found) == list(expected)
     for name, value in expected.items():
@@ -364,11 +302,3 @@ def test_bad_options_are_refused(case):
         calibration.evaluate(probs, labels, seed=0, resamples=0)
     with pytest.raises(ValueError, match="the 5 classes of probs; got 2 columns"):
         calibration.evaluate(probs, labels, GOOD, seed=0)
-    with pytest.raises(ValueError, match="scores_out must be a non-empty vector"):
-        calibration.auroc(np.ones(3), np.empty(0))
-    with pytest.raises(ValueError, match="scores_in must .* 1 non-finite"):
-        calibration.auroc(np.array([1.0, np.nan]), np.ones(2))
-    with pytest.raises(ValueError, match="1 non-finite"):
-        calibration.fit_temperature(np.array([[np.inf, 0.0]]), np.array([0]))
-    with pytest.raises(ValueError, match="0 < low < high"):
-        calibration.fit_temperature(GOOD, np.array([0, 1]), bounds=(2.0, 1.0))

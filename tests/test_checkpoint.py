@@ -237,7 +237,7 @@ def test_replacing_keeps_the_last_and_leaves_no_temporary(tmp_path: Path) -> Non
 def test_killed_while_replacing_leaves_a_good_checkpoint(killed_at: int, tmp_path: Path) -> None:
     """The process dies (no cleanup runs) before the first rename, between the two, and after both."""
     script = f"""
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 import numpy as np
 from bnnlaplace import checkpoint
@@ -252,7 +252,7 @@ def dying(source, target):
         count += 1
     replace(source, target)
 os.replace = dying
-checkpoint.shutil.rmtree = lambda *a, **k: os._exit(9) if count == 2 else None
+shutil.rmtree = lambda *a, **k: os._exit(9) if count == 2 else None
 checkpoint.save_pytree(path, {{"w": np.full(2, 2.0)}}, {{}})
 """
     path = tmp_path / "x"

@@ -38,7 +38,9 @@ def test_all_products_agree_with_the_matrix(problem):
     # Microbatches of 4 pad eleven examples to twelve: the copy must not count.
     product = ggn.block_product(network, likelihood, params, inputs, microbatch=4, **arguments)
     np.testing.assert_allclose(product(jnp.asarray(vectors)), SCALE * vectors @ matrix, atol=1e-10)
-    operator = ggn.ggn_operator(network, likelihood, params, inputs, microbatch=4, **arguments)
+    linearised = ggn.linearise(network, params, inputs, microbatch=4)
+    np.testing.assert_allclose(linearised.outputs[:11], network(params, inputs), atol=1e-12)
+    operator = ggn.ggn_operator(linearised, likelihood, **arguments)
     assert operator.size == len(matrix)
     np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
 
@@ -46,9 +48,8 @@ def test_all_products_agree_with_the_matrix(problem):
 def test_dual_has_the_same_nonzero_spectrum(problem):
     network, likelihood, inputs, _, matrix = problem
     precision = np.linspace(0.5, 2.0, len(matrix))
-    dual = ggn.dual_operator(
-        network, likelihood, network.params, inputs, scale=SCALE, prior_precision=precision, microbatch=4
-    )
+    linearised = ggn.linearise(network, network.params, inputs, microbatch=4)
+    dual = ggn.dual_operator(linearised, likelihood, scale=SCALE, prior_precision=precision)
     gram = jax.vmap(dual.matvec)(jnp.eye(dual.size))
     root = 1 / np.sqrt(precision)
     primal = SCALE * root[:, None] * matrix * root
@@ -74,5 +75,6 @@ def test_bad_microbatches(count, size, message):
 
 def test_products_keep_single_precision():
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3), jnp.float32))
-    operator = ggn.ggn_operator(network, bnnlaplace.categorical(), network.params, jnp.ones((4, 2), jnp.float32))
+    linearised = ggn.linearise(network, network.params, jnp.ones((4, 2), jnp.float32))
+    operator = ggn.ggn_operator(linearised, bnnlaplace.categorical())
     assert operator.matvec(ravel(network.params)).dtype == jnp.float32

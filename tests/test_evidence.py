@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import two_layers
 from scipy import stats
 
 import bnnlaplace
 from bnnlaplace import evidence, prior
-from bnnlaplace.curvature import dense, ggn
+from bnnlaplace.curvature import dense
 from bnnlaplace.structure import DenseStructure
 from bnnlaplace.tree import ravel
 
@@ -54,7 +55,7 @@ def test_value_and_all_gradients_at_full_depth(classification, side):
     value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(params, precision, mean)
     expected, expected_gradients = jax.value_and_grad(exact, (0, 1, 3))(params, precision, classification, mean)
     np.testing.assert_allclose(value, expected, rtol=1e-10)
-    for got, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients)):
+    for got, wanted in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected_gradients), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-8)
 
 
@@ -69,6 +70,19 @@ def test_unknown_side(classification):
     PROBES["both"] = PROBES["primal"]
     with pytest.raises(ValueError, match="'primal' or 'dual'; got 'both'"):
         by_quadrature(classification.network.params, 1.0, classification, "both", 3)
+
+
+@pytest.mark.parametrize("side", ["primal", "dual"])
+def test_the_linearisation_is_the_only_forward_pass(classification, side):
+    seen = []
+
+    def forward(params, x):
+        seen.append(len(x))
+        return two_layers(params, x)
+
+    counted = classification._replace(network=bnnlaplace.Network.from_function(forward, classification.network.params))
+    jax.make_jaxpr(lambda params: by_quadrature(params, 1.0, counted, side, 3).mean)(counted.network.params)
+    assert set(seen) == {4}  # microbatches, and never all eleven examples once more
 
 
 def test_scalar_gradient_in_the_precision(classification):
@@ -109,7 +123,6 @@ def test_curve_is_the_evidence_at_each_precision(classification, determinant):
     expected = [exact(network.params, delta, classification, scale=1.0) for delta in (0.1, 1.0, 10.0)]
     np.testing.assert_allclose(curve.log_marginal_likelihood.mean, expected, rtol=1e-10)
     np.testing.assert_array_equal(curve.log_marginal_likelihood.sem, 0)
-    np.testing.assert_array_equal(curve.slope_sem, 0)
 
 
 def test_optimum_has_no_slope(classification, determinant):
@@ -118,6 +131,26 @@ def test_optimum_has_no_slope(classification, determinant):
     assert abs(slope(found.prior_precision) * found.prior_precision) < 1e-4
     assert found.low == found.prior_precision == found.high
     assert not found.at_bound
+
+
+def test_optimum_of_a_truncated_determinant_reaches_to_the_other_end_of_its_bracket(determinant):
+    lifted = prior.optimum(lambda d: determinant(d) + 5 / d, -3.0, 40.0, truncation=lambda d: np.array([5 / d]))
+    exact = prior.maximiser(determinant, -3.0, 40.0)
+    assert lifted.low == pytest.approx(exact, rel=1e-5)
+    assert lifted.low < lifted.prior_precision == lifted.high
+
+
+def test_interval_is_cut_at_the_search_range():
+    # Probes that disagree about the slope of an evidence without curvature: nothing is known.
+    found = prior.optimum(lambda d: np.array([-0.5, -1.5]) * np.log(d), 0.0, 0.0, search_range=(1e-2, 1e2))
+    assert (found.low, found.high) == pytest.approx((1e-2, 1e2)) and found.at_bound
+
+
+def test_optimum_passes_over_what_is_no_number():
+    found = prior.maximiser(lambda d: np.array([np.nan if d < 1e-2 else 43 * np.log1p(1 / d)]), 0.0, 40.0)
+    assert found == pytest.approx(prior.maximiser(lambda d: np.array([43 * np.log1p(1 / d)]), 0.0, 40.0), rel=1e-6)
+    with pytest.raises(ValueError, match="the evidence must be a number at one prior precision at least; got NaN at"):
+        prior.maximiser(lambda d: np.array([np.nan]), 0.0, 40.0)
 
 
 def test_optimum_outside_the_range_says_so():

@@ -1,6 +1,7 @@
-"""The front object: every structure against the dense posterior, predictions, bad input, and one compilation per shape."""
+"""The front object: every structure against the dense posterior, predictions, bad input, one compilation per shape."""
 
 import dataclasses
+import tracemalloc
 
 import flax.linen as nn
 import jax
@@ -10,11 +11,13 @@ import pytest
 from sklearn.datasets import load_digits
 
 import bnnlaplace
-from bnnlaplace import predictive
+from bnnlaplace import krylov, predictive, prior
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.curvature import dense
+from bnnlaplace.structure import KrylovStructure
 from bnnlaplace.structure import fit as structure_fit
-from bnnlaplace.tree import ravel
+from bnnlaplace.tree import ravel, squared_norm
+from bnnlaplace.validation import ValidationCurve
 
 
 def network_outputs(params, x):
@@ -70,6 +73,14 @@ def lanczos(trained, request):
     network, x, y = trained
     la = bnnlaplace.Laplace(network, hessian_structure="lanczos")
     return la.fit((x, y), key=jax.random.key(request.param), num_probes=32, microbatch=64).optimize_prior_precision()
+
+
+@pytest.fixture(scope="module")
+def unconverged(trained):
+    """A short decomposition, for tests of everything but its numbers."""
+    network, x, y = trained
+    with pytest.warns(UserWarning, match="not converged"):
+        return bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(9), num_probes=8, max_vectors=24)
 
 
 def test_weights_are_at_a_mode(full):
@@ -134,6 +145,34 @@ def test_samples_in_the_leading_eigenspace_alone_would_fail(full, lanczos, train
     assert (squares / exact).mean() < 0.5
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_interval_of_the_optimum_holds_truncation(full, trained, seed):
+    """With half the vectors it needs, a decomposition puts the optimum 20 % too high; its probes know nothing of it."""
+    network, x, y = trained
+    with pytest.warns(UserWarning, match="not converged"):
+        la = bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(seed), num_probes=32, max_vectors=64)
+    exact = full.evidence_optimum().prior_precision
+    found = la.evidence_optimum()
+    assert found.low < exact < found.prior_precision < found.high
+    terms = float(la.fitted.log_likelihood), squared_norm(network.params)
+    probes_only = prior.optimum(la.structure.log_determinant, *terms)
+    assert probes_only.prior_precision == found.prior_precision and exact < probes_only.low
+
+
+def test_quadratic_form_holds_one_block_of_the_basis(trained):
+    rows = jax.random.normal(jax.random.key(0), (4, 20_000))
+    *_, last = krylov.block_lanczos(lambda rows: rows * jnp.arange(20_000.0), rows, max_vectors=64)
+    structure = KrylovStructure.from_decomposition(last)
+    vector = np.ones(20_000)
+    inside = np.asarray(last.basis, np.float64) @ vector
+    dense = inside @ np.linalg.solve(last.tridiagonal + 2 * np.eye(64), inside) + (20_000 - inside @ inside) / 2
+    tracemalloc.start()
+    np.testing.assert_allclose(structure.inverse_quadratic_form(vector, 2.0), dense, rtol=1e-9)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 8 * 4 * 20_000  # the basis in double precision is sixteen blocks
+
+
 def test_low_rank_plus_prior_would_overstate_the_variance(full, lanczos, trained):
     """Why samples: with the same basis, giving the complement its prior variance is biased where samples are not."""
     _, x, _ = trained
@@ -167,9 +206,9 @@ def test_samples_have_the_structured_variance(name, request, trained):
 
 def test_sample_is_a_tree_of_weights(lanczos):
     samples = lanczos.sample(jax.random.key(0), 5)
-    for sample, weight in zip(jax.tree.leaves(samples), jax.tree.leaves(lanczos.network.params)):
+    for sample, weight in zip(jax.tree.leaves(samples), jax.tree.leaves(lanczos.network.params), strict=True):
         assert sample.shape == (5, *weight.shape)
-    first, second = (ravel(jax.tree.map(lambda leaf: leaf[i], samples)) for i in (0, 1))
+    first, second = (ravel(jax.tree.map(lambda leaf, i=i: leaf[i], samples)) for i in (0, 1))
     assert np.linalg.norm(first - second) > 1
 
 
@@ -207,6 +246,21 @@ def test_gridsearch_takes_the_lowest_validation_nll(lanczos, trained):
     np.testing.assert_allclose(curve.negative_log_likelihood[1], nll, rtol=1e-3)
 
 
+def test_gridsearch_is_for_class_labels():
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
+    x, y = np.eye(2, dtype=np.float32), np.ones((2, 1), np.float32)
+    la = bnnlaplace.Laplace(network, "regression", "full").fit((x, y))
+    with pytest.raises(ValueError, match="of class labels, as 'classification' is; got 'regression'.*'marglik'"):
+        la.optimize_prior_precision("gridsearch", validation=(x, y), key=jax.random.key(0))
+
+
+def test_a_validation_curve_of_nothing_but_nan_has_no_best_precision():
+    grid, nan = np.array([1.0, 10.0]), np.full(2, np.nan)
+    assert ValidationCurve(grid, np.array([np.nan, 2.0]), nan).best_precision == 10.0
+    with pytest.raises(ValueError, match="the validation NLL must be a number at one prior precision at least"):
+        _ = ValidationCurve(grid, nan, nan).best_precision
+
+
 def test_a_subset_is_scaled_to_the_whole(trained, diagonal):
     network, x, y = trained
     twice = bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y), num_data=800)
@@ -221,14 +275,9 @@ def test_batches_are_the_same_data(trained, diagonal):
     np.testing.assert_array_equal(la.structure.diagonal, diagonal.structure.diagonal)
 
 
-@pytest.mark.parametrize("name", ["full", "diagonal", "lanczos"])
-def test_save_and_load(name, request, trained, tmp_path):
-    if name == "lanczos":
-        network, x, y = trained
-        with pytest.warns(UserWarning, match="not converged"):
-            la = bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(9), num_probes=8, max_vectors=24)
-    else:
-        la = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", ["full", "diagonal", "unconverged"])
+def test_save_and_load(name, request, tmp_path):
+    la = request.getfixturevalue(name)
     la.save(tmp_path / "la")
     blank = la.network.with_params(jax.tree.map(jnp.zeros_like, la.network.params))
     again = bnnlaplace.Laplace.load(tmp_path / "la", blank)
@@ -292,6 +341,61 @@ def test_is_a_pytree(diagonal, trained):
     assert dataclasses.is_dataclass(jax.tree.map(lambda leaf: leaf, diagonal))
 
 
+def test_is_rebuilt_with_any_leaves(diagonal):
+    # As vmap and sharding do: a scale per leaf, a batch of precisions.
+    axes = jax.tree.map(lambda leaf: 0, diagonal)
+    assert axes.prior_precision == 0
+    batch = jax.vmap(diagonal.with_prior_precision)(jnp.array([1.0, 2.0]))
+    np.testing.assert_array_equal(batch.prior_precision, [1.0, 2.0])
+    paths = {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(diagonal)}
+    assert {".prior_precision", ".structure.diagonal", ".network.params['w1']"} <= paths
+
+
+@pytest.mark.parametrize("name", ["full", "diagonal", "unconverged"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_no_inputs_give_no_predictions(name, request, dtype):
+    la = request.getfixturevalue(name)
+    none = np.empty((0, 64), dtype)
+    assert la.predictive(none).shape == (0, 10)
+    assert la.predictive(none, link_approx="mc", key=jax.random.key(0)).shape == (0, 10)
+    assert la.functional_variance(none).shape == (0, 10, 10)
+    (found,) = la.functional_posteriors(none, [1.0], key=jax.random.key(0), num_samples=3)
+    assert [part.shape for part in found] == [(0, 10), (0, 10, 10), (3, 0, 10)]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+def test_inputs_to_predict_at_must_be_finite(diagonal, trained, value, convert):
+    _, x, y = trained
+    spoilt = x[:6].copy()
+    spoilt[2:4, 7] = value
+    options = {"key": jax.random.key(0), "num_samples": 2}
+    for predict in (
+        lambda x: diagonal.predictive(x),
+        lambda x: diagonal.predictive(x, link_approx="mc", **options),
+        lambda x: diagonal.functional_variance(x),
+        lambda x: diagonal.functional_posteriors(x, [1.0], **options),
+        lambda x: diagonal.validation_curve(x, y[:6], [1.0], **options),
+    ):
+        with pytest.raises(ValueError, match="infinite values in 2 of 6 of them, first in number 2"):
+            predict(convert(spoilt))
+
+
+@pytest.mark.parametrize("precision", [[1.0, 2.0], np.ones(3), jnp.ones(3), {"w1": 1.0}, "1", 0.0, np.nan, jnp.inf])
+def test_the_prior_precision_is_one_positive_number(trained, diagonal, precision):
+    network, _, _ = trained
+    with pytest.raises(ValueError, match=r"Laplace\(prior_precision=...\) must be one positive, finite number; got"):
+        bnnlaplace.Laplace(network, prior_precision=precision)
+    for method in (diagonal.log_marginal_likelihood, diagonal.mode_gradient, diagonal.mode_decrement):
+        with pytest.raises(ValueError, match=r"prior_precision=... must be one positive, finite number"):
+            method(precision)
+
+
+@pytest.mark.parametrize("precision", [2, 2.0, np.float32(2), np.asarray(2.0), jnp.asarray(2.0)])
+def test_a_prior_precision_of_any_numeric_type(diagonal, precision):
+    assert diagonal.with_prior_precision(precision).log_marginal_likelihood() == diagonal.log_marginal_likelihood(2.0)
+
+
 def test_bad_input(trained, diagonal):
     network, x, y = trained
     la = bnnlaplace.Laplace(network)
@@ -321,6 +425,13 @@ def test_bad_input(trained, diagonal):
         diagonal.optimize_prior_precision("cv")
     with pytest.raises(ValueError, match="'probit' or 'mc'; got 'bridge'"):
         diagonal.predictive(x[:3], link_approx="bridge")
+    with pytest.raises(ValueError, match="must be given key"):
+        diagonal.predictive(x[:3], link_approx="mc")
+    with pytest.raises(ValueError, match=r"fit\(target_precision=...\) must be one positive, finite number; got 0"):
+        la.fit((x, y), key=jax.random.key(0), target_precision=0)
+    for grid in ([], [1.0, -1.0], [[1.0]], [np.nan]):
+        with pytest.raises(ValueError, match="positive, finite numbers, at least one; got"):
+            diagonal.evidence_curve(grid)
 
 
 def test_more_samples_than_probes(lanczos):

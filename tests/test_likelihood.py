@@ -22,8 +22,8 @@ VECTORS = np.array([[1.0, -0.3, 0.2], [0.4, 0.9, -2.0]])
 def test_curvature_is_the_hessian(x64, name):
     make, targets = CASES[name]
     likelihood = make()
-    for f, v, y in zip(OUTPUTS, VECTORS, jnp.asarray(targets)):
-        hessian = jax.hessian(lambda f: -likelihood.log_prob(f, y))(f)
+    for f, v, y in zip(OUTPUTS, VECTORS, jnp.asarray(targets), strict=True):
+        hessian = jax.hessian(lambda f, y=y: -likelihood.log_prob(f, y))(f)
         np.testing.assert_allclose(likelihood.hessian_mv(f, v), hessian @ v, atol=1e-12)
         factor = jax.vmap(likelihood.factor_mv, in_axes=(None, 0), out_axes=1)(f, jnp.eye(3))
         np.testing.assert_allclose(factor @ factor.T, hessian, atol=1e-12)
@@ -45,7 +45,7 @@ def test_log_probabilities(x64):
 def test_products_stay_finite_at_certainty():
     certain = jnp.array([200.0, 0.0, -200.0])
     for likelihood in (bnnlaplace.categorical(), bnnlaplace.bernoulli()):
-        gradient = jax.grad(lambda f: jnp.sum(likelihood.factor_mv(f, jnp.ones(3))))(certain)
+        gradient = jax.grad(lambda f, of=likelihood: jnp.sum(of.factor_mv(f, jnp.ones(3))))(certain)
         assert np.isfinite(gradient).all()
 
 

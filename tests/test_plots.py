@@ -21,8 +21,20 @@ def precision_curve(best, peak, nll_best, sem=20.0):
     evidence = peak * (1 + 0.3 * np.log(GRID / best) ** 2 + 0.05 * GRID)
     nll = 0.05 + 2.2 / (1 + GRID / (nll_best / 100)) + 0.01 * np.log1p(GRID / nll_best)
     return PrecisionCurve(
-        GRID, evidence, np.full(len(GRID), sem), 10 / GRID, nll, nll / 3, best, best / 1.2, best * 1.2, nll_best
-    )  # fmt: skip
+        precision=GRID,
+        log_evidence=evidence,
+        log_evidence_sem=np.full(len(GRID), sem),
+        log_evidence_truncation=10 / GRID,
+        validation_nll=nll,
+        validation_ece=nll / 3,
+        converged=np.ones(len(GRID), bool),
+        evidence_optimum=best,
+        evidence_optimum_low=best / 1.2,
+        evidence_optimum_high=best * 1.2,
+        evidence_at_bound=False,
+        nll_optimum=nll_best,
+        nll_at_bound=False,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +139,39 @@ def test_values_that_are_not_finite_leave_gaps(curves):
     drawn = next(line for line in figure.axes[1].lines if len(line.get_xdata()) == len(GRID)).get_ydata()
     assert np.isnan(drawn[:2]).all() and np.isfinite(drawn[2:]).all()
     assert_readable(figure)
+
+
+@pytest.mark.parametrize("faint", [[0, 1, 2], [0, 12], [5]])
+def test_curves_are_faint_where_the_samples_have_not_converged(curves, faint):
+    """Of the values drawn in full none is unconverged; the faint line reaches the next converged points, no further."""
+    converged = ~np.isin(np.arange(len(GRID)), faint)
+    marked = curves["Lanczos"]._replace(converged=converged)
+    figure = plots.evidence_curve({"diagonal": curves["diagonal"], "Lanczos": marked})
+    reached = sorted({index + step for index in faint for step in (-1, 0, 1)} & set(range(len(GRID))))
+    for panel, values in zip(figure.axes[1:], (marked.validation_nll, marked.validation_ece), strict=True):
+        diagonal, thin, full = [line for line in panel.lines if len(line.get_xdata()) == len(GRID)]
+        assert np.isfinite(diagonal.get_ydata()).all()
+        assert np.flatnonzero(np.isfinite(thin.get_ydata())).tolist() == reached
+        np.testing.assert_array_equal(full.get_ydata(), np.where(converged, values, np.nan))
+        assert thin.get_linewidth() < full.get_linewidth() and thin.get_alpha() < 1
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == len(GRID)]
+    assert all(np.isfinite(line.get_ydata()).all() for line in lines)  # the evidence has a band of its own for it
+    words = [text for text, _ in texts(figure)]
+    assert words.count("samples not converged") == 1
+    assert_readable(figure)
+    assert "samples not converged" not in [text for text, _ in texts(plots.evidence_curve(curves))]
+
+
+def test_an_optimum_at_the_end_of_its_search_is_called_that(curves):
+    ended = curves["Lanczos"]._replace(evidence_at_bound=True, nll_optimum=1e5, nll_at_bound=True)
+    figure = plots.evidence_curve({"diagonal": curves["diagonal"]._replace(nll_optimum=1e5), "Lanczos": ended})
+    words = [text for text, _ in texts(figure)]
+    assert "best evidence: 0.8 (at end)" in words and "best validation NLL: 100,000 (at end)" in words
+    assert "best validation NLL: 100,000" in words  # that of the diagonal
+    both = plots.evidence_curve({"diagonal": ended, "Lanczos": ended})
+    assert_readable(both)
+    legend = both.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= both.canvas.get_width_height()[0]
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])

@@ -7,7 +7,6 @@ card (command, hardware, time, expected result). The command line overrides sing
 import argparse
 import dataclasses
 import json
-import os
 import runpy
 import types
 import typing
@@ -19,15 +18,22 @@ import tyro
 
 from training.config import Config
 from training.errors import UserError
+from training.files import why_not_writable, write_atomically
 
 DEFAULT_CONFIG = Path("configs/van_digits.py")
 
 CONFIG_FILE = "config.json"
 
+POSTERIORS = "laplace"
+"""The folder of a work directory that holds the fitted posteriors."""
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 # What a run may leave to measurement: None agrees with whatever the saved config records.
 _MEASURED = {"data.mean", "data.std"}
+
+# What a resumed run may change at any time: how it is evaluated, and how many images are in memory at once.
+_CHANGEABLE = ("evaluation.", "curvature.microbatch:")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,48 +128,84 @@ def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
     the directory                           without ``resume``               with ``resume``
     ======================================  ===============================  ==================
     is absent, or empty                     is created; the config is saved  the same
-    holds only a config, and it is equal    is used                          is used
+    holds only a config                     is used; the config is saved     is used; see below
     holds a partial or finished run of it   UserError                        is used; see below
     holds a run of another config           UserError with the differences   the same
     holds other files                       UserError                        UserError
     ======================================  ===============================  ==================
 
-    A finished run that is resumed keeps its training and goes on to what comes after it. Pixel statistics that
-    ``config`` leaves to measurement agree with whatever the saved config records, and are taken from it.
+    A directory with only a config is what a run leaves that ended before it kept anything. A finished run that is
+    resumed keeps its training and goes on to what comes after it.
+
+    A resumed run may change what nothing on disk was computed with: ``evaluation`` and ``curvature.microbatch``
+    (memory, not results) always; the rest of ``curvature`` as long as no posterior is fitted, unless online updates of
+    the prior use it during training. The config is saved with the change. Pixel statistics that ``config`` leaves to
+    measurement agree with whatever the saved config records, and are taken from it.
+
+    Raises
+    ------
+    UserError
+        As in the table; or the directory cannot be written.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"`--workdir` must be a directory; {workdir} is a file; use another --workdir")
-    entries = workdir.iterdir() if workdir.exists() else ()
-    content = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    if not content:
+    if fault := why_not_writable(workdir):
+        raise UserError(f"`--workdir` must be writable; got {fault}; use another --workdir, or free the disk")
+    entries = list(workdir.iterdir()) if workdir.exists() else []
+    entries = sorted(entry for entry in entries if not entry.name.startswith("."))
+    if not entries:
         save_config(workdir, config)
         return config
-    if CONFIG_FILE not in content:
+    if CONFIG_FILE not in (entry.name for entry in entries):
         raise UserError(
-            f"`--workdir` must be new, empty, or hold a run; {workdir} holds {content[0]} and no {CONFIG_FILE}; "
+            f"`--workdir` must be new, empty, or hold a run; {workdir} holds {entries[0].name} and no {CONFIG_FILE}; "
             "use another --workdir"
         )
     saved = load_saved_config(workdir)
-    if differences := describe_difference(saved, config):
+    # A file without content, such as the log before its first record, holds nothing that could be lost.
+    holds_more = any(entry.name != CONFIG_FILE and not _is_empty_file(entry) for entry in entries)
+    if not holds_more and not resume:
+        save_config(workdir, config)
+        return config
+    _require_same_run(workdir, saved, config, holds_more)
+    if not resume:
         raise UserError(
-            f"`--workdir` must hold a run of the same settings; {workdir} differs in {'; '.join(differences)}; "
-            "use another --workdir, or the same settings with --resume"
-        )
-    if len(content) > 1 and not resume:
-        raise UserError(
-            f"a run must not overwrite another; {workdir} holds one with these settings; "
+            f"a run must not overwrite another; {workdir} holds one that these settings continue; "
             "continue it with --resume, or use another --workdir"
         )
-    return saved
+    continued = dataclasses.replace(saved, evaluation=config.evaluation, curvature=config.curvature)
+    if continued != saved:
+        save_config(workdir, continued)
+    return continued
+
+
+def _is_empty_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _require_same_run(workdir: Path, saved: Config, config: Config, holds_more: bool) -> None:
+    """Refuse settings under which what is in the directory would have come out differently."""
+    fitted = (workdir / POSTERIORS).exists()
+    used = fitted or config.prior.update == "online"
+    changeable = _CHANGEABLE if used else (*_CHANGEABLE, "curvature.")
+    differences = [line for line in describe_difference(saved, config) if not line.startswith(changeable)]
+    if not differences:
+        return
+    advice = "the same settings with --resume"
+    if not holds_more:
+        advice = "start anew there without --resume"
+    elif config.prior.update == "fixed" and all(line.startswith("curvature.") for line in differences):
+        advice = f"remove {workdir / POSTERIORS} to have the posteriors fitted again"
+    raise UserError(
+        f"`--workdir` must hold a run of the same settings; {workdir} differs in {'; '.join(differences)}; "
+        f"use another --workdir, or {advice}"
+    )
 
 
 def save_config(workdir: Path, config: Config) -> None:
     """Write `workdir/config.json`, atomically."""
-    workdir.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-    temporary = workdir / f".{CONFIG_FILE}.writing"
-    temporary.write_text(text + "\n")
-    os.replace(temporary, workdir / CONFIG_FILE)
+    write_atomically(workdir / CONFIG_FILE, text + "\n")
 
 
 def load_saved_config(workdir: Path) -> Config:

@@ -14,6 +14,8 @@ from rich.console import Console
 
 from training import config_io, heldout, loop, posteriors, program
 from training.data import load
+from training.errors import UserError
+from training.files import why_not_writable
 from training.models import van
 
 
@@ -27,7 +29,8 @@ class Arguments:
     workdir: Annotated[Path, tyro.conf.Positional]
     """The work directory of a run of training.fit_van."""
     split: Literal["test", "validation"] | None = None
-    """The split to evaluate on; default: as in the run."""
+    """The split to evaluate on; default: as in the run. The validation images also chose the temperature and the prior
+    precisions, so that scores on them are no held-out ones; the report says so."""
     ood: str | None = None
     """Out-of-distribution images: inverted, noise, or a prepared TFDS set; default: as in the run."""
     data_dir: Path | None = None
@@ -49,16 +52,19 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
         evaluation=dataclasses.replace(config.evaluation, **chosen),
         data=dataclasses.replace(config.data, dir=arguments.data_dir or config.data.dir),
     )
+    directory = arguments.workdir / f"evaluation-{config.evaluation.split}-{config.evaluation.ood}"
+    if fault := why_not_writable(directory):
+        raise UserError(f"the work directory must be writable; got {fault}; evaluate a copy of it")
     watch = program.Stopwatch(console)
     with watch.stage("data"):
         trained = loop.load_trained(arguments.workdir)
         data = load(config.data)
+        foreign = heldout.foreign_images(config, data)
         module = van.from_config(config.model, len(data.class_names))
         network = posteriors.make_network(module, trained.params, trained.batch_stats)
         fitted = posteriors.load(arguments.workdir, network)
     with watch.stage("evaluation"):
-        results = heldout.evaluate(config, data, trained, fitted, watch.seconds)
-    directory = arguments.workdir / f"evaluation-{config.evaluation.split}-{config.evaluation.ood}"
+        results = heldout.evaluate(config, data, foreign, trained, fitted, watch.seconds)
     program.write_results(directory, results, console)
 
 

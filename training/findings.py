@@ -25,12 +25,52 @@ def findings(results: RunResults) -> list[Finding]:
     Comparisons of methods rest on paired bootstrap intervals; where an interval includes zero the text says that the
     images do not tell the methods apart.
     """
-    found = [_best(results), *(_structure(results, name) for name in results.curves)]
+    reserved = reservations(results)
+    found = [Finding("Before reading the numbers", " ".join(reserved))] if reserved else []
+    found += [_best(results), *(_structure(results, name) for name in results.curves)]
     if len(results.curves) > 1:
         found += [_structures_compared(results), *_hadamard(results)]
     if results.ood is not None:
         found.append(_out_of_distribution(results))
     return [*found, _krylov(results), _mode(results)]
+
+
+def reservations(results: RunResults) -> list[str]:
+    """What qualifies the numbers of a run, a sentence each: images that also chose, optima at the end of a search."""
+    found = []
+    if not results.held_out:
+        found.append(
+            f"The evaluated images are the {results.chosen_on} images, which also chose the temperature and the prior "
+            f"precisions of the {results.chosen_on} NLL: methods that use these look better here than on images of "
+            "their own."
+        )
+    for name, curve in results.curves.items():
+        if curve.evidence_at_bound:
+            found.append(
+                f"The evidence of the {name} posterior still rises at the end of its search range, prior precision "
+                f"{precision(curve.evidence_optimum)}: the optimum is not inside it."
+            )
+        if curve.nll_at_bound:
+            found.append(
+                f"The validation NLL of the {name} posterior is lowest at the {_end(curve)}, prior precision "
+                f"{precision(curve.nll_optimum)}: the optimum may lie beyond it."
+            )
+    found += [
+        f"The temperature of {method.label} is at the end of its search range, {number(method.temperature, 2)}: the "
+        "optimum is not inside it."
+        for method in results.methods
+        if method.temperature_at_bound
+    ]
+    return found
+
+
+def _end(curve: PrecisionCurve) -> str:
+    """Which end of the precisions to choose from is the one with the lowest validation NLL."""
+    if curve.nll_optimum == curve.precision[-1]:
+        return "upper end of the grid"
+    if curve.nll_optimum == curve.precision[0]:
+        return "lower end of the grid"
+    return "end of that part of the grid where it is finite and the samples have converged"
 
 
 def confidence_gap(bootstrap: Bootstrap) -> Interval:
@@ -119,7 +159,7 @@ def _structure(results: RunResults, structure: str) -> Finding:
         )
     text = (
         f"The evidence prefers prior precision {precision(curve.evidence_optimum)}, the validation NLL "
-        f"{precision(curve.nll_optimum)}: {relation}.{_at_the_edge(curve)}"
+        f"{precision(curve.nll_optimum)}: {relation}."
     )
     ours = [method for method in results.methods if method.structure == structure]
     for choice in dict.fromkeys(method.prior_choice for method in ours):
@@ -140,18 +180,6 @@ def _by_link(methods: list[MethodResult], values: list[str]) -> str:
     if len(set(values)) == 1:
         return values[0]
     return " and ".join(f"{value} with {method.link}" for method, value in zip(methods, values, strict=True))
-
-
-def _at_the_edge(curve: PrecisionCurve) -> str:
-    low, high = curve.precision[0], curve.precision[-1]
-    outside = [
-        name
-        for name, value in (("evidence", curve.evidence_optimum), ("validation NLL", curve.nll_optimum))
-        if not 1.001 * low < value < high / 1.001
-    ]
-    if not outside:
-        return ""
-    return f" The optimum of the {' and of the '.join(outside)} lies at the end of the grid and may lie beyond it."
 
 
 def _structures_compared(results: RunResults) -> Finding:
@@ -218,29 +246,42 @@ def _krylov(results: RunResults) -> Finding:
     low, high = krylov.log_det_low, krylov.log_det_high
     text = (
         f"The block decomposition with {krylov.num_probes} probes kept {krylov.num_vectors} vectors in {krylov.depth} "
-        f"steps. The relative error of a posterior sample, in the metric of the posterior precision, is at most "
-        f"{number(100 * krylov.sample_error_bound, 1)} %, and truncation leaves the log-determinant open by "
-        f"{number(high - low, 2)} nats (between {number(low, 2)} and {number(high, 2)}). "
+        "steps. At the optimum of the evidence the relative error of a posterior sample, in the metric of the "
+        f"posterior precision, is at most {number(100 * krylov.sample_error_bound, 1)} %, and truncation leaves the "
+        f"log-determinant open by {number(high - low, 2)} nats (between {number(low, 2)} and {number(high, 2)}). "
     )
     if krylov.converged:
-        text += "That met the tolerance: the Lanczos results are converged."
+        text += "That met the tolerance: the Lanczos results there are converged."
     else:
         text += (
-            "That missed the tolerance: the Lanczos results are not converged. "
+            "That missed the tolerance: the Lanczos results there are not converged. "
             "Allow more vectors before reading much into them."
         )
-    return Finding("Krylov decomposition", text)
+    return Finding("Krylov decomposition", text + "".join(_unconverged(*named) for named in results.curves.items()))
+
+
+def _unconverged(name: str, curve: PrecisionCurve) -> str:
+    """At which precisions of the grid a curve is not to be believed, and what became of them."""
+    outside = curve.precision[~curve.converged]
+    if not len(outside):
+        return ""
+    return (
+        f" On the grid the samples of {name} have not converged at {len(outside)} of {len(curve.precision)} prior "
+        f"precisions: {', '.join(map(precision, outside))}. There the curves of validation NLL and ECE are drawn "
+        "faint, and the validation NLL chooses among the other precisions alone."
+    )
 
 
 def _mode(results: RunResults) -> Finding:
     relative = results.gradient_norm / results.prior_gradient_norm
     share = results.mode_decrement / results.krylov.effective_parameters
     text = (
-        f"A Laplace approximation expands the log joint at a mode. At the trained weights its gradient has norm "
-        f"{results.gradient_norm:.2g}, {number(100 * relative, 2)} % of the norm of the prior's gradient. In the metric "
-        f"of the posterior the mode is {number(results.mode_decrement**0.5, 1)} standard deviations away, where a sample "
-        f"of the posterior is about {number(results.krylov.effective_parameters**0.5, 1)} away in the directions that "
-        f"the data determine; a Gauss-Newton step promises {number(results.mode_decrement / 2, 1)} nats: "
+        "A Laplace approximation expands the log joint at a mode. At the trained weights its gradient has norm "
+        f"{results.gradient_norm:.2g}, {number(100 * relative, 2)} % of the norm of the prior's gradient. In the "
+        f"metric of the posterior the mode is {number(results.mode_decrement**0.5, 1)} standard deviations away, where "
+        f"a sample of the posterior is about {number(results.krylov.effective_parameters**0.5, 1)} away in the "
+        f"directions that the data determine; a Gauss-Newton step promises {number(results.mode_decrement / 2, 1)} "
+        "nats: "
     )
     if share <= _NEAR_MODE:
         text += "a mode for practical purposes."

@@ -16,7 +16,7 @@ from rich.console import Console
 from bnnlaplace import Laplace, Network
 from training import config_io, heldout, loop, posteriors, program
 from training.config import Config
-from training.data import ImageData, load, out_of_distribution
+from training.data import ImageData, load
 from training.errors import UserError
 from training.models import van
 
@@ -36,6 +36,7 @@ def fit(argv: Sequence[str], console: Console) -> None:
         config = dataclasses.replace(arguments.settings, data=measured)
         module = van.from_config(config.model, len(data.class_names))
         _check(config, data, module)
+        foreign = heldout.foreign_images(config, data)
         workdir = arguments.workdir
         config = config_io.open_workdir(workdir, config, arguments.resume)
     with watch.stage("training"):
@@ -55,13 +56,13 @@ def fit(argv: Sequence[str], console: Console) -> None:
             fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
             posteriors.save(workdir, fitted)
     with watch.stage("evaluation"):
-        results = heldout.evaluate(config, data, trained, fitted, watch.seconds)
+        results = heldout.evaluate(config, data, foreign, trained, fitted, watch.seconds)
     program.write_results(workdir, results, console)
 
 
 def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
     """The posteriors that an earlier, finished run left; None, and a word why, where one is damaged."""
-    if not (workdir / "laplace").exists():
+    if not (workdir / config_io.POSTERIORS).exists():
         return None
     try:
         return posteriors.load(workdir, network)
@@ -73,7 +74,6 @@ def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Lapl
 def _check(config: Config, data: ImageData, module: van.VAN) -> None:
     """Find what would stop the run later, before a work directory is made for it: nothing is computed."""
     loop.check_batch_size(config, data)
-    out_of_distribution(config.evaluation.ood, getattr(data, config.evaluation.split), config.data.dir, config.seed)
     image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
     try:
         jax.eval_shape(partial(module.init, train=False), {"params": jax.random.key(0)}, image)

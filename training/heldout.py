@@ -11,33 +11,49 @@ from scipy.special import softmax
 from bnnlaplace import Laplace, Network, calibration, predictive
 from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.structure import KrylovStructure
+from bnnlaplace.temperature import fit_temperature
 from bnnlaplace.tree import size
 from training.config import Config
 from training.data import ImageData, Split, normalise, out_of_distribution
+from training.errors import UserError
 from training.loop import TrainResult
 from training.results import KrylovResult, MethodResult, RunResults
 
 _CURVE_STREAM, _SAMPLE_STREAM = 201, 202
 
 
+def foreign_images(config: Config, data: ImageData) -> np.ndarray:
+    """The out-of-distribution images to evaluate on; loaded before anything is computed, as they may be missing."""
+    split: Split = getattr(data, config.evaluation.split)
+    return out_of_distribution(config.evaluation.ood, split, config.data.dir, config.seed)
+
+
 def evaluate(
     config: Config,
     data: ImageData,
+    foreign: np.ndarray,
     trained: TrainResult,
     posteriors: Mapping[str, Laplace],
     seconds: Mapping[str, float],
 ) -> RunResults:
     """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
 
-    The temperature and the second precision (the lowest NLL of the Monte Carlo predictive on a grid) are chosen on the
-    validation images; the first precision is the maximiser of the evidence.
+    The temperature and the second precision (the lowest NLL of the Monte Carlo predictive on a grid, among the
+    precisions at which the samples have converged) are chosen on the validation images; the first precision is the
+    maximiser of the evidence. `foreign` is what `foreign_images` gives.
+
+    Raises
+    ------
+    UserError
+        There is no precision on the grid to choose by the validation NLL.
     """
     network = next(iter(posteriors.values())).network
     split: Split = getattr(data, config.evaluation.split)
-    foreign = out_of_distribution(config.evaluation.ood, split, config.data.dir, config.seed)
     validation = normalise(data.validation.images, data.mean, data.std)
     held_out = _HeldOut(config, normalise(np.concatenate([split.images, foreign]), data.mean, data.std), split.labels)
-    curves = {name: precision_curve(config, la, validation, data.validation.labels) for name, la in posteriors.items()}
+    curves = {
+        name: precision_curve(config, name, la, validation, data.validation.labels) for name, la in posteriors.items()
+    }
     methods = [
         *held_out.point_predictions(network, validation, data.validation.labels),
         *(
@@ -66,12 +82,15 @@ def evaluate(
     )
 
 
-def precision_curve(config: Config, la: Laplace, images: np.ndarray, labels: np.ndarray) -> PrecisionCurve:
-    """Evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima."""
+def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, labels: np.ndarray) -> PrecisionCurve:
+    """Evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima.
+
+    Where the samples have not converged, NLL and ECE are not those of the posterior: such precisions are marked in
+    `converged`, and the validation NLL does not choose them.
+    """
     settings = config.evaluation
     grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
     evidence = la.evidence_curve(grid).log_marginal_likelihood
-    is_krylov = isinstance(la.structure, KrylovStructure)
     optimum = la.evidence_optimum()
     heldout = la.validation_curve(
         images,
@@ -81,21 +100,47 @@ def precision_curve(config: Config, la: Laplace, images: np.ndarray, labels: np.
         num_samples=config.curvature.num_probes,
         microbatch=config.curvature.microbatch,
     )
+    truncation, converged = np.zeros(len(grid)), np.ones(len(grid), bool)
+    if isinstance(la.structure, KrylovStructure):
+        errors = [la.structure.error(delta) for delta in grid]
+        # The log-determinant is at most this much too high, so the evidence at most half as much too low.
+        truncation = np.array([0.5 * error.log_determinant for error in errors])
+        converged = np.array([la.structure.has_converged(error, config.curvature.tolerance) for error in errors])
+    nll_optimum, nll_at_bound = lowest_nll(name, grid, heldout.negative_log_likelihood, converged)
     return PrecisionCurve(
         precision=grid,
         log_evidence=evidence.mean,
         log_evidence_sem=evidence.sem,
-        # The log-determinant is at most this much too high, so the evidence at most half as much too low.
-        log_evidence_truncation=np.array(
-            [0.5 * la.structure.truncation(delta).mean() if is_krylov else 0.0 for delta in grid]
-        ),
+        log_evidence_truncation=truncation,
         validation_nll=heldout.negative_log_likelihood,
         validation_ece=heldout.expected_calibration_error,
+        converged=converged,
         evidence_optimum=optimum.prior_precision,
         evidence_optimum_low=optimum.low,
         evidence_optimum_high=optimum.high,
-        nll_optimum=float(grid[np.argmin(heldout.negative_log_likelihood)]),
+        evidence_at_bound=optimum.at_bound,
+        nll_optimum=nll_optimum,
+        nll_at_bound=nll_at_bound,
     )
+
+
+def lowest_nll(name: str, grid: np.ndarray, nll: np.ndarray, converged: np.ndarray) -> tuple[float, bool]:
+    """The precision with the lowest NLL among those that may be chosen, and whether it is the first or last of them.
+
+    Raises
+    ------
+    UserError
+        None may be chosen: nowhere on the grid are the samples converged and the NLL finite.
+    """
+    eligible = np.flatnonzero(converged & np.isfinite(nll))
+    if not len(eligible):
+        raise UserError(
+            f"the {name} posterior must have converged samples and a finite validation NLL at one prior precision of "
+            f"the grid at least; got none of {len(grid)} from {grid[0]:g} to {grid[-1]:g}; raise "
+            "--evaluation.grid-high and go on with --resume"
+        )
+    best = eligible[np.argmin(nll[eligible])]
+    return float(grid[best]), bool(best in (eligible[0], eligible[-1]))
 
 
 def krylov_result(config: Config, la: Laplace, prior_precision: float) -> KrylovResult:
@@ -133,8 +178,13 @@ class _HeldOut:
             for x in (self.images, validation)
         )
         yield self._result(softmax(logits, axis=1), structure="MAP")
-        fitted = calibration.fit_temperature(chosen_on, labels).temperature
-        yield self._result(softmax(logits / fitted, axis=1), structure="MAP", temperature=fitted)
+        fitted = fit_temperature(chosen_on, labels)
+        yield self._result(
+            softmax(logits / fitted.temperature, axis=1),
+            structure="MAP",
+            temperature=fitted.temperature,
+            temperature_at_bound=fitted.at_bound,
+        )
 
     def posterior_predictions(self, name: str, la: Laplace, choices: Mapping[str, float]) -> Iterator[MethodResult]:
         """One posterior at each chosen prior precision, through each link."""

@@ -15,6 +15,7 @@ from bnnlaplace import Laplace, Network
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
 from training.config import Config
+from training.config_io import POSTERIORS
 from training.data import ImageData, normalise
 from training.errors import UserError
 from training.shuffle import stratified_indices
@@ -75,7 +76,7 @@ def probe_key(config: Config) -> jax.Array:
 def save(workdir: Path, posteriors: dict[str, Laplace]) -> None:
     """Write each posterior under `workdir/laplace`, verified on reading."""
     for name, la in posteriors.items():
-        la.save(workdir / "laplace" / name)
+        la.save(workdir / POSTERIORS / name)
 
 
 def load(workdir: Path, network: Network) -> dict[str, Laplace]:
@@ -87,7 +88,7 @@ def load(workdir: Path, network: Network) -> dict[str, Laplace]:
         There is none, or a file is damaged: the message names it.
     """
     try:
-        return {name: Laplace.load(workdir / "laplace" / name, network) for name in STRUCTURES}
+        return {name: Laplace.load(workdir / POSTERIORS / name, network) for name in STRUCTURES}
     except CheckpointError as error:
         raise UserError(
             f"the posteriors in {workdir} must be whole: {error}; training.fit_van with --resume fits them again"

@@ -13,9 +13,12 @@ from rich.console import Console
 from bnnlaplace.checkpoint import CheckpointError
 from training import report
 from training.errors import Interrupted, UserError
+from training.files import why_not_writable, writing
 from training.results import RunResults, write_metrics
 
 USER_FAULT, INTERRUPTED = 2, 130
+
+_UNBOUNDED = 10_000  # columns; more than anything printed here needs
 
 
 def run(main: Callable[[Console], None]) -> int:
@@ -25,9 +28,9 @@ def run(main: Callable[[Console], None]) -> int:
     -------
     The exit status: 0; 2 for a fault that the message says how to mend; 130 after Ctrl-C.
     """
-    console = Console()
-    use_compilation_cache()
+    console = make_console()
     try:
+        use_compilation_cache()
         main(console)
     except (UserError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -44,11 +47,29 @@ def run(main: Callable[[Console], None]) -> int:
     return 0
 
 
+def make_console() -> Console:
+    """A console of the terminal's width; into a file or a pipe, which have none, nothing is wrapped."""
+    return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
+
+
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/bnnlaplace/xla."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(home / "bnnlaplace" / "xla"))
+    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/bnnlaplace/xla.
+
+    Where that cannot be written, say so and go on without.
+    """
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # which JAX reads itself
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = Path(chosen or f"{home}/bnnlaplace/xla").expanduser()
+    is_bucket = "://" in (chosen or "")
+    if not is_bucket and (fault := why_not_writable(directory)):
+        print(
+            f"warning: the cache of compiled programs must be writable; got {fault}; every run compiles anew until "
+            "XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR names a directory that is",
+            file=sys.stderr,
+        )
+        jax.config.update("jax_compilation_cache_dir", None)
+    elif not chosen:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
@@ -69,14 +90,22 @@ class Stopwatch:
 
 
 def write_results(directory: Path, results: RunResults, console: Console) -> None:
-    """Print the table and write metrics.json, report.html and the figures."""
+    """Write metrics.json, report.html and the figures, each whole or not at all, and print the table.
+
+    Raises
+    ------
+    UserError
+        A file cannot be written.
+    """
     figures = report.draw_figures(results)
-    (directory / "figures").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
-        figure.savefig(directory / "figures" / f"{name}.png", dpi=150)
+        with writing(directory / "figures" / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
     write_metrics(directory / "metrics.json", results)
     report.write_report(directory / "report.html", results, figures)
     report.print_table(console, results)
     total = sum(results.seconds.values())
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results.seconds.items())
-    console.print(f"{total:.0f} s in all ({stages}). Report: {directory / 'report.html'}", highlight=False)
+    console.print(f"{total:.0f} s in all ({stages}). Report:", highlight=False)
+    # The last line and nothing else on it, so that it can be clicked on, copied, and read by a script.
+    console.out(str(directory / "report.html"), highlight=False)

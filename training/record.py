@@ -9,12 +9,12 @@
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bnnlaplace.checkpoint import CheckpointError, load_pytree
+from bnnlaplace.files import write_text
 from training.errors import UserError
 from training.steps import list_steps, load_newest, save_step
 from training.train_step import TrainState
@@ -107,10 +107,7 @@ def load_progress(
 
 def rewrite_log(workdir: Path, history: list[dict[str, Any]]) -> None:
     """Make the log hold these records and no others."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / f".{LOG_FILE}.writing"
-    temporary.write_text("".join(_line(record) for record in history))
-    os.replace(temporary, workdir / LOG_FILE)
+    write_text(workdir / LOG_FILE, "".join(_line(record) for record in history))
 
 
 def append_log(workdir: Path, record: dict[str, Any]) -> None:

@@ -19,15 +19,9 @@ from rich.table import Table
 
 from bnnlaplace import plots
 from bnnlaplace.resampling import Interval, paired_differences
-from training.findings import findings, number, precision
-from training.results import (
-    KrylovResult,
-    MethodResult,
-    RunResults,
-    environment,
-    write_atomically,
-    write_metrics,
-)
+from training.files import write_atomically
+from training.findings import findings, number, precision, reservations
+from training.results import KrylovResult, MethodResult, RunResults, environment, write_metrics
 
 __all__ = [
     "KrylovResult",
@@ -61,7 +55,8 @@ _COLUMNS = {
 _CAPTIONS = {
     "evidence": "Log evidence, validation NLL and validation ECE against prior precision. Solid vertical lines mark "
     "the optimum of the evidence, with its error band shaded, dotted ones that of the validation NLL. The band around "
-    "the evidence is two standard errors, and upwards also what stopping the recurrence can have taken from it.",
+    "the evidence is two standard errors, and upwards also what stopping the recurrence can have taken from it. Where "
+    "the samples have not converged, NLL and ECE are drawn faint, and the validation NLL does not choose.",
     "reliability": "Accuracy against confidence, and below how many images have which confidence. On the dashed line a "
     "prediction made with 70 % confidence is right 70 % of the time.",
     "training": "Training. The loss is the negative log joint divided by the number of training images.",
@@ -89,7 +84,7 @@ def best_methods(results: RunResults, metric: str) -> set[str]:
 
 
 def print_table(console: Console, results: RunResults) -> None:
-    """Print all metrics of all methods, with 95 % intervals where the console is wide enough.
+    """Print all metrics of all methods, with 95 % intervals where the console is wide enough, and what qualifies them.
 
     Bold: the best of a column and what is not told from it by the images; see `best_methods`.
     """
@@ -117,6 +112,8 @@ def print_table(console: Console, results: RunResults) -> None:
     console.print(table)
     note = "Bold: best, or not told from the best by these images (paired bootstrap, 95 %)."
     console.print(note if wide else f"{note} Intervals: metrics.json and report.html.", style="dim")
+    for reservation in reservations(results):
+        console.print(f"note: {reservation}", style="yellow", markup=False, highlight=False)
 
 
 def draw_figures(results: RunResults) -> dict[str, Figure]:

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from bnnlaplace.calibration import ReliabilityBins
 from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.resampling import Bootstrap, Interval, intervals, paired_differences
-from training.errors import UserError
+from training.files import write_atomically
 
 FORMAT_VERSION = 1
 
@@ -39,6 +38,8 @@ class MethodResult:
     """MC or probit; None without a posterior."""
     temperature: float | None = None
     """The fitted temperature, where the method has one."""
+    temperature_at_bound: bool = False
+    """Whether the temperature sits at an end of its search range."""
 
     @property
     def label(self) -> str:
@@ -110,6 +111,8 @@ class RunResults:
     mode_decrement: float
     """Squared distance from those weights to the mode, in standard deviations of the Lanczos posterior at the prior
     precision of training; twice the nats that a Gauss-Newton step promises."""
+    chosen_on: str = "validation"
+    """The split that the temperature and the second prior precision of each structure were chosen on."""
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]
@@ -117,6 +120,11 @@ class RunResults:
             raise ValueError(f"methods must be at least one, each with a label of its own; got {labels}")
         if "Lanczos" not in self.curves:
             raise ValueError(f"curves must hold Lanczos, whose decomposition is `krylov`; got {list(self.curves)}")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the images that the methods are evaluated on had no part in choosing anything."""
+        return self.split != self.chosen_on
 
 
 def difference_from_map(results: RunResults, method: MethodResult) -> dict[str, Interval]:
@@ -155,6 +163,7 @@ def write_metrics(path: Path, results: RunResults) -> None:
             for field in dataclasses.fields(results)
             if field.name not in ("methods", "krylov")
         },
+        "held_out": results.held_out,
         "methods": [
             {
                 "label": method.label,
@@ -163,6 +172,7 @@ def write_metrics(path: Path, results: RunResults) -> None:
                 "prior_precision": method.prior_precision,
                 "link": method.link,
                 "temperature": method.temperature,
+                "temperature_at_bound": method.temperature_at_bound,
                 "metrics": method.metrics,
                 "difference_from_map": difference_from_map(results, method),
                 "reliability": method.reliability,
@@ -172,34 +182,6 @@ def write_metrics(path: Path, results: RunResults) -> None:
         "krylov": dataclasses.asdict(results.krylov),
     }
     write_atomically(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to a file beside `path`, then rename it: readers see the old file or the new one, whole.
-
-    Raises
-    ------
-    UserError
-        The file cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = file.name
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # temporary files are private by default, results are not
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(
-            f"{path} must be writable; got {error.strerror or error}; free the disk or choose another directory"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -5,23 +5,48 @@ python -m training.summarise checkpoints/van_digits checkpoints/van_digits_1 che
 
 import dataclasses
 import json
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import tyro
 from rich.console import Console
 
 from training import program
 from training.errors import UserError
+from training.results import FORMAT_VERSION
 
 _METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
 
 
+class Run(NamedTuple):
+    """What the table needs of one `metrics.json`; a value that was not finite is None there."""
+
+    data: str
+    split: str
+    ood: str | None
+    labels: tuple[str, ...]
+    """Of the methods, in order."""
+    num_images: int
+    """In the split."""
+    seed: int
+    seconds: float
+    precisions: tuple[float | None, ...]
+    """Prior precision of each method; None also where it has none."""
+    scores: tuple[dict[str, float | None], ...]
+    """Of each method by metric."""
+    evidence: dict[str, float | None]
+    """The highest on the grid, by structure."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Print a Markdown table: for each method the mean over runs and, in brackets, the lowest and the highest."""
+    """Print a Markdown table: for each method the mean over runs and, in brackets, the lowest and the highest.
+
+    Prior precisions, which spread over decades, are averaged geometrically.
+    """
 
     workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Directories that hold a metrics.json: work directories of finished runs, or evaluations of them."""
@@ -35,28 +60,68 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summarise(argv: Sequence[str], console: Console) -> None:
     """Read the metrics of each run and print the table."""
     arguments = tyro.cli(Arguments, args=list(argv), prog="python -m training.summarise")
+    if not arguments.workdirs:
+        raise UserError(
+            "at least one work directory must be named; got none; try python -m training.summarise checkpoints/*"
+        )
     for line in table([read(workdir) for workdir in arguments.workdirs]):
-        print(line)
+        console.out(line, highlight=False)
 
 
-def read(workdir: Path) -> dict[str, Any]:
-    """The content of `workdir/metrics.json`.
+def read(workdir: Path) -> Run:
+    """The content of `workdir/metrics.json`, as far as the table needs it.
 
     Raises
     ------
     UserError
-        There is none, or it is damaged.
+        There is none, or it is damaged, or of another program or format: the message names the file.
     """
     path = workdir / "metrics.json"
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{workdir} must hold metrics.json; {error.strerror}; finish the run first") from error
     except ValueError as error:
         raise UserError(f"{path} must be JSON as it was written; {error}; run training.evaluate again") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path} must be the metrics of a run in format {FORMAT_VERSION}; got "
+            f"{'no format' if version is None else f'format {version!r}'}; run training.evaluate again, or leave it out"
+        )
+    try:
+        return _parsed(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fault = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"{path} must be the metrics of a run, complete; got {fault}; run training.evaluate again, or leave it out"
+        ) from error
 
 
-def table(runs: Sequence[dict[str, Any]]) -> list[str]:
+def _parsed(content: dict[str, Any]) -> Run:
+    methods, split = content["methods"], content["split"]
+    return Run(
+        data=content["data"],
+        split=split,
+        ood=content["ood"],
+        labels=tuple(method["label"] for method in methods),
+        num_images=content["num_images"][split],
+        seed=content["seed"],
+        seconds=sum(content["seconds"].values()),
+        precisions=tuple(_number(method["prior_precision"]) for method in methods),
+        scores=tuple({name: _number(method["metrics"][name]["value"]) for name in _METRICS} for method in methods),
+        evidence={
+            name: max((value for value in map(_number, curve["log_evidence"]) if value is not None), default=None)
+            for name, curve in content["curves"].items()
+        },
+    )
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def table(runs: Sequence[Run]) -> list[str]:
     """The lines of the table.
 
     Raises
@@ -64,38 +129,46 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     UserError
         The runs are of different data, splits or methods.
     """
-    kinds = {
-        (run["data"], run["split"], run["ood"], tuple(method["label"] for method in run["methods"])) for run in runs
-    }
-    if len(kinds) != 1:
+    first = runs[0]
+    if len({(run.data, run.split, run.ood, run.labels, tuple(run.evidence)) for run in runs}) != 1:
         raise UserError(
             "all runs must be of one experiment; these differ in data, split or methods; compare like with like"
         )
-    lines = ["| method | prior precision | " + " | ".join(_METRICS) + " |", "|---" * (len(_METRICS) + 2) + "|"]
-    for methods in zip(*(run["methods"] for run in runs), strict=True):
-        precisions = [method["prior_precision"] for method in methods]
-        cells = [methods[0]["label"], "–" if precisions[0] is None else _range(precisions, ".3g")]
-        cells += [_range([method["metrics"][name]["value"] for method in methods], ".3f") for name in _METRICS]
+    averaged = "prior precision" if len(runs) == 1 else "prior precision (geometric mean)"
+    lines = [f"| method | {averaged} | " + " | ".join(_METRICS) + " |", "|---" * (len(_METRICS) + 2) + "|"]
+    for index, label in enumerate(first.labels):
+        precisions = [run.precisions[index] for run in runs]
+        cells = [label, "–" if precisions[0] is None else _range(precisions, _digits, statistics.geometric_mean)]
+        cells += [_range([run.scores[index][name] for run in runs], "{:.3f}".format) for name in _METRICS]
         lines.append("| " + " | ".join(cells) + " |")
-    seeds = ", ".join(str(run["seed"]) for run in runs)
-    seconds = [sum(run["seconds"].values()) for run in runs]
+    seconds = [run.seconds for run in runs]
     lines.append("")
     lines.append(
-        f"{runs[0]['data']}, {runs[0]['split']}, {runs[0]['num_images'][runs[0]['split']]} images; out of distribution: "
-        f"{runs[0]['ood']}; seeds {seeds}; {min(seconds):.0f} to {max(seconds):.0f} s a run."
+        f"{first.data}, {first.split}, {first.num_images} images; out of distribution: {first.ood}; "
+        f"seeds {', '.join(str(run.seed) for run in runs)}; {min(seconds):.0f} to {max(seconds):.0f} s a run."
     )
-    for name in runs[0]["curves"]:
-        best = [max(run["curves"][name]["log_evidence"]) for run in runs]
-        lines.append(f"Highest log evidence on the grid, {name}: {_range(best, '.0f')} nats.")
+    for name in first.evidence:
+        highest = _range([run.evidence[name] for run in runs], "{:.0f}".format)
+        lines.append(f"Highest log evidence on the grid, {name}: {highest} nats.")
     return lines
 
 
-def _range(values: Sequence[float | None], form: str) -> str:
-    """Mean, lowest and highest; a value that was not finite is null in the file."""
+def _range(
+    values: Sequence[float | None],
+    written: Callable[[float], str],
+    mean: Callable[[Sequence[float]], float] = statistics.fmean,
+) -> str:
+    """Mean, lowest and highest."""
     if any(value is None for value in values):
         return "not finite"
-    mean = sum(values) / len(values)
-    return f"{mean:{form}}" if len(values) == 1 else f"{mean:{form}} [{min(values):{form}}, {max(values):{form}}]"
+    if len(values) == 1:
+        return written(values[0])
+    return f"{written(mean(values))} [{written(min(values))}, {written(max(values))}]"
+
+
+def _digits(value: float) -> str:
+    """Three digits that count, and no powers of ten: 0.0834, 1.5, 56,200."""
+    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def no_sums() -> EpochSums:
 
 
 def _optimizer(config: Optimizer) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.scale_by_adam())
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optax.scale_by_adam(b2=config.second_moment_decay))
 
 
 def _schedule(config: Optimizer, plan: Plan) -> optax.Schedule:

@@ -1,12 +1,12 @@
 """The dense GGN: exact, for small networks, and the oracle that every matrix-free path is tested against."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.tree import unraveler, ravel
+from bnnlaplace.precise import einsum
+from bnnlaplace.tree import ravel, unraveler
 
 
 def jacobian(network: Network, params: PyTree, inputs: Float[Array, "N ..."]) -> Float[Array, "N C P"]:
@@ -34,4 +34,4 @@ def ggn(
     jac = jacobian(network, params, inputs)
     outputs = network(params, inputs)
     columns = jax.vmap(likelihood.hessian_mv, in_axes=(None, 2), out_axes=2)(outputs, jac)
-    return scale * jnp.einsum("ncp,ncq->pq", jac, columns, precision=jax.lax.Precision.HIGHEST)
+    return scale * einsum("ncp,ncq->pq", jac, columns)

@@ -3,12 +3,14 @@
 Three arrangements of the same product, each for its use:
 
 - `ggn_operator`: linearised once over all data, residuals kept; for differentiable Krylov methods on data that fit.
-- `dual_operator`: B' J J' B on stacked outputs, the same nonzero spectrum; for more weights than outputs.
+- `dual_operator`: B' J J' B on stacked outputs, the same nonzero spectrum; for more weights than outputs. Both act on
+  a `Linearisation`, which also holds the outputs, so that a likelihood needs no forward pass of its own.
 - `block_product`: S vectors at once, linearised once per microbatch and block. The forward pass is shared by S vectors
   and memory holds one microbatch only, so data of any size stream through; this is what block Lanczos calls.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,70 +23,97 @@ from bnnlaplace.tree import ravel, size, unraveler
 from bnnlaplace.types import LinearOperator
 
 
-def ggn_operator(
-    network: Network,
-    likelihood: Likelihood,
-    params: PyTree,
-    inputs: Float[Array, "N ..."],
-    *,
-    scale: float = 1.0,
-    microbatch: int = 128,
-) -> LinearOperator:
-    """The P x P operator G = scale * sum_n J_n' Lambda_n J_n, linearised once at `params`.
+class Linearisation(NamedTuple):
+    """A network linearised at its weights on all inputs; M = N and the padding of the last microbatch.
+
+    Attributes
+    ----------
+    outputs
+        f(params, x_n), the padding last; differentiable in what `linearise` was given.
+    weights
+        One for an example, zero for padding.
+    pushforward
+        v -> J v, (P,) -> (M, C).
+    pullback
+        u -> J' u, (M, C) -> (P,).
+    size
+        P.
+    """
+
+    outputs: Float[Array, "M C"]
+    weights: Float[Array, " M"]
+    pushforward: Callable[[Float[Array, " P"]], Float[Array, "M C"]]
+    pullback: Callable[[Float[Array, "M C"]], Float[Array, " P"]]
+    size: int
+
+
+def linearise(
+    network: Network, params: PyTree, inputs: Float[Array, "N ..."], *, microbatch: int = 128
+) -> Linearisation:
+    """Linearise a network at `params` on all inputs, `microbatch` of them in one step of the inner loop.
+
+    Cost: a forward pass and what its derivative saves; memory: those residuals at all N examples, kept as long as the
+    result. Call it inside `jit`.
+    """
+    batches = mb.split(inputs, microbatch, ravel(params).dtype)
+    outputs, jvp = jax.linearize(lambda p: jax.lax.map(lambda x: network(p, x), batches.inputs), params)
+    transposed = jax.linear_transpose(jvp, params)
+    unravel, shape = unraveler(params), outputs.shape
+    rows = (shape[0] * shape[1], *shape[2:])
+    return Linearisation(
+        outputs.reshape(rows),
+        batches.weights.reshape(-1),
+        lambda vector: jvp(unravel(vector)).reshape(rows),
+        lambda cotangent: ravel(transposed(cotangent.reshape(shape))[0]),
+        size(params),
+    )
+
+
+def ggn_operator(linearised: Linearisation, likelihood: Likelihood, *, scale: float = 1.0) -> LinearOperator:
+    """The P x P operator G = scale * sum_n J_n' Lambda_n J_n.
 
     Parameters
     ----------
-    network, likelihood
-        Where J and Lambda come from.
-    params
-        The point of linearisation; differentiable.
-    inputs
-        All examples that G sums over.
+    linearised
+        Where J and the outputs come from.
+    likelihood
+        Where Lambda comes from.
     scale
-        (all training examples) / (examples in `inputs`).
-    microbatch
-        Examples in one step of the inner loop.
+        (all training examples) / (examples in `linearised`).
 
     Returns
     -------
     LinearOperator
-        On vectors of P numbers. One product costs about two forward and two backward passes' arithmetic. Memory: the
-        residuals of linearising at all N examples, kept as long as the operator. Call it inside `jit`.
+        On vectors of P numbers. One product costs about two forward and two backward passes' arithmetic.
     """
-    outputs, pushforward, pullback, weights = _linearise(network, params, inputs, microbatch)
-    unravel = unraveler(params)
 
     def matvec(vector: Float[Array, " P"]) -> Float[Array, " P"]:
-        tangent = pushforward(unravel(vector))
-        cotangent = scale * weights[..., None] * likelihood.hessian_mv(outputs, tangent)
-        return ravel(pullback(cotangent)[0])
+        tangent = linearised.pushforward(vector)
+        curved = likelihood.hessian_mv(linearised.outputs, tangent)
+        return linearised.pullback(scale * linearised.weights[:, None] * curved)
 
-    return LinearOperator(matvec, size(params))
+    return LinearOperator(matvec, linearised.size)
 
 
 def dual_operator(
-    network: Network,
+    linearised: Linearisation,
     likelihood: Likelihood,
-    params: PyTree,
-    inputs: Float[Array, "N ..."],
     *,
     scale: float = 1.0,
     prior_precision: Float[Array, ""] | Float[Array, " P"] = 1.0,
-    microbatch: int = 128,
 ) -> LinearOperator:
     """The operator scale * B' J P0^-1 J' B on stacked outputs.
 
-    It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same, with vectors of N C instead of
-    P numbers. N counts the padding of the last microbatch too; padded rows are zero.
+    It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same, with vectors of M C instead of
+    P numbers; rows of padding are zero. Parameters as for `ggn_operator`.
     """
-    outputs, pushforward, pullback, weights = _linearise(network, params, inputs, microbatch)
-    unravel = unraveler(params)
-    root = jnp.sqrt(scale * weights)[..., None]
+    outputs = linearised.outputs
+    root = jnp.sqrt(scale * linearised.weights)[:, None]
 
-    def matvec(vector: Float[Array, " NC"]) -> Float[Array, " NC"]:
+    def matvec(vector: Float[Array, " MC"]) -> Float[Array, " MC"]:
         cotangent = root * likelihood.factor_mv(outputs, vector.reshape(outputs.shape))
-        weighted = ravel(pullback(cotangent)[0]) / prior_precision
-        return (likelihood.factor_transpose_mv(outputs, root * pushforward(unravel(weighted)))).reshape(-1)
+        weighted = linearised.pullback(cotangent) / prior_precision
+        return likelihood.factor_transpose_mv(outputs, root * linearised.pushforward(weighted)).reshape(-1)
 
     return LinearOperator(matvec, outputs.size)
 
@@ -122,9 +151,3 @@ def block_product(
         return jax.lax.scan(add, jnp.zeros_like(vectors), batches)[0]
 
     return product
-
-
-def _linearise(network: Network, params: PyTree, inputs: Array, microbatch: int):
-    batches = mb.split(inputs, microbatch, ravel(params).dtype)
-    outputs, pushforward = jax.linearize(lambda p: jax.lax.map(lambda x: network(p, x), batches.inputs), params)
-    return outputs, pushforward, jax.linear_transpose(pushforward, params), batches.weights

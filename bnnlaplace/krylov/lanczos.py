@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-_dot = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+from bnnlaplace.precise import matmul
 
 
 class Lanczos(NamedTuple):
@@ -114,7 +114,7 @@ def _forward(matvec: Callable, start: Array, num_matvecs: int) -> Lanczos:
         basis, vector, scale = carry
         basis = basis.at[k].set(vector)
         image = matvec(vector)
-        diagonal = _dot(vector, image)
+        diagonal = matmul(vector, image)
         scale = jnp.maximum(scale, _norm(image))
         residual = _orthogonalise(basis, _orthogonalise(basis, image))
         off_diagonal = _norm(residual)
@@ -136,12 +136,16 @@ def _lanczos_adjoint(matvec: Callable, num_matvecs: int, start: Array, arguments
     return _forward(lambda v: matvec(v, *params, *consts), start, num_matvecs)
 
 
-def _adjoint_forward(matvec, num_matvecs, start, arguments):
+def _adjoint_forward(
+    matvec: Callable, num_matvecs: int, start: Array, arguments: Any
+) -> tuple[Lanczos, tuple[Lanczos, Any]]:
     result = _lanczos_adjoint(matvec, num_matvecs, start, arguments)
     return result, (result, arguments)
 
 
-def _adjoint_backward(matvec, num_matvecs, saved, cotangent):
+def _adjoint_backward(
+    matvec: Callable, num_matvecs: int, saved: tuple[Lanczos, Any], cotangent: Lanczos
+) -> tuple[Array, Any]:
     result, (params, consts) = saved
     multipliers, start_cotangent = _adjoint_multipliers(
         lambda v: matvec(v, *params, *consts), result, cotangent, num_matvecs
@@ -160,7 +164,9 @@ def _adjoint_backward(matvec, num_matvecs, saved, cotangent):
 _lanczos_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
 
 
-def _adjoint_multipliers(matvec, result: Lanczos, cotangent: Lanczos, num: int):
+def _adjoint_multipliers(
+    matvec: Callable, result: Lanczos, cotangent: Lanczos, num: int
+) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
     """Solve the adjoint system backwards for the rows of L; return L and the cotangent of the start vector."""
     basis, diagonal, residual = result.basis, result.diagonal, result.residual
     off_diagonal = jnp.append(result.off_diagonal, 0)
@@ -172,21 +178,21 @@ def _adjoint_multipliers(matvec, result: Lanczos, cotangent: Lanczos, num: int):
         return cotangent.diagonal[k] * (index == k) + d_off[k] * (index == k + 1)
 
     # A residual that broke down is a constant zero: what is asked of it reaches nothing.
-    d_residual = jnp.where(_dot(residual, residual) > 0, cotangent.residual, 0)
-    g = computed_column(num - 1) - _dot(basis, d_residual)
-    last = d_residual + _dot(g, basis)
+    d_residual = jnp.where(matmul(residual, residual) > 0, cotangent.residual, 0)
+    g = computed_column(num - 1) - matmul(basis, d_residual)
+    last = d_residual + matmul(g, basis)
 
     def step(carry, k):
         row, row_above, symmetric = carry
         bracket = cotangent.basis[k] + matvec(row) - diagonal[k] * row - off_diagonal[k] * row_above + g[k] * residual
         b = off_diagonal[k - 1]
-        along = _dot(basis, bracket)
+        along = matmul(basis, bracket)
         # Rows i <= k of Q' L_{k-1} are prescribed; the others follow from the symmetry of S.
         wanted = jnp.where(index <= k, b * computed_column(k - 1) - along, symmetric[:, k])
         symmetric = symmetric.at[k].set(jnp.where(index <= k, wanted, symmetric[k]))
-        below = bracket + _dot(wanted, basis)
+        below = bracket + matmul(wanted, basis)
         # Where the forward recurrence broke down the backward one starts anew, from (r) with r = 0.
-        below = jnp.where(b > 0, below / jnp.where(b > 0, b, 1), _dot(computed_column(k - 1), basis))
+        below = jnp.where(b > 0, below / jnp.where(b > 0, b, 1), matmul(computed_column(k - 1), basis))
         return (below, row, symmetric), row
 
     carry = last, jnp.zeros_like(last), jnp.zeros((num, num), basis.dtype)
@@ -194,17 +200,17 @@ def _adjoint_multipliers(matvec, result: Lanczos, cotangent: Lanczos, num: int):
     row, row_above, symmetric = carry
     multipliers = jnp.concatenate([row[None], rows[::-1]])
     bracket = cotangent.basis[0] + matvec(row) - diagonal[0] * row - off_diagonal[0] * row_above + g[0] * residual
-    free = bracket + _dot(jnp.where(index == 0, 0, symmetric[:, 0]), basis)
+    free = bracket + matmul(jnp.where(index == 0, 0, symmetric[:, 0]), basis)
     first = basis[0]
-    tangent = (free - first * _dot(first, free)) / jnp.where(result.start_norm > 0, result.start_norm, 1)
+    tangent = (free - first * matmul(first, free)) / jnp.where(result.start_norm > 0, result.start_norm, 1)
     return multipliers, cotangent.start_norm * first + tangent
 
 
 def _orthogonalise(basis: Float[Array, "K n"], vector: Float[Array, " n"]) -> Float[Array, " n"]:
-    return vector - _dot(_dot(basis, vector), basis)
+    return vector - matmul(matmul(basis, vector), basis)
 
 
 def _norm(vector: Array) -> Array:
     # The gradient of a plain norm is NaN at zero, where a breakdown ends up.
-    square = _dot(vector, vector)
+    square = matmul(vector, vector)
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)

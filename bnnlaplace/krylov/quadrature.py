@@ -1,13 +1,13 @@
 """Stochastic Lanczos quadrature: tr f(A) from products with A.
 
-Two forms. `stochastic_lanczos_quadrature` runs Lanczos once per probe and is differentiable by the adjoint. `trace_forms`
-reads the trace off one block decomposition: leading eigenpairs that have converged are summed exactly, which removes
-their share of the variance, and for f with known sign of derivatives the truncation error is bracketed.
+Two forms. `stochastic_lanczos_quadrature` runs Lanczos once per probe and is differentiable by the adjoint.
+`trace_forms` reads the trace off one block decomposition: leading eigenpairs that have converged are summed exactly,
+which removes their share of the variance, and for f with known sign of derivatives the truncation error is bracketed.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,14 @@ from jaxtyping import Array, Float
 
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz
 from bnnlaplace.krylov.lanczos import lanczos
+from bnnlaplace.precise import matmul
 
 
 def stochastic_lanczos_quadrature(
     function: Callable[[Float[Array, " K"]], Float[Array, " K"]],
     matvec: Callable[..., Float[Array, " n"]],
     probes: Float[Array, "S n"],
-    *params,
+    *params: Any,
     num_matvecs: int,
     gradient: Literal["adjoint", "autodiff"] = "adjoint",
 ) -> Float[Array, " S"]:
@@ -72,11 +73,11 @@ def trace_forms(
 
 
 def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the block Gauss-Radau rule with nodes prescribed at zero, the lower end of the spectrum of A.
+    """Nodes and weights of the block Gauss-Radau rule with nodes prescribed at zero, the lower end of A's spectrum.
 
-    For functions such as log1p, whose derivatives alternate in sign, the block Gauss rule (Ritz values and weights) lies
-    above z' f(A) z and this rule below, both monotonically in depth: together they bracket it (Golub and Meurant 1994;
-    for blocks Zimmerling, Druskin and Simoncini 2024).
+    For functions such as log1p, whose derivatives alternate in sign, the block Gauss rule (Ritz values and weights)
+    lies above z' f(A) z and this rule below, both monotonically in depth: together they bracket it (Golub and Meurant
+    1994; for blocks Zimmerling, Druskin and Simoncini 2024).
 
     Returns
     -------
@@ -105,13 +106,13 @@ def _first_entry(function: Callable, diagonal: Array, off_diagonal: Array) -> Ar
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _spectral_first_entry(function, diagonal, off_diagonal, constants):
+def _spectral_first_entry(function: Callable, diagonal: Array, off_diagonal: Array, constants: Any) -> Array:
     values, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
     return jnp.sum(vectors[0] ** 2 * function(values, *constants))
 
 
 @_spectral_first_entry.defjvp
-def _spectral_first_entry_jvp(function, primals, tangents):
+def _spectral_first_entry_jvp(function: Callable, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
     # Autodiff through eigh divides by differences of eigenvalues, zero after a breakdown. The derivative of f(T) in
     # direction dT is U (F o (U' dT U)) U' with the divided differences F_ij = f[theta_i, theta_j] (Daleckii and
     # Krein), finite for every smooth f: it is used directly.
@@ -120,9 +121,10 @@ def _spectral_first_entry_jvp(function, primals, tangents):
     values, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
     first = vectors[0]
     images, d_images = jax.jvp(lambda *c: function(values, *c), tuple(constants), tuple(d_constants))
-    rotated = vectors.T @ _tridiagonal(d_diagonal, d_off_diagonal) @ vectors
+    rotated = matmul(matmul(vectors.T, _tridiagonal(d_diagonal, d_off_diagonal)), vectors)
     divided = _divided_differences(lambda x: function(x, *constants), values, images)
-    return jnp.sum(first**2 * images), jnp.sum(first**2 * d_images) + first @ (divided * rotated) @ first
+    slope = jnp.sum(first**2 * d_images) + matmul(matmul(first, divided * rotated), first)
+    return jnp.sum(first**2 * images), slope
 
 
 def _divided_differences(function: Callable, values: Array, images: Array) -> Array:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnnlaplace.precise import einsum, matmul
+
 
 class DenseStructure(NamedTuple):
     """G = V diag(lambda) V', for a scalar prior precision.
@@ -37,6 +39,10 @@ class DenseStructure(NamedTuple):
         """log det(I + G / delta), in float64."""
         return np.log1p(np.asarray(self.eigenvalues, np.float64) / float(prior_precision)).sum(keepdims=True)
 
+    def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+        """Zero: nothing is truncated."""
+        return np.zeros(1)
+
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v."""
         along = np.asarray(self.eigenvectors, np.float64).T @ vector
@@ -45,10 +51,10 @@ class DenseStructure(NamedTuple):
     def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
         """Rows V diag((lambda + delta)^-1/2) eps."""
         noise = jax.random.normal(key, (num_samples, self.eigenvalues.size), self.eigenvectors.dtype)
-        return (noise / jnp.sqrt(self.eigenvalues + prior_precision)) @ self.eigenvectors.T
+        return matmul(noise / jnp.sqrt(self.eigenvalues + prior_precision), self.eigenvectors.T)
 
     def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
         """J (G + delta I)^-1 J', exactly."""
-        rotated = jnp.matmul(jacobian, self.eigenvectors, precision=jax.lax.Precision.HIGHEST)
+        rotated = matmul(jacobian, self.eigenvectors)
         scaled = rotated / (self.eigenvalues + prior_precision)
-        return jnp.einsum("bcp,bdp->bcd", scaled, rotated, precision=jax.lax.Precision.HIGHEST)
+        return einsum("bcp,bdp->bcd", scaled, rotated)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnnlaplace.precise import einsum
+
 
 class DiagonalStructure(NamedTuple):
     """diag(G); `prior_precision` may be a scalar or one number per weight everywhere.
@@ -29,6 +31,10 @@ class DiagonalStructure(NamedTuple):
         ratio = np.asarray(self.diagonal, np.float64) / np.asarray(prior_precision, np.float64)
         return np.log1p(ratio).sum(keepdims=True)
 
+    def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+        """Zero: nothing is truncated."""
+        return np.zeros(1)
+
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' diag(1 / (diag(G) + delta)) v."""
         return float(np.sum(vector**2 / (np.asarray(self.diagonal, np.float64) + prior_precision)))
@@ -41,4 +47,4 @@ class DiagonalStructure(NamedTuple):
     def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
         """J diag(1 / (diag(G) + delta)) J', exactly."""
         scaled = jacobian / (self.diagonal + prior_precision)
-        return jnp.einsum("bcp,bdp->bcd", scaled, jacobian, precision=jax.lax.Precision.HIGHEST)
+        return einsum("bcp,bdp->bcd", scaled, jacobian)

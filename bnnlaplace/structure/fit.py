@@ -1,10 +1,10 @@
 """Fit a structure to a network and data: curvature in, the posterior's answers out."""
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnnlaplace import krylov, prior
@@ -13,7 +13,7 @@ from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
-from bnnlaplace.structure.krylov import KrylovStructure
+from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
 from bnnlaplace.tree import ravel, size
 
 
@@ -63,7 +63,7 @@ def fit_krylov(
     tolerance: float,
     microbatch: int,
     target_precision: float | None = None,
-    on_block=None,
+    on_block: Callable[[KrylovStructure, KrylovError], None] | None = None,
 ) -> KrylovStructure:
     """Grow a block Krylov decomposition until the posterior has converged where it will be used.
 
@@ -82,7 +82,17 @@ def fit_krylov(
     num_probes, max_vectors
         Size of a block, and of all blocks together.
     on_block
-        Called after each block with (structure, error); for progress.
+        Called after each block with (structure, error); for progress. Keeping the structures keeps their bases.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two probes or more than `max_vectors`, or `target_precision` is not positive.
+
+    Notes
+    -----
+    Cost: at most `max_vectors` GGN products, S at a time. Memory: the basis, m P numbers, and 2 m P while a block is
+    appended to it. Warns where `max_vectors` is reached first.
     """
     dimension = size(network.params)
     if num_probes < 2:
@@ -90,10 +100,14 @@ def fit_krylov(
             f"fit(num_probes=...) must be at least 2, as their spread is the error of the evidence; got {num_probes}"
         )
     probes = jax.random.normal(key, (min(num_probes, dimension), dimension), ravel(network.params).dtype)
+    if target_precision is not None:
+        prior.check(target_precision, "fit(target_precision=...)")
     product = partial(block_product, network, likelihood, inputs, scale, microbatch=microbatch)
     for decomposition in krylov.block_lanczos(product, probes, max_vectors=max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition)
-        target = target_precision or hardest_optimum(structure, log_likelihood, squared_norm)
+        target = target_precision
+        if target is None:
+            target = hardest_optimum(structure, log_likelihood, squared_norm)
         error = structure.error(target)
         if on_block is not None:
             on_block(structure, error)
@@ -111,9 +125,6 @@ def fit_krylov(
 def hardest_optimum(structure: KrylovStructure, log_likelihood: float, squared_norm: float) -> float:
     """The smaller of the maximisers of the upper and the lower bound on the evidence."""
     return min(
-        prior.optimum(log_determinant, log_likelihood, squared_norm).prior_precision
-        for log_determinant in (
-            structure.log_determinant,
-            lambda delta: structure.log_determinant(delta) - structure.truncation(delta),
-        )
+        prior.maximiser(log_determinant, log_likelihood, squared_norm)
+        for log_determinant in prior.bracket(structure.log_determinant, structure.truncation)
     )

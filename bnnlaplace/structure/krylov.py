@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace import krylov
+from bnnlaplace.precise import einsum, matmul
 
 
 class KrylovError(NamedTuple):
-    """What stopping the recurrence costs at one prior precision.
+    """What stopping the recurrence costs at one prior precision; the randomness of the probes is no part of it.
 
     Attributes
     ----------
@@ -21,7 +22,9 @@ class KrylovError(NamedTuple):
     sample
         Bound on |e|_{G + delta I} / sqrt(effective number of parameters), root mean square over the posterior samples.
     log_determinant
-        How far truncation lifts the mean log-determinant at most.
+        How far truncation lifts the mean over probes of the log-determinant at most: the width of the bracket between
+        the Gauss and the Gauss-Radau rule, both from these probes. Other probes would move the whole bracket, by its
+        standard error.
     effective_parameters
         tr G (G + delta I)^-1, the number of directions that the data determine.
     """
@@ -36,7 +39,8 @@ class KrylovStructure(NamedTuple):
     """A block Krylov decomposition of G from normal probes, for a scalar prior precision.
 
     One decomposition gives, at every prior precision, the log-determinant, its slope and as many posterior samples as
-    there were probes.
+    there were probes. Memory: the basis, m P numbers on the device, of which no method makes a copy; the rest is small,
+    in float64 on the host.
 
     Attributes
     ----------
@@ -97,8 +101,13 @@ class KrylovStructure(NamedTuple):
         return bool(error.sample <= tolerance and error.log_determinant <= max(0.1, forms.std() / np.sqrt(len(forms))))
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
-        """v' (G + delta I)^-1 v from above: what lies outside the basis counts with the prior's precision alone."""
-        inside = np.asarray(self.decomposition.basis, np.float64) @ vector
+        """v' (G + delta I)^-1 v from above: what lies outside the basis counts with the prior's precision alone.
+
+        In float64, as the part outside is a difference. Memory: S rows of the basis are on the host at a time.
+        """
+        basis, count = self.decomposition.basis, self.num_probes
+        blocks = (jax.lax.dynamic_slice_in_dim(basis, first, count) for first in range(0, len(basis), count))
+        inside = np.concatenate([np.asarray(block, np.float64) @ vector for block in blocks])
         along = self.ritz.vectors.T @ inside
         outside = max(vector @ vector - inside @ inside, 0.0)
         return float(np.sum(along**2 / (self.ritz.values + prior_precision)) + outside / prior_precision)
@@ -111,23 +120,23 @@ class KrylovStructure(NamedTuple):
         ValueError
             If more samples are asked for than there were probes.
         """
-        return jnp.matmul(
-            self._coefficients(key, num_samples, prior_precision),
-            self.decomposition.basis,
-            precision=jax.lax.Precision.HIGHEST,
-        )
+        return matmul(self._coefficients(key, num_samples, prior_precision), self.decomposition.basis)
 
     def function_samples(
         self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: Sequence[float]
     ) -> Iterator[Float[Array, "S B C"]]:
-        """J times samples at each prior precision: J times the basis once, then small matrix products."""
+        """J times samples at each prior precision: J times the basis once, then small matrix products.
+
+        Or J times the samples where those are fewer than the basis vectors. Memory: the images, B C numbers for each of
+        the m basis vectors or S samples.
+        """
         if len(precisions) * num_samples < len(self.decomposition.basis):
             for precision in precisions:
                 yield pushforward(self.samples(key, num_samples, precision))
             return
         images = pushforward(self.decomposition.basis)
         for precision in precisions:
-            yield jnp.einsum("sm,mbc->sbc", self._coefficients(key, num_samples, precision), images)
+            yield einsum("sm,mbc->sbc", self._coefficients(key, num_samples, precision), images)
 
     def _coefficients(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S m"]:
         if num_samples > self.num_probes:

@@ -80,6 +80,21 @@ def test_trace_within_four_standard_errors(x64, seed):
     assert sem < 0.5 * plain.std(ddof=1) / np.sqrt(len(plain))
 
 
+def test_growing_keeps_one_basis():
+    count, dimension = 8, 397  # a length that no other array of the process has
+    values, live = jnp.arange(float(dimension)), []
+
+    def product(rows):
+        live.append(sum(array.size for array in jax.live_arrays() if array.shape[-1:] == (dimension,)) // dimension)
+        return rows * values
+
+    probes = jax.random.normal(jax.random.key(0), (count, dimension))
+    for decomposition in krylov.block_lanczos(product, probes, max_vectors=96):
+        vectors = len(decomposition.basis)
+        assert live[-1] <= vectors + 3 * count  # the basis, the probes, the newest block, `values`: no second basis
+    assert vectors == 96
+
+
 def test_exhausted_space_is_exact(x64):
     spectrum = np.concatenate([np.arange(1.0, 11.0), np.zeros(30)])
     probes, steps = decompositions(8, 40, spectrum=spectrum)

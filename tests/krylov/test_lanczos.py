@@ -50,7 +50,7 @@ def test_adjoint_is_the_derivative_of_the_loop(problem, depth):
     start, params = problem
     shapes = jax.eval_shape(lambda: lanczos(matvec, start, params, num_matvecs=depth))
     keys = jax.random.split(jax.random.key(depth), len(shapes))
-    cotangent = type(shapes)(*(jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, shapes)))
+    cotangent = type(shapes)(*(jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, shapes, strict=True)))
     if depth == SIZE:  # the residual is a constant zero there
         cotangent = cotangent._replace(residual=jnp.zeros(SIZE))
 
@@ -61,10 +61,12 @@ def test_adjoint_is_the_derivative_of_the_loop(problem, depth):
         return jax.jit(lambda: jax.vjp(run, start, params)[1](cotangent))()
 
     adjoint, autodiff = jax.tree.leaves(pullback("adjoint")), jax.tree.leaves(pullback("autodiff"))
-    for ours, reference in zip(adjoint, autodiff):
+    for ours, reference in zip(adjoint, autodiff, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-9, atol=1e-9 * float(jnp.abs(reference).max()))
     # The custom rule ran: rounding differs from that of the loop.
-    assert any(np.any(np.asarray(ours) != np.asarray(reference)) for ours, reference in zip(adjoint, autodiff))
+    assert any(
+        np.any(np.asarray(ours) != np.asarray(reference)) for ours, reference in zip(adjoint, autodiff, strict=True)
+    )
 
 
 def test_gradient_reaches_closed_over_arrays(problem):

@@ -40,7 +40,7 @@ def test_value_and_gradient_are_dense(factor, depth, gradient):
     value, gradients = run(factor, 0.3)
     expected, expected_gradients = jax.value_and_grad(log_determinant, (0, 1))(factor, 0.3)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
-    for ours, reference in zip(gradients, expected_gradients):
+    for ours, reference in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-8, atol=1e-8)
 
 
@@ -51,7 +51,7 @@ def test_adjoint_is_the_gradient_of_the_truncated_quadrature(factor, depth):
     def gradients(gradient):
         return jax.jit(jax.grad(lambda f, d: quadrature(f, d, probes, depth, gradient), (0, 1)))(factor, 0.3)
 
-    for ours, reference in zip(gradients("adjoint"), gradients("autodiff")):
+    for ours, reference in zip(gradients("adjoint"), gradients("autodiff"), strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-9, atol=1e-9)
 
 

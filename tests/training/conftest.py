@@ -45,7 +45,7 @@ def write_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[...
 
             def _generate_examples(self, examples: Examples) -> Iterator[tuple[int, dict[str, Any]]]:
                 for index, (image, label) in enumerate(examples):
-                    rest = {key: 0 for key in list(kinds)[2:]}
+                    rest = dict.fromkeys(list(kinds)[2:], 0)
                     yield index, {image_key: png(image), label_key: label, **rest}
 
         Tiny.name = name

@@ -49,11 +49,11 @@ def test_defaults_come_from_the_default_config_wherever_it_runs(
 
 
 def test_options_override_single_fields() -> None:
-    arguments = parse(
+    line = (
         "--config configs/van_cifar10.py --workdir out --resume --seed 1 --optimizer.learning-rate 1e-3 "
-        "--prior.update online --data.name cifar100 --data.dir /sets --data.mean 0.1 0.2 0.3 --data.no-augment".split(),
-        PROGRAM,
+        "--prior.update online --data.name cifar100 --data.dir /sets --data.mean 0.1 0.2 0.3 --data.no-augment"
     )
+    arguments = parse(line.split(), PROGRAM)
     expected = load_config(ROOT / "configs" / "van_cifar10.py")
     data = replace(expected.data, name="cifar100", dir=Path("/sets"), mean=(0.1, 0.2, 0.3), augment=False)
     optimizer = replace(expected.optimizer, learning_rate=1e-3)
@@ -192,7 +192,7 @@ def test_saved_config_comes_back_typed(config: Config, tmp_path: Path) -> None:
         (lambda text: text.replace('"seed": 5', '"seed": "5"'), "seed has the value '5'"),
         (lambda text: text.replace('"seed": 5', '"seed": true'), "seed has the value True"),
         (lambda text: text.replace('"seed"', '"speed"'), "the field speed is unknown"),
-        (lambda text: text.replace('"batch_size": 64', '"batch_size": 0'), "`optimizer.batch_size` must be at least 1"),
+        (lambda text: text.replace('"batch_size": 32', '"batch_size": 0'), "`optimizer.batch_size` must be at least 1"),
         (lambda text: text.replace('"online"', '"never"'), "prior.update has the value 'never'"),
         (lambda text: "[]", r"the file has the value \[\]"),
     ],
@@ -266,6 +266,117 @@ def test_a_workdir_with_a_run_needs_resume_and_the_same_settings(tmp_path: Path)
         with pytest.raises(UserError, match=r"differs in seed: 5 there, 6 here; .*use another --workdir"):
             open_workdir(tmp_path, replace(UNUSUAL, seed=6), resume)
     assert load_saved_config(tmp_path) == UNUSUAL
+
+
+@pytest.mark.parametrize("leftover", [None, "log.jsonl", ".config.json.writing"])
+def test_a_workdir_with_only_a_config_can_be_claimed_again(leftover: str | None, tmp_path: Path) -> None:
+    """What a run leaves that ended before its first record and its first checkpoint."""
+    save_config(tmp_path, UNUSUAL)
+    if leftover:
+        (tmp_path / leftover).touch()
+    with pytest.raises(
+        UserError, match="differs in seed: 5 there, 6 here; use .* or start anew there without --resume"
+    ):
+        open_workdir(tmp_path, replace(UNUSUAL, seed=6), resume=True)  # this asks for the run that was there
+    assert open_workdir(tmp_path, replace(UNUSUAL, seed=6), resume=False) == replace(UNUSUAL, seed=6)
+    assert load_saved_config(tmp_path) == replace(UNUSUAL, seed=6)
+
+
+@pytest.mark.parametrize("kept", ["log.jsonl", "train", "laplace", "metrics.json"])
+def test_a_workdir_with_more_than_a_config_is_not_claimed(kept: str, tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    if "." in kept:
+        (tmp_path / kept).write_text("{}\n")
+    else:
+        (tmp_path / kept).mkdir()
+    for config in (UNUSUAL, replace(UNUSUAL, seed=6)):
+        with pytest.raises(UserError, match="use another --workdir"):
+            open_workdir(tmp_path, config, resume=False)
+    assert load_saved_config(tmp_path) == UNUSUAL
+
+
+def test_a_foreign_config_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "van"}')
+    with pytest.raises(UserError, match="the field model_type is unknown"):
+        open_workdir(tmp_path, UNUSUAL, resume=False)
+    assert (tmp_path / "config.json").read_text() == '{"model_type": "van"}'
+
+
+# --- what a resumed run may change ----------------------------------------------------------------------------------
+
+FIXED = replace(UNUSUAL, prior=Prior(update="fixed"), data=replace(UNUSUAL.data, mean=(0.5,), std=(0.2,)))
+EVALUATED = replace(FIXED, evaluation=Evaluation(split="validation", ood="noise", grid_high=1e7, bins=10))
+MORE_VECTORS = replace(FIXED, curvature=Curvature(max_vectors=1024))
+
+
+def run_of(config: Config, workdir: Path, fitted: bool) -> Path:
+    """What a run of these settings leaves, with and without posteriors."""
+    save_config(workdir, config)
+    (workdir / "train").mkdir()
+    if fitted:
+        (workdir / "laplace").mkdir()
+    return workdir
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_resumed_run_may_be_evaluated_in_another_way(fitted: bool, tmp_path: Path) -> None:
+    run_of(FIXED, tmp_path, fitted)
+    with pytest.raises(UserError, match="continue it with --resume"):
+        open_workdir(tmp_path, EVALUATED, resume=False)
+    # Pixel statistics that are left to measurement are still taken from the record.
+    assert open_workdir(tmp_path, with_pixels(EVALUATED, None, None), resume=True) == EVALUATED
+    assert load_saved_config(tmp_path) == EVALUATED
+
+
+def test_what_changes_a_run_is_refused_beside_what_does_not(tmp_path: Path) -> None:
+    run_of(FIXED, tmp_path, fitted=True)
+    changed = replace(EVALUATED, seed=6, prior=replace(FIXED.prior, precision=2.0))
+    with pytest.raises(UserError, match=r"differs in seed: 5 there, 6 here; prior.precision: 1.0 there, 2.0 here; use"):
+        open_workdir(tmp_path, changed, resume=True)
+    assert load_saved_config(tmp_path) == FIXED
+
+
+def test_curvature_may_change_until_posteriors_are_fitted(tmp_path: Path) -> None:
+    assert open_workdir(run_of(FIXED, tmp_path / "trained", fitted=False), MORE_VECTORS, resume=True) == MORE_VECTORS
+    assert load_saved_config(tmp_path / "trained") == MORE_VECTORS
+    run_of(FIXED, tmp_path / "fitted", fitted=True)
+    with pytest.raises(
+        UserError, match=r"max_vectors: 512 there, 1024 here; .*remove .*laplace to have the posteriors"
+    ):
+        open_workdir(tmp_path / "fitted", MORE_VECTORS, resume=True)
+    assert load_saved_config(tmp_path / "fitted") == FIXED
+    # The number of images in memory at once changes no result.
+    smaller = replace(FIXED, curvature=Curvature(microbatch=8))
+    assert open_workdir(tmp_path / "fitted", smaller, resume=True) == smaller
+
+
+def test_curvature_is_part_of_a_training_with_online_updates(tmp_path: Path) -> None:
+    run_of(UNUSUAL, tmp_path, fitted=False)
+    with pytest.raises(
+        UserError, match="curvature.max_vectors: 512 there, 1024 here; use another --workdir, or the same"
+    ):
+        open_workdir(tmp_path, replace(UNUSUAL, curvature=Curvature(max_vectors=1024)), resume=True)
+
+
+# --- directories that are no run ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_workdir_that_cannot_be_written(resume: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"`--workdir` must be writable; got {tmp_path}/file: Not a directory; use"):
+        open_workdir(tmp_path / "file" / "run", UNUSUAL, resume)
+    run_of(UNUSUAL, tmp_path / "run", fitted=True)
+
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(UserError, match=f"`--workdir` must be writable; got {tmp_path}/run: Permission denied; use"):
+        open_workdir(tmp_path / "run", UNUSUAL, resume)
+    with pytest.raises(UserError, match=f"got {tmp_path}: Permission denied; use another"):
+        open_workdir(tmp_path / "new" / "run", UNUSUAL, resume)
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_workdir_that_is_no_run_is_left_alone(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ def test_gradient_per_image(x64, method):
     @jax.jit
     @partial(jax.vmap, in_axes=(3, 3))
     def per_image(x: Array, y: Array) -> Array:
-        conv = lambda k: depthwise_conv(x[..., None], k, method=method)
+        conv = partial(depthwise_conv, x[..., None], method=method)
         return jax.vjp(conv, jnp.asarray(kernel))[1](y[..., None])[0]
 
     whole = jax.vjp(lambda k: depthwise_conv(x, k, method=method), jnp.asarray(kernel))[1](jnp.asarray(y))[0]
@@ -141,6 +141,20 @@ def test_platform_chooses_the_lowering(side, operation):
     on_gpu = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert f"stablehlo.{operation}" in on_cpu and "stablehlo.convolution" not in on_cpu
     assert "stablehlo.convolution" in on_gpu
+
+
+@pytest.mark.parametrize("precision", ["HIGHEST", "DEFAULT"])
+def test_grouped_convolution_keeps_the_precision_it_is_called_under(precision):
+    """Also in its derivatives, and although it is lowered after the context has ended."""
+    x, kernel = jnp.ones((2, 3, 3, 1)), jnp.ones((3, 3, 2))
+
+    def gradients(x: Array, kernel: Array) -> tuple[Array, Array]:
+        with jax.default_matmul_precision(precision.lower()):
+            return jax.grad(lambda x, k: jnp.sum(depthwise_conv(x, k, method="grouped") ** 2), (0, 1))(x, kernel)
+
+    text = jax.jit(gradients).lower(x, kernel).as_text()
+    assert text.count("stablehlo.convolution") == 3
+    assert text.count(f"#stablehlo<precision {precision}>") == 2 * 3
 
 
 def test_unreachable_taps_cost_nothing():

@@ -1,5 +1,6 @@
 """The command-line programs from end to end on a small run, resumed, evaluated again, damaged and misused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training import evaluate, fit_van, summarise
+from training import data, evaluate, fit_van, reading, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,6 +80,7 @@ def test_a_run_writes_everything(finished):
     ]
     assert set(metrics["seconds"]) == {"data", "training", "posterior", "evaluation"}
     assert metrics["num_images"] == {"train": 90, "validation": 180, "test": 360}
+    assert metrics["held_out"] is True
     assert metrics["config"]["data"]["mean"] is not None  # the statistics are part of the record
     assert len(metrics["history"]) == 4
     assert metrics["history"][2]["prior_precision"] != 1.0  # updated online after two epochs
@@ -95,10 +97,16 @@ def test_evaluating_again_gives_the_same_numbers(finished, capsys):
 
 
 def test_another_split_and_other_images(finished, capsys):
-    status, _ = run(evaluate, capsys, finished, "--split", "validation", "--ood", "noise")
-    assert status == 0
-    metrics = json.loads((finished / "evaluation-validation-noise" / "metrics.json").read_text())
-    assert (metrics["split"], metrics["ood"]) == ("validation", "noise")
+    """On the validation images, which also chose temperature and prior precision: console, report, metrics say so."""
+    assert evaluate.main([str(finished), "--split", "validation", "--ood", "noise"]) == 0
+    directory = finished / "evaluation-validation-noise"
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert (metrics["split"], metrics["ood"], metrics["held_out"]) == ("validation", "noise", False)
+    sentence = "The evaluated images are the validation images, which also chose the temperature"
+    printed = capsys.readouterr().out.splitlines()
+    assert any(sentence in line for line in printed)
+    assert sentence in (directory / "report.html").read_text()
+    assert printed[-1] == str(directory / "report.html")
 
 
 def test_summary_of_two_runs(finished, capsys):
@@ -116,6 +124,25 @@ def test_resuming_a_finished_run_fits_nothing_again(finished, config_file, tmp_p
     assert status == 0
     before, after = (json.loads((path / "metrics.json").read_text())["methods"] for path in (finished, copy))
     assert [method["metrics"] for method in before] == [method["metrics"] for method in after]
+
+
+def test_a_finished_run_can_be_resumed_with_another_evaluation(finished, config_file, tmp_path, capsys, monkeypatch):
+    """Neither trained nor fitted again, and no image set is read more often than it is needed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    reads = []
+    monkeypatch.setattr(data, "load_split", lambda *split: reads.append(split[:2]) or reading.load_split(*split))
+    before = sorted((path, path.stat().st_mtime_ns) for path in (copy / "laplace").rglob("*"))
+    options = ["--evaluation.ood", "digits", "--evaluation.split", "validation", "--evaluation.grid-high", "1e6"]
+    assert fit_van.main(["--config", str(config_file), "--workdir", str(copy), "--resume", *options]) == 0
+    assert sorted((path, path.stat().st_mtime_ns) for path in (copy / "laplace").rglob("*")) == before
+    assert reads.count(("digits", "test")) == 2  # once to hold out, once as foreign images
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert (metrics["split"], metrics["ood"]) == ("validation", "digits")
+    assert metrics["curves"]["Lanczos"]["precision"][-1] == pytest.approx(1e6)
+    saved = json.loads((copy / "config.json").read_text())["evaluation"]
+    assert (saved["split"], saved["ood"], saved["grid_high"]) == ("validation", "digits", 1e6)
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_damaged_posterior_is_named_and_fitted_again(finished, config_file, tmp_path, capsys):
@@ -174,8 +201,9 @@ def test_bad_options(config_file, tmp_path, capsys, arguments, message):
 
 
 def test_a_workdir_of_another_run(finished, config_file, capsys):
-    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", finished, "--seed", "7", "--resume")
-    assert status == 2 and "seed: 0 there, 7 here" in error
+    options = ["--seed", "7", "--resume", "--evaluation.ood", "noise"]
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", finished, *options)
+    assert status == 2 and "seed: 0 there, 7 here" in error and "evaluation" not in error
 
 
 def test_evaluating_what_is_no_run(tmp_path, capsys):
@@ -183,6 +211,19 @@ def test_evaluating_what_is_no_run(tmp_path, capsys):
     assert status == 2 and "config.json" in error
     status, error = run(summarise, capsys, tmp_path)
     assert status == 2 and "metrics.json" in error
+
+
+def test_evaluating_a_run_that_cannot_be_written(finished, tmp_path, capsys, monkeypatch):
+    def refuse(dir):
+        if dir == finished:
+            raise PermissionError(13, "Permission denied")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    status, error = run(evaluate, capsys, finished, "--ood", "noise")
+    assert status == 2 and error.count("\n") == 1
+    assert f"must be writable; got {finished}: Permission denied; evaluate a copy of it" in error
+    assert not (finished / "evaluation-test-noise").exists()
 
 
 def test_unknown_foreign_images(finished, capsys):

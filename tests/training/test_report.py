@@ -18,7 +18,7 @@ from bnnlaplace.calibration import bootstrap, reliability_bins
 from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.resampling import paired_differences
 from training.errors import UserError
-from training.findings import confidence_gap, findings, number, precision
+from training.findings import confidence_gap, findings, number, precision, reservations
 from training.report import (
     KrylovResult,
     MethodResult,
@@ -44,7 +44,19 @@ def curve(best, peak, nll_best):
     evidence = peak - 20 * np.log(grid / best) ** 2
     nll = 0.1 + 0.05 * np.log(grid / nll_best) ** 2
     return PrecisionCurve(
-        grid, evidence, np.full(7, 1.0), np.full(7, 0.75), nll, nll / 4, best, best / 1.1, best * 1.1, nll_best
+        precision=grid,
+        log_evidence=evidence,
+        log_evidence_sem=np.full(7, 1.0),
+        log_evidence_truncation=np.full(7, 0.75),
+        validation_nll=nll,
+        validation_ece=nll / 4,
+        converged=np.ones(7, bool),
+        evidence_optimum=best,
+        evidence_optimum_low=best / 1.1,
+        evidence_optimum_high=best * 1.1,
+        evidence_at_bound=False,
+        nll_optimum=nll_best,
+        nll_at_bound=False,
     )
 
 
@@ -265,9 +277,98 @@ def test_evidence_and_validation_optimum_are_compared(results):
     agreeing = results.curves["Lanczos"]._replace(nll_optimum=1.2)
     agreed = dataclasses.replace(results, curves={"Lanczos": agreeing})
     assert "the two agree within a factor of two" in said(agreed, "Lanczos Laplace")
-    assert "end of the grid" not in said(agreed, "Lanczos Laplace")
-    edge = dataclasses.replace(results, curves={"Lanczos": agreeing._replace(nll_optimum=1000.0)})
-    assert "The optimum of the validation NLL lies at the end of the grid" in said(edge, "Lanczos Laplace")
+
+
+# --- what qualifies the numbers ---------------------------------------------------------------------------------
+
+
+def with_lanczos(results, **changes):
+    return dataclasses.replace(
+        results, curves=results.curves | {"Lanczos": results.curves["Lanczos"]._replace(**changes)}
+    )
+
+
+def at_temperature_bound(results):
+    methods = [dataclasses.replace(m, temperature_at_bound=m.temperature is not None) for m in results.methods]
+    return dataclasses.replace(results, methods=methods)
+
+
+QUALIFIED = {
+    "validation images": (
+        lambda results: dataclasses.replace(
+            results, split="validation", num_images={**results.num_images, "validation": NUM_IMAGES}
+        ),
+        "The evaluated images are the validation images, which also chose the temperature",
+    ),
+    "evidence": (
+        lambda results: with_lanczos(results, evidence_optimum=1e6, evidence_at_bound=True),
+        "The evidence of the Lanczos posterior still rises at the end of its search range, prior precision 1,000,000",
+    ),
+    "upper end": (
+        lambda results: with_lanczos(results, nll_optimum=1000.0, nll_at_bound=True),
+        "The validation NLL of the Lanczos posterior is lowest at the upper end of the grid, prior precision 1,000",
+    ),
+    "lower end": (
+        lambda results: with_lanczos(results, nll_optimum=0.01, nll_at_bound=True),
+        "lowest at the lower end of the grid, prior precision 0.01",
+    ),
+    "end of what has converged": (
+        lambda results: with_lanczos(results, nll_optimum=10.0, nll_at_bound=True, converged=np.arange(7) > 3),
+        "lowest at the end of that part of the grid where it is finite and the samples have converged, prior "
+        "precision 10",
+    ),
+    "temperature": (
+        at_temperature_bound,
+        "The temperature of MAP + temperature is at the end of its search range, 2.90",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", QUALIFIED)
+def test_what_qualifies_the_numbers_is_said_on_the_console_and_in_the_report(results, case, tmp_path):
+    change, sentence = QUALIFIED[case]
+    qualified = change(results)
+    assert sentence in said(qualified, "Before reading the numbers")
+    for width in (80, 400):
+        console = Console(file=io.StringIO(), width=width)
+        print_table(console, qualified)
+        _, note = " ".join(console.file.getvalue().split()).split("note: ")
+        assert sentence in note
+    write_report(tmp_path / "report.html", qualified, {})
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert sentence in "".join(page.words)
+
+
+def test_nothing_is_qualified_without_a_reason(results):
+    assert reservations(results) == []
+    assert "Before reading the numbers" not in [finding.title for finding in findings(results)]
+
+
+def test_what_qualifies_the_numbers_is_in_the_metrics(results, tmp_path):
+    def metrics(of):
+        write_metrics(tmp_path / "metrics.json", of)
+        return json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+
+    plain = metrics(results)
+    assert plain["held_out"] is True and plain["chosen_on"] == "validation"
+    assert [plain["curves"]["Lanczos"][flag] for flag in ("evidence_at_bound", "nll_at_bound")] == [False, False]
+    assert not any(method["temperature_at_bound"] for method in plain["methods"])
+    assert metrics(QUALIFIED["validation images"][0](results))["held_out"] is False
+    assert metrics(QUALIFIED["evidence"][0](results))["curves"]["Lanczos"]["evidence_at_bound"] is True
+    ended = metrics(QUALIFIED["end of what has converged"][0](results))["curves"]["Lanczos"]
+    assert ended["nll_at_bound"] is True and ended["converged"] == [False] * 4 + [True] * 3
+    at_bound = [method["temperature_at_bound"] for method in metrics(at_temperature_bound(results))["methods"]]
+    assert at_bound == [False, True] + [False] * 8
+
+
+def test_precisions_where_samples_have_not_converged_are_named(results):
+    text = said(with_lanczos(results, converged=np.arange(7) > 1), "Krylov")
+    assert "samples of Lanczos have not converged at 2 of 7 prior precisions: 0.01, 0.068. There" in text
+    assert "the validation NLL chooses among the other precisions alone" in text
+    assert "On the grid" not in said(results, "Krylov")
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------
 
 
 def test_structures_are_compared_at_their_evidence_optimum(results):

@@ -59,6 +59,8 @@ def depthwise_conv(x: Array, kernel: Array, *, dilation: int = 1, method: Method
         Distance between taps, in pixels.
     method
         "auto": "grouped" off CPU; on CPU "toeplitz" on the smallest images, else "shifted". Naming one fixes it.
+        "grouped" multiplies in the precision of the `jax.default_matmul_precision` that it is called under, the others
+        in full.
 
     Returns
     -------
@@ -74,7 +76,9 @@ def depthwise_conv(x: Array, kernel: Array, *, dilation: int = 1, method: Method
     _check(x, kernel, dilation, method)
     dtype = jnp.result_type(x, kernel)
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    return _conv_p.bind(x[:, None], kernel[..., None], dilation=dilation, method=method)[:, 0]
+    # The context that asks for a precision has ended by the time the primitive is lowered.
+    precision = jax.config.jax_default_matmul_precision
+    return _conv_p.bind(x[:, None], kernel[..., None], dilation=dilation, method=method, precision=precision)[:, 0]
 
 
 def _check(x: Array, kernel: Array, dilation: int, method: str) -> None:
@@ -193,7 +197,7 @@ def _toeplitz_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], di
 _exact_einsum = partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
-def _grouped_conv(x: Array, w: Array, *, dilation: int) -> Array:
+def _grouped_conv(x: Array, w: Array, *, dilation: int, precision: str | None) -> Array:
     channels, _, height, width, images = x.shape
     groups = max(x.shape[1], w.shape[3])
     y = lax.conv_general_dilated(
@@ -204,15 +208,18 @@ def _grouped_conv(x: Array, w: Array, *, dilation: int) -> Array:
         rhs_dilation=(dilation, dilation),
         dimension_numbers=("CHWN", "HWIO", "CHWN"),
         feature_group_count=channels * groups,
+        precision=precision,
     )
     return y.reshape(channels, groups, height, width, images)
 
 
-def _grouped_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dilation: int) -> Array:
+def _grouped_kernel_gradient(
+    x: Array, y: Array, *, window: tuple[int, int], dilation: int, precision: str | None
+) -> Array:
     channels, groups = x.shape[0], max(x.shape[1], y.shape[1])
     y = jnp.broadcast_to(y, (channels, groups, *y.shape[2:]))
     kernel = jax.ShapeDtypeStruct((*window, channels, groups), y.dtype)
-    (gradient,) = jax.linear_transpose(partial(_grouped_conv, x, dilation=dilation), kernel)(y)
+    (gradient,) = jax.linear_transpose(partial(_grouped_conv, x, dilation=dilation, precision=precision), kernel)(y)
     return gradient
 
 
@@ -288,11 +295,13 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 def _lowering(rules: dict[str, Callable[..., Array]], pixels: int, platform: str) -> Callable[..., list[Array]]:
     """The rule for `platform`; on CPU, Toeplitz products up to `pixels`."""
 
-    def lower(x: Array, other: Array, *, method: Method, **params: Any) -> list[Array]:
+    def lower(x: Array, other: Array, *, method: Method, precision: str | None, **params: Any) -> list[Array]:
         if method == "auto" and platform == "cpu":
             method = "toeplitz" if x.shape[2] * x.shape[3] <= pixels else "shifted"
         elif method == "auto":
             method = "grouped"
+        if method == "grouped":
+            params["precision"] = precision
         return [rules[method](x, other, **params)]
 
     return lower

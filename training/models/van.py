@@ -219,7 +219,9 @@ class VAN(nn.Module):
         self._check(x.shape)
         x = jnp.transpose(x, (3, 1, 2, 0))
         rates = iter(self._drop_rates())
-        for stage, (channels, depth, ratio) in enumerate(zip(self.embed_dims, self.depths, self.mlp_ratios), start=1):
+        for stage, (channels, depth, ratio) in enumerate(
+            zip(self.embed_dims, self.depths, self.mlp_ratios, strict=True), start=1
+        ):
             size, stride = (self.stem_kernel, self.stem_stride) if stage == 1 else (3, 2)
             x = PatchEmbedding(channels, size, stride, name=f"patch_embed{stage}")(x, train)
             for index in range(depth):

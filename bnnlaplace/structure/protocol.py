@@ -1,0 +1,60 @@
+"""What a Laplace posterior asks of a fitted curvature."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Array, Float
+
+
+class Structure(Protocol):
+    """A fitted curvature G, a pytree: answers at any prior precision delta, without another product.
+
+    One that can give the covariance of linearised outputs has the method of `CovarianceStructure` besides, any other
+    those of `SampleStructure`.
+    """
+
+    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " S"]:
+        """log det(I + G / delta) as each probe estimates it, in float64; a single value where it is exact."""
+        ...
+
+    def truncation(self, prior_precision: float) -> Float[np.ndarray, " S"]:
+        """How far each of these may lie above what its probe would estimate without truncation; zero where exact."""
+        ...
+
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+        """v' (G + delta I)^-1 v."""
+        ...
+
+    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
+        """Rows distributed as N(0, (G + delta I)^-1)."""
+        ...
+
+
+@runtime_checkable
+class CovarianceStructure(Structure, Protocol):
+    """A structure that maps Jacobians to covariances."""
+
+    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
+        """J (G + delta I)^-1 J'; traceable, with `prior_precision` traced too."""
+        ...
+
+
+@runtime_checkable
+class SampleStructure(Structure, Protocol):
+    """A structure that knows outputs only through a limited number of samples."""
+
+    @property
+    def num_probes(self) -> int:
+        """The largest number of samples."""
+        ...
+
+    def function_samples(
+        self,
+        pushforward: Callable[[Float[Array, "R P"]], Float[Array, "R B C"]],
+        key: Array,
+        num_samples: int,
+        precisions: Sequence[float],
+    ) -> Iterator[Float[Array, "S B C"]]:
+        """J times samples at each prior precision, given V -> J V."""
+        ...

@@ -1,0 +1,90 @@
+"""The prior precision by validation data: the Monte Carlo predictive as a function of it."""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from bnnlaplace import calibration, predictive, prior
+from bnnlaplace.likelihood import Likelihood
+from bnnlaplace.network import Network
+from bnnlaplace.structure import Structure
+
+
+class ValidationCurve(NamedTuple):
+    """Monte Carlo predictive on validation data as a function of the prior precision; arrays of shape (D,).
+
+    Attributes
+    ----------
+    prior_precision
+        The grid.
+    negative_log_likelihood
+        In nats per example.
+    expected_calibration_error
+        With equal-width bins.
+    """
+
+    prior_precision: Float[np.ndarray, " D"]
+    negative_log_likelihood: Float[np.ndarray, " D"]
+    expected_calibration_error: Float[np.ndarray, " D"]
+
+    @property
+    def best_precision(self) -> float:
+        """The prior precision of the lowest NLL; NaN are passed over, and nothing but NaN is a `ValueError`."""
+        return float(self.prior_precision[prior.lowest(self.negative_log_likelihood, "the validation NLL")])
+
+
+def validation_curve(
+    network: Network,
+    likelihood: Likelihood,
+    structure: Structure,
+    inputs: Float[Array, "N ..."],
+    labels: Int[Array, " N"],
+    precisions: Iterable[float],
+    *,
+    key: Array,
+    num_samples: int,
+    microbatch: int = 64,
+) -> ValidationCurve:
+    """NLL and ECE of the Monte Carlo predictive at many prior precisions.
+
+    Parameters
+    ----------
+    network, likelihood, structure
+        The posterior; of a likelihood of class labels.
+    inputs, labels
+        Validation data, (N, ...) and (N,).
+    precisions
+        The grid.
+    key, num_samples
+        Of the samples, as for `predictive.functional_posteriors`. The same at every prior precision, so that the curve
+        is smooth.
+    microbatch
+        Inputs differentiated at a time; bounds memory.
+
+    Raises
+    ------
+    ValueError
+        If the likelihood is not one of class labels, the grid not positive, inputs or predictions not finite, or labels
+        not among the classes.
+
+    Notes
+    -----
+    The network is differentiated once for the whole grid: see `predictive.functional_posteriors`.
+    """
+    if likelihood.target_kind != "label":
+        raise ValueError(
+            "a validation curve must be of a likelihood of class labels, as 'classification' is; got "
+            f"{likelihood.name!r}; choose its prior precision by the evidence, method='marglik'"
+        )
+    grid = prior.checked_grid(list(precisions), "validation_curve(precisions=...)")
+    posteriors = predictive.functional_posteriors(
+        network, structure, inputs, grid, key=key, num_samples=num_samples, microbatch=microbatch
+    )
+    nll, ece = [], []
+    for found in posteriors:
+        probs = np.asarray(predictive.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
+        nll.append(calibration.negative_log_likelihood(probs, labels))
+        ece.append(calibration.expected_calibration_error(probs, labels))
+    return ValidationCurve(grid, np.asarray(nll), np.asarray(ece))

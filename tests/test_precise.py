@@ -1,0 +1,96 @@
+"""Every matrix product and convolution of the package asks for full precision: accelerators do not give it unasked."""
+
+from functools import cache, partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import two_layers
+
+import bnnlaplace
+from bnnlaplace import evidence, krylov, predictive
+from bnnlaplace.curvature import dense, diagonal, ggn
+from bnnlaplace.structure import DenseStructure, DiagonalStructure, KrylovStructure
+
+SHAPES = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "b2": (3,)}
+RNG = np.random.default_rng(0)
+PARAMS = {name: jnp.asarray(RNG.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+NETWORK = bnnlaplace.Network.from_function(two_layers, PARAMS)
+X, Y = jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32), jnp.arange(6) % 3
+ROWS = jnp.asarray(RNG.normal(size=(3, 43)), jnp.float32)
+MODEL = NETWORK, bnnlaplace.categorical(), PARAMS, X
+
+
+def log_evidence(params, **options):
+    length = 18 if options.get("side") == "dual" else 43
+    probes = jnp.ones((2, length), jnp.float32)
+    settings = {"network": NETWORK, "likelihood": bnnlaplace.categorical(), "num_matvecs": 3, **options}
+    return evidence.log_marginal_likelihood(params, 1.0, (X, Y), probes, **settings).mean
+
+
+@cache
+def structure():
+    """Three Krylov vectors; not to be computed while a test traces."""
+    return KrylovStructure.from_decomposition(next(krylov.block_lanczos(lambda v: v, ROWS, max_vectors=3)))
+
+
+def function_samples(num_precisions):
+    push = partial(predictive.pushforward, NETWORK, X)
+    return list(structure().function_samples(push, jax.random.key(0), 2, [1.0, 2.0][:num_precisions]))
+
+
+def gradient_of_convolution():
+    kernel, images = jnp.ones((2, 2, 1, 3), jnp.float32), jnp.ones((2, 4, 4, 1), jnp.float32)
+    network = bnnlaplace.Network.from_linen(nn.Conv(3, (2, 2), use_bias=False), {"params": {"kernel": kernel}})
+    return jax.grad(lambda params: jnp.sum(network(params, images) ** 2))(network.params)
+
+
+CASES = {
+    "block product": lambda: ggn.block_product(*MODEL)(ROWS),
+    "diagonal": lambda: diagonal.ggn_diagonal(*MODEL),
+    "dense": lambda: dense.ggn(*MODEL),
+    "evidence, primal": lambda: jax.value_and_grad(log_evidence)(PARAMS),
+    "evidence, dual": lambda: jax.value_and_grad(partial(log_evidence, side="dual"))(PARAMS),
+    "evidence, autodiff": lambda: jax.value_and_grad(partial(log_evidence, gradient="autodiff"))(PARAMS),
+    "pushforward": lambda: predictive.pushforward(NETWORK, X, ROWS),
+    "samples at each input": lambda: predictive.marginal_samples(jax.random.key(0), jnp.ones((2, 3, 3)), 4),
+    "variance from samples": lambda: predictive.sample_variance(jnp.ones((4, 2, 3))),
+    "diagonal variance": lambda: DiagonalStructure(ROWS[0]).functional_variance(jnp.ones((2, 3, 43)), 1.0),
+    "dense variance": lambda: DenseStructure(ROWS[0], jnp.eye(43)).functional_variance(jnp.ones((2, 3, 43)), 1.0),
+    "dense samples": lambda: DenseStructure(ROWS[0], jnp.eye(43)).samples(jax.random.key(0), 2, 1.0),
+    "Krylov samples": lambda: structure().samples(jax.random.key(0), 2, 1.0),
+    "Krylov outputs from the basis": lambda: function_samples(2),
+    "Krylov outputs from samples": lambda: function_samples(1),
+    "convolution": gradient_of_convolution,
+}
+
+
+def precisions(jaxpr):
+    """The precision that each product in a jaxpr and those inside it asks for."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation.params["precision"]
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from precisions(inner)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_ask_for_full_precision(name):
+    structure()
+    found = list(precisions(jax.make_jaxpr(CASES[name])().jaxpr))
+    highest = jax.lax.Precision.HIGHEST
+    assert found and set(found) == {(highest, highest)}
+
+
+def test_a_precision_that_the_network_states_is_kept():
+    network = bnnlaplace.Network.from_function(partial(jnp.matmul, precision="default"), X.T)
+    found = set(precisions(jax.make_jaxpr(network)(X.T, X).jaxpr))
+    assert found == {(jax.lax.Precision.DEFAULT,) * 2}
+
+
+def test_a_plain_product_is_told_apart():
+    assert set(precisions(jax.make_jaxpr(jnp.matmul)(ROWS.T, ROWS).jaxpr)) == {None}

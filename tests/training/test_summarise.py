@@ -1,0 +1,106 @@
+"""The table over several runs: what is averaged how, and one line for what cannot be averaged."""
+
+import copy
+import json
+
+import pytest
+
+from training import summarise
+
+METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
+
+
+def run_with(seed, nll, precision):
+    """The part of a metrics.json that the table reads."""
+
+    def method(label, precision):
+        scores = {name: {"value": nll, "low": nll, "high": nll} for name in METRICS}
+        return {"label": label, "prior_precision": precision, "metrics": scores}
+
+    return {
+        "format_version": 1,
+        "data": "digits",
+        "split": "test",
+        "ood": "inverted",
+        "seed": seed,
+        "num_images": {"test": 360},
+        "seconds": {"training": 10.0, "evaluation": 2.5},
+        "methods": [method("MAP", None), method("Lanczos (validation NLL, MC)", precision)],
+        "curves": {"Lanczos": {"log_evidence": [-9.0, None, -5.0 - seed]}},
+    }
+
+
+@pytest.fixture
+def summary(tmp_path, capsys):
+    """Return a function that summarises metrics (dictionaries, or raw text); it returns status, stdout and stderr."""
+
+    def run(*contents):
+        workdirs = []
+        for index, content in enumerate(contents):
+            (tmp_path / f"run{index}").mkdir()
+            workdirs.append(str(tmp_path / f"run{index}"))
+            text = content if isinstance(content, str) else json.dumps(content)
+            (tmp_path / f"run{index}" / "metrics.json").write_text(text)
+        status = summarise.main(workdirs)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_prior_precisions_are_averaged_geometrically_and_scores_are_not(summary):
+    status, printed, _ = summary(run_with(0, 0.1, 100.0), run_with(1, 0.3, 100_000.0), run_with(2, 0.2, 100_000.0))
+    header, _, first, second = printed.splitlines()[:4]
+    assert status == 0
+    assert header.startswith("| method | prior precision (geometric mean) | accuracy |")
+    assert first.startswith("| MAP | – | 0.200 [0.100, 0.300] |")
+    assert second.startswith("| Lanczos (validation NLL, MC) | 10,000 [100, 100,000] | 0.200 [0.100, 0.300] |")
+    assert "digits, test, 360 images; out of distribution: inverted; seeds 0, 1, 2; 12 to 12 s a run." in printed
+    assert "Highest log evidence on the grid, Lanczos: -6 [-7, -5] nats." in printed
+
+
+def test_one_run_is_no_mean(summary):
+    status, printed, _ = summary(run_with(0, None, 0.0834))
+    assert status == 0
+    assert printed.startswith("| method | prior precision | accuracy |")
+    assert "| Lanczos (validation NLL, MC) | 0.0834 | not finite |" in printed
+
+
+def test_lines_are_never_wrapped(summary):
+    _, printed, _ = summary(run_with(0, 0.1, 1.0), run_with(1, 0.1, 1.0))
+    assert len([line for line in printed.splitlines() if line.startswith("|")]) == 4
+
+
+INCOMPLETE = run_with(0, 0.1, 1.0)
+del INCOMPLETE["methods"][1]["metrics"]["auroc"]
+STRANGE = copy.deepcopy(run_with(0, 0.1, 1.0)) | {"methods": [3]}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "must be the metrics of a run in format 1; got no format"),
+        ([], "must be the metrics of a run in format 1; got no format"),
+        ("3", "must be the metrics of a run in format 1; got no format"),
+        (run_with(0, 0.1, 1.0) | {"format_version": 7}, "got format 7"),
+        (INCOMPLETE, "complete; got KeyError: 'auroc'"),
+        (STRANGE, "complete; got TypeError"),
+        ({"format_version": 1}, "complete; got KeyError: 'methods'"),
+        ('{"format_version": 1', "must be JSON as it was written"),
+    ],
+)
+def test_foreign_metrics_are_one_line_that_names_the_file(summary, tmp_path, content, message):
+    status, printed, error = summary(run_with(0, 0.1, 1.0), content)
+    assert status == 2 and printed == "" and error.count("\n") == 1
+    assert str(tmp_path / "run1" / "metrics.json") in error and message in error
+
+
+def test_no_runs_at_all_is_one_line(capsys):
+    assert summarise.main([]) == 2
+    printed, error = capsys.readouterr()
+    assert printed == "" and error.count("\n") == 1
+    assert "at least one work directory must be named; got none; try python -m training.summarise" in error
+
+
+def test_runs_of_different_experiments_are_refused(summary):
+    status, _, error = summary(run_with(0, 0.1, 1.0), run_with(1, 0.1, 1.0) | {"ood": "noise"})
+    assert status == 2 and "compare like with like" in error
