@@ -14,5 +14,5 @@ from training.config import Config, Data, Model, Optimizer
 config = Config(
     data=Data(name="digits"),
     model=Model(variant="digits"),
-    optimizer=Optimizer(learning_rate=1e-2, batch_size=32, epochs=50, polish_epochs=50, polish_learning_rate=1e-2),
+    optimizer=Optimizer(learning_rate=1e-2, batch_size=32, epochs=40, polish_epochs=45, polish_learning_rate=1e-2),
 )

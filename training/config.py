@@ -82,11 +82,11 @@ class Optimizer:
     """Peak learning rate."""
     batch_size: int = 32
     """Images per step."""
-    epochs: int = 50
+    epochs: int = 40
     """Epochs with batch statistics and drop-path live."""
     warmup_epochs: int = 3
     """Epochs of linear warm-up within `epochs`."""
-    polish_epochs: int = 50
+    polish_epochs: int = 45
     """Further epochs with batch statistics frozen and drop-path and augmentation off: there the loss is exactly the
     negative log joint that the Laplace approximation expands, and the learning rate decays to zero at its mode."""
     polish_learning_rate: float = 1e-2

@@ -290,4 +290,8 @@ def _mode(results: RunResults) -> Finding:
             "not quite a mode, so the evidence is that of a point beside it, mostly in directions that the prior alone "
             "determines and training reaches last; train longer to come closer."
         )
+    text += (
+        f" The mode moves with the prior: that of the evidence's own precision is "
+        f"{number(results.mode_decrement_at_evidence**0.5, 1)} away."
+    )
     return Finding("Is this a mode?", text)

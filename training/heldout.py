@@ -79,6 +79,7 @@ def evaluate(
         gradient_norm=trained.joint_gradient_norm,
         prior_gradient_norm=trained.joint_gradient_norm / trained.joint_gradient_to_prior,
         mode_decrement=posteriors["Lanczos"].mode_decrement(trained.prior_precision),
+        mode_decrement_at_evidence=posteriors["Lanczos"].mode_decrement(curves["Lanczos"].evidence_optimum),
     )
 
 

@@ -111,6 +111,8 @@ class RunResults:
     mode_decrement: float
     """Squared distance from those weights to the mode, in standard deviations of the Lanczos posterior at the prior
     precision of training; twice the nats that a Gauss-Newton step promises."""
+    mode_decrement_at_evidence: float
+    """The same at the precision of the Lanczos evidence, whose mode is another one."""
     chosen_on: str = "validation"
     """The split that the temperature and the second prior precision of each structure were chosen on."""
 

@@ -103,6 +103,7 @@ def results():
         gradient_norm=0.02,
         prior_gradient_norm=10.0,
         mode_decrement=0.5,
+        mode_decrement_at_evidence=9.0,
     )
 
 
@@ -401,6 +402,7 @@ def test_gradient_at_the_mode_is_judged(results):
     near = said(results, "mode")
     assert "norm 0.02, 0.20 % of the norm of the prior's gradient" in near
     assert "0.7 standard deviations away" in near and "promises 0.2 nats: a mode" in near
+    assert "that of the evidence's own precision is 3.0 away" in near
     assert "not quite a mode" in said(dataclasses.replace(results, mode_decrement=50.0), "mode")
 
 
