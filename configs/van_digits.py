@@ -3,8 +3,8 @@
 Command    python -m training.fit_van
 Data       digits (embedded): 1,257 training, 180 validation and 360 test images, 10 classes
 Hardware   2 CPU cores, no GPU, under 2 GB of memory
-Time       about 2 minutes with cold compile caches, 1.5 with warm ones
-Expected   test accuracy of the MAP network at least 97 %; evidence near -840 nats with Lanczos, -3,100 with the
+Time       1.7 minutes with cold compile caches, 1.2 with warm ones
+Expected   test accuracy of the MAP network at least 97 %; evidence near -500 nats with Lanczos, -1,100 with the
            diagonal; at the precision of the evidence both predictives are underconfident, and Lanczos is the better
            detector of foreign images
 """
