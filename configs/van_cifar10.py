@@ -4,7 +4,7 @@ Command    python -m training.fit_van --config configs/van_cifar10.py
 Data       cifar10, prepared by TFDS in array_record format: 45,000 training, 5,000 validation (held out from the
            training images) and 10,000 test images, 10 classes
 Hardware   one GPU
-Time       not yet measured
+Time       not yet measured on a GPU; far too slow for a CPU
 Expected   not yet measured
 """
 
