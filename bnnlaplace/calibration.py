@@ -141,7 +141,7 @@ def bootstrap(
     Returns
     -------
     Values and replicates of accuracy, nll, ece, ece_equal_mass, brier, confidence and, with `probs_ood`, auroc and
-    fpr95; for `intervals` and `paired_differences`. Time O(R (N B + M)): about 1.5 s for R = 1,000, N = M = 10,000.
+    fpr95; for `intervals` and `paired_differences`. Time O(R (N B + M)).
 
     Raises
     ------

@@ -60,7 +60,7 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
 
     Notes
     -----
-    Cost: one copy of the tree in host memory, two reads of what was written, about 0.2 s for a small tree.
+    Cost: one copy of the tree in host memory, two reads of what was written.
     """
     path = Path(path)
     leaves, arrays = _describe(tree)

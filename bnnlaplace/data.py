@@ -17,10 +17,16 @@ def as_arrays(data: tuple[Array, Array] | Iterable[tuple[Array, Array]]) -> tupl
     Raises
     ------
     ValueError
-        If there are no batches or no examples, or not as many targets as inputs.
+        If there are no batches or no examples, a batch is no pair, or there are not as many targets as inputs.
     """
-    if not (isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data)):
+    if not (isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(part, "shape") for part in data)):
         batches = list(data)
+        for batch in batches:
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise ValueError(
+                    "fit(data=...) must be two arrays (x, y), or an iterable of batches, each such a pair; got "
+                    f"{type(batch).__name__} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
+                )
         if not batches:
             raise ValueError("fit(data=...) must hold at least one batch; got none; an iterator may be used up already")
         data = tuple(jnp.concatenate([jnp.asarray(batch[part]) for batch in batches]) for part in (0, 1))
@@ -57,8 +63,10 @@ def check_inputs(inputs: Float[Array, "B ..."]) -> None:
     if isinstance(inputs, jax.core.Tracer):
         return
     # Where the inputs are: images on the host need no second copy on the device.
-    finite = jnp.isfinite(inputs) if isinstance(inputs, jax.Array) else np.isfinite(inputs)
-    if not finite.all():
+    with jax.ensure_compile_time_eval():  # inputs that a traced function closes over
+        finite = jnp.isfinite(inputs) if isinstance(inputs, jax.Array) else np.isfinite(inputs)
+        all_finite = bool(finite.all())
+    if not all_finite:
         rows = np.unique(np.nonzero(~np.asarray(finite))[0])
         raise ValueError(
             f"inputs to predict at must be finite; got NaN or infinite values in {len(rows)} of {len(inputs)} of them, "

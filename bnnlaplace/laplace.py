@@ -1,6 +1,7 @@
 """Laplace: the front object. It assembles the stages and holds no algorithm."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,22 @@ from bnnlaplace import evidence, predictive, prior, saved, validation
 from bnnlaplace.data import as_arrays, check_fits_model, check_inputs
 from bnnlaplace.likelihood import Likelihood, resolve
 from bnnlaplace.network import Network
-from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, Structure
+from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
 from bnnlaplace.structure.fit import fit_dense, fit_diagonal, fit_krylov
 from bnnlaplace.tree import ravel, register_unchecked, squared_norm, unraveler
 from bnnlaplace.types import Estimate
 
 
 @register_unchecked(("network", "likelihood", "prior_precision", "structure", "fitted"), ("hessian_structure",))
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Laplace:
     """A Laplace approximation N(theta*, (G + delta I)^-1) around the weights of a network.
 
-    Immutable: every method returns a new object. A pytree, so it can be an argument of jitted functions.
+    Immutable: every method returns a new object. A pytree. With "diag" and "full" it can be an argument of jitted
+    functions that call `predictive`, `functional_variance`, `sample` or `mode_gradient`. With "lanczos" it cannot, as
+    the small matrices of the decomposition are on the host: close over the object, or call it outside `jit`. Fitting,
+    the evidence, the choice of the prior precision and saving are for outside `jit` with every structure;
+    `bnnlaplace.evidence.log_marginal_likelihood` is the traceable evidence.
 
     Parameters
     ----------
@@ -40,12 +45,12 @@ class Laplace:
     prior_precision
         delta of the isotropic prior N(0, 1/delta): one number.
     sigma_noise
-        Standard deviation of a regression's noise.
+        Standard deviation of the noise of "regression". As an attribute: the likelihood's, or None.
 
     Raises
     ------
     ValueError
-        If a name is unknown, or a number is not positive and finite.
+        If a name is unknown, a number is not positive and finite, or `sigma_noise` is given to another likelihood.
 
     Examples
     --------
@@ -61,23 +66,36 @@ class Laplace:
     """
 
     network: Network
-    likelihood: Likelihood | str = "classification"
-    hessian_structure: Literal["lanczos", "diag", "full"] = "lanczos"
-    prior_precision: float | Float[Array, ""] = 1.0
-    structure: Structure | None = None
-    fitted: evidence.DataTerms | None = None
-    sigma_noise: dataclasses.InitVar[float] = 1.0
+    likelihood: Likelihood
+    hessian_structure: Literal["lanczos", "diag", "full"]
+    prior_precision: float | Float[Array, ""]
+    structure: Structure | None
+    fitted: evidence.DataTerms | None
 
-    def __post_init__(self, sigma_noise: float) -> None:
-        if isinstance(self.likelihood, str):
-            object.__setattr__(self, "likelihood", resolve(self.likelihood, sigma_noise))
-        if self.hessian_structure not in BY_NAME:
+    # By hand, as `sigma_noise` is an argument that ends up in the likelihood: a field would shadow the property.
+    def __init__(
+        self,
+        network: Network,
+        likelihood: Likelihood | str = "classification",
+        hessian_structure: Literal["lanczos", "diag", "full"] = "lanczos",
+        prior_precision: float | Float[Array, ""] = 1.0,
+        structure: Structure | None = None,
+        fitted: evidence.DataTerms | None = None,
+        sigma_noise: float | Float[Array, ""] = 1.0,
+    ) -> None:
+        if hessian_structure not in BY_NAME:
             raise ValueError(
-                f"Laplace(hessian_structure=...) must be one of {sorted(BY_NAME)}; got {self.hessian_structure!r}"
+                f"Laplace(hessian_structure=...) must be one of {sorted(BY_NAME)}; got {hessian_structure!r}"
             )
-        prior.check(self.prior_precision, "Laplace(prior_precision=...)")
-        if isinstance(sigma_noise, (int, float)) and not 0 < sigma_noise < float("inf"):
-            raise ValueError(f"Laplace(sigma_noise=...) must be positive and finite; got {sigma_noise}; try 1.0")
+        prior.check(prior_precision, "Laplace(prior_precision=...)")
+        values = (network, resolve(likelihood, sigma_noise), hessian_structure, prior_precision, structure, fitted)
+        for field, value in zip(dataclasses.fields(self), values, strict=True):
+            object.__setattr__(self, field.name, value)
+
+    @property
+    def sigma_noise(self) -> Float[Array, ""] | None:
+        """Standard deviation of a regression's noise, read from the likelihood; None where it has none."""
+        return self.likelihood.sigma_noise
 
     # --- fitting ----------------------------------------------------------------------------------------------------
 
@@ -99,7 +117,7 @@ class Laplace:
         Parameters
         ----------
         data
-            (x, y) arrays, or an iterable of (x, y) batches, without augmentation. Kept nowhere.
+            (x, y) arrays, or an iterable of (x, y) batches, without augmentation. Kept nowhere afterwards.
         key
             Seeds the probes; needed for "lanczos" alone.
         num_data
@@ -121,13 +139,18 @@ class Laplace:
         Raises
         ------
         ValueError
-            If data are empty, labels out of range, outputs not (B, C), or inputs or weights not finite.
+            If data are empty, targets out of range, outputs not (B, C), inputs or weights not finite, or `num_data` or
+            `tolerance` not positive.
 
         Notes
         -----
         Cost in GGN products of one vector over all data: "lanczos" at most `max_vectors`; "diag" about C backward
         passes per example; "full" P^2 memory.
         """
+        if num_data is not None and not 0 < num_data < float("inf"):
+            raise ValueError(f"fit(num_data=...) must be positive: the size of the training set; got {num_data}")
+        if not tolerance > 0:
+            raise ValueError(f"fit(tolerance=...) must be positive; got {tolerance}; try 0.05")
         x, y = as_arrays(data)
         check_fits_model(self.network, self.likelihood, x, y)
         scale = 1.0 if num_data is None else num_data / len(x)
@@ -164,6 +187,7 @@ class Laplace:
         `sem` is the standard error over the probes, 0 where the evidence is exact. What stopping the recurrence costs
         is no part of it: it lowers the mean by at most half of `krylov_error().log_determinant`.
         """
+        self._usable_structure(prior_precision)
         point = self.evidence_curve([float(self._precision(prior_precision))]).log_marginal_likelihood
         return Estimate(float(point.mean[0]), float(point.sem[0]))
 
@@ -199,7 +223,8 @@ class Laplace:
         Parameters
         ----------
         method
-            "marglik": maximise the evidence; no curvature is computed again. "gridsearch": try `precisions`.
+            "marglik": maximise the evidence; no curvature is computed again. Warns where the optimum is at an end of
+            the search range. "gridsearch": try `precisions`, and choose among those where "lanczos" has converged.
         validation, precisions, key, num_samples
             For "gridsearch", which serves likelihoods of class labels; `precisions` defaults to 25 values from 0.01 to
             10,000.
@@ -210,7 +235,14 @@ class Laplace:
             If the method is unknown, or "gridsearch" lacks an argument or has another likelihood.
         """
         if method == "marglik":
-            return self.with_prior_precision(self.evidence_optimum().prior_precision)
+            optimum = self.evidence_optimum()
+            if optimum.at_bound:
+                warnings.warn(
+                    f"the evidence still rises at the end of its search range, prior precision "
+                    f"{optimum.prior_precision:.3g}: the optimum is not inside it; look for weights that are zero",
+                    stacklevel=2,
+                )
+            return self.with_prior_precision(optimum.prior_precision)
         if method != "gridsearch":
             raise ValueError(f"optimize_prior_precision(method=...) must be 'marglik' or 'gridsearch'; got {method!r}")
         if validation is None or key is None:
@@ -261,7 +293,7 @@ class Laplace:
 
         Lanczos gives at most one sample per probe, and draws among those.
         """
-        structure, _ = self._require_fit()
+        structure = self._usable_structure()
         deviations = structure.samples(key, num_samples, self.prior_precision)
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 
@@ -282,7 +314,7 @@ class Laplace:
 
     def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B C C"]:
         """Covariance J (G + delta I)^-1 J' of the linearised outputs; for "lanczos" from all its samples."""
-        structure, _ = self._require_fit()
+        structure = self._usable_structure()
         check_inputs(x)
         return predictive.functional_variance(self.network, structure, x, self.prior_precision, microbatch=microbatch)
 
@@ -319,7 +351,7 @@ class Laplace:
         ValueError
             If inputs are not finite, a name is unknown, "mc" lacks a key, or more samples are asked for than there are.
         """
-        structure, _ = self._require_fit()
+        structure = self._usable_structure()
         if pred_type != "glm":
             raise ValueError(f"predictive(pred_type=...) must be 'glm'; got {pred_type!r}")
         check_inputs(x)
@@ -348,9 +380,30 @@ class Laplace:
 
     # --- internals --------------------------------------------------------------------------------------------------
 
+    def _usable_structure(self, prior_precision: float | None = None) -> Structure:
+        """The structure, after a warning where it has not converged at the prior precision it is to be used at."""
+        structure, _ = self._require_fit()
+        if isinstance(structure, SampleStructure):
+            reservation = structure.reservation(float(self._precision(prior_precision)))
+            if reservation is not None:
+                warnings.warn(
+                    f"{reservation}; fit again with target_precision= that or more max_vectors, or use "
+                    "optimize_prior_precision()",
+                    stacklevel=3,
+                )
+        return structure
+
     def _require_fit(self) -> tuple[Structure, evidence.DataTerms]:
         if self.structure is None:
             raise ValueError("this Laplace has no curvature yet; call la = la.fit((x, y), ...) first")
+        if isinstance(self.structure, KrylovStructure):
+            leaves = jax.tree.leaves((self.structure, self.prior_precision))
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+                raise TypeError(
+                    "a Laplace with hessian_structure='lanczos' must not be traced, nor its prior precision, as its "
+                    "small matrices are on the host; got an argument of jit, vmap or grad; close over the object "
+                    "(jax.jit(lambda x: la.predictive(x))), or call it outside"
+                )
         return self.structure, self.fitted
 
     def _precision(self, prior_precision: float | None) -> float | Float[Array, ""]:

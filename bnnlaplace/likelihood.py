@@ -10,6 +10,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
@@ -52,6 +53,12 @@ class Likelihood:
     factor_transpose_mv: Callable[[Array, Array], Array]
     mean: Callable[[Array], Array]
 
+    @property
+    def sigma_noise(self) -> Float[Array, ""] | None:
+        """The noise scale of `gaussian`; None for any other likelihood."""
+        is_gaussian = isinstance(self.log_prob, Partial) and self.log_prob.func is _gaussian_log_prob
+        return self.log_prob.args[0] if is_gaussian else None
+
 
 def categorical() -> Likelihood:
     """Softmax likelihood of integer labels.
@@ -88,7 +95,7 @@ def gaussian(sigma_noise: Float[Array, ""] | float = 1.0) -> Likelihood:
 
 
 def bernoulli() -> Likelihood:
-    """Independent Bernoulli likelihood with logits f; targets in {0, 1} shaped like f.
+    """Independent Bernoulli likelihood with logits f; targets shaped like f: 0 or 1, or probabilities between.
 
     Lambda = diag(p (1 - p)), p = sigmoid(f).
     """
@@ -103,14 +110,25 @@ def bernoulli() -> Likelihood:
     )
 
 
-def resolve(likelihood: str | Likelihood, sigma_noise: float = 1.0) -> Likelihood:
+def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, ""] | float = 1.0) -> Likelihood:
     """Turn the name of a likelihood into the record; a record passes through.
 
     Raises
     ------
     ValueError
-        If the name is unknown.
+        If the name is unknown, or the noise is not one positive, finite number (of a traced one the shape alone is
+        checked), or it is not 1 and the likelihood is not "regression".
     """
+    traced = isinstance(sigma_noise, jax.core.Tracer)
+    is_number = isinstance(sigma_noise, (int, float, np.number, np.ndarray, jax.Array)) and np.shape(sigma_noise) == ()
+    if not is_number or not (traced or 0 < float(sigma_noise) < float("inf")):
+        raise ValueError(f"Laplace(sigma_noise=...) must be one positive, finite number; got {sigma_noise!r}; try 1.0")
+    if likelihood != "regression" and (traced or float(sigma_noise) != 1.0):
+        name = likelihood.name if isinstance(likelihood, Likelihood) else likelihood
+        raise ValueError(
+            f"Laplace(sigma_noise=...) must be left out unless likelihood='regression'; got {sigma_noise} with "
+            f"{name!r}; a Likelihood holds its own noise: bnnlaplace.gaussian(sigma)"
+        )
     if isinstance(likelihood, Likelihood):
         return likelihood
     known = {"classification": categorical, "regression": partial(gaussian, sigma_noise), "binary": bernoulli}
@@ -128,7 +146,8 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
     Raises
     ------
     ValueError
-        If labels are not integers of shape (N,) within the classes, or other targets are not shaped like the outputs.
+        If labels are not integers of shape (N,) within the classes, other targets are not shaped like the outputs, or
+        binary ones are outside [0, 1].
     """
     targets = jnp.asarray(targets)
     if likelihood.target_kind == "array":
@@ -136,6 +155,11 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
             raise ValueError(
                 f"fit(data=(x, y)): targets of a {likelihood.name} must have the shape {outputs_shape} of the outputs; "
                 f"got {targets.shape}; reshape them"
+            )
+        if likelihood.name == "binary" and not ((targets >= 0) & (targets <= 1)).all():
+            raise ValueError(
+                f"fit(data=(x, y)): binary targets must be 0 or 1, or probabilities between; got numbers from "
+                f"{targets.min()} to {targets.max()}; remap them, as -1 and 1 by (y + 1) / 2"
             )
         return
     if targets.shape != outputs_shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):

@@ -84,8 +84,9 @@ def intervals(result: Bootstrap) -> dict[str, Interval]:
     Percentile intervals, but for metrics that are biased upwards: a resample of calibrated predictions is further
     from calibrated than the sample, as the sample is further than the truth. There the interval is reflected about
     the value (the basic bootstrap: Davison and Hinkley, "Bootstrap methods and their application", 1997, equation
-    5.6), cut at 0 and extended to the value itself. With 360 examples, 15 bins and a true calibration error of 0.05,
-    the reflected interval covers the truth in about 93 % of samples, the percentile interval in 34 %.
+    5.6), cut at 0 and extended to the value itself. With few examples and a small
+    calibration error the percentile interval misses the truth more often than it holds it (`tests/test_calibration.py`
+    simulates both).
 
     A metric that is at its limit on every example (accuracy 1) gets an interval of no width.
     """

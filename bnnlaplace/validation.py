@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bnnlaplace import calibration, predictive, prior
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.structure import Structure
+from bnnlaplace.structure import SampleStructure, Structure
 
 
 class ValidationCurve(NamedTuple):
@@ -23,16 +23,32 @@ class ValidationCurve(NamedTuple):
         In nats per example.
     expected_calibration_error
         With equal-width bins.
+    converged
+        Whether the structure has converged there; NLL and ECE elsewhere are not those of the posterior.
     """
 
     prior_precision: Float[np.ndarray, " D"]
     negative_log_likelihood: Float[np.ndarray, " D"]
     expected_calibration_error: Float[np.ndarray, " D"]
+    converged: Bool[np.ndarray, " D"]
 
     @property
     def best_precision(self) -> float:
-        """The prior precision of the lowest NLL; NaN are passed over, and nothing but NaN is a `ValueError`."""
-        return float(self.prior_precision[prior.lowest(self.negative_log_likelihood, "the validation NLL")])
+        """The prior precision of the lowest NLL among those where the structure has converged.
+
+        Raises
+        ------
+        ValueError
+            If it has converged at none of them, or the NLL there is not a number.
+        """
+        if not self.converged.any():
+            raise ValueError(
+                "the decomposition must have converged at one prior precision of the grid at least; it has at none "
+                f"from {self.prior_precision.min():g} to {self.prior_precision.max():g}; try larger ones, or fit with "
+                "more max_vectors"
+            )
+        eligible = np.where(self.converged, self.negative_log_likelihood, np.nan)
+        return float(self.prior_precision[prior.lowest(eligible, "the validation NLL")])
 
 
 def validation_curve(
@@ -87,4 +103,7 @@ def validation_curve(
         probs = np.asarray(predictive.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
         nll.append(calibration.negative_log_likelihood(probs, labels))
         ece.append(calibration.expected_calibration_error(probs, labels))
-    return ValidationCurve(grid, np.asarray(nll), np.asarray(ece))
+    converged = np.ones(len(grid), bool)
+    if isinstance(structure, SampleStructure):
+        converged = np.array([structure.reservation(precision) is None for precision in grid])
+    return ValidationCurve(grid, np.asarray(nll), np.asarray(ece), converged)

@@ -256,9 +256,9 @@ def test_gridsearch_is_for_class_labels():
 
 def test_a_validation_curve_of_nothing_but_nan_has_no_best_precision():
     grid, nan = np.array([1.0, 10.0]), np.full(2, np.nan)
-    assert ValidationCurve(grid, np.array([np.nan, 2.0]), nan).best_precision == 10.0
+    assert ValidationCurve(grid, np.array([np.nan, 2.0]), nan, np.array([True, True])).best_precision == 10.0
     with pytest.raises(ValueError, match="the validation NLL must be a number at one prior precision at least"):
-        _ = ValidationCurve(grid, nan, nan).best_precision
+        _ = ValidationCurve(grid, nan, nan, np.array([True, True])).best_precision
 
 
 def test_a_subset_is_scaled_to_the_whole(trained, diagonal):
@@ -275,9 +275,22 @@ def test_batches_are_the_same_data(trained, diagonal):
     np.testing.assert_array_equal(la.structure.diagonal, diagonal.structure.diagonal)
 
 
+def test_a_list_of_two_arrays_is_the_same_data(trained, diagonal):
+    network, x, y = trained
+    la = bnnlaplace.Laplace(network, hessian_structure="diag").fit([x, y])
+    np.testing.assert_array_equal(la.structure.diagonal, diagonal.structure.diagonal)
+
+
+@pytest.mark.parametrize("shape", [lambda x, y: [x, y, y], lambda x, y: {"x": x, "y": y}, lambda x, y: [(x, y, y)]])
+def test_batches_are_pairs(trained, shape):
+    network, x, y = trained
+    with pytest.raises(ValueError, match=r"two arrays \(x, y\), or an iterable of batches, each such a pair; got"):
+        bnnlaplace.Laplace(network, hessian_structure="diag").fit(shape(x, y))
+
+
 @pytest.mark.parametrize("name", ["full", "diagonal", "unconverged"])
 def test_save_and_load(name, request, tmp_path):
-    la = request.getfixturevalue(name)
+    la = request.getfixturevalue(name).with_prior_precision(1e6)
     la.save(tmp_path / "la")
     blank = la.network.with_params(jax.tree.map(jnp.zeros_like, la.network.params))
     again = bnnlaplace.Laplace.load(tmp_path / "la", blank)
@@ -317,6 +330,36 @@ def test_an_unconverged_decomposition_warns(trained):
         bnnlaplace.Laplace(network).fit((x, y), key=jax.random.key(0), num_probes=4, max_vectors=4)
 
 
+def test_use_at_a_precision_without_convergence_warns(trained, unconverged):
+    _, x, y = trained
+    uses = [
+        lambda la: la.log_marginal_likelihood(),
+        lambda la: la.sample(jax.random.key(0), 2),
+        lambda la: la.functional_variance(x[:2]),
+        lambda la: la.predictive(x[:2]),
+    ]
+    for use in uses:
+        with pytest.warns(UserWarning, match="prior precision 1 a posterior sample can be off by .*target_precision"):
+            use(unconverged)
+        use(unconverged.with_prior_precision(1e6))
+
+
+def test_gridsearch_chooses_where_the_decomposition_has_converged(trained, unconverged):
+    _, x, y = trained
+    options = {"validation": (x, y), "key": jax.random.key(0), "num_samples": 8}
+    chosen = unconverged.optimize_prior_precision("gridsearch", precisions=[1e-2, 1e6], **options)
+    assert chosen.prior_precision == 1e6
+    with pytest.raises(ValueError, match="must have converged at one prior precision"):
+        unconverged.optimize_prior_precision("gridsearch", precisions=[1e-2, 1e-1], **options)
+
+
+def test_an_optimum_at_the_end_of_the_search_warns():
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.zeros((4, 3)))
+    la = bnnlaplace.Laplace(network, hessian_structure="diag").fit((jnp.eye(4), jnp.arange(4) % 3))
+    with pytest.warns(UserWarning, match="the optimum is not inside it"):
+        la.optimize_prior_precision()
+
+
 def test_linen_batch_statistics_are_frozen():
     class Model(nn.Module):
         @nn.compact
@@ -341,6 +384,52 @@ def test_is_a_pytree(diagonal, trained):
     assert dataclasses.is_dataclass(jax.tree.map(lambda leaf: leaf, diagonal))
 
 
+@pytest.mark.parametrize("name", ["full", "diagonal"])
+def test_is_an_argument_of_jitted_functions(name, request, trained):
+    la, x = request.getfixturevalue(name), trained[1][:3]
+    for method in (
+        lambda la, x: la.predictive(x),
+        lambda la, x: la.predictive(x, link_approx="mc", key=jax.random.key(0), num_samples=4),
+        lambda la, x: la.functional_variance(x),
+        lambda la, x: la.sample(jax.random.key(0), 2),
+        lambda la, x: la.mode_gradient(),
+    ):
+        expected, found = method(la, x), jax.jit(method)(la, x)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), found, expected)
+
+
+def test_lanczos_is_closed_over_and_not_traced(lanczos, trained):
+    la, x = lanczos, jnp.asarray(trained[1][:3])
+    for method in (
+        lambda la: la.predictive(x),
+        lambda la: la.functional_variance(x),
+        lambda la: la.sample(jax.random.key(0), 2),
+        lambda la: la.log_marginal_likelihood().mean,
+    ):
+        with pytest.raises(TypeError, match="hessian_structure='lanczos' must not be traced.*close over the object"):
+            jax.jit(method)(la)
+        with pytest.raises(TypeError, match="nor its prior precision"):
+            jax.jit(lambda precision, method=method: method(la.with_prior_precision(precision)))(2.0)
+    np.testing.assert_allclose(jax.jit(lambda x: la.predictive(x))(x), la.predictive(x), rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda: la.predictive(x))(), la.predictive(x), rtol=1e-5)
+
+
+def test_sigma_noise_is_read_from_the_likelihood(tmp_path):
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
+    assert bnnlaplace.Laplace(network).sigma_noise is None
+    la = bnnlaplace.Laplace(network, "regression", "full", sigma_noise=0.3).fit((jnp.eye(2), jnp.ones((2, 1))))
+    la.save(tmp_path / "la")
+    own = bnnlaplace.Laplace(network, bnnlaplace.gaussian(0.3))
+    for each in (la, la.with_prior_precision(2.0), own, bnnlaplace.Laplace.load(tmp_path / "la", network)):
+        np.testing.assert_allclose(each.sigma_noise, 0.3)
+    noise = jax.jit(lambda sigma: bnnlaplace.Laplace(network, "regression", sigma_noise=sigma).sigma_noise)
+    np.testing.assert_allclose(noise(0.2), 0.2)
+    with pytest.raises(ValueError, match="sigma_noise.*left out unless likelihood='regression'"):
+        bnnlaplace.Laplace(network, sigma_noise=0.3)
+    with pytest.raises(ValueError, match="sigma_noise.*positive, finite number"):
+        bnnlaplace.Laplace(network, "regression", sigma_noise=jnp.float32(-1.0))
+
+
 def test_is_rebuilt_with_any_leaves(diagonal):
     # As vmap and sharding do: a scale per leaf, a batch of precisions.
     axes = jax.tree.map(lambda leaf: 0, diagonal)
@@ -354,7 +443,7 @@ def test_is_rebuilt_with_any_leaves(diagonal):
 @pytest.mark.parametrize("name", ["full", "diagonal", "unconverged"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_no_inputs_give_no_predictions(name, request, dtype):
-    la = request.getfixturevalue(name)
+    la = request.getfixturevalue(name).with_prior_precision(1e6)  # where even few vectors are enough
     none = np.empty((0, 64), dtype)
     assert la.predictive(none).shape == (0, 10)
     assert la.predictive(none, link_approx="mc", key=jax.random.key(0)).shape == (0, 10)
@@ -413,6 +502,12 @@ def test_bad_input(trained, diagonal):
         la.fit([], key=jax.random.key(0))
     with pytest.raises(ValueError, match="as many targets as inputs"):
         la.fit((x, y[:5]), key=jax.random.key(0))
+    for num_data in (0, -5, np.nan):
+        with pytest.raises(ValueError, match=r"fit\(num_data=...\) must be positive"):
+            la.fit((x, y), key=jax.random.key(0), num_data=num_data)
+    for tolerance in (0, -0.1, np.nan):
+        with pytest.raises(ValueError, match=r"fit\(tolerance=...\) must be positive"):
+            la.fit((x, y), key=jax.random.key(0), tolerance=tolerance)
     with pytest.raises(ValueError, match="labels must lie in 0..9"):
         la.fit((x, y + 5), key=jax.random.key(0))
     with pytest.raises(ValueError, match="not finite at these weights and data"):

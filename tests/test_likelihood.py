@@ -73,6 +73,40 @@ def test_bad_regression_targets():
         check_targets(bnnlaplace.gaussian(), (3, 2), np.zeros(3))
 
 
+@pytest.mark.parametrize("targets", [[[-1, 1]], [[2, 0]], [[0.5, 1.1]], [[np.nan, 0.0]]])
+def test_bad_binary_targets(targets):
+    with pytest.raises(ValueError, match="binary targets must be 0 or 1, or probabilities between"):
+        check_targets(bnnlaplace.bernoulli(), (1, 2), np.array(targets))
+
+
+@pytest.mark.parametrize("targets", [[[0, 1]], [[False, True]], [[0.0, 1.0]], [[0.25, 0.75]]])
+def test_binary_targets(targets, x64):
+    likelihood, f = bnnlaplace.bernoulli(), jnp.array([[0.3, -2.0]])
+    check_targets(likelihood, (1, 2), np.array(targets))
+    p, y = jax.nn.sigmoid(f), np.array(targets, float)
+    expected = np.sum(y * np.log(p) + (1 - y) * np.log(1 - p), axis=-1)
+    np.testing.assert_allclose(likelihood.log_prob(f, jnp.asarray(targets)), expected)
+
+
+def test_sigma_noise_is_that_of_the_likelihood():
+    np.testing.assert_allclose(bnnlaplace.gaussian(0.3).sigma_noise, 0.3)
+    np.testing.assert_allclose(resolve("regression", 0.3).sigma_noise, 0.3)
+    assert bnnlaplace.categorical().sigma_noise is None and bnnlaplace.bernoulli().sigma_noise is None
+
+
+@pytest.mark.parametrize("sigma", [-1, 0.0, np.nan, jnp.float32(-1.0), np.float32(-1), jnp.inf, np.ones(2), "1", None])
+def test_sigma_noise_is_one_positive_number(sigma):
+    with pytest.raises(ValueError, match=r"Laplace\(sigma_noise=...\) must be one positive, finite number; got"):
+        resolve("regression", sigma)
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "binary", bnnlaplace.gaussian(0.5)])
+def test_sigma_noise_is_for_regression_by_name(likelihood):
+    resolve(likelihood, 1.0)
+    with pytest.raises(ValueError, match=r"sigma_noise=...\) must be left out unless likelihood='regression'; got 2.0"):
+        resolve(likelihood, 2.0)
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"\['binary', 'classification', 'regression'\].*got 'poisson'"):
         resolve("poisson")

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from training import command_line
 from training.config import Config
 from training.errors import UserError
 from training.files import why_not_writable, write_atomically
@@ -66,15 +67,14 @@ def parse(argv: Sequence[str], program: str) -> Arguments:
     Raises
     ------
     UserError
-        The config file cannot be used, or a value is out of its range.
+        The config file cannot be used; an option is unknown; a value is of the wrong type or out of its range.
     SystemExit
-        With status 2 for an unknown option or a value of the wrong type (described on stderr), with status 0 after
-        `--help`.
+        After `--help`.
     """
     config = _find(_config_option(argv) or DEFAULT_CONFIG)
     settings = load_config(config)
     default = Arguments(config=config, workdir=Path("checkpoints") / config.stem, resume=False, settings=settings)
-    arguments = tyro.cli(Arguments, args=list(argv), default=default, prog=program, config=())
+    arguments = command_line.parse(Arguments, argv, program, default=default, config=())
     return dataclasses.replace(arguments, config=config)
 
 

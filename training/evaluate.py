@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from training import config_io, heldout, loop, posteriors, program
+from training import command_line, config_io, heldout, loop, posteriors, program
 from training.data import load
 from training.errors import UserError
 from training.files import why_not_writable
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(argv: Sequence[str], console: Console) -> None:
     """Read config, weights and posteriors back, verified, and evaluate them."""
-    arguments = tyro.cli(Arguments, args=list(argv), prog="python -m training.evaluate")
+    arguments = command_line.parse(Arguments, argv, "python -m training.evaluate")
     config = config_io.load_saved_config(arguments.workdir)
     chosen = {name: value for name in ("split", "ood") if (value := getattr(arguments, name)) is not None}
     config = dataclasses.replace(
@@ -55,7 +55,7 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
     directory = arguments.workdir / f"evaluation-{config.evaluation.split}-{config.evaluation.ood}"
     if fault := why_not_writable(directory):
         raise UserError(f"the work directory must be writable; got {fault}; evaluate a copy of it")
-    watch = program.Stopwatch(console)
+    watch = program.Stopwatch(console, kept="nothing is written")
     with watch.stage("data"):
         trained = loop.load_trained(arguments.workdir)
         data = load(config.data)

@@ -6,7 +6,7 @@ import numpy as np
 
 from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.resampling import Bootstrap, Interval, paired_differences
-from training.results import MethodResult, RunResults
+from training.results import MethodResult, ModeDistance, RunResults
 
 _NEAR_MODE = 0.01  # squared distance to the mode over the effective number of parameters
 _SAME_OPTIMUM = 2.0  # prior precisions within this factor are called the same
@@ -210,20 +210,20 @@ def _hadamard(results: RunResults) -> list[Finding]:
         # Two standard errors, what truncation can have taken from the evidence, and the rounding of sums of this size:
         # at large precision the two evidences are all but equal.
         allowed = 2 * np.asarray(curve.log_evidence_sem) + curve.log_evidence_truncation + 1e-6 * np.abs(here)
-        violated = excess > allowed
+        violated = (excess > allowed) & curve.converged
         best, best_diagonal = np.nanmax(curve.log_evidence), np.nanmax(diagonal.log_evidence)
         text = (
             f"The largest log evidence is {number(best, 0)} nats for {name} and {number(best_diagonal, 0)} for "
             "the diagonal. By Hadamard's inequality the diagonal's evidence is never the larger at equal precision; "
         )
         if violated.any():
-            worst = int(np.argmax(excess - allowed))
+            worst = int(np.argmax(np.where(violated, excess - allowed, -np.inf)))
             text += (
                 f"here it is, by {number(excess[worst], 2)} nats at precision {precision(curve.precision[worst])}, "
                 "beyond its error: the decomposition cannot be trusted there."
             )
         else:
-            text += "that holds at every precision of the grid, within the error."
+            text += "that holds at every precision of the grid where the decomposition has converged, within the error."
         found.append(Finding("Evidence", text))
     return found
 
@@ -274,16 +274,13 @@ def _unconverged(name: str, curve: PrecisionCurve) -> str:
 
 def _mode(results: RunResults) -> Finding:
     relative = results.gradient_norm / results.prior_gradient_norm
-    share = results.mode_decrement / results.krylov.effective_parameters
+    here, there = results.mode_in_training, results.mode_of_evidence
     text = (
         "A Laplace approximation expands the log joint at a mode. At the trained weights its gradient has norm "
-        f"{results.gradient_norm:.2g}, {number(100 * relative, 2)} % of the norm of the prior's gradient. In the "
-        f"metric of the posterior the mode is {number(results.mode_decrement**0.5, 1)} standard deviations away, where "
-        f"a sample of the posterior is about {number(results.krylov.effective_parameters**0.5, 1)} away in the "
-        f"directions that the data determine; a Gauss-Newton step promises {number(results.mode_decrement / 2, 1)} "
-        "nats: "
+        f"{results.gradient_norm:.2g}, {number(100 * relative, 2)} % of the norm of the prior's gradient. At the prior "
+        f"precision of training, {precision(here.prior_precision)}, the mode is {_distance(here)}: "
     )
-    if share <= _NEAR_MODE:
+    if here.decrement <= _NEAR_MODE * here.effective_parameters:
         text += "a mode for practical purposes."
     else:
         text += (
@@ -291,7 +288,15 @@ def _mode(results: RunResults) -> Finding:
             "determines and training reaches last; train longer to come closer."
         )
     text += (
-        f" The mode moves with the prior: that of the evidence's own precision is "
-        f"{number(results.mode_decrement_at_evidence**0.5, 1)} away."
+        f" The mode moves with the prior: that of the precision which the evidence prefers, "
+        f"{precision(there.prior_precision)}, is {_distance(there)}."
     )
     return Finding("Is this a mode?", text)
+
+
+def _distance(mode: ModeDistance) -> str:
+    return (
+        f"{number(mode.decrement**0.5, 1)} standard deviations of the posterior away, where a sample is about "
+        f"{number(mode.effective_parameters**0.5, 1)} away in the directions that the data determine, and a "
+        f"Gauss-Newton step promises {number(mode.decrement / 2, 1)} nats"
+    )

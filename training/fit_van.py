@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from time import perf_counter
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fit(argv: Sequence[str], console: Console) -> None:
     """Data, training, posteriors, evaluation, report."""
     arguments = config_io.parse(argv, "python -m training.fit_van")
-    watch = program.Stopwatch(console)
+    watch = program.Stopwatch(console, kept="continue with --resume")
     with watch.stage("data"):
         data = load(arguments.settings.data)
         measured = dataclasses.replace(arguments.settings.data, mean=data.mean, std=data.std)
@@ -49,12 +50,16 @@ def fit(argv: Sequence[str], console: Console) -> None:
             console=console,
             update_prior=posteriors.online_update(config, data, module, console),
         )
+    # Also what earlier sessions spent, where this one has resumed the run.
+    watch.seconds["training"] = loop.seconds_of(trained)
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     with watch.stage("posterior"):
         fitted = _fitted(workdir, network, console) if arguments.resume else None
         if fitted is None:
+            started = perf_counter()
             fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
-            posteriors.save(workdir, fitted)
+            posteriors.save(workdir, fitted, seconds=perf_counter() - started)
+    watch.seconds["posterior"] = posteriors.seconds_to_fit(workdir) or watch.seconds["posterior"]
     with watch.stage("evaluation"):
         results = heldout.evaluate(config, data, foreign, trained, fitted, watch.seconds)
     program.write_results(workdir, results, console)

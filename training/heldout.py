@@ -10,14 +10,14 @@ from scipy.special import softmax
 
 from bnnlaplace import Laplace, Network, calibration, predictive
 from bnnlaplace.plots import PrecisionCurve
-from bnnlaplace.structure import KrylovStructure
 from bnnlaplace.temperature import fit_temperature
 from bnnlaplace.tree import size
+from training import interruption
 from training.config import Config
 from training.data import ImageData, Split, normalise, out_of_distribution
 from training.errors import UserError
 from training.loop import TrainResult
-from training.results import KrylovResult, MethodResult, RunResults
+from training.results import KrylovResult, MethodResult, ModeDistance, RunResults
 
 _CURVE_STREAM, _SAMPLE_STREAM = 201, 202
 
@@ -78,8 +78,8 @@ def evaluate(
         history=trained.history,
         gradient_norm=trained.joint_gradient_norm,
         prior_gradient_norm=trained.joint_gradient_norm / trained.joint_gradient_to_prior,
-        mode_decrement=posteriors["Lanczos"].mode_decrement(trained.prior_precision),
-        mode_decrement_at_evidence=posteriors["Lanczos"].mode_decrement(curves["Lanczos"].evidence_optimum),
+        mode_in_training=mode_distance(posteriors["Lanczos"], trained.prior_precision),
+        mode_of_evidence=mode_distance(posteriors["Lanczos"], curves["Lanczos"].evidence_optimum),
     )
 
 
@@ -89,6 +89,7 @@ def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, 
     Where the samples have not converged, NLL and ECE are not those of the posterior: such precisions are marked in
     `converged`, and the validation NLL does not choose them.
     """
+    interruption.stop_if_requested("stopped before the evaluation was complete; continue with --resume")
     settings = config.evaluation
     grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
     evidence = la.evidence_curve(grid).log_marginal_likelihood
@@ -101,13 +102,9 @@ def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, 
         num_samples=config.curvature.num_probes,
         microbatch=config.curvature.microbatch,
     )
-    truncation, converged = np.zeros(len(grid)), np.ones(len(grid), bool)
-    if isinstance(la.structure, KrylovStructure):
-        errors = [la.structure.error(delta) for delta in grid]
-        # The log-determinant is at most this much too high, so the evidence at most half as much too low.
-        truncation = np.array([0.5 * error.log_determinant for error in errors])
-        converged = np.array([la.structure.has_converged(error, config.curvature.tolerance) for error in errors])
-    nll_optimum, nll_at_bound = lowest_nll(name, grid, heldout.negative_log_likelihood, converged)
+    # The log-determinant is at most this much too high, so the evidence at most half as much too low.
+    truncation = np.array([0.5 * la.structure.truncation(delta).mean() for delta in grid])
+    nll_optimum, nll_at_bound = lowest_nll(name, grid, heldout.negative_log_likelihood, heldout.converged)
     return PrecisionCurve(
         precision=grid,
         log_evidence=evidence.mean,
@@ -115,7 +112,7 @@ def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, 
         log_evidence_truncation=truncation,
         validation_nll=heldout.negative_log_likelihood,
         validation_ece=heldout.expected_calibration_error,
-        converged=converged,
+        converged=heldout.converged,
         evidence_optimum=optimum.prior_precision,
         evidence_optimum_low=optimum.low,
         evidence_optimum_high=optimum.high,
@@ -153,13 +150,19 @@ def krylov_result(config: Config, la: Laplace, prior_precision: float) -> Krylov
         depth=len(structure.ritz.values) // structure.num_probes,
         num_vectors=len(structure.ritz.values),
         num_probes=structure.num_probes,
-        converged=structure.has_converged(error, config.curvature.tolerance),
+        converged=structure.has_converged(error),
         sample_error_bound=error.sample,
         log_det_low=upper - error.log_determinant,
         log_det_high=upper,
         effective_parameters=error.effective_parameters,
         ritz_values=np.asarray(structure.ritz.values),
     )
+
+
+def mode_distance(la: Laplace, prior_precision: float) -> ModeDistance:
+    """How far the weights are from the mode at one prior precision, beside how far a posterior sample is."""
+    effective = la.structure.error(prior_precision).effective_parameters
+    return ModeDistance(prior_precision, la.mode_decrement(prior_precision), effective)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +192,7 @@ class _HeldOut:
 
     def posterior_predictions(self, name: str, la: Laplace, choices: Mapping[str, float]) -> Iterator[MethodResult]:
         """One posterior at each chosen prior precision, through each link."""
+        interruption.stop_if_requested("stopped before the evaluation was complete; continue with --resume")
         settings = self.config.curvature
         posteriors = la.functional_posteriors(
             self.images,

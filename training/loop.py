@@ -37,11 +37,12 @@ from training.record import (
     result_of,
     rewrite_log,
     save_progress,
+    seconds_of,
 )
 from training.steps import list_steps
 from training.train_step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
 
-__all__ = ["TrainResult", "UpdatePrior", "load_trained", "train"]
+__all__ = ["TrainResult", "UpdatePrior", "load_trained", "seconds_of", "train"]
 
 CHECKPOINTS = 10
 CHECKPOINT_SECONDS = 10.0
@@ -110,7 +111,7 @@ def train(
 
     Notes
     -----
-    Cost: beside the steps, one gradient over the training set at the start and at the end of each phase, and a few
+    Cost: beside the steps, one gradient over the training set at the end of each phase, and a few
     forward passes over it between the phases. One compilation for each kind of pass.
     """
     run = _prepare(config, data, module, workdir, console, update_prior)
@@ -191,7 +192,7 @@ def _initial_state(run: _Run) -> TrainState:
 
 def _begin(run: _Run) -> tuple[TrainState, Journal]:
     state = _initial_state(run)
-    return state, Journal(initial_gradient_norm=_joint_gradient(run, state).norm)
+    return state, Journal()
 
 
 def _restore(run: _Run) -> tuple[TrainState, Journal] | None:

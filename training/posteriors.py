@@ -1,5 +1,6 @@
 """The two Laplace posteriors of a run: the diagonal GGN and the Lanczos one, fitted on the training images."""
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,12 @@ from rich.console import Console
 from bnnlaplace import Laplace, Network
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
+from training import interruption
 from training.config import Config
 from training.config_io import POSTERIORS
 from training.data import ImageData, normalise
 from training.errors import UserError
+from training.files import write_atomically
 from training.shuffle import stratified_indices
 
 # Display name -> hessian_structure of Laplace, in the order of tables.
@@ -26,6 +29,8 @@ STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}
 # Online updates move the prior precision within these bounds: a layer whose weights have died, or weights hardly
 # trained yet, can send the maximiser to zero or infinity.
 ONLINE_RANGE = (1e-3, 1e3)
+_SECONDS_FILE = "seconds.json"
+_STOPPED = "stopped while fitting the posteriors; the trained network is kept; continue with --resume"
 _PROBE_STREAM, _SUBSET_STREAM = 101, 102
 
 
@@ -40,10 +45,16 @@ def fit(
     """Fit both structures on all training images, unaugmented and in fixed order.
 
     Each comes back at the prior precision of training; `Laplace.optimize_prior_precision` moves it.
+
+    Raises
+    ------
+    Interrupted
+        Ctrl-C or SIGTERM came; the running block was finished, nothing is kept.
     """
     images = normalise(data.train.images, data.mean, data.std)
     posteriors = {}
     for name, structure in STRUCTURES.items():
+        interruption.stop_if_requested(_STOPPED)
         la = Laplace(network, hessian_structure=structure, prior_precision=prior_precision)
         with _warnings_on(console):
             posteriors[name] = la.fit(
@@ -73,10 +84,19 @@ def probe_key(config: Config) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), _PROBE_STREAM)
 
 
-def save(workdir: Path, posteriors: dict[str, Laplace]) -> None:
-    """Write each posterior under `workdir/laplace`, verified on reading."""
+def save(workdir: Path, posteriors: dict[str, Laplace], seconds: float) -> None:
+    """Write each posterior under `workdir/laplace`, verified on reading, and how long it took to fit them."""
     for name, la in posteriors.items():
         la.save(workdir / POSTERIORS / name)
+    write_atomically(workdir / POSTERIORS / _SECONDS_FILE, json.dumps({"fit": seconds}) + "\n")
+
+
+def seconds_to_fit(workdir: Path) -> float | None:
+    """What `save` was told; None where an earlier release saved them, or the file is damaged."""
+    try:
+        return float(json.loads((workdir / POSTERIORS / _SECONDS_FILE).read_text())["fit"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def load(workdir: Path, network: Network) -> dict[str, Laplace]:
@@ -130,7 +150,8 @@ def online_update(
 
 
 def _report_block(console: Console, config: Config, structure: KrylovStructure, error: KrylovError) -> None:
-    done = "; converged" if structure.has_converged(error, config.curvature.tolerance) else ""
+    interruption.stop_if_requested(_STOPPED)
+    done = "; converged" if structure.has_converged(error) else ""
     console.print(
         f"  {len(structure.ritz.values):4d} vectors; error at precision {error.prior_precision:.3g}: samples "
         f"{error.sample:.2g}, log-determinant {error.log_determinant:.2g}{done}",

@@ -11,12 +11,12 @@ import jax
 from rich.console import Console
 
 from bnnlaplace.checkpoint import CheckpointError
-from training import report
+from training import interruption, report
 from training.errors import Interrupted, UserError
 from training.files import why_not_writable, writing
 from training.results import RunResults, write_metrics
 
-USER_FAULT, INTERRUPTED = 2, 130
+USER_FAULT, INTERRUPTED = 2, interruption.EXIT_STATUS
 
 _UNBOUNDED = 10_000  # columns; more than anything printed here needs
 
@@ -26,12 +26,14 @@ def run(main: Callable[[Console], None]) -> int:
 
     Returns
     -------
-    The exit status: 0; 2 for a fault that the message says how to mend; 130 after Ctrl-C.
+    The exit status: 0; 2 for a fault that the message says how to mend; 130 after Ctrl-C or SIGTERM, which stop the
+    program where it asks for them (see `interruption`), and at once when they come twice.
     """
     console = make_console()
     try:
-        use_compilation_cache()
-        main(console)
+        with interruption.watch():
+            use_compilation_cache()
+            main(console)
     except (UserError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_FAULT
@@ -74,19 +76,21 @@ def use_compilation_cache() -> None:
 
 
 class Stopwatch:
-    """Seconds by stage, in the order the stages ran."""
+    """Seconds by stage, in the order the stages ran; `kept` says what a person has who stops the program between."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, kept: str) -> None:
         self.console = console
+        self.kept = kept
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage and time it."""
+        """Announce a stage and time it; a signal that came meanwhile stops the program after it at the latest."""
         self.console.print(f"[bold]{name}[/bold]")
         started = perf_counter()
         yield
         self.seconds[name] = perf_counter() - started
+        interruption.stop_if_requested(f"stopped after stage {name}; {self.kept}")
 
 
 def write_results(directory: Path, results: RunResults, console: Console) -> None:

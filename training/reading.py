@@ -1,7 +1,7 @@
 """Reading one split of a prepared TFDS set: every image decoded, in the order of the files, into one array.
 
-Decoded once and sliced by index, sets that fit in memory feed a training loop several times faster than a streaming
-loader, and every pass over them sees the same order.
+Decoded once and sliced by index, sets that fit in memory cost a training loop no decoding at all, as a streaming loader
+would at every pass, and every pass over them sees the same order.
 """
 
 import io
@@ -58,7 +58,7 @@ def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tup
 
     Notes
     -----
-    About 10,000 PNG images of 32x32 pixels a second on one core; N H W C bytes.
+    Decodes on one core, image by image; memory N H W C bytes.
     """
     builder = catalog.open_set(name, catalog.data_directory(data_dir))
     splits = builder.info.splits
@@ -108,7 +108,7 @@ def _raw_examples(
     """Yield the encoded image and the label of each record."""
     import tensorflow_datasets as tfds
 
-    # Leaving the decoding to TFDS would be a tenth slower, and depend on whether OpenCV is installed.
+    # Left to TFDS, the decoding would depend on whether OpenCV is installed.
     source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
     for start in range(0, len(source), _BATCH):
         for example in source.__getitems__(range(start, min(start + _BATCH, len(source)))):

@@ -36,8 +36,6 @@ class TrainResult(NamedTuple):
     """Norm of the gradient of log p(D, theta), in nats per unit of weight."""
     joint_gradient_to_prior: float
     """The same over the norm of the prior's part of that gradient, prior_precision * |theta|."""
-    joint_gradient_to_initial: float
-    """The same over its value at initialisation."""
 
 
 @dataclasses.dataclass
@@ -48,7 +46,6 @@ class Journal:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     epoch_seconds: float = 0.0
     """Spent on the present epoch so far."""
-    initial_gradient_norm: float = math.nan
     gradient_norm: float = math.nan
     prior_gradient_norm: float = math.nan
 
@@ -62,8 +59,12 @@ def result_of(state: TrainState, journal: Journal) -> TrainResult:
         history=journal.history,
         joint_gradient_norm=journal.gradient_norm,
         joint_gradient_to_prior=journal.gradient_norm / journal.prior_gradient_norm,
-        joint_gradient_to_initial=journal.gradient_norm / journal.initial_gradient_norm,
     )
+
+
+def seconds_of(result: TrainResult) -> float:
+    """Wall-clock seconds of all epochs, in whichever sessions they ran; what led to a kept state counts, once."""
+    return sum(record["seconds"] for record in result.history)
 
 
 def load_trained(workdir: Path) -> TrainResult:
@@ -85,7 +86,7 @@ def load_trained(workdir: Path) -> TrainResult:
         raise UserError(f"the training in {workdir} must be finished; it is not; finish it with --resume")
     # Containers without leaves, such as the statistics of a network without normalisation, are not in the file.
     tree.setdefault("batch_stats", {})
-    return result_of(TrainState(**tree), Journal(**metadata["journal"]))
+    return result_of(TrainState(**tree), _journal(metadata))
 
 
 def save_progress(workdir: Path, state: TrainState, journal: Journal, finished: bool) -> Path:
@@ -102,7 +103,13 @@ def load_progress(
     if found is None:
         return None
     state, metadata = found
-    return state, Journal(**metadata["journal"]), metadata["finished"]
+    return state, _journal(metadata), metadata["finished"]
+
+
+def _journal(metadata: dict[str, Any]) -> Journal:
+    """The journal of a checkpoint, without what earlier releases also remembered."""
+    known = {field.name for field in dataclasses.fields(Journal)}
+    return Journal(**{name: value for name, value in metadata["journal"].items() if name in known})
 
 
 def rewrite_log(workdir: Path, history: list[dict[str, Any]]) -> None:

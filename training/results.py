@@ -9,7 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -77,6 +77,17 @@ class KrylovResult:
     ritz_values: np.ndarray
 
 
+class ModeDistance(NamedTuple):
+    """How far the trained weights are from the mode of the log joint at one prior precision."""
+
+    prior_precision: float
+    decrement: float
+    """Squared distance in standard deviations of the Lanczos posterior; twice the nats that a Gauss-Newton step
+    promises."""
+    effective_parameters: float
+    """The same of a posterior sample, on average, in the directions that the data determine."""
+
+
 @dataclass(frozen=True)
 class RunResults:
     """Everything that the table, `metrics.json` and `report.html` show."""
@@ -108,11 +119,10 @@ class RunResults:
     """Norm of the gradient of the log joint over all training images, at the weights that Laplace expands at."""
     prior_gradient_norm: float
     """Norm of the prior term's gradient there, the scale on which `gradient_norm` is small or not."""
-    mode_decrement: float
-    """Squared distance from those weights to the mode, in standard deviations of the Lanczos posterior at the prior
-    precision of training; twice the nats that a Gauss-Newton step promises."""
-    mode_decrement_at_evidence: float
-    """The same at the precision of the Lanczos evidence, whose mode is another one."""
+    mode_in_training: ModeDistance
+    """At the prior precision of training, whose mode training heads for."""
+    mode_of_evidence: ModeDistance
+    """At the prior precision of the Lanczos evidence, whose mode is another one."""
     chosen_on: str = "validation"
     """The split that the temperature and the second prior precision of each structure were chosen on."""
 

@@ -14,9 +14,12 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from training import program
+from training import command_line, program
 from training.errors import UserError
 from training.results import FORMAT_VERSION
+
+# What may differ between the runs of one experiment: the seed, where the images lie, and what only bounds the memory.
+_MAY_DIFFER = ("seed", "data.dir", "curvature.microbatch")
 
 _METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
 
@@ -39,13 +42,18 @@ class Run(NamedTuple):
     """Of each method by metric."""
     evidence: dict[str, float | None]
     """The highest on the grid, by structure."""
+    config: dict[str, Any]
+    """By dotted name of the field."""
+    nll_differences: tuple[tuple[float | None, float | None], ...]
+    """Paired 95 % interval of each method's NLL minus that of MAP, which is the first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Print a Markdown table: for each method the mean over runs and, in brackets, the lowest and the highest.
 
-    Prior precisions, which spread over decades, are averaged geometrically.
+    Prior precisions, which spread over decades, are averaged geometrically. Below it, in how many runs each method's
+    NLL is told from that of MAP.
     """
 
     workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summarise(argv: Sequence[str], console: Console) -> None:
     """Read the metrics of each run and print the table."""
-    arguments = tyro.cli(Arguments, args=list(argv), prog="python -m training.summarise")
+    arguments = command_line.parse(Arguments, argv, "python -m training.summarise")
     if not arguments.workdirs:
         raise UserError(
             "at least one work directory must be named; got none; try python -m training.summarise checkpoints/*"
@@ -114,7 +122,19 @@ def _parsed(content: dict[str, Any]) -> Run:
             name: max((value for value in map(_number, curve["log_evidence"]) if value is not None), default=None)
             for name, curve in content["curves"].items()
         },
+        config=_flat(content["config"]),
+        nll_differences=tuple(
+            (_number(interval["low"]), _number(interval["high"]))
+            for interval in (method["difference_from_map"]["nll"] for method in methods)
+        ),
     )
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _number(value: Any) -> float | None:
@@ -127,9 +147,10 @@ def table(runs: Sequence[Run]) -> list[str]:
     Raises
     ------
     UserError
-        The runs are of different data, splits or methods.
+        The runs are of different settings (beside the seed), data, splits or methods.
     """
     first = runs[0]
+    _require_same_settings(runs)
     if len({(run.data, run.split, run.ood, run.labels, tuple(run.evidence)) for run in runs}) != 1:
         raise UserError(
             "all runs must be of one experiment; these differ in data, split or methods; compare like with like"
@@ -150,7 +171,27 @@ def table(runs: Sequence[Run]) -> list[str]:
     for name in first.evidence:
         highest = _range([run.evidence[name] for run in runs], "{:.0f}".format)
         lines.append(f"Highest log evidence on the grid, {name}: {highest} nats.")
+    lines += ["", "NLL against that of MAP, by the paired 95 % interval of each run:"]
+    for index, label in enumerate(first.labels[1:], start=1):
+        lines.append(f"- {label}: {_verdicts([run.nll_differences[index] for run in runs])}")
     return lines
+
+
+def _require_same_settings(runs: Sequence[Run]) -> None:
+    names = sorted({name for run in runs for name in run.config} - set(_MAY_DIFFER))
+    values = {name: list(dict.fromkeys(repr(run.config.get(name)) for run in runs)) for name in names}
+    if differing := [f"{name}: {', '.join(found)}" for name, found in values.items() if len(found) > 1]:
+        raise UserError(
+            f"all runs must be of one experiment, of the same settings beside the seed; these differ in "
+            f"{'; '.join(differing)}; compare like with like"
+        )
+
+
+def _verdicts(differences: Sequence[tuple[float | None, float | None]]) -> str:
+    """In how many runs the interval lies below zero, above it, or neither (also where it is not finite)."""
+    better = sum(high is not None and high < 0 for _, high in differences)
+    worse = sum(low is not None and low > 0 for low, _ in differences)
+    return f"better in {better}, worse in {worse}, not told in {len(differences) - better - worse}"
 
 
 def _range(

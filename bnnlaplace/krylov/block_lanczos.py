@@ -90,7 +90,9 @@ def block_lanczos(
     ------
     BlockDecomposition
         After 1, 2, ... blocks. Stop iterating when it is good enough. The iteration ends by itself when `max_vectors`
-        or n is reached or the space is invariant, in which case everything computed from it is exact.
+        is reached or the space is invariant. In an invariant space f(A) z is exact for every probe z; a trace is
+        still an estimate where an eigenvalue has more copies than there are probes. Where S does not divide n, some
+        rows of the last block are zero, and m exceeds n.
 
     Raises
     ------
@@ -137,8 +139,8 @@ def block_lanczos(
         yield BlockDecomposition(
             basis, _assemble(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
         )
-        exhausted = not off_diagonal[-1].any()
-        if exhausted or len(basis) + count > min(max_vectors, dimension):
+        exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
+        if exhausted or len(basis) + count > max_vectors:
             return
 
 

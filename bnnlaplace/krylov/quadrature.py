@@ -60,16 +60,27 @@ def stochastic_lanczos_quadrature(
 def trace_forms(
     ritz: Ritz, function: Callable[[np.ndarray], np.ndarray], *, tolerance: float = 1e-2
 ) -> Float[np.ndarray, " S"]:
-    """tr f(A) as each probe of one block decomposition estimates it, f elementwise on Ritz values.
+    """tr f(A) as each probe of one block decomposition estimates it, f elementwise on Ritz values, f(0) = 0.
 
     Ritz pairs whose residual is at most `tolerance` times theta are eigenpairs: their f(theta) enter every estimate
     exactly. They are properties of A, not of the probes, so the rest of the trace is estimated without bias by what a
     probe sees of the rest: tr f(A) = sum_conv f(theta_j) + E sum_other f(theta_j) (z' x_j)^2. The mean over probes is
     the estimate, their spread its error.
+
+    A block of S probes finds at most S vectors of an eigenspace. So S or more converged values that `tolerance` does
+    not tell apart may stand for an eigenspace with more dimensions than were found: they stay with the rest, where a
+    probe sees all of the space.
     """
     values = function(ritz.values)
-    rest = ritz.couplings > tolerance * ritz.values
-    return values[~rest].sum() + (values[:, None] * ritz.weights**2)[rest].sum(axis=0)
+    exact = ritz.couplings <= tolerance * ritz.values
+    exact[exact] = ~_in_long_chain(ritz.values[exact], ritz.weights.shape[1], tolerance)
+    return values[exact].sum() + (values[:, None] * ritz.weights**2)[~exact].sum(axis=0)
+
+
+def _in_long_chain(ascending: Float[np.ndarray, " m"], length: int, tolerance: float) -> np.ndarray:
+    """Which values belong to a chain of `length` or more, each within `tolerance` of the next, relative to it."""
+    chain = np.cumsum(np.diff(ascending, prepend=0.0) > tolerance * ascending)
+    return np.bincount(chain, minlength=1)[chain] >= length if len(chain) else chain.astype(bool)
 
 
 def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarray, np.ndarray]:

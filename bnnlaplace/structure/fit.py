@@ -104,21 +104,16 @@ def fit_krylov(
         prior.check(target_precision, "fit(target_precision=...)")
     product = partial(block_product, network, likelihood, inputs, scale, microbatch=microbatch)
     for decomposition in krylov.block_lanczos(product, probes, max_vectors=max_vectors):
-        structure = KrylovStructure.from_decomposition(decomposition)
+        structure = KrylovStructure.from_decomposition(decomposition, tolerance)
         target = target_precision
         if target is None:
             target = hardest_optimum(structure, log_likelihood, squared_norm)
         error = structure.error(target)
         if on_block is not None:
             on_block(structure, error)
-        if structure.has_converged(error, tolerance):
+        if structure.has_converged(error):
             return structure
-    warnings.warn(
-        f"the Krylov decomposition has not converged with {len(structure.ritz.values)} vectors: at prior precision "
-        f"{target:.3g} a posterior sample can be off by {100 * error.sample:.0f} % and the log-determinant by "
-        f"{error.log_determinant:.2g} nats; raise max_vectors",
-        stacklevel=3,
-    )
+    warnings.warn(f"{structure.reservation(target)}; raise max_vectors", stacklevel=3)
     return structure
 
 

@@ -48,25 +48,29 @@ class KrylovStructure(NamedTuple):
         See `bnnlaplace.krylov`.
     radau_nodes, radau_weights
         The Gauss-Radau rule that bounds the log-determinant from below; shapes (m + S,) and (m + S, S).
+    tolerance
+        The relative error of a sample from which on it counts as converged.
     """
 
     decomposition: krylov.BlockDecomposition
     ritz: krylov.Ritz
     radau_nodes: Float[np.ndarray, " m+S"]
     radau_weights: Float[np.ndarray, "m+S S"]
+    tolerance: np.float64 = np.float64(0.1)
 
     @classmethod
-    def from_decomposition(cls, decomposition: krylov.BlockDecomposition) -> "KrylovStructure":
+    def from_decomposition(cls, decomposition: krylov.BlockDecomposition, tolerance: float = 0.1) -> "KrylovStructure":
         """Diagonalise the small matrices behind the two quadrature rules."""
         ritz = krylov.ritz(decomposition)
-        return cls(decomposition, ritz, *krylov.gauss_radau(decomposition, ritz))
+        return cls(decomposition, ritz, *krylov.gauss_radau(decomposition, ritz), np.float64(tolerance))
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "KrylovStructure":
         """Rebuild from its fields by name, as a checkpoint holds them; the small matrices stay on the host."""
         decomposition = krylov.BlockDecomposition(**arrays["decomposition"])
         decomposition = decomposition._replace(basis=jnp.asarray(decomposition.basis))
-        return cls(decomposition, krylov.Ritz(**arrays["ritz"]), arrays["radau_nodes"], arrays["radau_weights"])
+        ritz, radau = krylov.Ritz(**arrays["ritz"]), (arrays["radau_nodes"], arrays["radau_weights"])
+        return cls(decomposition, ritz, *radau, np.float64(arrays.get("tolerance", 0.1)))
 
     @property
     def num_probes(self) -> int:
@@ -92,13 +96,25 @@ class KrylovStructure(NamedTuple):
         truncation = self.truncation(prior_precision).mean()
         return KrylovError(float(prior_precision), float(sample), float(truncation), float(effective))
 
-    def has_converged(self, error: KrylovError, tolerance: float) -> bool:
-        """Whether samples are within `tolerance`, and truncation is below the log-determinant's standard error.
+    def has_converged(self, error: KrylovError) -> bool:
+        """Whether samples are within the tolerance, and truncation is below the log-determinant's standard error.
 
         Truncation below 0.1 nat is negligible whatever the standard error.
         """
         forms = self.log_determinant(error.prior_precision)
-        return bool(error.sample <= tolerance and error.log_determinant <= max(0.1, forms.std() / np.sqrt(len(forms))))
+        sem = forms.std(ddof=1) / np.sqrt(len(forms)) if len(forms) > 1 else 0.0
+        return bool(error.sample <= self.tolerance and error.log_determinant <= max(0.1, sem))
+
+    def reservation(self, prior_precision: float) -> str | None:
+        """What to know before using it at a prior precision: that it has not converged there; None where it has."""
+        error = self.error(prior_precision)
+        if self.has_converged(error):
+            return None
+        return (
+            f"the Krylov decomposition has not converged with {len(self.ritz.values)} vectors: at prior precision "
+            f"{prior_precision:.3g} a posterior sample can be off by {100 * error.sample:.0f} % and the "
+            f"log-determinant by {error.log_determinant:.2g} nats"
+        )
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v from above: what lies outside the basis counts with the prior's precision alone.

@@ -49,6 +49,10 @@ class SampleStructure(Structure, Protocol):
         """The largest number of samples."""
         ...
 
+    def reservation(self, prior_precision: float) -> str | None:
+        """What to know before using it at a prior precision; None where there is nothing."""
+        ...
+
     def function_samples(
         self,
         pushforward: Callable[[Float[Array, "R P"]], Float[Array, "R B C"]],

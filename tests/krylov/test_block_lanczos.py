@@ -80,6 +80,33 @@ def test_trace_within_four_standard_errors(x64, seed):
     assert sem < 0.5 * plain.std(ddof=1) / np.sqrt(len(plain))
 
 
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("copies", [5, 8, 60])
+def test_trace_of_an_eigenspace_larger_than_the_block(x64, seed, copies):
+    """Eight probes find eight of its vectors, whose residuals vanish: they must not pass for the whole space."""
+    spectrum = np.concatenate([np.full(copies, 3.0), [100.0, 40.0], np.zeros(40)])
+    _, steps = decompositions(8, 64, spectrum=spectrum, seed=seed)
+    forms = krylov.trace_forms(krylov.ritz(steps[-1]), lambda values: np.log1p(values / SHIFT))
+    exact = np.log1p(spectrum / SHIFT).sum()
+    if copies < 8:
+        np.testing.assert_allclose(forms, exact, rtol=1e-10)
+    else:
+        assert 0 < abs(forms.mean() - exact) <= 4 * forms.std(ddof=1) / np.sqrt(len(forms))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_blocks_reach_a_dimension_that_they_do_not_divide(x64, dtype):
+    spectrum = np.geomspace(100.0, 0.1, 50)
+    probes, steps = decompositions(32, 512, dtype, spectrum)
+    last = steps[-1]
+    assert len(steps) == 2
+    tolerance = 1e-9 if dtype == jnp.float64 else 1e-3
+    forms = krylov.trace_forms(krylov.ritz(last), lambda values: np.log1p(values / SHIFT))
+    np.testing.assert_allclose(forms, np.log1p(spectrum / SHIFT).sum(), rtol=tolerance)
+    sample = krylov.inverse_sqrt_coefficients(krylov.ritz(last), SHIFT) @ np.asarray(last.basis)
+    np.testing.assert_allclose(sample, np.asarray(probes) / np.sqrt(spectrum + SHIFT), atol=tolerance)
+
+
 def test_growing_keeps_one_basis():
     count, dimension = 8, 397  # a length that no other array of the process has
     values, live = jnp.arange(float(dimension)), []

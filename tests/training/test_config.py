@@ -91,19 +91,20 @@ def _sections() -> list[Any]:
         (["--optimizer.learning-rate", "fast"], "could not convert string to float"),
         (["--optimizer.epochs", "1.5"], "--optimizer.epochs"),
         (["--prior.update", "sometimes"], "'fixed', 'online'"),
-        (["--optimizer.momentum", "0.9"], "Unrecognized options"),
+        (["--seed", "1.5"], "--seed: invalid literal for int() with base 10: '1.5'"),
+        (["--workdir"], "Missing value for argument '--workdir'"),
+        (["--data.mean", "a", "b"], "--data.mean: no type matching"),
+        (["--optimizer.momentum", "0.9"], "Unrecognized options: --optimizer.momentum"),
         (["--config"], "Missing value for argument '--config'"),
         (["stray"], "stray"),
     ],
 )
-def test_unusable_arguments_exit_with_status_2(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as caught:
+def test_unusable_arguments_are_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError) as caught:
         parse(argv, PROGRAM)
-    output = capsys.readouterr()
-    assert caught.value.code == 2
-    assert message in output.err and "Traceback" not in output.err and output.out == ""
+    said = str(caught.value)
+    assert message in said and argv[-1] in said and said.endswith(f"; see {PROGRAM} --help")
+    assert "\n" not in said and capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -58,9 +58,7 @@ def test_curves_say_where_the_samples_have_converged():
     lanczos = Laplace(network).fit((x, y), key=jax.random.key(1), num_probes=2, max_vectors=4)
     curve = precision_curve(CONFIG, "Lanczos", lanczos, x, y)
     structure = lanczos.structure
-    expected = [
-        structure.has_converged(structure.error(delta), CONFIG.curvature.tolerance) for delta in curve.precision
-    ]
+    expected = [structure.has_converged(structure.error(delta)) for delta in curve.precision]
     assert curve.converged.tolist() == expected
     assert not expected[0] and expected[-1]
     assert curve.nll_optimum in curve.precision[curve.converged]

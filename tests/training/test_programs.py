@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training import data, evaluate, fit_van, reading, summarise
+from bnnlaplace import Laplace
+from bnnlaplace.structure import KrylovStructure
+from training import data, evaluate, fit_van, heldout, interruption, reading, summarise
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,11 +59,8 @@ def finished(config_file, tmp_path_factory):
 
 
 def run(program, capsys, *arguments):
-    """Exit status and stderr; argument errors exit through SystemExit."""
-    try:
-        status = program.main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        status = stop.code
+    """Exit status and stderr."""
+    status = program.main([str(argument) for argument in arguments])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
     return status, captured.err
@@ -122,8 +121,74 @@ def test_resuming_a_finished_run_fits_nothing_again(finished, config_file, tmp_p
     shutil.copytree(finished, copy)
     status, _ = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
     assert status == 0
-    before, after = (json.loads((path / "metrics.json").read_text())["methods"] for path in (finished, copy))
-    assert [method["metrics"] for method in before] == [method["metrics"] for method in after]
+    before, after = (json.loads((path / "metrics.json").read_text()) for path in (finished, copy))
+    assert [method["metrics"] for method in before["methods"]] == [method["metrics"] for method in after["methods"]]
+    for stage in ("training", "posterior"):
+        assert before["seconds"][stage] == after["seconds"][stage] > 0
+    assert after["seconds"]["training"] == pytest.approx(sum(record["seconds"] for record in after["history"]))
+    assert list(after["seconds"]) == ["data", "training", "posterior", "evaluation"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_fitting_stops_after_the_block(finished, config_file, tmp_path, capsys, monkeypatch, number):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "laplace")
+    before = files_of(copy)
+    blocks = []
+
+    def fit_block(structure, tolerance, original=KrylovStructure.error):
+        if not blocks:
+            signal.raise_signal(number)
+        blocks.append(structure)
+        return original(structure, tolerance)
+
+    monkeypatch.setattr(KrylovStructure, "error", fit_block)
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
+    assert status == 130 and len(blocks) == 1
+    assert error == "stopped while fitting the posteriors; the trained network is kept; continue with --resume\n"
+    assert files_of(copy) == before
+    assert signal.getsignal(number) is not None and not interruption.requested()
+    assert run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")[0] == 0
+
+
+def test_a_signal_between_the_structures(finished, config_file, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "laplace")
+    fitted = []
+
+    def fit(la, *arguments, original=Laplace.fit, **options):
+        signal.raise_signal(signal.SIGINT)
+        fitted.append(la)
+        return original(la, *arguments, **options)
+
+    monkeypatch.setattr(Laplace, "fit", fit)
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
+    assert status == 130 and len(fitted) == 1 and error.startswith("stopped while fitting the posteriors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_evaluating_writes_nothing(finished, tmp_path, capsys, monkeypatch, number):
+    original = heldout.evaluate
+    monkeypatch.setattr(heldout, "evaluate", lambda *args: signal.raise_signal(number) or original(*args))
+    before = files_of(finished)
+    status, error = run(evaluate, capsys, finished, "--ood", "noise")
+    assert (status, error) == (130, "stopped after stage evaluation; nothing is written\n")
+    assert files_of(finished) == before
+
+
+def test_a_signal_while_reading_the_data(config_file, tmp_path, capsys, monkeypatch):
+    original = fit_van.load
+    monkeypatch.setattr(fit_van, "load", lambda config: signal.raise_signal(signal.SIGTERM) or original(config))
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", tmp_path / "run")
+    assert (status, error) == (130, "stopped after stage data; continue with --resume\n")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def files_of(directory):
+    """Every file and its content."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 def test_a_finished_run_can_be_resumed_with_another_evaluation(finished, config_file, tmp_path, capsys, monkeypatch):
@@ -187,7 +252,10 @@ def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
         (["--model.variant", "b0"], "images"),
         (["--evaluation.ood", "imagenet21k"], "imagenet21k"),
         (["--optimizer.batch-size", "5000"], "batch_size"),
-        (["--optimizer.learning-rate", "fast"], "learning-rate"),
+        (["--optimizer.learning-rate", "fast"], "--optimizer.learning-rate: could not convert string to float: 'fast'"),
+        (["--seed", "1.5"], "--seed: invalid literal for int() with base 10: '1.5'"),
+        (["--prior.update", "sometimes"], "invalid choice 'sometimes' for argument '--prior.update'"),
+        (["--workdir"], "Missing value for argument '--workdir'"),
         (["--optimizer.learning-rate", "-1"], "positive and finite"),
         (["--data.augment"], "augment"),
         (["--no-such-option"], "no-such-option"),
@@ -197,7 +265,22 @@ def test_bad_options(config_file, tmp_path, capsys, arguments, message):
     workdir = tmp_path / "run"
     status, error = run(fit_van, capsys, "--config", config_file, "--workdir", workdir, *arguments)
     assert status == 2 and message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
     assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (evaluate, [], "Missing from python -m training.evaluate: PATH"),
+        (evaluate, ["somewhere", "--split", "train"], "invalid choice 'train' for argument '--split'"),
+        (summarise, ["--digits"], "Unrecognized options: --digits"),
+    ],
+)
+def test_bad_options_of_the_other_programs(program, arguments, message, capsys):
+    status, error = run(program, capsys, *arguments)
+    assert status == 2 and message in error
+    assert error.startswith("error: ") and error.endswith("--help\n") and error.count("\n") == 1
 
 
 def test_a_workdir_of_another_run(finished, config_file, capsys):

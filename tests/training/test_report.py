@@ -29,6 +29,7 @@ from training.report import (
     write_metrics,
     write_report,
 )
+from training.results import ModeDistance
 
 HOSTILE = "\"><script>alert('x')</script> & [bold]"
 NUM_IMAGES = 80
@@ -102,8 +103,8 @@ def results():
         history=[{"epoch": n, "phase": "train", "loss": 1.0 / (n + 1), "gradient_norm": None} for n in range(3)],
         gradient_norm=0.02,
         prior_gradient_norm=10.0,
-        mode_decrement=0.5,
-        mode_decrement_at_evidence=9.0,
+        mode_in_training=ModeDistance(1.0, 0.5, 300.0),
+        mode_of_evidence=ModeDistance(3.0, 9.0, 200.0),
     )
 
 
@@ -401,9 +402,10 @@ def test_krylov_error_and_convergence_are_stated(results):
 def test_gradient_at_the_mode_is_judged(results):
     near = said(results, "mode")
     assert "norm 0.02, 0.20 % of the norm of the prior's gradient" in near
-    assert "0.7 standard deviations away" in near and "promises 0.2 nats: a mode" in near
-    assert "that of the evidence's own precision is 3.0 away" in near
-    assert "not quite a mode" in said(dataclasses.replace(results, mode_decrement=50.0), "mode")
+    assert "of training, 1, the mode is 0.7 standard deviations" in near and "promises 0.2 nats: a mode" in near
+    assert "evidence prefers, 3, is 3.0 standard deviations of the posterior away, where a sample is about 14.1" in near
+    far = dataclasses.replace(results, mode_in_training=ModeDistance(1.0, 50.0, 300.0))
+    assert "not quite a mode" in said(far, "mode")
 
 
 def test_numbers_are_written_for_readers():

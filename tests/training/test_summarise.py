@@ -10,12 +10,18 @@ from training import summarise
 METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
 
 
-def run_with(seed, nll, precision):
+def run_with(seed, nll, precision, low=-1.0, high=1.0):
     """The part of a metrics.json that the table reads."""
 
     def method(label, precision):
         scores = {name: {"value": nll, "low": nll, "high": nll} for name in METRICS}
-        return {"label": label, "prior_precision": precision, "metrics": scores}
+        nll_difference = {"value": 0.0, "low": low, "high": high}
+        return {
+            "label": label,
+            "prior_precision": precision,
+            "metrics": scores,
+            "difference_from_map": {"nll": nll_difference},
+        }
 
     return {
         "format_version": 1,
@@ -23,6 +29,11 @@ def run_with(seed, nll, precision):
         "split": "test",
         "ood": "inverted",
         "seed": seed,
+        "config": {
+            "seed": seed,
+            "data": {"dir": f"/tmp/{seed}", "mean": [0.5]},
+            "optimizer": {"epochs": 40, "learning_rate": 0.01},
+        },
         "num_images": {"test": 360},
         "seconds": {"training": 10.0, "evaluation": 2.5},
         "methods": [method("MAP", None), method("Lanczos (validation NLL, MC)", precision)],
@@ -104,3 +115,22 @@ def test_no_runs_at_all_is_one_line(capsys):
 def test_runs_of_different_experiments_are_refused(summary):
     status, _, error = summary(run_with(0, 0.1, 1.0), run_with(1, 0.1, 1.0) | {"ood": "noise"})
     assert status == 2 and "compare like with like" in error
+
+
+def test_runs_of_different_settings_are_one_line_that_names_them(summary):
+    other = run_with(1, 0.1, 1.0)
+    other["config"]["optimizer"] = {"epochs": 2, "learning_rate": 0.01}
+    other["config"]["data"]["augment"] = True
+    status, printed, error = summary(run_with(0, 0.1, 1.0), other)
+    assert status == 2 and printed == "" and error.count("\n") == 1
+    assert "these differ in data.augment: None, True; optimizer.epochs: 40, 2; compare like with like" in error
+
+
+def test_in_how_many_runs_the_nll_is_told_from_that_of_map(summary):
+    intervals = [(-0.3, -0.1), (-0.3, -0.1), (0.1, 0.2), (-0.1, 0.1), (None, None)]
+    _, printed, _ = summary(*(run_with(seed, 0.1, 1.0, *interval) for seed, interval in enumerate(intervals)))
+    lines = printed.splitlines()
+    assert lines[-2:] == [
+        "NLL against that of MAP, by the paired 95 % interval of each run:",
+        "- Lanczos (validation NLL, MC): better in 2, worse in 1, not told in 2",
+    ]

@@ -6,7 +6,7 @@ normalisation; then the mean over pixels and a linear head.
 
 Images come in as (N, H, W, C). Inside, everything is (C, H, W, N), channels first and images last: pointwise layers are
 then plain matrix products, per-channel factors vary slowest, and depthwise convolutions run fastest on CPU (see
-`training.models.depthwise`). With both, Gauss-Newton products took a third less time than with channels last.
+`training.models.depthwise`). With both, Gauss-Newton products take less time than with channels last.
 """
 
 import math
