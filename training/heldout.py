@@ -20,6 +20,7 @@ from training.loop import TrainResult
 from training.results import KrylovResult, MethodResult, ModeDistance, RunResults
 
 _CURVE_STREAM, _SAMPLE_STREAM = 201, 202
+_STOPPED = "stopped in stage evaluation; nothing of it is written"
 
 
 def foreign_images(config: Config, data: ImageData) -> np.ndarray:
@@ -89,7 +90,7 @@ def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, 
     Where the samples have not converged, NLL and ECE are not those of the posterior: such precisions are marked in
     `converged`, and the validation NLL does not choose them.
     """
-    interruption.stop_if_requested("stopped before the evaluation was complete; continue with --resume")
+    interruption.stop_if_requested(_STOPPED)
     settings = config.evaluation
     grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
     evidence = la.evidence_curve(grid).log_marginal_likelihood
@@ -192,7 +193,7 @@ class _HeldOut:
 
     def posterior_predictions(self, name: str, la: Laplace, choices: Mapping[str, float]) -> Iterator[MethodResult]:
         """One posterior at each chosen prior precision, through each link."""
-        interruption.stop_if_requested("stopped before the evaluation was complete; continue with --resume")
+        interruption.stop_if_requested(_STOPPED)
         settings = self.config.curvature
         posteriors = la.functional_posteriors(
             self.images,

@@ -174,7 +174,7 @@ def test_a_signal_while_evaluating_writes_nothing(finished, tmp_path, capsys, mo
     monkeypatch.setattr(heldout, "evaluate", lambda *args: signal.raise_signal(number) or original(*args))
     before = files_of(finished)
     status, error = run(evaluate, capsys, finished, "--ood", "noise")
-    assert (status, error) == (130, "stopped after stage evaluation; nothing is written\n")
+    assert (status, error) == (130, "stopped in stage evaluation; nothing of it is written\n")
     assert files_of(finished) == before
 
 
