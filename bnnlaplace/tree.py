@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,37 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
             f"got shape {vector.shape}; try a scalar"
         )
     return jnp.broadcast_to(vector, (count,))
+
+
+class Floating(NamedTuple):
+    """The leaves of a tree that can be differentiated, apart from the rest of it.
+
+    Attributes
+    ----------
+    leaves
+        The floating-point leaves.
+    fill
+        Others in their place -> the tree.
+    cotangent
+        Their cotangents -> a tree of cotangents, with None for what cannot be differentiated.
+    """
+
+    leaves: list[Array]
+    fill: Callable[[list[Array]], Any]
+    cotangent: Callable[[list[Array]], Any]
+
+
+def floating(tree: PyTree) -> Floating:
+    """Take a tree apart into what can be differentiated and what cannot."""
+    leaves, structure = jax.tree.flatten(tree)
+    active = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+
+    def put(rest: list[Any], replacements: list[Array]) -> Any:
+        following = iter(replacements)
+        return jax.tree.unflatten(structure, [next(following) if a else r for r, a in zip(rest, active, strict=True)])
+
+    kept = [leaf for leaf, is_active in zip(leaves, active, strict=True) if is_active]
+    return Floating(kept, partial(put, leaves), partial(put, [None] * len(leaves)))
 
 
 def squared_norm(tree: PyTree) -> float:

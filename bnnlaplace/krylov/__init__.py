@@ -1,20 +1,44 @@
 """Krylov methods for matrices known by their products; they depend on nothing else of the package."""
 
+from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz, block_lanczos, ritz
+from bnnlaplace.krylov.block_quadrature import gauss_radau, trace_forms
+from bnnlaplace.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos
-from bnnlaplace.krylov.matfun import inverse_sqrt_coefficients, inverse_sqrt_error
-from bnnlaplace.krylov.quadrature import gauss_radau, stochastic_lanczos_quadrature, trace_forms
+from bnnlaplace.krylov.matfun import (
+    MatrixFunction,
+    inverse_sqrt_coefficients,
+    inverse_sqrt_error,
+    matfun_arnoldi,
+    matfun_lanczos,
+)
+from bnnlaplace.krylov.operator import check_symmetric
+from bnnlaplace.krylov.probes import normal_probes, rademacher_probes
+from bnnlaplace.krylov.quadrature import TraceEstimate, stochastic_lanczos_quadrature
+from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
 
 __all__ = [
+    "Arnoldi",
     "BlockDecomposition",
+    "Eigenpairs",
     "Lanczos",
+    "MatrixFunction",
     "Ritz",
+    "TraceEstimate",
+    "arnoldi",
     "block_lanczos",
+    "check_symmetric",
     "gauss_radau",
     "inverse_sqrt_coefficients",
     "inverse_sqrt_error",
     "lanczos",
+    "leading_eigenpairs",
+    "matfun_arnoldi",
+    "matfun_lanczos",
+    "normal_probes",
+    "rademacher_probes",
     "ritz",
     "stochastic_lanczos_quadrature",
     "trace_forms",
+    "tridiagonal_matrix",
 ]

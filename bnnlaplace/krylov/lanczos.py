@@ -1,30 +1,17 @@
-"""Lanczos tridiagonalisation with full reorthogonalisation, and its adjoint.
+"""Lanczos tridiagonalisation of a symmetric operator, and its adjoint.
 
-Forward. For symmetric A, a start vector v of norm c and K products:
+Forward: A Q = Q T + r e_K' with T tridiagonal, a_1..a_K on its diagonal and b_1..b_{K-1} beside it, by
 
-    A Q = Q T + r e_K',    Q' Q = I,    Q' r = 0,    Q e_1 c = v,                                             (F)
+    b_k q_{k+1} = A q_k - a_k q_k - b_{k-1} q_{k-1}.                                                           (L)
 
-with T tridiagonal: diagonal a_1..a_K, off-diagonal b_1..b_{K-1}.
+Full reorthogonalisation makes two passes over the vectors found so far. (L) is the first: all other products of A q_k
+with the basis vanish but for rounding, of the size of eps |A|. The second pass removes that. It leaves an error of eps
+times what it removed, so where it removed more than it kept a third one follows (Kahan's criterion, Parlett 1998,
+section 6.9). For a product that is symmetric to rounding this happens next to a breakdown only.
 
-Adjoint (Krämer, Moreno-Muñoz, Roy, Hauberg 2024, arXiv 2405.17277, section 3 and appendix, specialised to a
-symmetric A). Let rho be a function of (Q, T, r, c) with cotangents dQ, dT (on the tridiagonal), dr, dc. The Lagrangian
-adds <L, A Q - Q T - r e_K'>, <g, Q' r> and <S, Q' Q - I> with S symmetric. Stationarity in the outputs gives
-
-    dr - L e_K + Q g = 0                                                                                     (r)
-    (Q' L)_ij = dT_ij           for i <= j + 1: the part of T that Lanczos computes                           (T)
-    dQ + A L - L T + r g' + Q S = 0,                                                                          (Q)
-
-solved backwards: column K of L from (r), where (T) determines g = dT e_K - Q' dr; then column k of (Q) gives
-
-    b_{k-1} L_{k-1} = [dQ_k + A L_k - a_k L_k - b_k L_{k+1} + r g_k] + Q S_k,
-
-whose unknown S_k is a combination of the columns of Q: the bracket is projected so that (T) holds for column k - 1. The
-components along q_1..q_k are so fixed by (T). Those along q_{k+1}..q_K follow in exact arithmetic from the symmetry of
-S; they are used as that: S_jk = S_kj is known from the columns done before. This projection is what keeps the adjoint
-accurate when rounding would otherwise feed on itself; it is the mirror image of reorthogonalisation.
-
-The gradients: with respect to A in direction dA it is <L, dA Q>, one batched vector-Jacobian product; with respect
-to v, from the bracket at k = 1, w, it is dc q_1 + (I - q_1 q_1') w / c.
+Adjoint: the equations of `adjoint.py`, in which a symmetric A leaves in (Qk) only j = k and j = k + 1 of the sum, and
+A' = A. Without reorthogonalisation Q' Q = I is not what the recurrence imposes, and the adjoint of (L) itself is taken:
+it holds however much orthogonality was lost.
 """
 
 from collections.abc import Callable
@@ -33,184 +20,288 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, PyTree
 
+from bnnlaplace.krylov import adjoint, gram_schmidt
+from bnnlaplace.krylov.operator import check_choice, check_depth, check_positive, flatten
+from bnnlaplace.krylov.reverse_only import reverse_only
+from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
+from bnnlaplace.krylov.vectors import norm, safe_norm
 from bnnlaplace.precise import matmul
+
+# A residual below this many eps |A| is rounding: the space is invariant, and normalising noise would reinsert
+# directions already found as spurious Ritz values.
+BREAKDOWN = 10
 
 
 class Lanczos(NamedTuple):
-    """A Lanczos decomposition A Q' = Q' T + r e_K' with the basis vectors as rows of Q.
+    """A decomposition A Q = Q T + r e_K' of a symmetric operator.
 
     Attributes
     ----------
     basis
-        Q: K orthonormal rows; rows after a breakdown are zero.
+        q_1..q_K along the leading axis of each leaf, otherwise like the start vector; zero after a breakdown.
     diagonal, off_diagonal
-        T; entries after a breakdown are zero.
+        T; zero after a breakdown.
     residual
-        r, orthogonal to the basis; zero after a breakdown.
+        r, like the start vector, orthogonal to the basis; zero after a breakdown.
     start_norm
         |v|.
+    breakdown_step
+        m where the first m basis vectors span an invariant subspace, so that nothing follows them; 0 for a zero start
+        vector; -1 where there was no breakdown.
     """
 
-    basis: Float[Array, "K n"]
+    basis: PyTree[Float[Array, "K ..."]]
     diagonal: Float[Array, " K"]
     off_diagonal: Float[Array, " K-1"]
-    residual: Float[Array, " n"]
+    residual: PyTree[Float[Array, "..."]]
     start_norm: Float[Array, ""]
+    breakdown_step: Int[Array, ""]
+
+
+class Settings(NamedTuple):
+    """The static part of a call. `project` is only switched off to show what the projection of the adjoint is for."""
+
+    num_matvecs: int
+    reorthogonalise: bool = True
+    vjp_batch_size: int = 1
+    project: bool = True
 
 
 def lanczos(
-    matvec: Callable[..., Float[Array, " n"]],
-    start: Float[Array, " n"],
+    matvec: Callable[..., PyTree],
+    start: PyTree,
     *params: Any,
     num_matvecs: int,
+    reorthogonalise: Literal["full", "none"] = "full",
     gradient: Literal["adjoint", "autodiff"] = "adjoint",
+    vjp_batch_size: int = 1,
 ) -> Lanczos:
     """Decompose a symmetric `matvec(v, *params)` from `start`, differentiably.
 
     Parameters
     ----------
     matvec
-        v, *params -> A v. It may close over traced arrays: those are differentiated as well.
+        v, *params -> A v, linear in v, with a symmetric A: `check_symmetric` finds one that is not. It may close over
+        traced arrays, which are differentiated as well.
     start
-        The start vector, not zero.
+        v: an array or a pytree of arrays of one real floating-point dtype, n numbers together, not zero.
     params
-        Differentiable arguments of `matvec`, any pytrees.
+        Arguments of `matvec`, any pytrees; floating-point leaves are differentiable.
     num_matvecs
         K, between 1 and n.
+    reorthogonalise
+        "full": the basis is orthogonal to rounding. "none": the three-term recurrence alone, which loses
+        orthogonality as Ritz values converge and then finds them again.
     gradient
-        "adjoint": K further products and one batched vector-Jacobian product. "autodiff": through the loop.
+        "adjoint": reverse mode only, K further products and a vector-Jacobian product of K terms. "autodiff": through
+        the loop, in any mode, with memory of order K^2 n.
+    vjp_batch_size
+        How many of those K terms at once: more are faster where products gain from batching, and take more memory.
+
+    Returns
+    -------
+    Lanczos
+        A breakdown, |r| at most 10 eps max_k |A q_k|, ends the recurrence: everything after it is zero, so no spurious
+        Ritz value appears with any weight, and gradients are those of what came before it.
 
     Raises
     ------
     ValueError
-        If `num_matvecs` is out of range or `gradient` unknown.
+        If an option is out of range or unknown, or, outside of `jit`, `start` is zero or not finite. Inside of `jit` a
+        zero `start` gives `breakdown_step` 0, one that is not finite NaN.
+    TypeError
+        If `start` is not real floating point of one dtype, `matvec` returns another structure, shape or dtype than it
+        takes, or a forward-mode derivative of the adjoint is asked for.
 
     Notes
     -----
-    Cost: K products and two passes of orthogonalisation, 4 K^2 n multiplications; memory K n numbers. A breakdown (an
-    invariant subspace was found) ends the recurrence: everything after it is zero, so no spurious Ritz value appears
-    with any weight.
+    Cost: K products; for "full" in addition about 2 K^2 n multiplications, and as many again in the adjoint. Memory:
+    K n numbers, 3 K n more in the adjoint. Everything is computed in the dtype of `start`. Where A is a matrix that is
+    passed as it is, gradients in an entry and in its mirror image differ, as through the loop: only their sum has a
+    meaning. Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
+
+    Examples
+    --------
+    >>> result = lanczos(lambda v, d: d * v, jnp.ones(3), jnp.array([1.0, 2.0, 4.0]), num_matvecs=3)
+    >>> ritz_values = jnp.linalg.eigvalsh(tridiagonal_matrix(result.diagonal, result.off_diagonal))
+    >>> bool(jnp.allclose(ritz_values, jnp.array([1.0, 2.0, 4.0]), atol=1e-4))
+    True
     """
-    if not 1 <= num_matvecs <= start.size:
-        raise ValueError(
-            f"lanczos(num_matvecs=...) must lie between 1 and the dimension {start.size}; got {num_matvecs}; lower it"
-        )
+    check_choice("lanczos", "reorthogonalise", reorthogonalise, ("full", "none"))
+    check_choice("lanczos", "gradient", gradient, ("adjoint", "autodiff"))
+    check_positive("lanczos", "vjp_batch_size", vjp_batch_size)
+    operator = flatten("lanczos", matvec, start, params)
+    check_depth("lanczos", num_matvecs, operator.start.size)
+    settings = Settings(num_matvecs, reorthogonalise == "full", vjp_batch_size)
     if gradient == "autodiff":
-        return _forward(lambda v: matvec(v, *params), start, num_matvecs)
-    if gradient != "adjoint":
-        raise ValueError(f"lanczos(gradient=...) must be 'adjoint' or 'autodiff'; got {gradient!r}")
-    closed, consts = jax.closure_convert(matvec, start, *params)
-    return _lanczos_adjoint(closed, num_matvecs, start, (params, consts))
+        result = lanczos_forward(operator.matvec, settings, operator.start, operator.arguments)
+    else:
+        differentiable = reverse_only(
+            partial(lanczos_adjoint, operator.matvec, settings), "lanczos(gradient='adjoint')"
+        )
+        result = differentiable(operator.start, operator.arguments)
+    return result._replace(basis=jax.vmap(operator.unravel)(result.basis), residual=operator.unravel(result.residual))
 
 
-def _forward(matvec: Callable, start: Array, num_matvecs: int) -> Lanczos:
-    norm = _norm(start)
-    basis = jnp.zeros((num_matvecs, start.size), start.dtype)
-    first = start / jnp.where(norm > 0, norm, 1)
+def lanczos_forward(
+    matvec: Callable, settings: Settings, start: Float[Array, " n"], arguments: tuple[Any, ...]
+) -> Lanczos:
+    """Lanczos of a flat operator, as a loop that JAX differentiates like any other."""
+    num = settings.num_matvecs
+    start_norm = safe_norm(start)
+    blocks = gram_schmidt.split(jnp.zeros((num, start.size), start.dtype))
+    floor = BREAKDOWN * jnp.finfo(start.dtype).eps
 
     def step(carry, k):
-        basis, vector, scale = carry
-        basis = basis.at[k].set(vector)
-        image = matvec(vector)
+        blocks, previous, vector, coupling, scale = carry
+        blocks = gram_schmidt.set_row(blocks, k, vector)
+        image = matvec(vector, *arguments)
+        scale = jnp.maximum(scale, norm(image))
         diagonal = matmul(vector, image)
-        scale = jnp.maximum(scale, _norm(image))
-        residual = _orthogonalise(basis, _orthogonalise(basis, image))
-        off_diagonal = _norm(residual)
-        # Below this the residual is rounding: the Krylov space is invariant, and normalising noise would reinsert
-        # directions already found as spurious Ritz values.
-        alive = off_diagonal > 10 * jnp.finfo(start.dtype).eps * scale
+        residual = image - diagonal * vector - coupling * previous
+        if settings.reorthogonalise:
+            residual = _reorthogonalise(blocks, k, residual)
+        off_diagonal = norm(residual)
+        alive = ~(off_diagonal <= floor * scale)  # NaN stays NaN
         residual = jnp.where(alive, residual, 0)
         off_diagonal = jnp.where(alive, off_diagonal, 0)
-        return (basis, residual / jnp.where(alive, off_diagonal, 1), scale), (diagonal, off_diagonal, residual)
+        following = residual / jnp.where(alive, off_diagonal, 1)
+        return (blocks, vector, following, off_diagonal, scale), (diagonal, off_diagonal, residual)
 
-    carry = basis, first, jnp.zeros((), start.dtype)
-    (basis, *_), (diagonal, off_diagonal, residuals) = jax.lax.scan(step, carry, jnp.arange(num_matvecs))
-    return Lanczos(basis, diagonal, off_diagonal[:-1], residuals[-1], norm)
+    zero = jnp.zeros_like(start_norm)
+    carry = blocks, jnp.zeros_like(start), start / jnp.where(start_norm > 0, start_norm, 1), zero, zero
+    (blocks, *_), (diagonal, off_diagonal, residuals) = jax.lax.scan(step, carry, jnp.arange(num))
+    ended = jnp.append(start_norm == 0, off_diagonal == 0)
+    breakdown_step = jnp.where(jnp.any(ended), jnp.argmax(ended), -1)
+    return Lanczos(gram_schmidt.join(blocks), diagonal, off_diagonal[:-1], residuals[-1], start_norm, breakdown_step)
+
+
+def _reorthogonalise(blocks: gram_schmidt.Blocks, last: Array, vector: Array) -> Array:
+    wanted = jnp.zeros(sum(map(len, blocks)), vector.dtype)
+    kept, removed = gram_schmidt.impose(blocks, last, vector, wanted)
+    return jax.lax.cond(
+        matmul(removed, removed) > matmul(kept, kept),
+        lambda: gram_schmidt.impose(blocks, last, kept, wanted)[0],
+        lambda: kept,
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _lanczos_adjoint(matvec: Callable, num_matvecs: int, start: Array, arguments: Any) -> Lanczos:
-    params, consts = arguments
-    return _forward(lambda v: matvec(v, *params, *consts), start, num_matvecs)
+def lanczos_adjoint(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Lanczos:
+    """Lanczos of a flat operator that closes over nothing, differentiated by its adjoint."""
+    return lanczos_forward(matvec, settings, start, arguments)
 
 
 def _adjoint_forward(
-    matvec: Callable, num_matvecs: int, start: Array, arguments: Any
-) -> tuple[Lanczos, tuple[Lanczos, Any]]:
-    result = _lanczos_adjoint(matvec, num_matvecs, start, arguments)
+    matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]
+) -> tuple[Lanczos, tuple[Lanczos, tuple[Any, ...]]]:
+    result = lanczos_forward(matvec, settings, start, arguments)
     return result, (result, arguments)
 
 
 def _adjoint_backward(
-    matvec: Callable, num_matvecs: int, saved: tuple[Lanczos, Any], cotangent: Lanczos
-) -> tuple[Array, Any]:
-    result, (params, consts) = saved
-    multipliers, start_cotangent = _adjoint_multipliers(
-        lambda v: matvec(v, *params, *consts), result, cotangent, num_matvecs
+    matvec: Callable, settings: Settings, saved: tuple[Lanczos, tuple[Any, ...]], cotangent: Lanczos
+) -> tuple[Array, tuple[Any, ...]]:
+    result, arguments = saved
+    alive = adjoint.alive_rows(result.breakdown_step, settings.num_matvecs)
+    cotangent = Lanczos(
+        jnp.where(alive[:, None], cotangent.basis, 0),
+        jnp.where(alive, cotangent.diagonal, 0),
+        jnp.where(result.off_diagonal != 0, cotangent.off_diagonal, 0),
+        jnp.where(result.breakdown_step < 0, cotangent.residual, 0),
+        cotangent.start_norm,
+        cotangent.breakdown_step,
     )
-
-    def pairing(arguments):
-        params, consts = arguments
-        # Checkpointed: otherwise what each of the K products saves for its derivative is alive at once.
-        images = jax.lax.map(jax.checkpoint(lambda q: matvec(q, *params, *consts)), result.basis)
-        return jnp.sum(images * multipliers)
-
-    (arguments_cotangent,) = jax.vjp(pairing, (params, consts))[1](jnp.ones((), multipliers.dtype))
-    return start_cotangent, arguments_cotangent
+    solve = _full_multipliers if settings.reorthogonalise else _local_multipliers
+    multipliers, start = solve(lambda v: matvec(v, *arguments), result, cotangent, settings)
+    return start, adjoint.operator_cotangent(matvec, arguments, result.basis, multipliers, settings.vjp_batch_size)
 
 
-_lanczos_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
+lanczos_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
 
 
-def _adjoint_multipliers(
-    matvec: Callable, result: Lanczos, cotangent: Lanczos, num: int
+def _full_multipliers(
+    matvec: Callable, result: Lanczos, cotangent: Lanczos, settings: Settings
 ) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
-    """Solve the adjoint system backwards for the rows of L; return L and the cotangent of the start vector."""
-    basis, diagonal, residual = result.basis, result.diagonal, result.residual
+    """Solve (r), (H), (Q) of `adjoint.py` backwards: the rows of L, and the cotangent of the start vector."""
+    num = settings.num_matvecs
+    matrix = tridiagonal_matrix(result.diagonal, result.off_diagonal)
+    # Lanczos computes the diagonal and the subdiagonal; the superdiagonal is a copy.
+    d_matrix = jnp.diag(cotangent.diagonal) + jnp.diag(cotangent.off_diagonal, -1)
+    terms, last = adjoint.sources(result.basis, matrix, result.residual, cotangent.basis, d_matrix, cotangent.residual)
+    blocks = gram_schmidt.split(result.basis)
+
+    def right_hand_side(row, row_after, term, diagonal, off_diagonal):
+        return term + matvec(row) - diagonal * row - off_diagonal * row_after
+
+    def step(carry, inputs):
+        k, term, diagonal, off_diagonal, coupling, previous, wanted = inputs
+        row, row_after = carry
+        right = right_hand_side(row, row_after, term, diagonal, off_diagonal)
+        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0.
+        before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), wanted[k - 1] * previous)
+        if settings.project:
+            before, _ = gram_schmidt.impose(blocks, k, before, wanted)
+        return (before, row), row
+
     off_diagonal = jnp.append(result.off_diagonal, 0)
-    d_off = jnp.append(cotangent.off_diagonal, 0)
-    index = jnp.arange(num)
-
-    def computed_column(k):
-        # dT_ik for i <= k + 1, the entries that (T) prescribes: zero above the diagonal
-        return cotangent.diagonal[k] * (index == k) + d_off[k] * (index == k + 1)
-
-    # A residual that broke down is a constant zero: what is asked of it reaches nothing.
-    d_residual = jnp.where(matmul(residual, residual) > 0, cotangent.residual, 0)
-    g = computed_column(num - 1) - matmul(basis, d_residual)
-    last = d_residual + matmul(g, basis)
-
-    def step(carry, k):
-        row, row_above, symmetric = carry
-        bracket = cotangent.basis[k] + matvec(row) - diagonal[k] * row - off_diagonal[k] * row_above + g[k] * residual
-        b = off_diagonal[k - 1]
-        along = matmul(basis, bracket)
-        # Rows i <= k of Q' L_{k-1} are prescribed; the others follow from the symmetry of S.
-        wanted = jnp.where(index <= k, b * computed_column(k - 1) - along, symmetric[:, k])
-        symmetric = symmetric.at[k].set(jnp.where(index <= k, wanted, symmetric[k]))
-        below = bracket + matmul(wanted, basis)
-        # Where the forward recurrence broke down the backward one starts anew, from (r) with r = 0.
-        below = jnp.where(b > 0, below / jnp.where(b > 0, b, 1), matmul(computed_column(k - 1), basis))
-        return (below, row, symmetric), row
-
-    carry = last, jnp.zeros_like(last), jnp.zeros((num, num), basis.dtype)
-    carry, rows = jax.lax.scan(step, carry, jnp.arange(num - 1, 0, -1))
-    row, row_above, symmetric = carry
-    multipliers = jnp.concatenate([row[None], rows[::-1]])
-    bracket = cotangent.basis[0] + matvec(row) - diagonal[0] * row - off_diagonal[0] * row_above + g[0] * residual
-    free = bracket + matmul(jnp.where(index == 0, 0, symmetric[:, 0]), basis)
-    first = basis[0]
-    tangent = (free - first * matmul(first, free)) / jnp.where(result.start_norm > 0, result.start_norm, 1)
-    return multipliers, cotangent.start_norm * first + tangent
+    inputs = (
+        jnp.arange(1, num),
+        terms[1:],
+        result.diagonal[1:],
+        off_diagonal[1:],
+        result.off_diagonal,
+        result.basis[:-1],
+        d_matrix.T[:-1],
+    )
+    (row, row_after), rows = jax.lax.scan(step, (last, jnp.zeros_like(last)), inputs, reverse=True)
+    right = right_hand_side(row, row_after, terms[0], result.diagonal[0], off_diagonal[0])
+    start = adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
+    return jnp.concatenate([row[None], rows]), start
 
 
-def _orthogonalise(basis: Float[Array, "K n"], vector: Float[Array, " n"]) -> Float[Array, " n"]:
-    return vector - matmul(matmul(basis, vector), basis)
+def _local_multipliers(
+    matvec: Callable, result: Lanczos, cotangent: Lanczos, _: Settings
+) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
+    """The adjoint of (L) with a_k = q_k' A q_k and b_k = |A q_k - a_k q_k - b_{k-1} q_{k-1}|, and nothing else imposed.
 
+    Step k receives the cotangents x of q_{k+1}, y of q_k and db of b_k from their later uses in the recurrence. With
+    u = b_k q_{k+1} it finds
 
-def _norm(vector: Array) -> Array:
-    # The gradient of a plain norm is NaN at zero, where a breakdown ends up.
-    square = matmul(vector, vector)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
+        du = (I - q_{k+1} q_{k+1}') x / b_k + db q_{k+1},
+        l_k = du + (da_k - q_k' du) q_k,                       the cotangent of A q_k
+        dq_k <- y + A l_k - a_k du + (da_k - q_k' du) A q_k,   dq_{k-1} <- -b_{k-1} du,   db_{k-1} <- -q_{k-1}' du.
+    """
+    previous = jnp.concatenate([jnp.zeros_like(result.basis[:1]), result.basis[:-1]])
+
+    def step(carry, inputs):
+        du, to_vector, _ = carry
+        vector, previous, following, d_vector, diagonal, d_diagonal, coupling, d_coupling = inputs
+        # `following` is u, not normalised, so that it serves the last residual as well.
+        d_diagonal = d_diagonal - matmul(vector, du)
+        image = following + diagonal * vector + coupling * previous
+        row = du + d_diagonal * vector
+        x = d_vector + to_vector + matvec(row) - diagonal * du + d_diagonal * image
+        d_coupling = d_coupling - matmul(previous, du)
+        tangent = (x - vector * matmul(vector, x)) / jnp.where(coupling != 0, coupling, 1)
+        before = jnp.where(coupling != 0, tangent + d_coupling * vector, 0)
+        return (before, -coupling * du, x), row
+
+    couplings = jnp.concatenate([jnp.zeros(1, result.diagonal.dtype), result.off_diagonal])
+    d_couplings = jnp.concatenate([jnp.zeros(1, result.diagonal.dtype), cotangent.off_diagonal])
+    following = jnp.concatenate([result.off_diagonal[:, None] * result.basis[1:], result.residual[None]])
+    inputs = (
+        result.basis,
+        previous,
+        following,
+        cotangent.basis,
+        result.diagonal,
+        cotangent.diagonal,
+        couplings,
+        d_couplings,
+    )
+    zero = jnp.zeros_like(result.residual)
+    (_, _, right), rows = jax.lax.scan(step, (cotangent.residual, zero, zero), inputs, reverse=True)
+    return rows, adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)

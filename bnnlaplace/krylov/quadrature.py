@@ -1,153 +1,340 @@
-"""Stochastic Lanczos quadrature: tr f(A) from products with A.
+"""Stochastic Lanczos quadrature: the trace of a function of a symmetric operator, from products with it.
 
-Two forms. `stochastic_lanczos_quadrature` runs Lanczos once per probe and is differentiable by the adjoint.
-`trace_forms` reads the trace off one block decomposition: leading eigenpairs that have converged are summed exactly,
-which removes their share of the variance, and for f with known sign of derivatives the truncation error is bracketed.
+For a probe z with E[z z'] = I, tr f(A) = E[z' f(A) z]. K Lanczos steps from z give z' f(A) z = |z|^2 e_1' f(T) e_1, but
+for truncation: a Gauss rule, exact for polynomials of degree 2 K - 1 (Golub and Meurant 1994; Ubaru, Chen and Saad
+2017).
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz
-from bnnlaplace.krylov.lanczos import lanczos
+from bnnlaplace.krylov.eigenpairs import Eigenpairs
+from bnnlaplace.krylov.lanczos import Settings, lanczos_adjoint, lanczos_forward
+from bnnlaplace.krylov.matfun import function_times_start
+from bnnlaplace.krylov.operator import check_choice, check_depth, check_finite, check_positive, flatten
+from bnnlaplace.krylov.reverse_only import reverse_only
 from bnnlaplace.precise import matmul
+from bnnlaplace.tree import floating, ravel
+
+# A stop that looks at the standard error of fewer probes would often be an accident.
+FEWEST_PROBES = 8
+
+
+class TraceEstimate(NamedTuple):
+    """An estimate of tr f(A) and its errors.
+
+    Attributes
+    ----------
+    mean
+        The estimate.
+    sem
+        Its standard error over probes; infinite for one probe. It knows nothing of truncation.
+    truncation
+        How much the mean changed over the last fifth of the Lanczos steps: an estimate of what stopping there costs,
+        zero where every probe found an invariant subspace.
+    num_probes
+        How many probes were used.
+    converged
+        Whether the `relative_sem` that was asked for is met; true if none was.
+    """
+
+    mean: Float[Array, ""]
+    sem: Float[Array, ""]
+    truncation: Float[Array, ""]
+    num_probes: Int[Array, ""]
+    converged: Bool[Array, ""]
+
+
+class Plan(NamedTuple):
+    """The static part of a call."""
+
+    lanczos: Settings
+    gradient: str
+    batch_size: int
+    relative_sem: float | None
 
 
 def stochastic_lanczos_quadrature(
-    function: Callable[[Float[Array, " K"]], Float[Array, " K"]],
-    matvec: Callable[..., Float[Array, " n"]],
-    probes: Float[Array, "S n"],
+    function: Callable[[Float[Array, ""]], Float[Array, ""]],
+    matvec: Callable[..., PyTree],
+    probes: PyTree,
     *params: Any,
     num_matvecs: int,
-    gradient: Literal["adjoint", "autodiff"] = "adjoint",
-) -> Float[Array, " S"]:
-    """z' f(A) z for every probe z: with E[z z'] = I, their mean estimates tr f(A) without bias but for truncation.
-
-    |z|^2 e_1' f(T) e_1 with T from `num_matvecs` Lanczos steps started at z (Ubaru, Chen and Saad 2017).
+    reorthogonalise: Literal["full", "none"] = "full",
+    gradient: Literal["adjoint", "quadrature", "autodiff"] = "adjoint",
+    probe_batch_size: int = 1,
+    vjp_batch_size: int = 1,
+    relative_sem: float | None = None,
+    deflation: Eigenpairs | None = None,
+) -> TraceEstimate:
+    """Estimate tr f(A), differentiably.
 
     Parameters
     ----------
     function
-        f, elementwise on Ritz values.
-    matvec, params
-        As for `lanczos`; the result is differentiable with respect to `params` and closed-over arrays.
+        f, from a scalar to a scalar, smooth on the spectrum of A. It may close over traced arrays, such as a shift,
+        which are differentiated as well.
+    matvec, params, num_matvecs, reorthogonalise, vjp_batch_size
+        As for `lanczos`. Exact for each probe once `num_matvecs` reaches the number of distinct eigenvalues, which the
+        rank plus one bounds.
     probes
-        Rows with independent entries of mean 0 and variance 1, or the rows of sqrt(n) times an orthogonal matrix,
-        whose mean is the exact trace.
-    num_matvecs
-        Depth K; exact from the rank of A on.
+        z along the leading axis of each leaf, S of them, of `rademacher_probes` or `normal_probes`; or the rows of
+        sqrt(n) times an orthogonal matrix, whose mean is the exact trace. Rademacher has the smaller variance; normal
+        probes are what posterior samples start from.
     gradient
-        As for `lanczos`.
-
-    Notes
-    -----
-    Cost: S K products; S K more for the gradient. Probes run one after another; memory K n numbers.
-    """
-
-    def quadratic_form(probe: Array) -> Array:
-        result = lanczos(matvec, probe, *params, num_matvecs=num_matvecs, gradient=gradient)
-        return result.start_norm**2 * _first_entry(function, result.diagonal, result.off_diagonal)
-
-    return jax.lax.map(quadratic_form, probes)
-
-
-def trace_forms(
-    ritz: Ritz, function: Callable[[np.ndarray], np.ndarray], *, tolerance: float = 1e-2
-) -> Float[np.ndarray, " S"]:
-    """tr f(A) as each probe of one block decomposition estimates it, f elementwise on Ritz values, f(0) = 0.
-
-    Ritz pairs whose residual is at most `tolerance` times theta are eigenpairs: their f(theta) enter every estimate
-    exactly. They are properties of A, not of the probes, so the rest of the trace is estimated without bias by what a
-    probe sees of the rest: tr f(A) = sum_conv f(theta_j) + E sum_other f(theta_j) (z' x_j)^2. The mean over probes is
-    the estimate, their spread its error.
-
-    A block of S probes finds at most S vectors of an eigenspace. So S or more converged values that `tolerance` does
-    not tell apart may stand for an eigenspace with more dimensions than were found: they stay with the rest, where a
-    probe sees all of the space.
-    """
-    values = function(ritz.values)
-    exact = ritz.couplings <= tolerance * ritz.values
-    exact[exact] = ~_in_long_chain(ritz.values[exact], ritz.weights.shape[1], tolerance)
-    return values[exact].sum() + (values[:, None] * ritz.weights**2)[~exact].sum(axis=0)
-
-
-def _in_long_chain(ascending: Float[np.ndarray, " m"], length: int, tolerance: float) -> np.ndarray:
-    """Which values belong to a chain of `length` or more, each within `tolerance` of the next, relative to it."""
-    chain = np.cumsum(np.diff(ascending, prepend=0.0) > tolerance * ascending)
-    return np.bincount(chain, minlength=1)[chain] >= length if len(chain) else chain.astype(bool)
-
-
-def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the block Gauss-Radau rule with nodes prescribed at zero, the lower end of A's spectrum.
-
-    For functions such as log1p, whose derivatives alternate in sign, the block Gauss rule (Ritz values and weights)
-    lies above z' f(A) z and this rule below, both monotonically in depth: together they bracket it (Golub and Meurant
-    1994; for blocks Zimmerling, Druskin and Simoncini 2024).
+        Of the mean, in `params`, in the probes and in what `matvec` and `function` close over. "adjoint": the exact
+        derivative of the quadrature, by K further products and a vector-Jacobian product of K terms a probe.
+        "quadrature": d tr f(A) = E[(f'(A) z)' dA z], with f'(A) z from the decomposition at hand: one vector-Jacobian
+        product a probe; unbiased, but the derivative of the returned value only up to truncation. Both in reverse mode
+        only. "autodiff": through the loop, in any mode.
+    probe_batch_size
+        Probes at once. Memory is K n numbers for each of them, also with the gradient, which is summed as batches pass.
+    relative_sem
+        Stop once sem <= relative_sem |mean|, after the first eight probes or later; else all probes are used. Not with
+        "autodiff".
+    deflation
+        Leading eigenpairs of A. Their f(theta) are summed exactly, and probes see the rest of the space only: the
+        variance that they would cause is gone. For exact eigenvectors the gradient is exact as well.
 
     Returns
     -------
-    nodes, weights
-        Shapes (m + S,) and (m + S, S): for each probe, sum_j f(nodes_j) weights_j^2 estimates z' f(A) z.
+    TraceEstimate
+        Only `mean` has a gradient.
+
+    Raises
+    ------
+    ValueError
+        If an option is out of range or unknown, or, outside of `jit`, a probe is zero or not finite.
+    TypeError
+        As for `lanczos`, with the structure of one probe.
+
+    Notes
+    -----
+    Cost: S K products, S K more for the adjoint. Source: Ubaru, Chen and Saad 2017; gradients: Krämer et al. 2024,
+    arXiv 2405.17277, section 5; deflation: Gambhir, Stathopoulos and Orginos 2017.
+
+    Examples
+    --------
+    >>> d = jnp.array([1.0, 2.0, 4.0])
+    >>> probes = jnp.sqrt(3.0) * jnp.eye(3)  # or rademacher_probes(key, d, num_probes)
+    >>> log_determinant = stochastic_lanczos_quadrature(jnp.log, lambda v: d * v, probes, num_matvecs=3).mean
+    >>> bool(jnp.allclose(log_determinant, jnp.log(8.0), atol=1e-4))
+    True
     """
-    count, size = len(decomposition.start), len(decomposition.tridiagonal)
-    last = ritz.vectors[-count:]
-    floor = np.finfo(np.float64).eps * size * max(ritz.values.max(), np.finfo(np.float64).tiny)
-    inverse_corner = (last / np.maximum(ritz.values, floor)) @ last.T
-    coupling = decomposition.residual
-    extended = np.zeros((size + count,) * 2)
-    extended[:size, :size] = decomposition.tridiagonal
-    extended[size - count : size, size:] = coupling
-    extended[size:, size - count : size] = coupling.T
-    # The last block that makes T singular S times over: its Schur complement is zero.
-    extended[size:, size:] = coupling.T @ inverse_corner @ coupling
-    nodes, vectors = np.linalg.eigh(extended)
-    return np.maximum(nodes, 0.0), vectors[:count].T @ decomposition.start.T
+    caller = "stochastic_lanczos_quadrature"
+    check_choice(caller, "reorthogonalise", reorthogonalise, ("full", "none"))
+    check_choice(caller, "gradient", gradient, ("adjoint", "quadrature", "autodiff"))
+    for name, value in (("probe_batch_size", probe_batch_size), ("vjp_batch_size", vjp_batch_size)):
+        check_positive(caller, name, value)
+    if relative_sem is not None and (not relative_sem > 0 or gradient == "autodiff"):
+        raise ValueError(
+            f"{caller}(relative_sem=...) must be positive, with gradient='adjoint' or 'quadrature'; got {relative_sem} "
+            f"with gradient={gradient!r}; leave it out to use all probes"
+        )
+    count = _count(caller, probes)
+    check_finite(caller, "probes", probes)
+    operator = flatten(caller, matvec, jax.tree.map(lambda leaf: leaf[0], probes), params)
+    check_depth(caller, num_matvecs, operator.start.size)
+    rows = jax.vmap(ravel)(probes)
+    converted, constants = jax.closure_convert(function, jnp.zeros((), rows.dtype))
+    offset = jnp.zeros((), rows.dtype)
+    if deflation is not None:
+        vectors = jax.lax.stop_gradient(jax.vmap(ravel)(deflation.vectors))
+        offset = _deflated(converted, constants, operator.matvec, operator.arguments, vectors)
+        rows = rows - matmul(matmul(rows, vectors.T), vectors)
+    settings = Settings(num_matvecs, reorthogonalise == "full", vjp_batch_size)
+    plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem)
+    inputs = offset, rows, operator.arguments, tuple(constants)
+    if gradient == "autodiff":
+        mean, seen, _ = _run(converted, operator.matvec, plan, *inputs)
+    else:
+        run = partial(_differentiable_run, converted, operator.matvec, plan)
+        mean, seen = reverse_only(run, f"{caller}(gradient={gradient!r})")(*inputs)
+    fixed, seen = jax.lax.stop_gradient((offset, seen))
+    truncation = jnp.abs(jnp.sum(seen.changes) / seen.used)
+    return TraceEstimate(mean, _sem(seen), truncation, seen.used, _is_precise(plan, fixed, seen))
 
 
-def _first_entry(function: Callable, diagonal: Array, off_diagonal: Array) -> Array:
-    """e_1' f(T) e_1, differentiable also where eigenvalues of T coincide."""
-    converted, constants = jax.closure_convert(function, diagonal)
-    return _spectral_first_entry(converted, diagonal, off_diagonal, constants)
+class _Forms(NamedTuple):
+    """What the probes saw; zero for those that were not used.
+
+    Attributes
+    ----------
+    values
+        z' f(A) z.
+    changes
+        How much of it came with the last fifth of the steps.
+    used
+        The number of probes used.
+    """
+
+    values: Float[Array, " S"]
+    changes: Float[Array, " S"]
+    used: Int[Array, ""]
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _spectral_first_entry(function: Callable, diagonal: Array, off_diagonal: Array, constants: Any) -> Array:
-    values, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
-    return jnp.sum(vectors[0] ** 2 * function(values, *constants))
+def _form(
+    function: Callable, matvec: Callable, plan: Plan, probe: Array, arguments: tuple[Any, ...], constants: tuple
+) -> tuple[Array, Array]:
+    """z' f(A) z, differentiable as `plan.gradient` says, and how much of it came with the last fifth of the steps."""
+    if plan.gradient == "adjoint":
+        steps = lanczos_adjoint(matvec, plan.lanczos, probe, arguments)
+    elif plan.gradient == "autodiff":
+        steps = lanczos_forward(matvec, plan.lanczos, probe, arguments)
+    else:
+        steps = lanczos_forward(matvec, plan.lanczos, *jax.lax.stop_gradient((probe, arguments)))
+    first, change = function_times_start(lambda x: function(x, *constants), steps)
+    form = steps.start_norm * first[0]
+    if plan.gradient == "quadrature":
+        fixed = jax.lax.stop_gradient(constants)
+        slope, _ = function_times_start(jax.grad(lambda x: function(x, *fixed)), steps)
+        towards_operator = jax.lax.stop_gradient(matmul(slope, steps.basis))
+        towards_probe = jax.lax.stop_gradient(2 * matmul(first, steps.basis))
+        # Zero in value; its derivative is (f'(A) z)' dA z + 2 (f(A) z)' dz.
+        image = matvec(jax.lax.stop_gradient(probe), *arguments)
+        linear = matmul(towards_operator, image) + matmul(towards_probe, probe)
+        form = form + linear - jax.lax.stop_gradient(linear)
+    return form, steps.start_norm * jax.lax.stop_gradient(change[0])
 
 
-@_spectral_first_entry.defjvp
-def _spectral_first_entry_jvp(function: Callable, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    # Autodiff through eigh divides by differences of eigenvalues, zero after a breakdown. The derivative of f(T) in
-    # direction dT is U (F o (U' dT U)) U' with the divided differences F_ij = f[theta_i, theta_j] (Daleckii and
-    # Krein), finite for every smooth f: it is used directly.
-    diagonal, off_diagonal, constants = primals
-    d_diagonal, d_off_diagonal, d_constants = tangents
-    values, vectors = jnp.linalg.eigh(_tridiagonal(diagonal, off_diagonal))
-    first = vectors[0]
-    images, d_images = jax.jvp(lambda *c: function(values, *c), tuple(constants), tuple(d_constants))
-    rotated = matmul(matmul(vectors.T, _tridiagonal(d_diagonal, d_off_diagonal)), vectors)
-    divided = _divided_differences(lambda x: function(x, *constants), values, images)
-    slope = jnp.sum(first**2 * d_images) + matmul(matmul(first, divided * rotated), first)
-    return jnp.sum(first**2 * images), slope
+def _forms(
+    function: Callable, matvec: Callable, plan: Plan, batch: Array, arguments: tuple[Any, ...], constants: tuple
+) -> tuple[Array, Array]:
+    """`_form` of a batch of probes."""
+    if len(batch) == 1:  # choices in the recurrence remain choices where nothing is batched
+        return jax.tree.map(lambda x: x[None], _form(function, matvec, plan, batch[0], arguments, constants))
+    return jax.vmap(lambda probe: _form(function, matvec, plan, probe, arguments, constants))(batch)
 
 
-def _divided_differences(function: Callable, values: Array, images: Array) -> Array:
-    """f[x_i, x_j]; for close arguments the derivative at the midpoint, where the quotient would cancel."""
-    gap = values[:, None] - values[None, :]
-    size = jnp.abs(values[:, None]) + jnp.abs(values[None, :])
-    close = jnp.abs(gap) <= jnp.finfo(values.dtype).eps ** (1 / 3) * size
-    middle = (values[:, None] + values[None, :]) / 2
-    # Row by row: closure conversion fixed the length of the vectors that f takes.
-    slope = jax.lax.map(lambda row: jax.jvp(function, (row,), (jnp.ones_like(row),))[1], middle)
-    return jnp.where(close, slope, (images[:, None] - images[None, :]) / jnp.where(close, 1, gap))
+def _run(
+    function: Callable,
+    matvec: Callable,
+    plan: Plan,
+    offset: Array,
+    rows: Array,
+    arguments: tuple[Any, ...],
+    constants: tuple,
+    *,
+    with_gradient: bool = False,
+) -> tuple[Array, _Forms, tuple | None]:
+    """Batch after batch of probes: offset + the mean of their forms, the forms, and the gradient of the first.
+
+    The gradient is computed along with the forms, so that no decomposition outlives its batch.
+    """
+    count, size = len(rows), plan.batch_size
+    num_batches = math.ceil(count / size)
+    filled = num_batches * size
+    # Probes that fill the last batch are copies, and count for nothing.
+    batches = jnp.concatenate([rows, jnp.broadcast_to(rows[:1], (filled - count, rows.shape[1]))])
+    batches = batches.reshape(num_batches, size, -1)
+    weights = jnp.asarray(jnp.arange(filled) < count, rows.dtype).reshape(num_batches, size)
+    active = floating((arguments, constants))
+
+    def total(batch: Array, leaves: list[Array], weight: Array) -> tuple[Array, tuple[Array, Array]]:
+        values, changes = _forms(function, matvec, plan, batch, *active.fill(leaves))
+        values, changes = weight * values, weight * changes
+        return jnp.sum(values), (values, changes)
+
+    def advance(i: Array, carry: tuple) -> tuple:
+        values, changes, d_rows, d_leaves = carry
+        batch = batches[i], active.leaves, weights[i]
+        if with_gradient:
+            (_, new), (d_batch, d_new) = jax.value_and_grad(total, (0, 1), has_aux=True)(*batch)
+            d_rows, d_leaves = d_rows.at[i].set(d_batch), jax.tree.map(jnp.add, d_leaves, d_new)
+        else:
+            _, new = total(*batch)
+        return values.at[i].set(new[0]), changes.at[i].set(new[1]), d_rows, d_leaves
+
+    def forms(i: Array, carry: tuple) -> _Forms:
+        return _Forms(carry[0].reshape(-1)[:count], carry[1].reshape(-1)[:count], jnp.minimum(i * size, count))
+
+    def unfinished(state: tuple) -> Array:
+        seen = forms(*state)
+        enough = (seen.used >= min(FEWEST_PROBES, count)) & _is_precise(plan, offset, seen)
+        return (state[0] < num_batches) & ~enough
+
+    no_rows, no_leaves = jnp.zeros_like(batches), jax.tree.map(jnp.zeros_like, active.leaves)
+    gradients = (no_rows, no_leaves) if with_gradient else (None, None)
+    carry = jnp.zeros_like(weights), jnp.zeros_like(weights), *gradients
+    if plan.relative_sem is None:
+        done, carry = num_batches, jax.lax.fori_loop(0, num_batches, advance, carry)
+    else:
+        state = jnp.asarray(0), carry
+        done, carry = jax.lax.while_loop(unfinished, lambda state: (state[0] + 1, advance(*state)), state)
+    seen = forms(done, carry)
+    mean = offset + _mean(seen)
+    if not with_gradient:
+        return mean, seen, None
+    d_rows, d_leaves = jax.tree.map(lambda x: x / seen.used.astype(x.dtype), carry[2:])
+    d_rows = d_rows.reshape(filled, -1)[:count]
+    return mean, seen, (jnp.ones_like(mean), d_rows, *active.cotangent(d_leaves))
 
 
-def _tridiagonal(diagonal: Array, off_diagonal: Array) -> Array:
-    return jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _differentiable_run(function: Callable, matvec: Callable, plan: Plan, *inputs: Any) -> tuple[Array, _Forms]:
+    """`_run`, whose forms have no gradient and whose mean has the one that was computed along with it."""
+    return _run(function, matvec, plan, *inputs)[:2]
+
+
+def _forward(function: Callable, matvec: Callable, plan: Plan, *inputs: Any) -> tuple[tuple[Array, _Forms], Any]:
+    mean, seen, gradient = _run(function, matvec, plan, *inputs, with_gradient=True)
+    return (mean, seen), gradient
+
+
+def _backward(function: Callable, matvec: Callable, plan: Plan, gradient: Any, cotangent: tuple[Array, _Forms]) -> Any:
+    del function, matvec, plan
+    return jax.tree.map(lambda x: x * cotangent[0].astype(x.dtype), gradient)
+
+
+_differentiable_run.defvjp(_forward, _backward)
+
+
+def _mean(seen: _Forms) -> Array:
+    return jnp.sum(seen.values) / seen.used
+
+
+def _sem(seen: _Forms) -> Array:
+    deviations = jnp.where(jnp.arange(len(seen.values)) < seen.used, seen.values - _mean(seen), 0)
+    several = jnp.maximum(seen.used - 1, 1)
+    return jnp.where(seen.used > 1, jnp.sqrt(jnp.sum(deviations**2) / several / seen.used), jnp.inf)
+
+
+def _is_precise(plan: Plan, offset: Array, seen: _Forms) -> Array:
+    """Whether the standard error asked for is met; it always is where none was."""
+    if plan.relative_sem is None:
+        return jnp.asarray(True)
+    return _sem(seen) <= plan.relative_sem * jnp.abs(offset + _mean(seen))
+
+
+def _deflated(
+    function: Callable, constants: tuple, matvec: Callable, arguments: tuple[Any, ...], vectors: Float[Array, "M n"]
+) -> Float[Array, ""]:
+    """sum_i f(x_i' A x_i) over the rows that are not zero, with the vectors held fixed.
+
+    With X the projector on them, tr f(A) = tr X f(A) X + tr (I - X) f(A) (I - X) for any fixed X, and for eigenvectors
+    the derivative of x' f(A) x is f'(theta) x' dA x: so the gradient is exact, though the vectors do not move.
+    """
+    images = jax.lax.map(lambda x: matvec(x, *arguments), vectors)
+    values = jnp.sum(images * vectors, axis=1)
+    found = jnp.sum(vectors**2, axis=1) > 0.5
+    # f need not be defined at the zero that stands for a pair not found.
+    filler = jax.lax.stop_gradient(values[jnp.argmax(jnp.abs(values))])
+    images = jax.vmap(lambda x: function(x, *constants))(jnp.where(found, values, filler))
+    return jnp.sum(jnp.where(found, images, 0))
+
+
+def _count(caller: str, probes: PyTree) -> int:
+    """The length of the leading axis, checked to be the same for every leaf."""
+    counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(probes)}
+    if len(counts) != 1 or counts & {(), (0,)}:
+        raise ValueError(
+            f"{caller}(probes=...) must have leaves with one leading axis, at least one probe long; got leading axes "
+            f"{sorted(counts)}; draw them with rademacher_probes or normal_probes"
+        )
+    return counts.pop()[0]

@@ -1,0 +1,117 @@
+"""What the adjoints of Lanczos and Arnoldi have in common: equations, multipliers, and the gradient they end in.
+
+Forward. K steps from a vector v give an orthonormal basis, the columns q_1..q_K of Q, with
+
+    A Q = Q H + r e_K',    Q' Q = I,    Q' r = 0,    q_1 = v / |v|,                                            (F)
+
+H upper Hessenberg; for a symmetric A it is the tridiagonal T. Let rho be a scalar function of Q, H, r and |v| with
+cotangents dQ, dH (on i <= j + 1), dr, dc. Its Lagrangian adds <L, A Q - Q H - r e_K'>, <g, Q' r> and <S, Q' Q - I> / 2,
+S symmetric. It is stationary in the outputs where (Krämer, Moreno-Muñoz, Roy and Hauberg 2024, arXiv 2405.17277,
+sections 3 and 4 and the appendix)
+
+    dr - l_K + Q g = 0                                                                                         (r)
+    q_i' l_j = dH_ij    for i <= j + 1                                                                         (H)
+    dQ + A' L - L H' + r g' + Q S = 0                                                                          (Q)
+
+with l_k the columns of L. They are solved backwards. (r) with (H) gives g = dH e_K - Q' dr and l_K. Column k of (Q)
+then gives l_{k-1} from those after it:
+
+    H_{k,k-1} l_{k-1} = dq_k + A' l_k - sum_{j >= k} H_kj l_j + g_k r + Q s_k.                                 (Qk)
+
+Multipliers. The paper finds S as the recurrence goes, from inner products of its right-hand side. It is known before:
+multiply column k of (Q) by q_i', i <= k, use A q_i from (F), and every product q_m' l_j that appears has m <= j + 1, so
+(H) prescribes it:
+
+    S_ik = -(Q' dQ + H' D - D H' + (r' dr) e_K e_K')_ik    for i <= k,                                         (S)
+
+D being dH with zeros below the subdiagonal. The rest of S is its mirror image. So Q S is one product of matrices, and
+the recurrence itself needs no inner products with the basis.
+
+Projection. In floating point l_{k-1} drifts away from (H), and division by a small H_{k,k-1} magnifies what drifted,
+as the forward recurrence loses orthogonality. Where that one reorthogonalises, this one projects l_{k-1} back
+onto (H): it is changed within the span of q_1..q_k so that its products with them are column k - 1 of D.
+
+Breakdown. After m steps that found an invariant subspace, r = 0 and all later outputs are constant zeros, whose
+cotangents are ignored. (Qk) starts anew at k = m with g = D e_m.
+
+Gradients. In the direction dA of the operator, sum_k l_k' dA q_k: one vector-Jacobian product of theta -> sum_k l_k'
+A(theta) q_k. In v, with w the right-hand side of (Qk) at k = 1: dc q_1 + (I - q_1 q_1') w / |v|.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from bnnlaplace.precise import matmul
+from bnnlaplace.tree import floating
+
+
+def alive_rows(breakdown_step: Int[Array, ""], num_matvecs: int) -> Bool[Array, " K"]:
+    """Which rows of the basis came before a breakdown: all, if there was none."""
+    return (jnp.arange(num_matvecs) < breakdown_step) | (breakdown_step < 0)
+
+
+def sources(
+    basis: Float[Array, "K n"],
+    hessenberg: Float[Array, "K K"],
+    residual: Float[Array, " n"],
+    d_basis: Float[Array, "K n"],
+    d_hessenberg: Float[Array, "K K"],
+    d_residual: Float[Array, " n"],
+) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
+    """The terms dq_k + g_k r + Q s_k of (Qk), one row for each k, and l_K."""
+    products = matmul(basis, d_basis.T) + matmul(hessenberg.T, d_hessenberg) - matmul(d_hessenberg, hessenberg.T)
+    products = products.at[-1, -1].add(matmul(residual, d_residual))
+    multipliers = -(jnp.triu(products) + jnp.triu(products, 1).T)
+    g = d_hessenberg[:, -1] - matmul(basis, d_residual)
+    return d_basis + g[:, None] * residual + matmul(multipliers, basis), d_residual + matmul(g, basis)
+
+
+def start_cotangent(
+    right_hand_side: Float[Array, " n"],
+    first: Float[Array, " n"],
+    norm: Float[Array, ""],
+    d_norm: Float[Array, ""],
+) -> Float[Array, " n"]:
+    """The cotangent of v from that of q_1 = v / |v| and of |v|."""
+    tangent = right_hand_side - first * matmul(first, right_hand_side)
+    return d_norm * first + tangent / jnp.where(norm > 0, norm, 1)
+
+
+def operator_cotangent(
+    matvec: Callable[..., Float[Array, " n"]],
+    arguments: tuple[Any, ...],
+    basis: Float[Array, "K n"],
+    multipliers: Float[Array, "K n"],
+    batch_size: int,
+) -> tuple[Any, ...]:
+    """The cotangent of `arguments`: the gradient of sum_k l_k' A(arguments) q_k, `batch_size` terms at a time.
+
+    Leaves of `arguments` that are not floating point get None. Memory: what the derivative of `batch_size` products
+    saves, and one copy of `arguments`.
+    """
+    active, fill, cotangent = floating(arguments)
+
+    def pairing(active: list[Array], rows: Array, weights: Array) -> Array:
+        arguments = fill(active)
+        return jnp.sum(jax.vmap(lambda row: matvec(row, *arguments))(rows) * weights)
+
+    gradient = jax.grad(pairing)
+    if not active:
+        return cotangent([])
+    if batch_size >= len(basis):
+        return cotangent(gradient(active, basis, multipliers))
+    count = math.ceil(len(basis) / batch_size)
+    padding = count * batch_size - len(basis)
+    shape = count, batch_size, basis.shape[1]
+    batches = [jnp.pad(rows, ((0, padding), (0, 0))).reshape(shape) for rows in (basis, multipliers)]
+    total, _ = jax.lax.scan(
+        lambda total, batch: (jax.tree.map(jnp.add, total, gradient(active, *batch)), None),
+        jax.tree.map(jnp.zeros_like, active),
+        batches,
+    )
+    return cotangent(total)

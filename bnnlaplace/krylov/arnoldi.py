@@ -1,0 +1,270 @@
+"""Arnoldi: the Hessenberg factorisation of any square operator, and its adjoint.
+
+Forward: A Q = Q H + r e_K' with H upper Hessenberg, by Gram-Schmidt of each A q_k against the vectors found so far.
+Full reorthogonalisation makes two passes: "twice is enough" (Giraud, Langou, Rozloznik and van den Eshof 2005).
+
+Adjoint: the equations of `adjoint.py`. Without reorthogonalisation Q' Q = I is not what the recurrence imposes, and the
+adjoint of the single pass of classical Gram-Schmidt is taken: it holds however much orthogonality was lost.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from bnnlaplace.krylov import adjoint, gram_schmidt
+from bnnlaplace.krylov.lanczos import BREAKDOWN, Settings
+from bnnlaplace.krylov.operator import check_choice, check_depth, check_positive, flatten
+from bnnlaplace.krylov.reverse_only import reverse_only
+from bnnlaplace.krylov.vectors import norm, safe_norm
+from bnnlaplace.precise import matmul
+
+
+class Arnoldi(NamedTuple):
+    """A factorisation A Q = Q H + r e_K' of a square operator.
+
+    Attributes
+    ----------
+    basis
+        q_1..q_K along the leading axis of each leaf, otherwise like the start vector; zero after a breakdown.
+    hessenberg
+        H, zero below the subdiagonal; its columns after a breakdown are zero.
+    residual
+        r, like the start vector, orthogonal to the basis; zero after a breakdown.
+    start_norm
+        |v|.
+    breakdown_step
+        m where the first m basis vectors span an invariant subspace, so that nothing follows them; 0 for a zero start
+        vector; -1 where there was no breakdown.
+    """
+
+    basis: PyTree[Float[Array, "K ..."]]
+    hessenberg: Float[Array, "K K"]
+    residual: PyTree[Float[Array, "..."]]
+    start_norm: Float[Array, ""]
+    breakdown_step: Int[Array, ""]
+
+
+def arnoldi(
+    matvec: Callable[..., PyTree],
+    start: PyTree,
+    *params: Any,
+    num_matvecs: int,
+    reorthogonalise: Literal["full", "none"] = "full",
+    gradient: Literal["adjoint", "autodiff"] = "adjoint",
+    vjp_batch_size: int = 1,
+) -> Arnoldi:
+    """Factorise a square `matvec(v, *params)` from `start`, differentiably.
+
+    Parameters
+    ----------
+    matvec
+        v, *params -> A v, linear in v. It may close over traced arrays, which are differentiated as well.
+    start
+        v: an array or a pytree of arrays of one real floating-point dtype, n numbers together, not zero.
+    params
+        Arguments of `matvec`, any pytrees; floating-point leaves are differentiable.
+    num_matvecs
+        K, between 1 and n.
+    reorthogonalise
+        "full": two passes of Gram-Schmidt, the basis is orthogonal to rounding. "none": one pass, which loses
+        orthogonality where A q_k lies almost in the span of the basis.
+    gradient
+        "adjoint": reverse mode only, K products with the transposed operator and a vector-Jacobian product of K terms.
+        "autodiff": through the loop, in any mode, with memory of order K^2 n.
+    vjp_batch_size
+        How many of those K terms at once: more are faster where products gain from batching, and take more memory.
+
+    Returns
+    -------
+    Arnoldi
+        A breakdown, |r| at most 10 eps max_k |A q_k|, ends the recurrence, as for `lanczos`.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As for `lanczos`.
+
+    Notes
+    -----
+    Cost: K products; in addition 4 K^2 n multiplications for "full" and 2 K^2 n for "none". The adjoint takes about as
+    much again. Memory: K n numbers, 4 K n in the adjoint. The transposed products are those of `jax.vjp` of `matvec` at
+    `start`. Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
+
+    Examples
+    --------
+    >>> rotation = jnp.array([[0.0, -1.0], [1.0, 0.0]])
+    >>> arnoldi(lambda v, a: a @ v, jnp.array([2.0, 0.0]), rotation, num_matvecs=2).hessenberg
+    Array([[ 0., -1.],
+           [ 1.,  0.]], dtype=float32)
+    """
+    check_choice("arnoldi", "reorthogonalise", reorthogonalise, ("full", "none"))
+    check_choice("arnoldi", "gradient", gradient, ("adjoint", "autodiff"))
+    check_positive("arnoldi", "vjp_batch_size", vjp_batch_size)
+    operator = flatten("arnoldi", matvec, start, params)
+    check_depth("arnoldi", num_matvecs, operator.start.size)
+    settings = Settings(num_matvecs, reorthogonalise == "full", vjp_batch_size)
+    if gradient == "autodiff":
+        result = _forward(operator.matvec, settings, operator.start, operator.arguments)
+    else:
+        differentiable = reverse_only(
+            partial(arnoldi_adjoint, operator.matvec, settings), "arnoldi(gradient='adjoint')"
+        )
+        result = differentiable(operator.start, operator.arguments)
+    return result._replace(basis=jax.vmap(operator.unravel)(result.basis), residual=operator.unravel(result.residual))
+
+
+def _forward(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
+    num = settings.num_matvecs
+    start_norm = safe_norm(start)
+    empty = jnp.zeros((num, start.size), start.dtype)
+    # One pass of *classical* Gram-Schmidt is what "none" promises and what its adjoint takes: blocks would modify it.
+    blocks = gram_schmidt.split(empty) if settings.reorthogonalise else (empty,)
+    floor = BREAKDOWN * jnp.finfo(start.dtype).eps
+    wanted = jnp.zeros(num, start.dtype)
+
+    def step(carry, k):
+        blocks, vector, scale = carry
+        blocks = gram_schmidt.set_row(blocks, k, vector)
+        image = matvec(vector, *arguments)
+        scale = jnp.maximum(scale, norm(image))
+        residual, column = gram_schmidt.impose(blocks, k, image, wanted)
+        if settings.reorthogonalise:
+            residual, correction = gram_schmidt.impose(blocks, k, residual, wanted)
+            column = column + correction
+        coupling = norm(residual)
+        alive = ~(coupling <= floor * scale)  # NaN stays NaN
+        residual = jnp.where(alive, residual, 0)
+        coupling = jnp.where(alive, coupling, 0)
+        following = residual / jnp.where(alive, coupling, 1)
+        return (blocks, following, scale), (column, coupling, residual)
+
+    carry = blocks, start / jnp.where(start_norm > 0, start_norm, 1), jnp.zeros_like(start_norm)
+    (blocks, *_), (columns, couplings, residuals) = jax.lax.scan(step, carry, jnp.arange(num))
+    ended = jnp.append(start_norm == 0, couplings == 0)
+    breakdown_step = jnp.where(jnp.any(ended), jnp.argmax(ended), -1)
+    hessenberg = columns.T + jnp.diag(couplings[:-1], -1)
+    return Arnoldi(gram_schmidt.join(blocks), hessenberg, residuals[-1], start_norm, breakdown_step)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def arnoldi_adjoint(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
+    """Arnoldi of a flat operator that closes over nothing, differentiated by its adjoint."""
+    return _forward(matvec, settings, start, arguments)
+
+
+def _adjoint_forward(
+    matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]
+) -> tuple[Arnoldi, tuple[Arnoldi, tuple[Any, ...]]]:
+    result = _forward(matvec, settings, start, arguments)
+    return result, (result, arguments)
+
+
+def _adjoint_backward(
+    matvec: Callable, settings: Settings, saved: tuple[Arnoldi, tuple[Any, ...]], cotangent: Arnoldi
+) -> tuple[Array, tuple[Any, ...]]:
+    result, arguments = saved
+    num = settings.num_matvecs
+    alive = adjoint.alive_rows(result.breakdown_step, num)
+    # Entries that Arnoldi computes: on and above the subdiagonal, in columns before a breakdown.
+    computed = jnp.triu(jnp.ones((num, num), bool), -1) & alive & alive[:, None]
+    cotangent = Arnoldi(
+        jnp.where(alive[:, None], cotangent.basis, 0),
+        jnp.where(computed, cotangent.hessenberg, 0),
+        jnp.where(result.breakdown_step < 0, cotangent.residual, 0),
+        cotangent.start_norm,
+        cotangent.breakdown_step,
+    )
+    # A is linear: its transpose is the same at every point, and linearised here once.
+    transpose = jax.vjp(lambda v: matvec(v, *arguments), result.basis[0])[1]
+    solve = _full_multipliers if settings.reorthogonalise else _single_pass_multipliers
+    multipliers, start = solve(lambda v: transpose(v)[0], result, cotangent, settings)
+    return start, adjoint.operator_cotangent(matvec, arguments, result.basis, multipliers, settings.vjp_batch_size)
+
+
+arnoldi_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
+
+
+def _full_multipliers(
+    transpose: Callable, result: Arnoldi, cotangent: Arnoldi, settings: Settings
+) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
+    """Solve (r), (H), (Q) of `adjoint.py` backwards: the rows of L, and the cotangent of the start vector."""
+    num, matrix, d_matrix = settings.num_matvecs, result.hessenberg, cotangent.hessenberg
+    terms, last = adjoint.sources(result.basis, matrix, result.residual, cotangent.basis, d_matrix, cotangent.residual)
+    blocks = gram_schmidt.split(result.basis)
+    couplings = jnp.diag(matrix, -1)
+
+    def step(carry, inputs):
+        rows, row = carry
+        k, term, matrix_row, coupling, previous, wanted = inputs
+        rows = jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
+        # Rows before k are still zero, so that the sum is over j >= k.
+        right = term + transpose(row) - matmul(matrix_row, rows)
+        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0.
+        before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), previous)
+        if settings.project:
+            before, _ = gram_schmidt.impose(blocks, k, before, wanted)
+        return (rows, before), None
+
+    inputs = (
+        jnp.arange(1, num),
+        terms[1:],
+        matrix[1:],
+        couplings,
+        matmul(d_matrix.T[:-1], result.basis),
+        d_matrix.T[:-1],
+    )
+    (rows, row), _ = jax.lax.scan(step, (jnp.zeros_like(result.basis), last), inputs, reverse=True)
+    rows = rows.at[0].set(row)
+    right = terms[0] + transpose(row) - matmul(matrix[0], rows)
+    start = adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
+    return rows, start
+
+
+def _single_pass_multipliers(
+    transpose: Callable, result: Arnoldi, cotangent: Arnoldi, settings: Settings
+) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
+    """The adjoint of h_ik = q_i' A q_k, u_k = A q_k - sum_{i <= k} h_ik q_i, b_k = |u_k|, q_{k+1} = u_k / b_k.
+
+    Backwards over k, with x_k the cotangent of q_k complete once all steps j >= k are done:
+
+        du_k = (I - q_{k+1} q_{k+1}') x_{k+1} / b_k + db_k q_{k+1},   du_K = dr,
+        m_ik = dh_ik - q_i' du_k    for i <= k,
+        l_k  = du_k + sum_{i <= k} m_ik q_i,                          the cotangent of A q_k
+        x_k  = dq_k + A' l_k + sum_{j >= k} (m_kj A q_j - h_kj du_j).
+    """
+    num, basis, matrix = settings.num_matvecs, result.basis, result.hessenberg
+    couplings = jnp.diag(matrix, -1)
+    index = jnp.arange(num)
+    upper = jnp.triu(matrix)
+
+    def step(carry, inputs):
+        d_residuals, weights, du, _ = carry
+        k, vector, d_vector, matrix_row, column, d_coupling, coupling = inputs
+        d_residuals = jax.lax.dynamic_update_index_in_dim(d_residuals, du, k, 0)
+        m = jnp.where(index <= k, column - matmul(basis, du), 0)
+        weights = jax.lax.dynamic_update_index_in_dim(weights, m, k, 1)
+        row = du + matmul(m, basis)
+        # The images A q_j are Q H and, for the last, r beside it.
+        images = matmul(matmul(weights[k], matrix.T), basis) + weights[k, -1] * result.residual
+        x = d_vector + transpose(row) + images - matmul(matrix_row, d_residuals)
+        tangent = (x - vector * matmul(vector, x)) / jnp.where(coupling != 0, coupling, 1)
+        before = jnp.where(coupling != 0, tangent + d_coupling * vector, 0)
+        return (d_residuals, weights, before, x), row
+
+    zero = jnp.zeros(1, matrix.dtype)
+    inputs = (
+        index,
+        basis,
+        cotangent.basis,
+        upper,
+        jnp.triu(cotangent.hessenberg).T,
+        jnp.concatenate([zero, jnp.diag(cotangent.hessenberg, -1)]),
+        jnp.concatenate([zero, couplings]),
+    )
+    carry = jnp.zeros_like(basis), jnp.zeros_like(matrix), cotangent.residual, jnp.zeros_like(result.residual)
+    (*_, right), rows = jax.lax.scan(step, carry, inputs, reverse=True)
+    return rows, adjoint.start_cotangent(right, basis[0], result.start_norm, cotangent.start_norm)

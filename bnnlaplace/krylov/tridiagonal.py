@@ -1,0 +1,77 @@
+"""Symmetric tridiagonal matrices, and functions of them with derivatives that are finite for repeated eigenvalues."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bnnlaplace.precise import matmul
+
+
+def tridiagonal_matrix(diagonal: Float[Array, " K"], off_diagonal: Float[Array, " K-1"]) -> Float[Array, "K K"]:
+    """T as a dense matrix."""
+    return jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
+
+
+def function_times_first(
+    function: Callable[[Float[Array, ""]], Float[Array, ""]],
+    diagonal: Float[Array, " K"],
+    off_diagonal: Float[Array, " K-1"],
+    breakdown_step: Int[Array, ""],
+) -> Float[Array, " K"]:
+    """f(T) e_1, differentiable in T and in what `function` closes over.
+
+    Parameters
+    ----------
+    function
+        f, from a scalar to a scalar, defined and smooth on the eigenvalues of T.
+    diagonal, off_diagonal, breakdown_step
+        Of `lanczos`. After a breakdown T is zero, where f need not be defined: entries that e_1 does not reach are
+        moved into the range of those that it does.
+
+    Notes
+    -----
+    Cost: one eigendecomposition, of order K^3. Autodiff through it divides by differences of eigenvalues, zero where
+    they repeat. The derivative of f(T) in the direction dT is U (F o (U' dT U)) U' with the divided differences F_ij =
+    f[x_i, x_j] (Daleckii and Krein; Higham 2008, theorem 3.11), finite for every smooth f: it is used directly.
+    """
+    reached = (jnp.arange(len(diagonal)) < breakdown_step) | (breakdown_step < 0)
+    diagonal = jnp.where(reached, diagonal, jax.lax.stop_gradient(diagonal[0]))
+    converted, constants = jax.closure_convert(function, diagonal[0])
+    return _function_times_first(converted, diagonal, off_diagonal, constants)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _function_times_first(function: Callable, diagonal: Array, off_diagonal: Array, constants: Any) -> Array:
+    values, vectors = jnp.linalg.eigh(tridiagonal_matrix(diagonal, off_diagonal))
+    return matmul(vectors, _evaluate(function, constants, values) * vectors[0])
+
+
+@_function_times_first.defjvp
+def _function_times_first_jvp(function: Callable, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    diagonal, off_diagonal, constants = primals
+    d_diagonal, d_off_diagonal, d_constants = tangents
+    values, vectors = jnp.linalg.eigh(tridiagonal_matrix(diagonal, off_diagonal))
+    first = vectors[0]
+    images, d_images = jax.jvp(lambda *c: _evaluate(function, c, values), tuple(constants), tuple(d_constants))
+    rotated = matmul(matmul(vectors.T, tridiagonal_matrix(d_diagonal, d_off_diagonal)), vectors)
+    divided = _divided_differences(partial(_evaluate, function, constants), values, images)
+    slope = matmul(vectors, d_images * first + matmul(divided * rotated, first))
+    return matmul(vectors, images * first), slope
+
+
+def _evaluate(function: Callable, constants: Any, values: Array) -> Array:
+    return jax.vmap(lambda value: function(value, *constants))(values)
+
+
+def _divided_differences(function: Callable, values: Array, images: Array) -> Array:
+    """f[x_i, x_j]; for close arguments the derivative at the midpoint, where the quotient would cancel."""
+    gap = values[:, None] - values[None, :]
+    size = jnp.abs(values[:, None]) + jnp.abs(values[None, :])
+    close = jnp.abs(gap) <= jnp.finfo(values.dtype).eps ** (1 / 3) * size
+    middle = ((values[:, None] + values[None, :]) / 2).reshape(-1)
+    slope = jax.jvp(function, (middle,), (jnp.ones_like(middle),))[1].reshape(gap.shape)
+    return jnp.where(close, slope, (images[:, None] - images[None, :]) / jnp.where(close, 1, gap))

@@ -1,0 +1,387 @@
+"""What Lanczos and Arnoldi both promise, against dense algebra and against autodiff through the loop."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.linalg
+from decompositions import DECOMPOSITIONS, SIZE, assert_close, low_rank, random_cotangent, random_problem
+
+from bnnlaplace.krylov import gram_schmidt
+
+both = pytest.mark.parametrize("name", DECOMPOSITIONS)
+reorthogonalisations = pytest.mark.parametrize("reorthogonalise", ["full", "none"])
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+    """The basis in several blocks, as it is for large problems."""
+    monkeypatch.setattr(gram_schmidt, "WHOLE_BYTES", 0)
+
+
+def check_factorisation(method, result, start, params, depth):
+    matrix, dense = method.matrix(result), method.dense(params)
+    last = jnp.zeros((depth, SIZE)).at[-1].set(result.residual)
+    np.testing.assert_allclose(result.basis @ dense.T, matrix.T @ result.basis + last, atol=1e-12)
+    np.testing.assert_allclose(result.basis @ result.basis.T, np.eye(depth), atol=1e-13)
+    np.testing.assert_allclose(result.basis @ result.residual, 0, atol=1e-12)
+    np.testing.assert_allclose(result.start_norm * result.basis[0], start, atol=1e-13)
+    assert result.breakdown_step == (SIZE if depth == SIZE else -1)
+
+
+@both
+@pytest.mark.parametrize("depth", [1, 2, 7, SIZE])
+def test_factorisation(x64, name, depth):
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+    check_factorisation(method, method.run(start, params, num_matvecs=depth), start, params, depth)
+
+
+@both
+def test_factorisation_in_blocks(x64, blocks, name):
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+    assert len(gram_schmidt.split(jnp.zeros((7, SIZE)))) == gram_schmidt.MOST_BLOCKS
+    check_factorisation(method, method.run(start, params, num_matvecs=7), start, params, 7)
+
+
+def pullback(method, start, params, cotangent, **options):
+    return jax.jit(lambda: jax.vjp(lambda s, p: method.run(s, p, **options), start, params)[1](cotangent))()
+
+
+def check_adjoint(name, depth, reorthogonalise):
+    start, params = random_problem()
+    method, options = DECOMPOSITIONS[name], {"num_matvecs": depth, "reorthogonalise": reorthogonalise}
+    cotangent = random_cotangent(method.run(start, params, **options))
+    ours = pullback(method, start, params, cotangent, **options)
+    reference = pullback(method, start, params, cotangent, gradient="autodiff", **options)
+    assert_close(ours, reference, 1e-9)
+    # The custom rule ran: its rounding differs from that of the loop.
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True)
+    assert any(np.any(np.asarray(mine) != np.asarray(other)) for mine, other in pairs)
+
+
+@both
+@reorthogonalisations
+@pytest.mark.parametrize("depth", [1, 2, 7, SIZE])
+def test_adjoint_is_the_derivative_of_the_loop(x64, name, depth, reorthogonalise):
+    check_adjoint(name, depth, reorthogonalise)
+
+
+@both
+def test_adjoint_in_blocks_is_the_derivative_of_the_loop(x64, blocks, name):
+    check_adjoint(name, 7, "full")
+
+
+@both
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-10), (np.float32, 1e-4)])
+@pytest.mark.parametrize("gradient", ["adjoint", "autodiff"])
+def test_full_depth_is_dense(name, dtype, tolerance, gradient):
+    method = DECOMPOSITIONS[name]
+
+    def log_determinant(start, params):
+        result = method.run(start, params, num_matvecs=SIZE, gradient=gradient)
+        return jnp.linalg.slogdet(method.matrix(result))[1]
+
+    with jax.enable_x64(dtype == np.float64):
+        start, params = random_problem(dtype)
+        value, (d_start, d_params) = jax.jit(jax.value_and_grad(log_determinant, (0, 1)))(start, params)
+    with jax.enable_x64(True):
+        start, params = random_problem()
+        expected, reference = jax.value_and_grad(lambda p: jnp.linalg.slogdet(method.dense(p))[1])(params)
+    assert value.dtype == dtype
+    np.testing.assert_allclose(value, expected, rtol=tolerance)
+    assert_close(d_params, reference, tolerance)
+    # A determinant does not depend on where the recurrence starts.
+    np.testing.assert_allclose(d_start, 0, atol=tolerance * float(jnp.abs(reference["half"]).max()))
+
+
+@both
+@reorthogonalisations
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_gradient_past_a_breakdown_is_that_before_it(name, reorthogonalise, dtype):
+    """A space of five dimensions: twelve steps see no more than five, and neither do their gradients."""
+    method = DECOMPOSITIONS[name]
+    values = np.array([5.0, 3.0, 2.0, 1.0, 0.0])
+
+    def matvec(vector, values):
+        return jnp.repeat(values, 3)[:SIZE] * vector
+
+    def last_moment(values, depth):
+        result = method.decompose(matvec, start, values, num_matvecs=depth, reorthogonalise=reorthogonalise)
+        matrix = method.matrix(result)
+        return matrix @ matrix @ matrix[:, 0] @ result.basis @ jnp.arange(SIZE, dtype=dtype), result
+
+    with jax.enable_x64(dtype == np.float64):
+        start, values = jnp.arange(1, SIZE + 1, dtype=dtype), jnp.asarray(values, dtype)
+        run = jax.jit(jax.value_and_grad(last_moment, has_aux=True), static_argnums=1)
+        (value, result), gradient = run(values, SIZE)
+        rank = int(result.breakdown_step)
+        (expected, _), reference = run(values, rank)
+    assert rank == 4  # three weights each of 5, 3, 2 and 1; the zero has none left
+    np.testing.assert_array_equal(result.basis[rank:], 0)
+    np.testing.assert_array_equal(method.matrix(result)[rank:], 0)
+    np.testing.assert_array_equal(method.matrix(result)[:, rank:], 0)
+    np.testing.assert_array_equal(result.residual, 0)
+    np.testing.assert_allclose(value, expected, rtol=100 * np.finfo(dtype).eps)
+    np.testing.assert_allclose(gradient, reference, rtol=0, atol=1e3 * np.finfo(dtype).eps * abs(reference).max())
+
+
+@both
+def test_no_spurious_ritz_values(x64, name):
+    start, params = random_problem()
+    result = DECOMPOSITIONS[name].decompose(low_rank(4), start, params, num_matvecs=SIZE)
+    assert result.breakdown_step == 5
+    found = np.linalg.eigvals(DECOMPOSITIONS[name].matrix(result)[:5, :5])
+    factor = params["half"][:, :4]
+    np.testing.assert_allclose(sorted(found.real)[1:], jnp.linalg.eigvalsh(factor.T @ factor), rtol=1e-11)
+
+
+@both
+def test_pytrees_are_flat_vectors_in_another_shape(x64, name):
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+
+    def matvec(tree, params):
+        image = method.matvec(jnp.concatenate([tree["a"].reshape(-1), tree["b"]]), params)
+        return {"a": image[:6].reshape(2, 3), "b": image[6:]}
+
+    def loss(decompose, start, params):
+        result = decompose(start, params)
+        return sum(jnp.sum(leaf**3) for leaf in jax.tree.leaves((result.basis, result.residual))), result
+
+    tree = {"a": start[:6].reshape(2, 3), "b": start[6:]}
+    run = partial(jax.value_and_grad(loss, (1, 2), has_aux=True))
+    (_, result), ours = run(lambda s, p: method.decompose(matvec, s, p, num_matvecs=4), tree, params)
+    (_, flat), reference = run(lambda s, p: method.run(s, p, num_matvecs=4), start, params)
+    assert result.basis["a"].shape == (4, 2, 3) and result.residual["b"].shape == (6,)
+    np.testing.assert_allclose(result.basis["a"].reshape(4, 6), flat.basis[:, :6], atol=1e-13)
+    np.testing.assert_allclose(ours[0]["b"], reference[0][6:], atol=1e-12)
+    assert_close(ours[1], reference[1], 1e-12)
+
+
+@both
+@reorthogonalisations
+def test_vmap_over_starts_and_parameters(x64, name, reorthogonalise):
+    start, params = random_problem()
+    starts = jnp.stack([start, jnp.roll(start, 1) + 1])
+    many = jax.tree.map(lambda leaf: jnp.stack([leaf, 1.5 * leaf]), params)
+
+    def loss(start, params):
+        result = DECOMPOSITIONS[name].run(start, params, num_matvecs=5, reorthogonalise=reorthogonalise)
+        return jnp.sum(result.basis**3) + jnp.sum(DECOMPOSITIONS[name].matrix(result) ** 2)
+
+    run = jax.value_and_grad(loss, (0, 1))
+    together = jax.jit(jax.vmap(run))(starts, many)
+    one_by_one = [run(starts[i], jax.tree.map(lambda leaf, i=i: leaf[i], many)) for i in range(2)]
+    assert_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one), 1e-11)
+
+
+@both
+def test_gradients_reach_parameters_of_any_kind(x64, name):
+    """Passed or closed over, floating point among integers, in any structure."""
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+    columns = jnp.arange(SIZE)
+
+    def sparse(vector, values, structure):
+        return values["rows"] @ vector[structure["columns"]] + values["shift"] * vector
+
+    def loss(values, how):
+        if how == "passed":
+            result = method.decompose(sparse, start, values, {"columns": columns, "unused": None}, num_matvecs=5)
+        else:
+            result = method.decompose(lambda v: sparse(v, values, {"columns": columns}), start, num_matvecs=5)
+        return jnp.sum(method.matrix(result) ** 3)
+
+    values = {"rows": method.dense(params), "shift": jnp.asarray(0.5)}
+    run = jax.jit(jax.grad(loss), static_argnums=1)
+    passed, closed = run(values, "passed"), run(values, "closed over")
+    reference = jax.grad(lambda v: jnp.sum(method.matrix(method.run(start, v, num_matvecs=5, gradient="autodiff")) ** 3))
+    assert_close(passed, closed, 1e-12)
+    through_loop = reference(params)
+    np.testing.assert_allclose(passed["shift"], through_loop["shift"], rtol=1e-9)
+
+
+@both
+@pytest.mark.parametrize("size", [2, 3, 7, 100])
+def test_batches_of_vector_jacobian_products_change_nothing(x64, name, size):
+    start, params = random_problem()
+
+    def loss(params, size):
+        return jnp.sum(DECOMPOSITIONS[name].run(start, params, num_matvecs=7, vjp_batch_size=size).basis ** 3)
+
+    run = jax.jit(jax.grad(loss), static_argnums=1)
+    assert_close(run(params, size), run(params, 1), 1e-13)
+
+
+@both
+def test_second_derivatives(x64, name):
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+
+    def log_determinant(shift):
+        result = method.run(start, {**params, "shift": shift}, num_matvecs=SIZE)
+        return jnp.linalg.slogdet(method.matrix(result))[1]
+
+    expected = jax.hessian(lambda s: jnp.linalg.slogdet(method.dense({**params, "shift": s}))[1])(8.0)
+    np.testing.assert_allclose(jax.hessian(log_determinant)(8.0), expected, rtol=1e-8)
+    np.testing.assert_allclose(jax.grad(jax.grad(log_determinant))(8.0), expected, rtol=1e-8)
+
+
+@both
+def test_only_reorthogonalisation_keeps_a_basis_orthogonal(name):
+    """Float32 on a Hilbert matrix, whose eigenvalues fall below rounding within a few steps."""
+    size = 40
+    hilbert = jnp.asarray(scipy.linalg.hilbert(size), jnp.float32) + 1e-3 * jnp.eye(size)
+    start = jax.random.normal(jax.random.key(0), (size,))
+
+    def loss_of_orthogonality(reorthogonalise):
+        method = DECOMPOSITIONS[name].decompose
+        result = method(lambda v: hilbert @ v, start, num_matvecs=20, reorthogonalise=reorthogonalise)
+        alive = jnp.sum(jnp.any(result.basis != 0, axis=1))
+        assert alive > 10
+        return float(jnp.abs(result.basis[:alive] @ result.basis[:alive].T - jnp.eye(alive)).max())
+
+    assert loss_of_orthogonality("full") < 20 * np.finfo(np.float32).eps
+    assert loss_of_orthogonality("none") > 1e-3
+
+
+@both
+@reorthogonalisations
+def test_adjoint_holds_without_orthogonality(x64, name, reorthogonalise):
+    """Where "none" has lost all orthogonality, its adjoint is still the derivative of its own loop."""
+    size = 10
+    hilbert = jnp.asarray(scipy.linalg.hilbert(size)) + 1e-9 * jnp.eye(size)
+    method = DECOMPOSITIONS[name]
+
+    def loss(scale, gradient):
+        result = method.decompose(
+            lambda v, scale: scale * (hilbert @ (scale * v)),
+            jnp.ones(size),
+            scale,
+            num_matvecs=9,
+            reorthogonalise=reorthogonalise,
+            gradient=gradient,
+        )
+        lost = jnp.abs(result.basis @ result.basis.T - jnp.eye(9)).max()
+        return jnp.trace(method.matrix(result)), lost
+
+    scale = jnp.linspace(0.5, 1.5, size)
+    run = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    (ours, lost), (reference, _) = run(scale, "adjoint"), run(scale, "autodiff")
+    assert (lost > 1e-3) == (reorthogonalise == "none")
+    assert_close(ours, reference, 1e-7)
+
+
+@both
+def test_memory_is_linear_in_depth(name):
+    size = 2000
+
+    def temporary_bytes(gradient, depth):
+        def loss(start, scale):
+            method = DECOMPOSITIONS[name]
+            result = method.decompose(
+                lambda v, scale: jnp.sin(scale) * v + jnp.roll(v, 1) + jnp.roll(v, -1),
+                start,
+                scale,
+                num_matvecs=depth,
+                gradient=gradient,
+            )
+            return jnp.sum(method.matrix(result) ** 2)
+
+        compiled = jax.jit(jax.grad(loss)).lower(jnp.ones(size), jnp.ones(size)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary_bytes("adjoint", 40) < 2.2 * temporary_bytes("adjoint", 20)
+    assert temporary_bytes("adjoint", 40) < 8 * 40 * size * 4
+    assert temporary_bytes("autodiff", 40) > 3 * temporary_bytes("autodiff", 20)  # the check can tell
+
+
+@both
+def test_start_vector_is_checked_at_run_time_only_as_numbers(x64, name):
+    """Inside jit a zero start is a breakdown at once, and NaN stays visible."""
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+
+    @jax.jit
+    def run(start):
+        result = method.run(start, params, num_matvecs=3)
+        return result, jax.grad(lambda s: jnp.sum(method.matrix(method.run(s, params, num_matvecs=3))))(start)
+
+    result, gradient = run(jnp.zeros_like(start))
+    assert result.breakdown_step == 0 and not result.basis.any() and not method.matrix(result).any()
+    assert np.isfinite(gradient).all()
+    result, _ = run(start.at[3].set(jnp.nan))
+    assert np.isnan(result.start_norm) and np.isnan(method.matrix(result)).any()
+
+
+@both
+def test_norms_of_start_vectors_neither_overflow_nor_underflow(name):
+    start, params = random_problem(np.float32)
+    for scale in (1e-30, 1e30):
+        result = DECOMPOSITIONS[name].run(scale * start, params, num_matvecs=3)
+        np.testing.assert_allclose(result.start_norm, scale * np.linalg.norm(start), rtol=1e-6)
+        assert result.breakdown_step == -1
+
+
+GOOD = {"matvec": lambda v: v, "start": jnp.ones(SIZE), "num_matvecs": 3}
+BAD = {
+    "depth 0": ({"num_matvecs": 0}, ValueError, "num_matvecs=.* between 1 and the dimension 12; got 0; raise it"),
+    "depth 13": ({"num_matvecs": 13}, ValueError, "num_matvecs=.* between 1 and the dimension 12; got 13; lower it"),
+    "gradient": ({"gradient": "magic"}, ValueError, "gradient=.* must be 'adjoint' or 'autodiff'; got 'magic'"),
+    "option": ({"reorthogonalise": "half"}, ValueError, "reorthogonalise=.* must be 'full' or 'none'; got 'half'"),
+    "batch": ({"vjp_batch_size": 0}, ValueError, "vjp_batch_size=.* at least 1; got 0"),
+    "zero": ({"start": jnp.zeros(SIZE)}, ValueError, "start=.* must not be zero; .* jax.random.normal"),
+    "NaN": ({"start": jnp.ones(SIZE).at[2].set(jnp.nan)}, ValueError, "start=.* finite; got 1 of 12 entries"),
+    "infinite": ({"start": jnp.ones(SIZE) / 0}, ValueError, "start=.* finite; got 12 of 12 entries"),
+    "empty": ({"start": jnp.ones(0)}, ValueError, "start=.* at least one entry"),
+    "no leaves": ({"start": ()}, TypeError, "start=.* one real floating-point dtype; got no leaves"),
+    "integers": ({"start": jnp.arange(SIZE)}, TypeError, "start=.* floating-point dtype; got int32; cast"),
+    "complex": ({"start": jnp.ones(SIZE) * 1j}, TypeError, "start=.* real floating.*; got complex64; .* imaginary"),
+    "mixed": (
+        {"start": (jnp.ones(3), jnp.ones(3, jnp.float16))},
+        TypeError,
+        "start=.* one real floating-point dtype; got float16, float32",
+    ),
+    "structure": ({"matvec": lambda v: (v, v)}, TypeError, "matvec=.* must return the structure that it takes"),
+    "shape": ({"matvec": lambda v: v[:-1]}, TypeError, r"matvec=.* float32\(12,\); got float32\(11,\)"),
+    "dtype": ({"matvec": lambda v: v.astype(jnp.float16)}, TypeError, r"matvec=.*; got float16\(12,\); .*cast"),
+}
+
+
+@both
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(name, case):
+    changed, error, message = BAD[case]
+    options = {**GOOD, **changed}
+    matvec, start = options.pop("matvec"), options.pop("start")
+    with pytest.raises(error, match=rf"{name}\({message}"):
+        DECOMPOSITIONS[name].decompose(matvec, start, **options)
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, x: jax.jvp(f, (x,), (x,)),
+    "jit of jvp": lambda f, x: jax.jit(lambda x: jax.jvp(f, (x,), (x,)))(x),
+    "jvp of jit": lambda f, x: jax.jvp(jax.jit(f), (x,), (x,)),
+    "jacfwd": lambda f, x: jax.jacfwd(f)(x),
+    "jit of jacfwd": lambda f, x: jax.jit(jax.jacfwd(f))(x),
+    "linearize": lambda f, x: jax.linearize(f, x)[1](x),
+}
+
+
+@both
+@pytest.mark.parametrize("mode", FORWARD_MODE)
+def test_forward_mode_is_refused_by_the_adjoint_and_served_by_autodiff(x64, name, mode):
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+
+    def matrix(gradient):
+        return lambda start: method.matrix(method.run(start, params, num_matvecs=3, gradient=gradient))
+
+    with pytest.raises(TypeError, match=rf"{name}\(gradient='adjoint'\) .*reverse mode.*gradient='autodiff'"):
+        FORWARD_MODE[mode](matrix("adjoint"), start)
+    if mode == "jacfwd":
+        assert_close(jax.jacfwd(matrix("autodiff"))(start), jax.jacrev(matrix("adjoint"))(start), 1e-10)
