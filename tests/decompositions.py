@@ -41,10 +41,10 @@ DECOMPOSITIONS = {
 }
 
 
-def random_problem(dtype: Any = np.float64) -> tuple[Array, dict[str, Array]]:
-    """A start vector, and parameters of a well-conditioned operator."""
+def random_problem(dtype: Any = np.float64, shift: float = 0.3) -> tuple[Array, dict[str, Array]]:
+    """A start vector, and parameters of an operator, well conditioned for `shift` = 8."""
     rng = np.random.default_rng(0)
-    params = {"half": jnp.asarray(rng.normal(size=(SIZE, SIZE)) / 2, dtype), "shift": jnp.asarray(8.0, dtype)}
+    params = {"half": jnp.asarray(rng.normal(size=(SIZE, SIZE)) / 2, dtype), "shift": jnp.asarray(shift, dtype)}
     return jnp.asarray(rng.normal(size=SIZE), dtype), params
 
 
