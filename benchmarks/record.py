@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, and a JSON record with versions and device."""
+"""What the benchmarks share: interleaved timing, tables of it, and a JSON record with versions and device."""
 
 import importlib.metadata
 import json
@@ -6,12 +6,19 @@ import os
 import resource
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
+MOST_BYTES = 4e9  # Programs that need more are compiled, so that their memory is known, but not run.
+Results = dict[str, dict[str, Any]]
+
+console = Console(highlight=False)
 
 
 def compile_seconds(run: Callable[[], Any]) -> float:
@@ -19,6 +26,34 @@ def compile_seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
+
+
+class Program(NamedTuple):
+    """A function compiled for its arguments, not run yet.
+
+    Attributes
+    ----------
+    run
+        Call the function.
+    compile_seconds
+        Of tracing, lowering and compilation.
+    memory_bytes
+        Of arguments, outputs and temporary arrays, as XLA lays them out.
+    """
+
+    run: Callable[[], Any]
+    compile_seconds: float
+    memory_bytes: int
+
+
+def compile_ahead(function: Callable[..., Any], *arguments: Any) -> Program:
+    """Compile `function(*arguments)` without running it."""
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return Program(partial(compiled, *arguments), seconds, total)
 
 
 def interleaved(cases: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
@@ -30,6 +65,45 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], repetitions: int) -> dic
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
     return {name: sorted(times)[len(times) // 2] for name, times in seconds.items()}
+
+
+def measure(cases: Mapping[str, Program], repetitions: int) -> Results:
+    """Seconds, compilation and memory of each case; those that need too much memory have None for seconds."""
+    small = {name: case for name, case in cases.items() if case.memory_bytes <= MOST_BYTES}
+    for case in small.values():
+        jax.block_until_ready(case.run())
+    seconds = interleaved({name: case.run for name, case in small.items()}, repetitions)
+    return {
+        name: {
+            "seconds": seconds.get(name),
+            "compile_seconds": case.compile_seconds,
+            "memory_bytes": case.memory_bytes,
+        }
+        for name, case in cases.items()
+    }
+
+
+def show(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print measurements, one case in each row."""
+    table = Table("case", *("ms", "compile s", "memory MB"), title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, found in results.items():
+        time = (
+            f"{1e3 * found['seconds']:.1f}" if found["seconds"] is not None else f"not run: > {MOST_BYTES / 1e9:g} GB"
+        )
+        table.add_row(name, time, f"{found['compile_seconds']:.1f}", f"{found['memory_bytes'] / 1e6:.1f}")
+    console.print(table)
+
+
+def judge(targets: Mapping[str, tuple[float, float]]) -> Results:
+    """Print numbers beside the bounds that they should not exceed."""
+    for name, (value, bound) in targets.items():
+        met = "met" if value <= bound else "[bold]NOT met[/bold]"
+        console.print(f"  {name}: {value:.3g} (target at most {bound:g}: {met})")
+    return {
+        name: {"value": value, "target": bound, "met": bool(value <= bound)} for name, (value, bound) in targets.items()
+    }
 
 
 def write(name: str, content: Mapping[str, Any]) -> Path:

@@ -108,7 +108,7 @@ def arnoldi(
     check_depth("arnoldi", num_matvecs, operator.start.size)
     settings = Settings(num_matvecs, reorthogonalise == "full", vjp_batch_size)
     if gradient == "autodiff":
-        result = _forward(operator.matvec, settings, operator.start, operator.arguments)
+        result = arnoldi_forward(operator.matvec, settings, operator.start, operator.arguments)
     else:
         differentiable = reverse_only(
             partial(arnoldi_adjoint, operator.matvec, settings), "arnoldi(gradient='adjoint')"
@@ -117,7 +117,7 @@ def arnoldi(
     return result._replace(basis=jax.vmap(operator.unravel)(result.basis), residual=operator.unravel(result.residual))
 
 
-def _forward(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
+def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
     num = settings.num_matvecs
     start_norm = safe_norm(start)
     empty = jnp.zeros((num, start.size), start.dtype)
@@ -153,13 +153,13 @@ def _forward(matvec: Callable, settings: Settings, start: Array, arguments: tupl
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def arnoldi_adjoint(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
     """Arnoldi of a flat operator that closes over nothing, differentiated by its adjoint."""
-    return _forward(matvec, settings, start, arguments)
+    return arnoldi_forward(matvec, settings, start, arguments)
 
 
 def _adjoint_forward(
     matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]
 ) -> tuple[Arnoldi, tuple[Arnoldi, tuple[Any, ...]]]:
-    result = _forward(matvec, settings, start, arguments)
+    result = arnoldi_forward(matvec, settings, start, arguments)
     return result, (result, arguments)
 
 

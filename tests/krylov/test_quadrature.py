@@ -1,13 +1,20 @@
-"""Stochastic Lanczos quadrature and its gradients, against dense determinants."""
+"""Stochastic Lanczos quadrature: its value, its errors and its gradients, against dense traces."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decompositions import assert_close
 
-from bnnlaplace.krylov import stochastic_lanczos_quadrature
+from bnnlaplace.krylov import (
+    leading_eigenpairs,
+    normal_probes,
+    rademacher_probes,
+    stochastic_lanczos_quadrature,
+)
 
 SIZE, RANK = 14, 6
+EXACT = np.sqrt(SIZE) * np.eye(SIZE)  # the mean over these probes is the exact trace
 
 
 @pytest.fixture
@@ -19,45 +26,256 @@ def log_determinant(factor, delta):
     return jnp.linalg.slogdet(jnp.eye(SIZE) + factor @ factor.T / delta)[1]
 
 
-def quadrature(factor, delta, probes, depth, gradient="adjoint"):
-    forms = stochastic_lanczos_quadrature(
-        lambda x: jnp.log1p(x / delta),
-        lambda v, factor: factor @ (factor.T @ v),
-        probes,
-        factor,
-        num_matvecs=depth,
-        gradient=gradient,
+def product(vector, factor):
+    return factor @ (factor.T @ vector)
+
+
+def quadrature(factor, delta, probes=EXACT, num_matvecs=RANK + 1, **options):
+    return stochastic_lanczos_quadrature(
+        lambda x: jnp.log1p(x / delta), product, jnp.asarray(probes), factor, num_matvecs=num_matvecs, **options
     )
-    return jnp.mean(forms)
 
 
-# The rows of sqrt(n) I give the exact trace; depth 10 is beyond the rank, where the recurrence has broken down.
-@pytest.mark.parametrize("depth", [RANK + 1, 10])
-@pytest.mark.parametrize("gradient", ["adjoint", "autodiff"])
-def test_value_and_gradient_are_dense(factor, depth, gradient):
-    probes = jnp.sqrt(SIZE) * jnp.eye(SIZE)
-    run = jax.jit(jax.value_and_grad(lambda f, d: quadrature(f, d, probes, depth, gradient), (0, 1)))
-    value, gradients = run(factor, 0.3)
-    expected, expected_gradients = jax.value_and_grad(log_determinant, (0, 1))(factor, 0.3)
+def value_and_gradients(factor, delta, **options):
+    return jax.jit(jax.value_and_grad(lambda f, d: quadrature(f, d, **options).mean, (0, 1)))(factor, delta)
+
+
+# Depth 10 is beyond the rank, where the recurrence has broken down.
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient": "adjoint"},
+        {"gradient": "adjoint", "num_matvecs": 10},
+        {"gradient": "adjoint", "probe_batch_size": 3, "vjp_batch_size": 4},
+        {"gradient": "adjoint", "probe_batch_size": 50, "relative_sem": 1e-9},
+        {"gradient": "adjoint", "reorthogonalise": "none"},
+        {"gradient": "quadrature"},
+        {"gradient": "quadrature", "num_matvecs": 10, "probe_batch_size": 3},
+        {"gradient": "autodiff"},
+        {"gradient": "autodiff", "num_matvecs": 10, "probe_batch_size": 14},
+    ],
+    ids=lambda options: " ".join(str(value) for value in options.values()),
+)
+def test_value_and_gradient_are_dense(factor, options):
+    value, gradients = value_and_gradients(factor, 0.3, **options)
+    expected, reference = jax.value_and_grad(log_determinant, (0, 1))(factor, 0.3)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
-    for ours, reference in zip(gradients, expected_gradients, strict=True):
-        np.testing.assert_allclose(ours, reference, rtol=1e-8, atol=1e-8)
+    assert_close(gradients, reference, 1e-10)
+
+
+@pytest.mark.parametrize("depth", [RANK + 1, 10])
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
+def test_single_precision(factor, depth, gradient):
+    """A well-conditioned case: the eigenvalues of A / 3 + I lie between 1 and 13."""
+    expected, reference = jax.value_and_grad(log_determinant)(factor, 3.0)
+    with jax.enable_x64(False):
+        probes = jnp.asarray(EXACT, jnp.float32)
+        single = jnp.asarray(np.asarray(factor), jnp.float32)
+        value, (ours, _) = value_and_gradients(single, 3.0, probes=probes, num_matvecs=depth, gradient=gradient)
+    assert value.dtype == np.float32
+    np.testing.assert_allclose(np.asarray(value), expected, rtol=1e-5)
+    assert_close(np.asarray(ours), reference, 1e-4)
 
 
 @pytest.mark.parametrize("depth", [1, 3])
-def test_adjoint_is_the_gradient_of_the_truncated_quadrature(factor, depth):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_adjoint_is_the_gradient_of_the_truncated_quadrature(factor, depth, batch_size):
+    """In the operator, in what the function closes over, and in the probes."""
     probes = jax.random.rademacher(jax.random.key(0), (4, SIZE), dtype=jnp.float64)
 
-    def gradients(gradient):
-        return jax.jit(jax.grad(lambda f, d: quadrature(f, d, probes, depth, gradient), (0, 1)))(factor, 0.3)
+    def gradients(gradient, batch_size=1):
+        def mean(factor, delta, probes):
+            options = {"num_matvecs": depth, "gradient": gradient, "probe_batch_size": batch_size}
+            return quadrature(factor, delta, probes, **options).mean
 
-    for ours, reference in zip(gradients("adjoint"), gradients("autodiff"), strict=True):
-        np.testing.assert_allclose(ours, reference, rtol=1e-9, atol=1e-9)
+        return jax.jit(jax.grad(mean, (0, 1, 2)))(factor, 0.3, probes)
+
+    assert_close(gradients("adjoint", batch_size), gradients("autodiff"), 1e-10)
+
+
+def test_quadrature_gradient_in_the_probes(factor):
+    probes = jax.random.normal(jax.random.key(0), (2, SIZE))
+    dense = jax.grad(lambda z: jnp.einsum("si,ij,sj->", z, jax.scipy.linalg.expm(factor @ factor.T / 20), z) / 2)
+
+    def mean(probes):
+        return stochastic_lanczos_quadrature(
+            lambda x: jnp.exp(x / 20), product, probes, factor, num_matvecs=RANK + 1, gradient="quadrature"
+        ).mean
+
+    assert_close(jax.grad(mean)(probes), dense(probes), 1e-10)
+
+
+def test_quadrature_gradient_is_not_that_of_the_truncated_value(factor):
+    """A negative control: it is another estimate of the derivative, equal at full depth only."""
+    ours = value_and_gradients(factor, 0.3, num_matvecs=2, gradient="quadrature")[1][0]
+    reference = value_and_gradients(factor, 0.3, num_matvecs=2)[1][0]
+    assert jnp.abs(ours - reference).max() > 1e-3 * jnp.abs(reference).max()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_truncated_trace_within_four_standard_errors(factor, seed):
-    probes = jax.random.normal(jax.random.key(seed), (200, SIZE), jnp.float64)
-    forms = stochastic_lanczos_quadrature(jnp.log1p, lambda v: factor @ (factor.T @ v), probes, num_matvecs=RANK - 2)
-    sem = forms.std(ddof=1) / np.sqrt(len(forms))
-    assert abs(forms.mean() - log_determinant(factor, 1.0)) <= 4 * sem
+@pytest.mark.parametrize("draw", [rademacher_probes, normal_probes])
+@pytest.mark.parametrize("deflated", [False, True])
+def test_trace_within_four_standard_errors(factor, seed, draw, deflated):
+    probes = draw(jax.random.key(seed), factor[:, 0], 200)
+    assert probes.shape == (200, SIZE) and probes.dtype == factor.dtype
+    estimate = jax.jit(lambda f: quadrature(f, 1.0, probes, deflation=pairs(f) if deflated else None))(factor)
+    assert estimate.num_probes == 200 and estimate.converged
+    assert 0 < estimate.sem < 2
+    assert abs(estimate.mean - log_determinant(factor, 1.0)) <= 4 * estimate.sem
+
+
+def pairs(factor, count=4):
+    return leading_eigenpairs(lambda v: product(v, factor), jnp.ones(SIZE), num_pairs=count, num_matvecs=RANK + 1)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature", "autodiff"])
+def test_deflation_is_exact_and_so_is_its_gradient(factor, gradient):
+    deflation = pairs(factor)
+    value, gradients = value_and_gradients(factor, 0.3, deflation=deflation, gradient=gradient)
+    expected, reference = jax.value_and_grad(log_determinant, (0, 1))(factor, 0.3)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    assert_close(gradients, reference, 1e-10)
+
+
+def test_deflation_removes_variance(factor):
+    probes = rademacher_probes(jax.random.key(0), factor[:, 0], 100)
+    plain, deflated = quadrature(factor, 0.3, probes), quadrature(factor, 0.3, probes, deflation=pairs(factor, 6))
+    assert deflated.sem < 0.05 * plain.sem
+
+
+def test_pairs_that_were_not_found_are_left_to_the_probes(factor):
+    few = leading_eigenpairs(lambda v: product(v, factor), jnp.ones(SIZE), num_pairs=3, num_matvecs=3)
+    assert not few.values.all()
+    value, _ = value_and_gradients(factor, 0.3, deflation=few)
+    np.testing.assert_allclose(value, log_determinant(factor, 0.3), rtol=1e-5)
+
+
+def test_leading_eigenpairs(factor):
+    values, vectors = jnp.linalg.eigh(-product(jnp.eye(SIZE), factor))
+    found = leading_eigenpairs(lambda v: -product(v, factor), jnp.ones(SIZE), num_pairs=3, num_matvecs=RANK + 1)
+    np.testing.assert_allclose(found.values, values[:3], rtol=1e-12)
+    np.testing.assert_allclose(jnp.abs(jnp.sum(found.vectors * vectors.T[:3], axis=1)), 1, rtol=1e-12)
+    np.testing.assert_allclose(found.residual_norms, 0, atol=1e-10)
+
+
+def test_stops_once_the_relative_error_is_reached(factor):
+    probes = rademacher_probes(jax.random.key(0), factor[:, 0], 400)
+
+    def mean(factor):
+        estimate = quadrature(factor, 0.3, probes, relative_sem=0.05)
+        return estimate.mean, estimate
+
+    (value, estimate), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(factor)
+    used = int(estimate.num_probes)
+    assert 8 <= used < 400 and estimate.converged
+    assert estimate.sem <= 0.05 * estimate.mean
+    # It is the estimate from those probes alone, value and gradient.
+    expected, (reference, _) = value_and_gradients(factor, 0.3, probes=probes[:used])
+    np.testing.assert_allclose([value, estimate.mean], expected, rtol=1e-13)
+    assert_close(gradient, reference, 1e-12)
+    assert not quadrature(factor, 0.3, probes[:20], relative_sem=1e-6).converged
+
+
+def test_truncation_is_reported(factor):
+    short, long = quadrature(factor, 0.3, num_matvecs=3), quadrature(factor, 0.3, num_matvecs=10)
+    error = abs(short.mean - log_determinant(factor, 0.3))
+    assert error / 3 < short.truncation < 30 * error
+    assert long.truncation == 0
+
+
+def test_one_probe_has_no_standard_error(factor):
+    assert quadrature(factor, 0.3, EXACT[:1]).sem == np.inf
+
+
+def test_function_need_not_be_defined_at_zero(x64):
+    """A multiple of the identity breaks down after one step; what follows in T is zero, where log is infinite."""
+    probes = rademacher_probes(jax.random.key(0), jnp.ones(SIZE), 3)
+
+    def mean(scale):
+        return stochastic_lanczos_quadrature(jnp.log, lambda v: scale * v, probes, num_matvecs=4).mean
+
+    value, slope = jax.value_and_grad(mean)(2.0)
+    np.testing.assert_allclose([value, slope], [SIZE * np.log(2), SIZE / 2], rtol=1e-13)
+
+
+def test_pytrees(factor):
+    probes = rademacher_probes(jax.random.key(0), {"a": jnp.ones((2, 3)), "b": jnp.ones(8)}, 5)
+
+    def matvec(tree, factor):
+        image = product(jnp.concatenate([tree["a"].reshape(-1), tree["b"]]), factor)
+        return {"a": image[:6].reshape(2, 3), "b": image[6:]}
+
+    deflation = leading_eigenpairs(
+        matvec, {"a": jnp.ones((2, 3)), "b": jnp.ones(8)}, factor, num_pairs=2, num_matvecs=RANK + 1
+    )
+    estimate = stochastic_lanczos_quadrature(
+        jnp.log1p, matvec, probes, factor, num_matvecs=RANK + 1, deflation=deflation
+    )
+    flat = jnp.concatenate([probes["a"].reshape(5, 6), probes["b"]], axis=1)
+    reference = quadrature(factor, 1.0, flat, deflation=pairs(factor, 2))
+    np.testing.assert_allclose(estimate.mean, reference.mean, rtol=1e-12)
+
+
+def test_no_decomposition_outlives_its_batch():
+    """Memory for the gradient grows with the probes by the probes themselves, not by a basis for each."""
+
+    def temporary_bytes(count, gradient):
+        size, depth = 500, 20
+        probes = jnp.ones((count, size))
+
+        def mean(scale, probes):
+            return stochastic_lanczos_quadrature(
+                jnp.log1p, lambda v: scale * v, probes, num_matvecs=depth, gradient=gradient
+            ).mean
+
+        compiled = jax.jit(jax.grad(mean)).lower(jnp.ones(size), probes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes / (size * depth * 4)
+
+    assert temporary_bytes(32, "adjoint") - temporary_bytes(16, "adjoint") < 16 / 4
+    assert temporary_bytes(8, "autodiff") - temporary_bytes(4, "autodiff") > 4  # the check can tell
+
+
+GOOD = {"matvec": lambda v: v, "probes": np.ones((3, SIZE), np.float32), "num_matvecs": 3}
+BAD = {
+    "depth": ({"num_matvecs": 0}, ValueError, "num_matvecs=.* between 1 and the dimension 14; got 0"),
+    "gradient": ({"gradient": "one"}, ValueError, "gradient=.* 'adjoint', 'quadrature' or 'autodiff'; got 'one'"),
+    "reorthogonalise": ({"reorthogonalise": True}, ValueError, "reorthogonalise=.* got True"),
+    "batch": ({"probe_batch_size": 0}, ValueError, "probe_batch_size=.* at least 1; got 0"),
+    "relative": ({"relative_sem": 0.0}, ValueError, "relative_sem=.* must be positive"),
+    "autodiff": ({"relative_sem": 0.1, "gradient": "autodiff"}, ValueError, "relative_sem=.*gradient='autodiff'"),
+    "no probes": ({"probes": np.ones((0, SIZE), np.float32)}, ValueError, "probes=.* at least one probe"),
+    "scalar": ({"probes": np.float32(1)}, ValueError, "probes=.* one leading axis"),
+    "uneven": ({"probes": (np.ones((2, 3)), np.ones((3, 3)))}, ValueError, "probes=.* one leading axis"),
+    "zero": ({"probes": np.zeros((3, SIZE), np.float32)}, ValueError, "probes=.* not be zero; got 3 of 3"),
+    "NaN": ({"probes": np.full((3, SIZE), np.nan, np.float32)}, ValueError, "probes=.* finite; got 42 of 42"),
+    "structure": ({"matvec": lambda v: [v]}, TypeError, "matvec=.* must return the structure that it takes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    changed, error, message = BAD[case]
+    options = {**GOOD, **changed}
+    matvec, probes = options.pop("matvec"), options.pop("probes")
+    with pytest.raises(error, match=rf"stochastic_lanczos_quadrature\({message}"):
+        stochastic_lanczos_quadrature(jnp.log1p, matvec, probes, **options)
+
+
+def test_bad_numbers_of_probes_and_pairs():
+    with pytest.raises(ValueError, match="num_probes=.* at least 1; got 0"):
+        normal_probes(jax.random.key(0), jnp.ones(3), 0)
+    with pytest.raises(ValueError, match="num_pairs=.* between 1 and num_matvecs = 2; got 3"):
+        leading_eigenpairs(lambda v: v, jnp.ones(3), num_pairs=3, num_matvecs=2)
+
+
+def test_forward_mode_names_the_option(factor):
+    with pytest.raises(TypeError, match=r"quadrature\(gradient='quadrature'\) has derivatives in reverse mode only"):
+        jax.jacfwd(lambda d: quadrature(factor, d, gradient="quadrature").mean)(0.3)
+    slope = jax.jacfwd(lambda d: quadrature(factor, d, gradient="autodiff").mean)(0.3)
+    np.testing.assert_allclose(slope, jax.grad(log_determinant, 1)(factor, 0.3), rtol=1e-10)
+
+
+def test_hessian(factor):
+    expected = jax.hessian(log_determinant, 1)(factor, 0.3)
+    ours = jax.jit(jax.hessian(lambda d: quadrature(factor, d).mean))(0.3)
+    np.testing.assert_allclose(ours, expected, rtol=1e-9)

@@ -1,0 +1,404 @@
+"""What do Lanczos, Arnoldi and their adjoints cost beside the products, beside backpropagation, and beside matfree?
+
+    python benchmarks/krylov.py [--parts headline depth size overhead hilbert] [--repetitions 9] [--small]
+
+headline   Time, memory and agreement on a sparse Laplacian of 10,000 rows: ours, matfree, backpropagation.
+depth      Time and memory for depths from 10 to 100.
+size       The same for 10^3 to 10^6 rows and a product that stores no matrix.
+overhead   With an expensive product: which part of the time is neither products nor reorthogonalisation?
+hilbert    Hilbert matrices: how exact is the Jacobian of A -> Q H Q', which is the identity?
+
+The peer is matfree (Krämer et al. 2024), `pip install matfree==0.6.3`; without it its rows are left out. Alternatives
+run in turn in one process; compilation is timed apart. Prints tables and writes `benchmarks/results/krylov.json`, from
+a selection of parts `krylov_PART.json`, and the figures `krylov_time.png` and `krylov_hilbert.png`; with `--small`,
+which only shows that everything runs, `krylov_small` in place of `krylov`. About ten minutes on 2 cores, `--small` one.
+"""
+
+import importlib.metadata
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import tyro
+from jax import Array
+from krylov_figures import plot_hilbert, plot_time
+from record import RESULTS, Program, Results, compile_ahead, console, interleaved, judge, measure, show, write
+from rich.table import Table
+
+from bnnlaplace.krylov import arnoldi, gram_schmidt, lanczos, tridiagonal_matrix
+from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi_adjoint
+from bnnlaplace.krylov.lanczos import Lanczos, Settings, lanczos_adjoint
+
+try:
+    from matfree import decomp
+except ImportError:
+    decomp = None
+
+LIBRARIES = ("matfree", "ours") if decomp else ("ours",)
+Part = Literal["headline", "depth", "size", "overhead", "hilbert"]
+
+CONVECTION = 0.3, 0.5  # The wind along both axes of the grid, which makes the operator of Arnoldi non-symmetric.
+SLOW_PRODUCT = 0.01  # Seconds from which on a product counts as expensive.
+
+
+class Problem(NamedTuple):
+    """An operator and what it is started from. `mirror` leads from each nonzero entry to its mirror image."""
+
+    matvec: Callable[[Array, Array], Array]
+    start: Array
+    params: Array
+    mirror: np.ndarray | None = None
+
+
+def sparse_grid(side: int, wind: tuple[float, float] = (0.0, 0.0)) -> Problem:
+    """The five-point stencil on a square grid in coordinate format, as a function of its nonzero values."""
+    i, j = np.mgrid[:side, :side]
+    index, entries = i * side + j, []
+    for down, right, value in (
+        (0, 0, 4.0),
+        (1, 0, wind[0] - 1),
+        (-1, 0, -wind[0] - 1),
+        (0, 1, wind[1] - 1),
+        (0, -1, -wind[1] - 1),
+    ):
+        inside = (i + down >= 0) & (i + down < side) & (j + right >= 0) & (j + right < side)
+        columns = index[inside] + down * side + right
+        entries.append(np.stack([index[inside], columns, np.full(columns.size, value)]))
+    rows, columns, values = np.concatenate(entries, axis=1)
+    order = np.lexsort((columns, rows))
+    rows, columns, values = jnp.asarray(rows[order], int), jnp.asarray(columns[order], int), values[order]
+
+    def matvec(vector: Array, values: Array) -> Array:
+        return jnp.zeros_like(vector).at[rows].add(values * vector[columns], indices_are_sorted=True)
+
+    start = jax.random.normal(jax.random.key(0), (side * side,))
+    return Problem(matvec, start, jnp.asarray(values, jnp.float32), np.lexsort((rows, columns)))
+
+
+def stencil_grid(side: int) -> Problem:
+    """The same Laplacian by shifts of the grid, as a function of its three coefficients."""
+
+    def matvec(vector: Array, coefficients: Array) -> Array:
+        grid = jnp.pad(vector.reshape(side, side), 1)
+        vertical = grid[2:, 1:-1] + grid[:-2, 1:-1]
+        horizontal = grid[1:-1, 2:] + grid[1:-1, :-2]
+        centre, vertical_weight, horizontal_weight = coefficients
+        return (centre * grid[1:-1, 1:-1] + vertical_weight * vertical + horizontal_weight * horizontal).ravel()
+
+    start = jax.random.normal(jax.random.key(0), (side * side,))
+    return Problem(matvec, start, jnp.array([4.0, -1.0, -1.0]))
+
+
+def factorisation(library: str, method: str, matvec: Callable, depth: int, gradient: str = "adjoint") -> Callable:
+    """(start, params) -> all that the library returns."""
+    if library == "ours":
+        ours = {"lanczos": lanczos, "arnoldi": arnoldi}[method]
+        return lambda start, params: ours(matvec, start, params, num_matvecs=depth, gradient=gradient)
+    adjoint = gradient == "adjoint"
+    if method == "lanczos":
+        peer = decomp.tridiag_sym(depth, materialize=False, custom_vjp=adjoint)
+    else:
+        peer = decomp.hessenberg(depth, reortho="full", custom_vjp=adjoint)
+    return lambda start, params: peer(matvec, start, params)
+
+
+def projected(result: Any) -> Array:
+    """All entries of T or H that the library returns, each once."""
+    if isinstance(result, Lanczos):
+        return jnp.concatenate([result.diagonal, result.off_diagonal])
+    matrix = result.hessenberg if isinstance(result, Arnoldi) else result.J_small
+    return jnp.concatenate([jnp.ravel(part) for part in (matrix if isinstance(matrix, tuple) else (matrix,))])
+
+
+def value_and_grad(factorise: Callable) -> Callable:
+    """Of the sum of squares of T or H, which all its entries enter, in the start vector and the parameters."""
+    return jax.value_and_grad(lambda *arguments: jnp.sum(projected(factorise(*arguments)) ** 2), argnums=(0, 1))
+
+
+def programs(
+    problem: Problem, depth: int, method: str = "lanczos", gradients: Sequence[str] = ("adjoint",)
+) -> dict[str, Program]:
+    """Forward, and value with gradient, of both libraries, compiled for a problem."""
+    found = {}
+    for gradient in gradients:
+        suffix = "" if gradient == "adjoint" else ", backpropagation"
+        for library in LIBRARIES:
+            run = factorisation(library, method, problem.matvec, depth, gradient)
+            for name, function in (("forward", run), ("value and gradient", value_and_grad(run))):
+                found[f"{library} {name}{suffix}"] = compile_ahead(function, problem.start, problem.params)
+    return found
+
+
+def difference(found: Array, expected: Array) -> float:
+    """The largest, relative to the largest entry."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def agreement(problem: Problem, depth: int, method: str, cases: Mapping[str, Program]) -> Results:
+    """Relative differences of T or H, and of the gradients, between the libraries and from ours in float64."""
+
+    def parts(result: Any, value: tuple[Array, tuple[Array, Array]]) -> dict[str, Array]:
+        start, entries = value[1]
+        if method == "lanczos":
+            # Of a symmetric matrix, only the sum of the gradients in an entry and in its mirror image has a meaning.
+            entries = entries + entries[problem.mirror]
+        return {"T or H": projected(result), "gradient in start": start, "gradient in entries": entries}
+
+    found = {
+        library: parts(cases[f"{library} forward"].run(), cases[f"{library} value and gradient"].run())
+        for library in LIBRARIES
+    }
+    with jax.enable_x64(True):
+        run = factorisation("ours", method, problem.matvec, depth)
+        exact = problem.start.astype(jnp.float64), problem.params.astype(jnp.float64)
+        reference = parts(jax.jit(run)(*exact), jax.jit(value_and_grad(run))(*exact))
+    pairs = {f"{library} from float64": (values, reference) for library, values in found.items()}
+    if "matfree" in found:
+        pairs["ours from matfree"] = found["ours"], found["matfree"]
+    table = Table("relative largest difference", *reference)
+    differences = {}
+    for name, (values, expected) in pairs.items():
+        differences[name] = {part: difference(values[part], expected[part]) for part in reference}
+        table.add_row(name, *(f"{value:.1e}" for value in differences[name].values()))
+    console.print(table)
+    return differences
+
+
+def compare(seconds: Mapping[str, float]) -> Results:
+    """Print and judge the ratios of a problem's cases."""
+    forward, gradient = seconds["ours forward"], seconds["ours value and gradient"]
+    targets = {"ours, backward / forward": (gradient / forward - 1, 1.5)}
+    if decomp:
+        peer_forward, peer_gradient = seconds["matfree forward"], seconds["matfree value and gradient"]
+        targets["forward, ours / matfree"] = forward / peer_forward, 0.7
+        targets["value and gradient, ours / matfree"] = gradient / peer_gradient, 0.6
+        console.print(f"  matfree, backward / forward: {peer_gradient / peer_forward - 1:.3g}")
+    through_loop = seconds.get("ours value and gradient, backpropagation")
+    if through_loop:
+        console.print(f"  ours, value and gradient, adjoint / backpropagation: {gradient / through_loop:.3g}")
+    return judge(targets)
+
+
+def headline(repetitions: int, small: bool) -> Results:
+    """Both methods at two depths, backpropagation at the smaller one."""
+    side, depths = (32, (20, 10)) if small else (100, (100, 50))
+    answers = {}
+    for method, wind in (("lanczos", (0.0, 0.0)), ("arnoldi", CONVECTION)):
+        problem = sparse_grid(side, wind)
+        for depth, gradients in zip(depths, (("adjoint",), ("adjoint", "autodiff")), strict=True):
+            cases = programs(problem, depth, method, gradients)
+            results = measure(cases, repetitions)
+            show(f"{method.capitalize()}, {side * side} rows, depth {depth}, float32", results)
+            answers[f"{method}_{depth}"] = {
+                "cases": results,
+                "differences": agreement(problem, depth, method, cases),
+                "targets": compare({name: found["seconds"] for name, found in results.items()}),
+            }
+    return answers
+
+
+def growth_with_depth(repetitions: int, small: bool) -> dict[str, Any]:
+    """Lanczos on the sparse grid at several depths, and how the memory of the gradients grows."""
+    side, depths = (32, (5, 10, 20)) if small else (100, (10, 20, 50, 100))
+    problem, rows = sparse_grid(side), {}
+    for depth in depths:
+        cases = programs(problem, depth)
+        through_loop = value_and_grad(factorisation("ours", "lanczos", problem.matvec, depth, "autodiff"))
+        name = "ours value and gradient, backpropagation"
+        cases[name] = compile_ahead(through_loop, problem.start, problem.params)
+        rows[depth] = measure(cases, repetitions)
+        show(f"Lanczos, {side * side} rows, depth {depth}", rows[depth])
+    exponents = {}
+    for name in (name for name in rows[depths[0]] if "gradient" in name):
+        memory = [rows[depth][name]["memory_bytes"] for depth in depths]
+        exponents[name] = float(np.polyfit(np.log(depths), np.log(memory), 1)[0])
+        console.print(f"  memory of {name}: of order depth^{exponents[name]:.2f}")
+    linear = judge({"exponent of the memory of the adjoint": (exponents["ours value and gradient"], 1.1)})
+    return {"rows": side * side, "depths": rows, "memory_exponents": exponents, "targets": linear}
+
+
+def growth_with_size(repetitions: int, small: bool) -> dict[str, Any]:
+    """Lanczos on grids of several sizes by shifts."""
+    sides, depth = ((16, 32), 10) if small else ((32, 100, 316, 1000), 50)
+    rows = {}
+    for side in sides:
+        # One call takes up to half a minute for the largest grid.
+        count = repetitions if side <= 100 else 3 if side < 1000 else 1
+        rows[side * side] = measure(programs(stencil_grid(side), depth), count)
+        show(f"Lanczos, {side * side} rows, depth {depth}, stencil", rows[side * side])
+    return {"depth": depth, "sizes": rows}
+
+
+def slow_matrix(small: bool) -> tuple[Array, Callable[[Array, Array, Array], Array]]:
+    """A dense symmetric matrix M of norm about 1 whose product takes 10 ms, and the operator v, s, M -> s M v."""
+
+    def matvec(vector: Array, scale: Array, matrix: Array) -> Array:
+        return scale * (matrix @ vector)
+
+    for size in (2048,) if small else (8192, 12288, 16384):
+        matrix = jax.random.normal(jax.random.key(1), (size, size)) / np.sqrt(8 * size)
+        matrix = jax.block_until_ready(matrix + matrix.T)
+        once = jax.jit(lambda matrix, vector: matrix @ vector)
+        run = partial(once, matrix, jnp.ones(size))
+        jax.block_until_ready(run())
+        if interleaved({"": run}, 5)[""] >= SLOW_PRODUCT:
+            break
+    return matrix, matvec
+
+
+def unavoidable(matvec: Callable, depth: int) -> dict[str, Callable]:
+    """What no implementation of full reorthogonalisation goes without, as loops of (start, scale, matrix, basis)."""
+
+    def products(start: Array, scale: Array, matrix: Array, _: Array) -> Array:
+        return jax.lax.fori_loop(0, depth, lambda _, vector: matvec(vector, scale, matrix), start)
+
+    def derivatives(start: Array, scale: Array, matrix: Array, basis: Array) -> Array:
+        def term(total: Array, row: Array) -> tuple[Array, None]:
+            return total + jax.grad(lambda scale: jnp.vdot(start, matvec(row, scale, matrix)))(scale), None
+
+        return jax.lax.scan(term, jnp.zeros_like(scale), basis)[0]
+
+    def sweep(start: Array, _: Array, __: Array, basis: Array) -> Array:
+        blocks, wanted = gram_schmidt.split(basis), jnp.zeros(depth)
+        return jax.lax.fori_loop(0, depth, lambda k, v: gram_schmidt.impose(blocks, k, v, wanted)[0], start)
+
+    return {"K products": products, "K derivatives in the scale": derivatives, "one sweep of Gram-Schmidt": sweep}
+
+
+def overhead(repetitions: int, small: bool) -> dict[str, Any]:
+    """Which part of the time is not products, derivatives of products, or one pass of Gram-Schmidt a step."""
+    depth = 10 if small else 50
+    matrix, matvec = slow_matrix(small)
+    arguments = jax.random.normal(jax.random.key(0), (len(matrix),)), jnp.ones(()), matrix
+
+    def run(start: Array, scale: Array, matrix: Array) -> Lanczos:
+        return lanczos(matvec, start, scale, matrix, num_matvecs=depth)
+
+    cases = {
+        "forward": compile_ahead(run, *arguments),
+        "value and gradient": compile_ahead(value_and_grad(run), *arguments),
+    }
+    basis = cases["forward"].run().basis
+    for name, function in unavoidable(matvec, depth).items():
+        cases[name] = compile_ahead(function, *arguments, basis)
+    results = measure(cases, repetitions)
+    _, _, products, derivatives, sweep = (found["seconds"] for found in results.values())
+    size = f"{len(matrix)} x {len(matrix)}, {1e3 * products / depth:.1f} ms a product"
+    show(f"Lanczos, depth {depth}, dense {size}", results)
+    if products < depth * SLOW_PRODUCT:
+        console.print(f"  a product takes less than {1e3 * SLOW_PRODUCT:g} ms here: too little for this question")
+    # Asked for is the gradient in the scale: one in the matrix would take as much memory again as the matrix.
+    formed = results["value and gradient"]["memory_bytes"] > 1.5 * matrix.nbytes
+    console.print(f"  a gradient in the matrix {'[bold]is[/bold]' if formed else 'is not'} formed")
+    console.print("  counted for forward: K products, one sweep; for value and gradient: 2 K products, K derivatives")
+    console.print("  in the scale (a product each), two sweeps. A sweep is one pass of Gram-Schmidt in each step.")
+    spent = products + sweep, 2 * products + derivatives + 2 * sweep
+    targets = {
+        f"{name}, fraction left over": (1 - part / results[name]["seconds"], 0.15)
+        for name, part in zip(("forward", "value and gradient"), spent, strict=True)
+    }
+    return {"rows": len(matrix), "depth": depth, "cases": results, "targets": judge(targets)}
+
+
+def hilbert_maps(method: str, size: int) -> dict[str, Callable[[Array, Array], Array]]:
+    """The map (A, start) -> Q H Q' at full depth, by everything that differentiates it."""
+
+    def matvec(vector: Array, matrix: Array) -> Array:
+        return matrix @ vector
+
+    def rebuild(result: Any) -> Array:
+        if isinstance(result, Lanczos):
+            return result.basis.T @ tridiagonal_matrix(result.diagonal, result.off_diagonal) @ result.basis
+        if isinstance(result, Arnoldi):
+            return result.basis.T @ result.hessenberg @ result.basis
+        return result.Q_tall.T @ result.J_small @ result.Q_tall
+
+    adjoint = {"lanczos": lanczos_adjoint, "arnoldi": arnoldi_adjoint}[method]
+    settings = Settings(size)
+    found = {
+        "projection": lambda a, v: adjoint(matvec, settings, v, (a,)),
+        "no projection": lambda a, v: adjoint(matvec, settings._replace(project=False), v, (a,)),
+        "backpropagation": lambda a, v: factorisation("ours", method, matvec, size, "autodiff")(v, a),
+    }
+    if decomp and method == "lanczos":
+        found["matfree"] = lambda a, v: decomp.tridiag_sym(size)(matvec, v, a)
+    elif decomp:
+        found["matfree"] = lambda a, v: decomp.hessenberg(size, reortho="full")(matvec, v, a)
+        found["matfree, no projection"] = lambda a, v: decomp.hessenberg(size, reortho="none")(matvec, v, a)
+    return {name: lambda a, v, run=run: rebuild(run(a, v)) for name, run in found.items()}
+
+
+def jacobian_errors(method: str, size: int, seeds: int) -> dict[str, float]:
+    """Mean over start vectors of log10 of the root-mean-square error of the Jacobian."""
+    matrix = jnp.asarray(scipy.linalg.hilbert(size))
+    expected = symmetriser = np.eye(size * size)
+    if method == "lanczos":
+        transposition = symmetriser.reshape(size, size, -1).transpose(1, 0, 2).reshape(size * size, -1)
+        expected = symmetriser = (symmetriser + transposition) / 2
+    errors = {}
+    for name, run in hilbert_maps(method, size).items():
+        jacobian, logarithms = jax.jit(jax.jacrev(run)), []
+        for seed in range(seeds):
+            start = jax.random.normal(jax.random.key(seed), (size,))
+            found = np.asarray(jacobian(matrix, start)).reshape(size * size, -1) @ symmetriser
+            # An error of exactly zero is possible for small matrices.
+            logarithms.append(np.log10(max(np.sqrt(np.mean((found - expected) ** 2)), 1e-18)))
+        errors[name] = float(np.mean(logarithms))
+    return errors
+
+
+def hilbert(_repetitions: int, small: bool) -> dict[str, Any]:
+    """Errors for all sizes and both methods, in float64."""
+    sizes, seeds = (range(2, 5), 1) if small else (range(2, 9), 3)
+    log10_errors, targets = {}, {}
+    for method in ("lanczos", "arnoldi"):
+        with jax.enable_x64(True):
+            errors = [jacobian_errors(method, size, seeds) for size in sizes]
+        table = Table("size", *errors[0])
+        for size, row in zip(sizes, errors, strict=True):
+            table.add_row(str(size), *(f"{value:.1f}" for value in row.values()))
+        console.print(f"{method.capitalize()}: log10 of the error of the Jacobian of A -> Q H Q', Hilbert matrices")
+        console.print(table)
+        worst = max(10 ** (row["projection"] - row["backpropagation"]) for row in errors)
+        targets |= judge({f"{method}, largest ratio of errors, projection / backpropagation": (worst, 10)})
+        log10_errors[method] = {name: [row[name] for row in errors] for name in errors[0]}
+    return {"sizes": list(sizes), "log10_errors": log10_errors, "targets": targets}
+
+
+def main(parts: tuple[Part, ...] = get_args(Part), repetitions: int = 9, small: bool = False) -> None:
+    """Run the parts, print, write and plot.
+
+    Args:
+        parts: Which questions to answer.
+        repetitions: Of each timing; the median counts. Large problems have fewer.
+        small: Small problems and three repetitions, to see that everything runs.
+    """
+    answer = {
+        "headline": headline,
+        "depth": growth_with_depth,
+        "size": growth_with_size,
+        "overhead": overhead,
+        "hilbert": hilbert,
+    }
+    content: dict[str, Any] = {"matfree": importlib.metadata.version("matfree") if decomp else None}
+    if not decomp:
+        console.print("matfree is not installed, and its rows are left out: pip install matfree==0.6.3")
+    for part in parts:
+        content[part] = answer[part](3 if small else repetitions, small)
+    stem = "krylov_small" if small else "krylov"
+    paths = [write("_".join([stem, *(() if set(parts) == set(answer) else parts)]), content)]
+    if "depth" in parts:
+        paths.append(plot_time(content["depth"], RESULTS / f"{stem}_time.png"))
+    if "hilbert" in parts:
+        paths.append(plot_hilbert(content["hilbert"], RESULTS / f"{stem}_hilbert.png"))
+    for path in paths:
+        console.print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,131 @@
+"""Functions of a matrix times a vector, against dense ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnnlaplace.krylov import matfun_arnoldi, matfun_lanczos
+
+SIZE = 10
+FUNCTIONS = {
+    "inverse square root": jax.lax.rsqrt,
+    "square root": jnp.sqrt,
+    "logarithm": jnp.log,
+    "exponential": jnp.exp,
+    "own": lambda x: jnp.sin(x) / (1 + x),
+}
+
+
+@pytest.fixture
+def problem(x64):
+    rng = np.random.default_rng(0)
+    half = rng.normal(size=(SIZE, SIZE)) / 4
+    return jnp.asarray(half), jnp.asarray(rng.normal(size=SIZE)), jnp.asarray(rng.normal(size=SIZE))
+
+
+def symmetric(half):
+    return half @ half.T + jnp.diag(jnp.linspace(0.5, 2, SIZE))
+
+
+def dense(function, matrix, vector):
+    values, vectors = jnp.linalg.eigh(matrix)
+    return vectors @ (function(values) * (vectors.T @ vector))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_lanczos_at_full_depth_is_dense(problem, name):
+    half, vector, weights = problem
+    function = FUNCTIONS[name]
+
+    def ours(half, vector):
+        product = lambda v, half: symmetric(half) @ v  # noqa: E731
+        result = matfun_lanczos(function, product, vector, half, num_matvecs=SIZE)
+        return weights @ result.value, result
+
+    (_, result), gradients = jax.jit(jax.value_and_grad(ours, (0, 1), has_aux=True))(half, vector)
+    expected = dense(function, symmetric(half), vector)
+    np.testing.assert_allclose(result.value, expected, rtol=0, atol=1e-12 * float(jnp.abs(expected).max()))
+    assert result.error == 0
+    reference = jax.grad(lambda h, v: weights @ dense(function, symmetric(h), v), (0, 1))(half, vector)
+    for mine, other in zip(gradients, reference, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-10 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "autodiff"])
+@pytest.mark.parametrize("reorthogonalise", ["full", "none"])
+def test_arnoldi_at_full_depth_is_dense(problem, gradient, reorthogonalise):
+    half, vector, weights = problem
+    expm = jax.scipy.linalg.expm
+
+    def ours(half, vector):
+        result = matfun_arnoldi(
+            expm,
+            lambda v, half: half @ v,
+            vector,
+            half,
+            num_matvecs=SIZE,
+            gradient=gradient,
+            reorthogonalise=reorthogonalise,
+        )
+        return weights @ result.value
+
+    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(half, vector)
+    expected, reference = jax.value_and_grad(lambda h, v: weights @ expm(h) @ v, (0, 1))(half, vector)
+    np.testing.assert_allclose(value, expected, rtol=1e-11)
+    for mine, other in zip(gradients, reference, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=1e-9 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("depth", [3, 5, 7])
+def test_error_estimate(problem, depth):
+    half, vector, _ = problem
+    product = lambda v: symmetric(half) @ v  # noqa: E731
+    symmetric_result = matfun_lanczos(jnp.log, product, vector, num_matvecs=depth)
+    error = jnp.linalg.norm(symmetric_result.value - dense(jnp.log, symmetric(half), vector))
+    assert error / 3 < symmetric_result.error < 100 * error
+    expm = jax.scipy.linalg.expm
+    general = matfun_arnoldi(expm, lambda v: half @ v, vector, num_matvecs=depth)
+    error = jnp.linalg.norm(general.value - expm(half) @ vector)
+    assert error / 3 < general.error < 100 * error
+
+
+def test_gradient_in_what_the_function_closes_over(problem):
+    half, vector, weights = problem
+
+    def ours(shift):
+        function = lambda x: jax.lax.rsqrt(x + shift)  # noqa: E731
+        return weights @ matfun_lanczos(function, lambda v: symmetric(half) @ v, vector, num_matvecs=SIZE).value
+
+    expected = jax.grad(lambda s: weights @ dense(lambda x: jax.lax.rsqrt(x + s), symmetric(half), vector))(0.7)
+    np.testing.assert_allclose(jax.grad(ours)(0.7), expected, rtol=1e-10)
+
+
+def test_breakdown_and_single_step(problem):
+    _, vector, _ = problem
+    for function, depth in ((jnp.log, 1), (jax.lax.rsqrt, 4)):
+        result = matfun_lanczos(function, lambda v: 3.0 * v, vector, num_matvecs=depth)
+        np.testing.assert_allclose(result.value, function(3.0) * vector, rtol=1e-13)
+        assert result.error == 0
+    result = matfun_arnoldi(jax.scipy.linalg.expm, lambda v: 3.0 * v, vector, num_matvecs=4)
+    np.testing.assert_allclose(result.value, np.exp(3.0) * vector, rtol=1e-12)
+
+
+def test_pytrees(problem):
+    half, vector, _ = problem
+
+    def product(tree):
+        image = symmetric(half) @ jnp.concatenate([tree["a"].reshape(-1), tree["b"]])
+        return {"a": image[:6].reshape(2, 3), "b": image[6:]}
+
+    result = matfun_lanczos(jnp.sqrt, product, {"a": vector[:6].reshape(2, 3), "b": vector[6:]}, num_matvecs=SIZE)
+    expected = dense(jnp.sqrt, symmetric(half), vector)
+    np.testing.assert_allclose(result.value["a"].reshape(-1), expected[:6], rtol=1e-11)
+    np.testing.assert_allclose(result.value["b"], expected[6:], rtol=1e-11)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"num_matvecs=.* between 1 and the dimension 3; got 4"):
+        matfun_lanczos(jnp.exp, lambda v: v, jnp.ones(3), num_matvecs=4)
+    with pytest.raises(ValueError, match=r"gradient=.* must be 'adjoint' or 'autodiff'"):
+        matfun_arnoldi(jax.scipy.linalg.expm, lambda v: v, jnp.ones(3), num_matvecs=2, gradient="quadrature")
