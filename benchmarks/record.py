@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,7 +19,8 @@ RESULTS = Path(__file__).parent / "results"
 MOST_BYTES = 4e9  # Programs that need more are compiled, so that their memory is known, but not run.
 Results = dict[str, dict[str, Any]]
 
-console = Console(highlight=False)
+# A log file has no width of its own, and the default of 80 columns would break tables.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def compile_seconds(run: Callable[[], Any]) -> float:

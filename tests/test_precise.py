@@ -41,6 +41,11 @@ def function_samples(num_precisions):
     return list(structure().function_samples(push, jax.random.key(0), 2, [1.0, 2.0][:num_precisions]))
 
 
+def gradient_of_basis(method):
+    """The first field of a Krylov result, differentiated."""
+    return jax.grad(lambda start: jnp.sum(method(lambda v: jnp.arange(43.0) * v, start, num_matvecs=3)[0]))(ROWS[0])
+
+
 def gradient_of_convolution():
     kernel, images = jnp.ones((2, 2, 1, 3), jnp.float32), jnp.ones((2, 4, 4, 1), jnp.float32)
     network = bnnlaplace.Network.from_linen(nn.Conv(3, (2, 2), use_bias=False), {"params": {"kernel": kernel}})
@@ -54,6 +59,11 @@ CASES = {
     "evidence, primal": lambda: jax.value_and_grad(log_evidence)(PARAMS),
     "evidence, dual": lambda: jax.value_and_grad(partial(log_evidence, side="dual"))(PARAMS),
     "evidence, autodiff": lambda: jax.value_and_grad(partial(log_evidence, gradient="autodiff"))(PARAMS),
+    "evidence, quadrature": lambda: jax.value_and_grad(partial(log_evidence, gradient="quadrature"))(PARAMS),
+    "matrix function": lambda: gradient_of_basis(partial(krylov.matfun_lanczos, jnp.exp)),
+    "Arnoldi": lambda: gradient_of_basis(krylov.arnoldi),
+    "Arnoldi, single pass": lambda: gradient_of_basis(partial(krylov.arnoldi, reorthogonalise="none")),
+    "Lanczos, recurrence only": lambda: gradient_of_basis(partial(krylov.lanczos, reorthogonalise="none")),
     "pushforward": lambda: predictive.pushforward(NETWORK, X, ROWS),
     "samples at each input": lambda: predictive.marginal_samples(jax.random.key(0), jnp.ones((2, 3, 3)), 4),
     "variance from samples": lambda: predictive.sample_variance(jnp.ones((4, 2, 3))),
