@@ -91,7 +91,7 @@ def arnoldi(
     Notes
     -----
     Cost: K products; in addition 4 K^2 n multiplications for "full" and 2 K^2 n for "none". The adjoint takes about as
-    much again. Memory: K n numbers, 4 K n in the adjoint. The transposed products are those of `jax.vjp` of `matvec` at
+    much again. Memory as for `lanczos`. The transposed products are those of `jax.vjp` of `matvec` at
     `start`. Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
 
     Examples
@@ -195,33 +195,24 @@ def _full_multipliers(
     num, matrix, d_matrix = settings.num_matvecs, result.hessenberg, cotangent.hessenberg
     terms, last = adjoint.sources(result.basis, matrix, result.residual, cotangent.basis, d_matrix, cotangent.residual)
     blocks = gram_schmidt.split(result.basis)
-    couplings = jnp.diag(matrix, -1)
+    couplings = jnp.append(jnp.zeros_like(result.start_norm), jnp.diag(matrix, -1))
 
     def step(carry, inputs):
-        rows, row = carry
-        k, term, matrix_row, coupling, previous, wanted = inputs
+        rows, row, _ = carry
+        k, matrix_row, coupling, wanted = inputs
         rows = jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
         # Rows before k are still zero, so that the sum is over j >= k.
-        right = term + transpose(row) - matmul(matrix_row, rows)
-        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0.
-        before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), previous)
+        right = terms[k] + transpose(row) - matmul(matrix_row, rows)
+        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0, by the projection.
+        before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), 0)
         if settings.project:
             before, _ = gram_schmidt.impose(blocks, k, before, wanted)
-        return (rows, before), None
+        return (rows, before, right), None
 
-    inputs = (
-        jnp.arange(1, num),
-        terms[1:],
-        matrix[1:],
-        couplings,
-        matmul(d_matrix.T[:-1], result.basis),
-        d_matrix.T[:-1],
-    )
-    (rows, row), _ = jax.lax.scan(step, (jnp.zeros_like(result.basis), last), inputs, reverse=True)
-    rows = rows.at[0].set(row)
-    right = terms[0] + transpose(row) - matmul(matrix[0], rows)
-    start = adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
-    return rows, start
+    # The last step, at q_1, has nothing before it and is there for its right-hand side.
+    inputs = jnp.arange(num), matrix, couplings, jnp.roll(d_matrix, 1, axis=1).T
+    (rows, _, right), _ = jax.lax.scan(step, (jnp.zeros_like(result.basis), last, last), inputs, reverse=True)
+    return rows, adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
 
 
 def _single_pass_multipliers(

@@ -117,10 +117,11 @@ def lanczos(
 
     Notes
     -----
-    Cost: K products; for "full" in addition about 2 K^2 n multiplications, and as many again in the adjoint. Memory:
-    K n numbers, 3 K n more in the adjoint. Everything is computed in the dtype of `start`. Where A is a matrix that is
-    passed as it is, gradients in an entry and in its mirror image differ, as through the loop: only their sum has a
-    meaning. Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
+    Cost: K products; for "full" in addition about 2 K^2 n multiplications, and as many again in the adjoint. Memory at
+    its peak: K n numbers, twice that where the basis exceeds 8 MB, and 5 K n with the adjoint. Everything is computed
+    in the dtype of `start`. Where A is a matrix that is passed as it is, gradients in an entry and in its mirror image
+    differ, as through the loop: only their sum has a meaning. Source: Krämer et al. 2024, arXiv 2405.17277, section 4;
+    the derivation stands in `krylov/adjoint.py`.
 
     Examples
     --------
@@ -232,34 +233,25 @@ def _full_multipliers(
     d_matrix = jnp.diag(cotangent.diagonal) + jnp.diag(cotangent.off_diagonal, -1)
     terms, last = adjoint.sources(result.basis, matrix, result.residual, cotangent.basis, d_matrix, cotangent.residual)
     blocks = gram_schmidt.split(result.basis)
-
-    def right_hand_side(row, row_after, term, diagonal, off_diagonal):
-        return term + matvec(row) - diagonal * row - off_diagonal * row_after
+    couplings = jnp.append(jnp.zeros_like(result.start_norm), result.off_diagonal)
 
     def step(carry, inputs):
-        k, term, diagonal, off_diagonal, coupling, previous, wanted = inputs
-        row, row_after = carry
-        right = right_hand_side(row, row_after, term, diagonal, off_diagonal)
-        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0.
-        before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), wanted[k - 1] * previous)
+        row, row_after, _ = carry
+        k, diagonal, off_diagonal, coupling, wanted = inputs
+        right = terms[k] + matvec(row) - diagonal * row - off_diagonal * row_after
+        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0, by the projection.
+        before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), 0)
         if settings.project:
             before, _ = gram_schmidt.impose(blocks, k, before, wanted)
-        return (before, row), row
+        return (before, row, right), row
 
+    # Arrays of K n numbers are indexed within the loop: sliced for it, they would be copied. The last step, at q_1, has
+    # nothing before it and is there for its right-hand side.
     off_diagonal = jnp.append(result.off_diagonal, 0)
-    inputs = (
-        jnp.arange(1, num),
-        terms[1:],
-        result.diagonal[1:],
-        off_diagonal[1:],
-        result.off_diagonal,
-        result.basis[:-1],
-        d_matrix.T[:-1],
-    )
-    (row, row_after), rows = jax.lax.scan(step, (last, jnp.zeros_like(last)), inputs, reverse=True)
-    right = right_hand_side(row, row_after, terms[0], result.diagonal[0], off_diagonal[0])
-    start = adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
-    return jnp.concatenate([row[None], rows]), start
+    inputs = jnp.arange(num), result.diagonal, off_diagonal, couplings, jnp.roll(d_matrix, 1, axis=1).T
+    zero = jnp.zeros_like(last)
+    (*_, right), rows = jax.lax.scan(step, (last, zero, zero), inputs, reverse=True)
+    return rows, adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
 
 
 def _local_multipliers(
