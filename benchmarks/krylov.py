@@ -17,93 +17,25 @@ which only shows that everything runs, `krylov_small` in place of `krylov`. Abou
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
 import tyro
 from jax import Array
 from krylov_figures import plot_hilbert, plot_time
+from krylov_hilbert import jacobian_errors
+from krylov_problems import CONVECTION, LIBRARIES, Problem, decomp, factorisation, projected, sparse_grid, stencil_grid
 from record import RESULTS, Program, Results, compile_ahead, console, interleaved, judge, measure, show, write
 from rich.table import Table
-from scipy import sparse
 
-from bnnlaplace.krylov import arnoldi, gram_schmidt, lanczos, tridiagonal_matrix
-from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi_adjoint
-from bnnlaplace.krylov.lanczos import Lanczos, Settings, lanczos_adjoint
+from bnnlaplace.krylov import gram_schmidt, lanczos
+from bnnlaplace.krylov.lanczos import Lanczos
 
-try:
-    from matfree import decomp
-except ImportError:
-    decomp = None
-
-LIBRARIES = ("matfree", "ours") if decomp else ("ours",)
 Part = Literal["headline", "depth", "size", "overhead", "hilbert"]
 
-CONVECTION = 0.3, 0.5  # The wind along both axes of the grid, which makes the operator of Arnoldi non-symmetric.
 SLOW_PRODUCT = 0.01  # Seconds from which on a product counts as expensive.
-
-
-class Problem(NamedTuple):
-    """An operator and what it is started from. `mirror` leads from each nonzero entry to its mirror image."""
-
-    matvec: Callable[[Array, Array], Array]
-    start: Array
-    params: Array
-    mirror: np.ndarray | None = None
-
-
-def sparse_grid(side: int, wind: tuple[float, float] = (0.0, 0.0)) -> Problem:
-    """The five-point stencil on a square grid in coordinate format, as a function of its nonzero values."""
-    along = [sparse.diags_array([-1 - w, 2, w - 1], offsets=[-1, 0, 1], shape=(side, side)) for w in wind]
-    identity = sparse.eye_array(side)
-    matrix = sparse.csr_array(sparse.kron(along[0], identity) + sparse.kron(identity, along[1]))
-    matrix.sort_indices()
-    matrix = matrix.tocoo()
-    rows, columns = jnp.asarray(matrix.row), jnp.asarray(matrix.col)
-
-    def matvec(vector: Array, values: Array) -> Array:
-        return jnp.zeros_like(vector).at[rows].add(values * vector[columns], indices_are_sorted=True)
-
-    start = jax.random.normal(jax.random.key(0), (side * side,))
-    return Problem(matvec, start, jnp.asarray(matrix.data, jnp.float32), np.lexsort((matrix.row, matrix.col)))
-
-
-def stencil_grid(side: int) -> Problem:
-    """The same Laplacian by shifts of the grid, as a function of its three coefficients."""
-
-    def matvec(vector: Array, coefficients: Array) -> Array:
-        grid = jnp.pad(vector.reshape(side, side), 1)
-        vertical = grid[2:, 1:-1] + grid[:-2, 1:-1]
-        horizontal = grid[1:-1, 2:] + grid[1:-1, :-2]
-        centre, vertical_weight, horizontal_weight = coefficients
-        return (centre * grid[1:-1, 1:-1] + vertical_weight * vertical + horizontal_weight * horizontal).ravel()
-
-    start = jax.random.normal(jax.random.key(0), (side * side,))
-    return Problem(matvec, start, jnp.array([4.0, -1.0, -1.0]))
-
-
-def factorisation(library: str, method: str, matvec: Callable, depth: int, gradient: str = "adjoint") -> Callable:
-    """(start, params) -> all that the library returns."""
-    if library == "ours":
-        ours = {"lanczos": lanczos, "arnoldi": arnoldi}[method]
-        return lambda start, params: ours(matvec, start, params, num_matvecs=depth, gradient=gradient)
-    adjoint = gradient == "adjoint"
-    if method == "lanczos":
-        peer = decomp.tridiag_sym(depth, materialize=False, custom_vjp=adjoint)
-    else:
-        peer = decomp.hessenberg(depth, reortho="full", custom_vjp=adjoint)
-    return lambda start, params: peer(matvec, start, params)
-
-
-def projected(result: Any) -> Array:
-    """All entries of T or H that the library returns, each once."""
-    if isinstance(result, Lanczos):
-        return jnp.concatenate([result.diagonal, result.off_diagonal])
-    matrix = result.hessenberg if isinstance(result, Arnoldi) else result.J_small
-    return jnp.concatenate([jnp.ravel(part) for part in (matrix if isinstance(matrix, tuple) else (matrix,))])
 
 
 def value_and_grad(factorise: Callable) -> Callable:
@@ -305,53 +237,6 @@ def overhead(repetitions: int, small: bool) -> dict[str, Any]:
     # A small difference of large times, to which what else the machine does only adds: so the least ones are judged.
     targets = judge({f"{name}, of least times": (value, 0.15) for name, value in left["least_seconds"].items()})
     return {"rows": len(matrix), "depth": depth, "cases": results, "fractions_left": left, "targets": targets}
-
-
-def hilbert_maps(method: str, size: int) -> dict[str, Callable[[Array, Array], Array]]:
-    """The map (A, start) -> Q H Q' at full depth, by everything that differentiates it."""
-
-    def matvec(vector: Array, matrix: Array) -> Array:
-        return matrix @ vector
-
-    def rebuild(result: Any) -> Array:
-        if isinstance(result, Lanczos):
-            return result.basis.T @ tridiagonal_matrix(result.diagonal, result.off_diagonal) @ result.basis
-        if isinstance(result, Arnoldi):
-            return result.basis.T @ result.hessenberg @ result.basis
-        return result.Q_tall.T @ result.J_small @ result.Q_tall
-
-    adjoint = {"lanczos": lanczos_adjoint, "arnoldi": arnoldi_adjoint}[method]
-    settings = Settings(size)
-    found = {
-        "projection": lambda a, v: adjoint(matvec, settings, v, (a,)),
-        "no projection": lambda a, v: adjoint(matvec, settings._replace(project=False), v, (a,)),
-        "backpropagation": lambda a, v: factorisation("ours", method, matvec, size, "autodiff")(v, a),
-    }
-    if decomp and method == "lanczos":
-        found["matfree"] = lambda a, v: decomp.tridiag_sym(size)(matvec, v, a)
-    elif decomp:
-        found["matfree"] = lambda a, v: decomp.hessenberg(size, reortho="full")(matvec, v, a)
-        found["matfree, no projection"] = lambda a, v: decomp.hessenberg(size, reortho="none")(matvec, v, a)
-    return {name: lambda a, v, run=run: rebuild(run(a, v)) for name, run in found.items()}
-
-
-def jacobian_errors(method: str, size: int, seeds: int) -> dict[str, float]:
-    """Mean over start vectors of log10 of the root-mean-square error of the Jacobian."""
-    matrix = jnp.asarray(scipy.linalg.hilbert(size))
-    expected = symmetriser = np.eye(size * size)
-    if method == "lanczos":
-        transposition = symmetriser.reshape(size, size, -1).transpose(1, 0, 2).reshape(size * size, -1)
-        expected = symmetriser = (symmetriser + transposition) / 2
-    errors = {}
-    for name, run in hilbert_maps(method, size).items():
-        jacobian, logarithms = jax.jit(jax.jacrev(run)), []
-        for seed in range(seeds):
-            start = jax.random.normal(jax.random.key(seed), (size,))
-            found = np.asarray(jacobian(matrix, start)).reshape(size * size, -1) @ symmetriser
-            # An error of exactly zero is possible for small matrices.
-            logarithms.append(np.log10(max(np.sqrt(np.mean((found - expected) ** 2)), 1e-18)))
-        errors[name] = float(np.mean(logarithms))
-    return errors
 
 
 def hilbert(_repetitions: int, small: bool) -> dict[str, Any]:
