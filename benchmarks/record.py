@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import resource
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -59,31 +60,31 @@ def compile_ahead(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def rounds(cases: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Sorted seconds of each case, all cases in turn in every repetition; they must be compiled already."""
+    """Seconds of each case in each repetition, all cases in turn; they must be compiled already."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repetitions):
         for name, run in cases.items():
             start = time.perf_counter()
             jax.block_until_ready(run())
             seconds[name].append(time.perf_counter() - start)
-    return {name: sorted(times) for name, times in seconds.items()}
+    return seconds
 
 
 def interleaved(cases: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
     """Median seconds of each case, as `rounds` measures them."""
-    return {name: times[len(times) // 2] for name, times in rounds(cases, repetitions).items()}
+    return {name: statistics.median(times) for name, times in rounds(cases, repetitions).items()}
 
 
 def measure(cases: Mapping[str, Program], repetitions: int) -> Results:
-    """Median and least seconds, compilation and memory of each case; None for seconds where it needs too much."""
+    """Median seconds and those of each round, compilation and memory of each case; None where it needs too much."""
     affordable = {name: case.run for name, case in cases.items() if case.memory_bytes <= MOST_BYTES}
     for run in affordable.values():
         jax.block_until_ready(run())
     seconds = rounds(affordable, repetitions)
     return {
         name: {
-            "seconds": seconds[name][len(seconds[name]) // 2] if name in seconds else None,
-            "least_seconds": seconds[name][0] if name in seconds else None,
+            "seconds": statistics.median(seconds[name]) if name in seconds else None,
+            "rounds": seconds.get(name),
             "compile_seconds": case.compile_seconds,
             "memory_bytes": case.memory_bytes,
         }
