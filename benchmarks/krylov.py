@@ -15,6 +15,7 @@ which only shows that everything runs, `krylov_small` in place of `krylov`. Abou
 """
 
 import importlib.metadata
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, get_args
@@ -44,13 +45,17 @@ def value_and_grad(factorise: Callable) -> Callable:
 
 
 def programs(
-    problem: Problem, depth: int, method: str = "lanczos", gradients: Sequence[str] = ("adjoint",)
+    problem: Problem,
+    depth: int,
+    method: str = "lanczos",
+    gradients: Sequence[str] = ("adjoint",),
+    libraries: Sequence[str] = LIBRARIES,
 ) -> dict[str, Program]:
-    """Forward, and value with gradient, of both libraries, compiled for a problem."""
+    """Forward, and value with gradient, of each library, compiled for a problem."""
     found = {}
     for gradient in gradients:
         suffix = "" if gradient == "adjoint" else ", backpropagation"
-        for library in LIBRARIES:
+        for library in libraries:
             run = factorisation(library, method, problem.matvec, depth, gradient)
             for name, function in (("forward", run), ("value and gradient", value_and_grad(run))):
                 found[f"{library} {name}{suffix}"] = compile_ahead(function, problem.start, problem.params)
@@ -147,15 +152,31 @@ def growth_with_depth(repetitions: int, small: bool) -> dict[str, Any]:
 
 
 def growth_with_size(repetitions: int, small: bool) -> dict[str, Any]:
-    """Lanczos on grids of several sizes by shifts."""
+    """Lanczos on grids of several sizes by shifts, and what counting the vectors found so far in blocks is worth."""
     sides, depth = ((32,), 10) if small else ((32, 100, 316, 1000), 50)
-    rows = {}
+    rows, blocks = {}, {}
     for side in sides:
-        # One call takes up to half a minute for the largest grid.
-        count = repetitions if side <= 100 else 3 if side < 1000 else 1
-        rows[side * side] = measure(programs(stencil_grid(side), depth), count)
-        show(f"Lanczos, {side * side} rows, depth {depth}, stencil", rows[side * side])
-    return {"depth": depth, "sizes": rows}
+        problem, size = stencil_grid(side), side * side
+        # One call of matfree takes up to half a minute for the largest grid.
+        rows[size] = measure(programs(problem, depth), repetitions if side <= 100 else 3 if side < 1000 else 1)
+        show(f"Lanczos, {size} rows, depth {depth}, stencil", rows[size])
+        if len(gram_schmidt.split(jnp.zeros((depth, size)))) > 1:
+            compile_ours = partial(programs, problem, depth, libraries=("ours",))
+            whole = {f"{name}, one block": case for name, case in in_one_block(compile_ours).items()}
+            blocks[size] = measure(compile_ours() | whole, 5 if side < 1000 else 3)
+            for name in ("ours forward", "ours value and gradient"):
+                ratio = blocks[size][name]["seconds"] / blocks[size][f"{name}, one block"]["seconds"]
+                console.print(f"  {name}, basis in blocks / in one block: {ratio:.3g}")
+    return {"depth": depth, "sizes": rows, "blocks": blocks}
+
+
+def in_one_block(compile_all: Callable[[], dict[str, Program]]) -> dict[str, Program]:
+    """Compile with Gram-Schmidt over the whole basis in each step, whatever its size."""
+    limit, gram_schmidt.WHOLE_BYTES = gram_schmidt.WHOLE_BYTES, math.inf
+    try:
+        return compile_all()
+    finally:
+        gram_schmidt.WHOLE_BYTES = limit
 
 
 def slow_matrix(small: bool) -> tuple[Array, Callable[[Array, Array, Array], Array]]:

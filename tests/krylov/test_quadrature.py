@@ -36,6 +36,10 @@ def quadrature(factor, delta, probes=EXACT, num_matvecs=RANK + 1, **options):
     )
 
 
+def estimate(factor, delta, **options):
+    return jax.jit(lambda f, d: quadrature(f, d, **options))(factor, delta)
+
+
 def value_and_gradients(factor, delta, **options):
     return jax.jit(jax.value_and_grad(lambda f, d: quadrature(f, d, **options).mean, (0, 1)))(factor, delta)
 
@@ -102,7 +106,7 @@ def test_quadrature_gradient_in_the_probes(factor):
             lambda x: jnp.exp(x / 20), product, probes, factor, num_matvecs=RANK + 1, gradient="quadrature"
         ).mean
 
-    assert_close(jax.grad(mean)(probes), dense(probes), 1e-10)
+    assert_close(jax.jit(jax.grad(mean))(probes), dense(probes), 1e-10)
 
 
 def test_quadrature_gradient_is_not_that_of_the_truncated_value(factor):
@@ -118,14 +122,15 @@ def test_quadrature_gradient_is_not_that_of_the_truncated_value(factor):
 def test_trace_within_four_standard_errors(factor, seed, draw, deflated):
     probes = draw(jax.random.key(seed), factor[:, 0], 200)
     assert probes.shape == (200, SIZE) and probes.dtype == factor.dtype
-    estimate = jax.jit(lambda f: quadrature(f, 1.0, probes, deflation=pairs(f) if deflated else None))(factor)
-    assert estimate.num_probes == 200 and estimate.converged
-    assert 0 < estimate.sem < 2
-    assert abs(estimate.mean - log_determinant(factor, 1.0)) <= 4 * estimate.sem
+    found = estimate(factor, 1.0, probes=probes, deflation=pairs(factor) if deflated else None)
+    assert found.num_probes == 200 and found.converged
+    assert 0 < found.sem < 2
+    assert abs(found.mean - log_determinant(factor, 1.0)) <= 4 * found.sem
 
 
-def pairs(factor, count=4):
-    return leading_eigenpairs(lambda v: product(v, factor), jnp.ones(SIZE), num_pairs=count, num_matvecs=RANK + 1)
+def pairs(factor, count=4, num_matvecs=RANK + 1):
+    options = {"num_pairs": count, "num_matvecs": num_matvecs}
+    return jax.jit(lambda f: leading_eigenpairs(product, jnp.ones(SIZE), f, **options))(factor)
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "quadrature", "autodiff"])
@@ -139,12 +144,13 @@ def test_deflation_is_exact_and_so_is_its_gradient(factor, gradient):
 
 def test_deflation_removes_variance(factor):
     probes = rademacher_probes(jax.random.key(0), factor[:, 0], 100)
-    plain, deflated = quadrature(factor, 0.3, probes), quadrature(factor, 0.3, probes, deflation=pairs(factor, 6))
+    plain = estimate(factor, 0.3, probes=probes)
+    deflated = estimate(factor, 0.3, probes=probes, deflation=pairs(factor, 6))
     assert deflated.sem < 0.05 * plain.sem
 
 
 def test_pairs_that_were_not_found_are_left_to_the_probes(factor):
-    few = leading_eigenpairs(lambda v: product(v, factor), jnp.ones(SIZE), num_pairs=3, num_matvecs=3)
+    few = pairs(factor, 3, num_matvecs=3)
     assert not few.values.all()
     value, _ = value_and_gradients(factor, 0.3, deflation=few)
     np.testing.assert_allclose(value, log_determinant(factor, 0.3), rtol=1e-5)
@@ -152,7 +158,8 @@ def test_pairs_that_were_not_found_are_left_to_the_probes(factor):
 
 def test_leading_eigenpairs(factor):
     values, vectors = jnp.linalg.eigh(-product(jnp.eye(SIZE), factor))
-    found = leading_eigenpairs(lambda v: -product(v, factor), jnp.ones(SIZE), num_pairs=3, num_matvecs=RANK + 1)
+    options = {"num_pairs": 3, "num_matvecs": RANK + 1}
+    found = jax.jit(lambda: leading_eigenpairs(lambda v: -product(v, factor), jnp.ones(SIZE), **options))()
     np.testing.assert_allclose(found.values, values[:3], rtol=1e-12)
     np.testing.assert_allclose(jnp.abs(jnp.sum(found.vectors * vectors.T[:3], axis=1)), 1, rtol=1e-12)
     np.testing.assert_allclose(found.residual_norms, 0, atol=1e-10)
@@ -162,29 +169,29 @@ def test_stops_once_the_relative_error_is_reached(factor):
     probes = rademacher_probes(jax.random.key(0), factor[:, 0], 400)
 
     def mean(factor):
-        estimate = quadrature(factor, 0.3, probes, relative_sem=0.05)
-        return estimate.mean, estimate
+        found = quadrature(factor, 0.3, probes, relative_sem=0.05)
+        return found.mean, found
 
-    (value, estimate), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(factor)
-    used = int(estimate.num_probes)
-    assert 8 <= used < 400 and estimate.converged
-    assert estimate.sem <= 0.05 * estimate.mean
+    (value, found), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(factor)
+    used = int(found.num_probes)
+    assert 8 <= used < 400 and found.converged
+    assert found.sem <= 0.05 * found.mean
     # It is the estimate from those probes alone, value and gradient.
     expected, (reference, _) = value_and_gradients(factor, 0.3, probes=probes[:used])
-    np.testing.assert_allclose([value, estimate.mean], expected, rtol=1e-13)
+    np.testing.assert_allclose([value, found.mean], expected, rtol=1e-13)
     assert_close(gradient, reference, 1e-12)
-    assert not quadrature(factor, 0.3, probes[:20], relative_sem=1e-6).converged
+    assert not estimate(factor, 0.3, probes=probes[:20], relative_sem=1e-6).converged
 
 
 def test_truncation_is_reported(factor):
-    short, long = quadrature(factor, 0.3, num_matvecs=3), quadrature(factor, 0.3, num_matvecs=10)
+    short, long = estimate(factor, 0.3, num_matvecs=3), estimate(factor, 0.3, num_matvecs=10)
     error = abs(short.mean - log_determinant(factor, 0.3))
     assert error / 3 < short.truncation < 30 * error
     assert long.truncation == 0
 
 
 def test_one_probe_has_no_standard_error(factor):
-    assert quadrature(factor, 0.3, EXACT[:1]).sem == np.inf
+    assert estimate(factor, 0.3, probes=EXACT[:1]).sem == np.inf
 
 
 def test_function_need_not_be_defined_at_zero(x64):
@@ -194,26 +201,27 @@ def test_function_need_not_be_defined_at_zero(x64):
     def mean(scale):
         return stochastic_lanczos_quadrature(jnp.log, lambda v: scale * v, probes, num_matvecs=4).mean
 
-    value, slope = jax.value_and_grad(mean)(2.0)
+    value, slope = jax.jit(jax.value_and_grad(mean))(2.0)
     np.testing.assert_allclose([value, slope], [SIZE * np.log(2), SIZE / 2], rtol=1e-13)
 
 
 def test_pytrees(factor):
-    probes = rademacher_probes(jax.random.key(0), {"a": jnp.ones((2, 3)), "b": jnp.ones(8)}, 5)
+    like = {"a": jnp.ones((2, 3)), "b": jnp.ones(8)}
+    probes = rademacher_probes(jax.random.key(0), like, 5)
 
     def matvec(tree, factor):
         image = product(jnp.concatenate([tree["a"].reshape(-1), tree["b"]]), factor)
         return {"a": image[:6].reshape(2, 3), "b": image[6:]}
 
-    deflation = leading_eigenpairs(
-        matvec, {"a": jnp.ones((2, 3)), "b": jnp.ones(8)}, factor, num_pairs=2, num_matvecs=RANK + 1
-    )
-    estimate = stochastic_lanczos_quadrature(
-        jnp.log1p, matvec, probes, factor, num_matvecs=RANK + 1, deflation=deflation
-    )
+    @jax.jit
+    def of_pytrees(factor):
+        deflation = leading_eigenpairs(matvec, like, factor, num_pairs=2, num_matvecs=RANK + 1)
+        options = {"num_matvecs": RANK + 1, "deflation": deflation}
+        return stochastic_lanczos_quadrature(jnp.log1p, matvec, probes, factor, **options)
+
     flat = jnp.concatenate([probes["a"].reshape(5, 6), probes["b"]], axis=1)
-    reference = quadrature(factor, 1.0, flat, deflation=pairs(factor, 2))
-    np.testing.assert_allclose(estimate.mean, reference.mean, rtol=1e-12)
+    reference = estimate(factor, 1.0, probes=flat, deflation=pairs(factor, 2))
+    np.testing.assert_allclose(of_pytrees(factor).mean, reference.mean, rtol=1e-12)
 
 
 def test_no_decomposition_outlives_its_batch():
