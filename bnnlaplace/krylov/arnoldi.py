@@ -127,7 +127,7 @@ def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, argument
     wanted = jnp.zeros(num, start.dtype)
 
     def step(carry, k):
-        blocks, vector, scale = carry
+        blocks, vector, scale, _ = carry
         blocks = gram_schmidt.set_row(blocks, k, vector)
         image = matvec(vector, *arguments)
         scale = jnp.maximum(scale, norm(image))
@@ -140,14 +140,15 @@ def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, argument
         residual = jnp.where(alive, residual, 0)
         coupling = jnp.where(alive, coupling, 0)
         following = residual / jnp.where(alive, coupling, 1)
-        return (blocks, following, scale), (column, coupling, residual)
+        return (blocks, following, scale, residual), (column, coupling)
 
-    carry = blocks, start / jnp.where(start_norm > 0, start_norm, 1), jnp.zeros_like(start_norm)
-    (blocks, *_), (columns, couplings, residuals) = jax.lax.scan(step, carry, jnp.arange(num))
+    first = start / jnp.where(start_norm > 0, start_norm, 1)
+    carry = blocks, first, jnp.zeros_like(start_norm), jnp.zeros_like(start)
+    (blocks, *_, residual), (columns, couplings) = jax.lax.scan(step, carry, jnp.arange(num))
     ended = jnp.append(start_norm == 0, couplings == 0)
     breakdown_step = jnp.where(jnp.any(ended), jnp.argmax(ended), -1)
     hessenberg = columns.T + jnp.diag(couplings[:-1], -1)
-    return Arnoldi(gram_schmidt.join(blocks), hessenberg, residuals[-1], start_norm, breakdown_step)
+    return Arnoldi(gram_schmidt.join(blocks), hessenberg, residual, start_norm, breakdown_step)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))

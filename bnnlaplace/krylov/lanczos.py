@@ -118,10 +118,13 @@ def lanczos(
     Notes
     -----
     Cost: K products; for "full" in addition about 2 K^2 n multiplications, and as many again in the adjoint. Memory at
-    its peak: K n numbers, twice that where the basis exceeds 8 MB, and 5 K n with the adjoint. Everything is computed
-    in the dtype of `start`. Where A is a matrix that is passed as it is, gradients in an entry and in its mirror image
-    differ, as through the loop: only their sum has a meaning. Source: Krämer et al. 2024, arXiv 2405.17277, section 4;
-    the derivation stands in `krylov/adjoint.py`.
+    its peak: K n numbers, 4 K n with the adjoint, and K n more in both where the basis exceeds 8 MB. Everything is
+    computed in the dtype of `start`. Call it within `jit`: outside of it each call compiles its loop again.
+
+    Where A is a matrix that is passed as it is, gradients in an entry and in its mirror image differ, as through the
+    loop: only their sum has a meaning.
+
+    Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
 
     Examples
     --------
@@ -156,7 +159,7 @@ def lanczos_forward(
     floor = BREAKDOWN * jnp.finfo(start.dtype).eps
 
     def step(carry, k):
-        blocks, previous, vector, coupling, scale = carry
+        blocks, previous, vector, coupling, scale, _ = carry
         blocks = gram_schmidt.set_row(blocks, k, vector)
         image = matvec(vector, *arguments)
         scale = jnp.maximum(scale, norm(image))
@@ -169,14 +172,14 @@ def lanczos_forward(
         residual = jnp.where(alive, residual, 0)
         off_diagonal = jnp.where(alive, off_diagonal, 0)
         following = residual / jnp.where(alive, off_diagonal, 1)
-        return (blocks, vector, following, off_diagonal, scale), (diagonal, off_diagonal, residual)
+        return (blocks, vector, following, off_diagonal, scale, residual), (diagonal, off_diagonal)
 
-    zero = jnp.zeros_like(start_norm)
-    carry = blocks, jnp.zeros_like(start), start / jnp.where(start_norm > 0, start_norm, 1), zero, zero
-    (blocks, *_), (diagonal, off_diagonal, residuals) = jax.lax.scan(step, carry, jnp.arange(num))
+    none, zero = jnp.zeros_like(start), jnp.zeros_like(start_norm)
+    carry = blocks, none, start / jnp.where(start_norm > 0, start_norm, 1), zero, zero, none
+    (blocks, *_, residual), (diagonal, off_diagonal) = jax.lax.scan(step, carry, jnp.arange(num))
     ended = jnp.append(start_norm == 0, off_diagonal == 0)
     breakdown_step = jnp.where(jnp.any(ended), jnp.argmax(ended), -1)
-    return Lanczos(gram_schmidt.join(blocks), diagonal, off_diagonal[:-1], residuals[-1], start_norm, breakdown_step)
+    return Lanczos(gram_schmidt.join(blocks), diagonal, off_diagonal[:-1], residual, start_norm, breakdown_step)
 
 
 def _reorthogonalise(blocks: gram_schmidt.Blocks, last: Array, vector: Array) -> Array:
