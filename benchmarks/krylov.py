@@ -11,7 +11,7 @@ hilbert    Hilbert matrices: how exact is the Jacobian of A -> Q H Q', which is 
 The peer is matfree (Krämer et al. 2024), `pip install matfree==0.6.3`; without it its rows are left out. Alternatives
 run in turn in one process; compilation is timed apart. Prints tables and writes `benchmarks/results/krylov.json`, from
 a selection of parts `krylov_PART.json`, and the figures `krylov_time.png` and `krylov_hilbert.png`; with `--small`,
-which only shows that everything runs, `krylov_small` in place of `krylov`. About four minutes on 2 cores.
+which only shows that everything runs, `krylov_small` in place of `krylov`. About five minutes on 2 cores.
 """
 
 import importlib.metadata
@@ -160,13 +160,13 @@ def growth_with_size(repetitions: int, small: bool) -> dict[str, Any]:
         # One call of matfree takes up to half a minute for the largest grid.
         rows[size] = measure(programs(problem, depth), repetitions if side <= 100 else 3 if side < 1000 else 1)
         show(f"Lanczos, {size} rows, depth {depth}, stencil", rows[size])
-        if len(gram_schmidt.split(jnp.zeros((depth, size)))) > 1:
-            compile_ours = partial(programs, problem, depth, libraries=("ours",))
+        if len(gram_schmidt.split(jnp.zeros((2 * depth, size)))) > 1:
+            compile_ours = partial(programs, problem, 2 * depth, libraries=("ours",))
             whole = {f"{name}, one block": case for name, case in in_one_block(compile_ours).items()}
             blocks[size] = measure(compile_ours() | whole, 5 if side < 1000 else 3)
             for name in ("ours forward", "ours value and gradient"):
                 ratio = blocks[size][name]["seconds"] / blocks[size][f"{name}, one block"]["seconds"]
-                console.print(f"  {name}, basis in blocks / in one block: {ratio:.3g}")
+                console.print(f"  {name}, depth {2 * depth}, basis in blocks / in one block: {ratio:.3g}")
     return {"depth": depth, "sizes": rows, "blocks": blocks}
 
 
