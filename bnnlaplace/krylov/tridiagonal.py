@@ -58,7 +58,7 @@ def _function_times_first_jvp(function: Callable, primals: tuple, tangents: tupl
     first = vectors[0]
     images, d_images = jax.jvp(lambda *c: _evaluate(function, c, values), tuple(constants), tuple(d_constants))
     rotated = matmul(matmul(vectors.T, tridiagonal_matrix(d_diagonal, d_off_diagonal)), vectors)
-    divided = _divided_differences(partial(_evaluate, function, constants), values, images)
+    divided = divided_differences(partial(_evaluate, function, constants), values, images)
     slope = matmul(vectors, d_images * first + matmul(divided * rotated, first))
     return matmul(vectors, images * first), slope
 
@@ -67,11 +67,20 @@ def _evaluate(function: Callable, constants: Any, values: Array) -> Array:
     return jax.vmap(lambda value: function(value, *constants))(values)
 
 
-def _divided_differences(function: Callable, values: Array, images: Array) -> Array:
-    """f[x_i, x_j]; for close arguments the derivative at the midpoint, where the quotient would cancel."""
+def divided_differences(function: Callable, values: Array, images: Array) -> Array:
+    """f[x_i, x_j]; where rounding in f would take a third of the digits of the quotient, f' at the midpoint.
+
+    For a function that changes by its own size over a length L that is so for |x_i - x_j| < eps^(1/3) L, where the
+    midpoint is off by eps^(2/3), relative.
+    """
+    eps = jnp.finfo(values.dtype).eps
     gap = values[:, None] - values[None, :]
-    size = jnp.abs(values[:, None]) + jnp.abs(values[None, :])
-    close = jnp.abs(gap) <= jnp.finfo(values.dtype).eps ** (1 / 3) * size
-    middle = ((values[:, None] + values[None, :]) / 2).reshape(-1)
-    slope = jax.jvp(function, (middle,), (jnp.ones_like(middle),))[1].reshape(gap.shape)
+    # A midpoint far from both, where f need not be defined, is not looked at.
+    near = jnp.abs(gap) <= eps ** (1 / 3) * jnp.max(jnp.abs(values))
+    middle = jnp.where(near, (values[:, None] + values[None, :]) / 2, values[:, None])
+    slope = jax.jvp(function, (middle.reshape(-1),), (jnp.ones_like(middle).reshape(-1),))[1].reshape(gap.shape)
+    ends = jnp.abs(jnp.diagonal(slope))
+    size = jnp.abs(slope) + ends[:, None] + ends[None, :]  # no stationary point alone makes a pair close
+    rounding = eps * (jnp.abs(images)[:, None] + jnp.abs(images)[None, :])
+    close = (gap == 0) | (near & (eps ** (2 / 3) * jnp.abs(gap) * size <= rounding))
     return jnp.where(close, slope, (images[:, None] - images[None, :]) / jnp.where(close, 1, gap))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from bnnlaplace.krylov import matfun_arnoldi, matfun_lanczos
+from bnnlaplace.krylov.tridiagonal import divided_differences
 
 SIZE = 10
 FUNCTIONS = {
@@ -129,3 +130,23 @@ def test_bad_input():
         matfun_lanczos(jnp.exp, lambda v: v, jnp.ones(3), num_matvecs=4)
     with pytest.raises(ValueError, match=r"gradient=.* must be 'adjoint' or 'autodiff'"):
         matfun_arnoldi(jax.scipy.linalg.expm, lambda v: v, jnp.ones(3), num_matvecs=2, gradient="quadrature")
+
+
+EXACT_DIVIDED_DIFFERENCES = {
+    "exponential": (jnp.exp, lambda x, y: np.exp((x + y) / 2) * np.sinc((x - y) / 2j / np.pi).real),
+    "resolvent": (lambda x: 1 / (1 + x), lambda x, y: -1 / ((1 + x) * (1 + y))),
+    "square root": (jnp.sqrt, lambda x, y: 1 / (np.sqrt(x) + np.sqrt(y))),
+    "cube": (lambda x: x**3, lambda x, y: x**2 + x * y + y**2),
+}
+
+
+@pytest.mark.parametrize("name", EXACT_DIVIDED_DIFFERENCES)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def testdivided_differences_of_eigenvalues_near_each_other_and_near_zero(name, dtype):
+    function, exact = EXACT_DIVIDED_DIFFERENCES[name]
+    around = np.array([1e-18, 1e-9, 1e-5, 1e-3, 0.1, 1.0, 3.0])
+    values = np.concatenate([around, around * (1 + 1e-7), around * (1 + 1e-4), around * 1.03]).astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
+        found = divided_differences(jax.vmap(function), jnp.asarray(values), jax.vmap(function)(values))
+    expected = exact(values[:, None].astype(np.float64), values[None, :].astype(np.float64))
+    np.testing.assert_allclose(found, expected, rtol=10 * np.finfo(dtype).eps ** (2 / 3))
