@@ -2,8 +2,8 @@
 
 The stages, in the order data pass through them: a `Network` and a `Likelihood`; the curvature (`curvature`), its Krylov
 decomposition (`krylov`) and what is fitted from it (`structure`); the evidence and the choice of the prior (`evidence`,
-`prior`, `validation`); predictions (`predictive`) and how good they are (`calibration`, `detection`, `temperature`).
-`Laplace` assembles them.
+`prior`, `validation`); predictions (`predictive`, `link`) and how good they are (`calibration`, `detection`,
+`temperature`). `Laplace` assembles them.
 """
 
 from bnnlaplace import (
@@ -12,6 +12,7 @@ from bnnlaplace import (
     detection,
     evidence,
     krylov,
+    link,
     predictive,
     prior,
     structure,
@@ -37,6 +38,7 @@ __all__ = [
     "evidence",
     "gaussian",
     "krylov",
+    "link",
     "predictive",
     "prior",
     "structure",

@@ -14,16 +14,15 @@ the host first, so a checkpoint knows no devices.
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from bnnlaplace.files import recover, replacing
+from bnnlaplace.tree import path_entry, path_name
 
 FORMAT_VERSION = 1
 
@@ -136,7 +135,7 @@ def restructure(path: Path, stored: Any, like: Any) -> Any:
     CheckpointError
         Names the first leaf that differs in path, shape or dtype, with both sides; `path` says which checkpoint.
     """
-    arrays = {_name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stored)[0]}
+    arrays = {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stored)[0]}
     records = [{"path": name, "shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()]
     _check_like(path, records, like)
     return _filled(like, arrays)
@@ -181,7 +180,7 @@ def _describe(tree: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     records: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = _name(keys)
+        name = path_name(keys)
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
             raise TypeError(
                 f"every leaf of `save_pytree(tree=...)` must be an array; got {type(leaf).__name__} at {name!r}; "
@@ -190,7 +189,7 @@ def _describe(tree: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
         if name in records:
             raise ValueError(f"leaf paths must differ; got {name!r} twice; rename one of the two keys")
         shape, dtype = _signature(leaf)
-        records[name] = {"path": name, "keys": [_key_entry(key) for key in keys], "shape": shape, "dtype": dtype}
+        records[name] = {"path": name, "keys": [path_entry(key) for key in keys], "shape": shape, "dtype": dtype}
         if _is_key(leaf):
             records[name]["prng"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
@@ -230,7 +229,7 @@ def _read_arrays(path: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
 def _filled(like: Any, arrays: dict[str, Any]) -> Any:
     """`like` with every leaf replaced by the array of its path."""
     expected, structure = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree_util.tree_unflatten(structure, [_as_in(leaf, arrays[_name(keys)]) for keys, leaf in expected])
+    return jax.tree_util.tree_unflatten(structure, [_as_in(leaf, arrays[path_name(keys)]) for keys, leaf in expected])
 
 
 def _as_in(like: Any, array: Any) -> Any:
@@ -239,7 +238,7 @@ def _as_in(like: Any, array: Any) -> Any:
 
 def _check_like(path: Path, leaves: list[dict[str, Any]], like: Any) -> None:
     there = {leaf["path"]: (tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves}
-    here = {_name(keys): _signature(leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
+    here = {path_name(keys): _signature(leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
     differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if not differing:
         return
@@ -257,25 +256,7 @@ def _check_like(path: Path, leaves: list[dict[str, Any]], like: Any) -> None:
     )
 
 
-# --- paths in the pytree --------------------------------------------------------------------------------------------
-
-
-def _name(keys: Sequence[Any]) -> str:
-    """The path as Orbax stores it: ``params/layer/kernel``; a tree that is one leaf is called ``value``."""
-    return "/".join(str(_key_entry(key)[1]) for key in keys) or "value"
-
-
-def _key_entry(key: Any) -> tuple[str, Any]:
-    match key:
-        case SequenceKey(idx=index):
-            return "index", index
-        case FlattenedIndexKey(key=index):
-            return "index", index
-        case GetAttrKey(name=field):
-            return "key", field
-        case DictKey(key=entry):
-            return "key", entry if isinstance(entry, (int, str)) else str(entry)
-    return "key", str(key)
+# --- without a structure to fill -------------------------------------------------------------------------------------
 
 
 def _nested(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> Any:

@@ -39,16 +39,19 @@ def as_arrays(data: tuple[Array, Array] | Iterable[tuple[Array, Array]]) -> tupl
 
 
 def check_fits_model(network: Network, likelihood: Likelihood, inputs: Float[Array, "N ..."], targets: Array) -> None:
-    """Check that the network turns the inputs into rows of outputs, and that the targets are such as those rows need.
+    """Check that the network turns inputs into outputs (N, ..., C), and that the targets are such as those need.
 
     Raises
     ------
     ValueError
-        If outputs are not (N, C), or targets do not fit them; see `likelihood.check_targets`.
+        If outputs are not (N, ..., C), or targets do not fit them; see `likelihood.check_targets`.
     """
     shape = jax.eval_shape(network, network.params, inputs).shape
-    if len(shape) != 2:
-        raise ValueError(f"a network's outputs must have shape (B, C); got {shape} for {len(inputs)} examples")
+    if len(shape) < 2 or shape[0] != len(inputs):
+        raise ValueError(
+            f"a network's outputs must have shape (B, C), or (B, ..., C) with several positions; got {shape} for "
+            f"{len(inputs)} examples"
+        )
     check_targets(likelihood, shape, targets)
 
 

@@ -97,7 +97,8 @@ def log_likelihood_and_gradient(
     labels = mb.split(targets, microbatch, dtype).inputs
 
     def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> Array:
-        return jnp.sum(batch.weights * likelihood.log_prob(network(params, batch.inputs), targets))
+        log_prob = likelihood.log_prob(network(params, batch.inputs), targets)
+        return jnp.sum(batch.weights * jnp.sum(log_prob.reshape(len(log_prob), -1), axis=1))
 
     def add(total: tuple[Array, PyTree], part: tuple[mb.Microbatches, Array]) -> tuple[tuple[Array, PyTree], None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(value)(params, *part)), None

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace import evidence, predictive, prior, saved, validation
+from bnnlaplace import evidence, predictive, prior, saved, subset, validation
 from bnnlaplace.data import as_arrays, check_fits_model, check_inputs
+from bnnlaplace.deterministic import check_deterministic
+from bnnlaplace.features import precompute
 from bnnlaplace.likelihood import Likelihood, resolve
 from bnnlaplace.network import Network
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
@@ -21,7 +23,9 @@ from bnnlaplace.tree import ravel, register_unchecked, squared_norm, unraveler
 from bnnlaplace.types import Estimate
 
 
-@register_unchecked(("network", "likelihood", "prior_precision", "structure", "fitted"), ("hessian_structure",))
+@register_unchecked(
+    ("network", "likelihood", "prior_precision", "structure", "fitted"), ("subset_of_weights", "hessian_structure")
+)
 @dataclass(frozen=True, init=False)
 class Laplace:
     """A Laplace approximation N(theta*, (G + delta I)^-1) around the weights of a network.
@@ -35,17 +39,22 @@ class Laplace:
     Parameters
     ----------
     network
-        From `Network.from_linen` or `Network.from_function`, at the weights training found: a mode of the log joint
-        with the prior whose evidence is to be computed (`mode_gradient` says how nearly).
+        From `Network.from_linen`, `from_nnx` or `from_function`, at the weights training found: a mode of the log joint
+        with the prior whose evidence is to be computed (`mode_gradient` says how nearly). After `fit` its `params` are
+        the weights that have a posterior.
     likelihood
         "classification", "regression", "binary", or a `Likelihood`.
+    subset_of_weights
+        Which weights get a posterior, the others being frozen and without a prior: "all"; "last_layer", which is found,
+        see `bnnlaplace.subset`; or a function from the path of a weight, such as "Dense_0/kernel", to a bool.
     hessian_structure
         "lanczos": the whole GGN by block Krylov, matrix-free. "diag": its exact diagonal. "full": dense, for small
         networks.
     prior_precision
         delta of the isotropic prior N(0, 1/delta): one number.
     sigma_noise
-        Standard deviation of the noise of "regression". As an attribute: the likelihood's, or None.
+        Standard deviation of the noise of "regression", one number or one for each output. As an attribute: the
+        likelihood's, or None.
 
     Raises
     ------
@@ -67,6 +76,7 @@ class Laplace:
 
     network: Network
     likelihood: Likelihood
+    subset_of_weights: subset.Subset
     hessian_structure: Literal["lanczos", "diag", "full"]
     prior_precision: float | Float[Array, ""]
     structure: Structure | None
@@ -77,23 +87,26 @@ class Laplace:
         self,
         network: Network,
         likelihood: Likelihood | str = "classification",
+        subset_of_weights: subset.Subset = "all",
         hessian_structure: Literal["lanczos", "diag", "full"] = "lanczos",
         prior_precision: float | Float[Array, ""] = 1.0,
         structure: Structure | None = None,
         fitted: evidence.DataTerms | None = None,
-        sigma_noise: float | Float[Array, ""] = 1.0,
+        sigma_noise: float | Float[Array, "*C"] = 1.0,
     ) -> None:
         if hessian_structure not in BY_NAME:
             raise ValueError(
                 f"Laplace(hessian_structure=...) must be one of {sorted(BY_NAME)}; got {hessian_structure!r}"
             )
+        subset.check(subset_of_weights)
         prior.check(prior_precision, "Laplace(prior_precision=...)")
-        values = (network, resolve(likelihood, sigma_noise), hessian_structure, prior_precision, structure, fitted)
+        likelihood = resolve(likelihood, sigma_noise)
+        values = (network, likelihood, subset_of_weights, hessian_structure, prior_precision, structure, fitted)
         for field, value in zip(dataclasses.fields(self), values, strict=True):
             object.__setattr__(self, field.name, value)
 
     @property
-    def sigma_noise(self) -> Float[Array, ""] | None:
+    def sigma_noise(self) -> Float[Array, "*C"] | None:
         """Standard deviation of a regression's noise, read from the likelihood; None where it has none."""
         return self.likelihood.sigma_noise
 
@@ -139,8 +152,8 @@ class Laplace:
         Raises
         ------
         ValueError
-            If data are empty, targets out of range, outputs not (B, C), inputs or weights not finite, or `num_data` or
-            `tolerance` not positive.
+            If data are empty, targets out of range, outputs not (B, ..., C), inputs or weights not finite, the network
+            is not deterministic, no weight is in the subset, or `num_data` or `tolerance` are not positive.
 
         Notes
         -----
@@ -152,24 +165,28 @@ class Laplace:
         if not tolerance > 0:
             raise ValueError(f"fit(tolerance=...) must be positive; got {tolerance}; try 0.05")
         x, y = as_arrays(data)
+        check_deterministic(self.network, x)
         check_fits_model(self.network, self.likelihood, x, y)
+        network = subset.select(self.network, self.subset_of_weights, x)
+        # Where the posterior is over all weights nothing precedes them.
+        head, x = (network, x) if network is self.network else precompute(network, x, microbatch=microbatch)
         scale = 1.0 if num_data is None else num_data / len(x)
-        fitted = evidence.data_terms(self.network, self.likelihood, x, y, scale=scale, microbatch=microbatch)
+        fitted = evidence.data_terms(head, self.likelihood, x, y, scale=scale, microbatch=microbatch)
         if self.hessian_structure == "diag":
-            structure = fit_diagonal(self.network, self.likelihood, x, scale, microbatch=microbatch)
+            structure = fit_diagonal(head, self.likelihood, x, scale, microbatch=microbatch)
         elif self.hessian_structure == "full":
-            structure = fit_dense(self.network, self.likelihood, x, scale)
+            structure = fit_dense(head, self.likelihood, x, scale)
         else:
             if key is None:
                 raise ValueError("fit(key=...) must seed the probes of 'lanczos'; got None; pass jax.random.key(0)")
             structure = fit_krylov(
-                self.network,
+                head,
                 self.likelihood,
                 x,
                 scale,
                 key=key,
                 log_likelihood=float(fitted.log_likelihood),
-                squared_norm=squared_norm(self.network.params),
+                squared_norm=squared_norm(network.params),
                 num_probes=num_probes,
                 max_vectors=max_vectors,
                 tolerance=tolerance,
@@ -177,7 +194,7 @@ class Laplace:
                 microbatch=microbatch,
                 on_block=on_block,
             )
-        return dataclasses.replace(self, structure=structure, fitted=fitted)
+        return dataclasses.replace(self, network=network, structure=structure, fitted=fitted)
 
     # --- evidence and prior -----------------------------------------------------------------------------------------
 
@@ -289,8 +306,9 @@ class Laplace:
     # --- posterior and predictions ----------------------------------------------------------------------------------
 
     def sample(self, key: Array, num_samples: int) -> PyTree:
-        """Posterior samples of the weights, a pytree like them with a leading axis of `num_samples`.
+        """Posterior samples of the weights, a pytree like `network.params` with a leading axis of `num_samples`.
 
+        `network.full_params` puts one sample of a subset in its place among all weights.
         Lanczos gives at most one sample per probe, and draws among those.
         """
         structure = self._usable_structure()
@@ -312,7 +330,7 @@ class Laplace:
             self.network, structure, x, precisions, key=key, num_samples=num_samples, microbatch=microbatch
         )
 
-    def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B C C"]:
+    def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
         """Covariance J (G + delta I)^-1 J' of the linearised outputs; for "lanczos" from all its samples."""
         structure = self._usable_structure()
         check_inputs(x)
@@ -321,30 +339,34 @@ class Laplace:
     def predictive(
         self,
         x: Array,
-        pred_type: Literal["glm"] = "glm",
-        link_approx: Literal["probit", "mc"] = "probit",
+        pred_type: Literal["glm", "nn"] = "glm",
+        link_approx: Literal["probit", "mc", "bridge"] = "probit",
         *,
+        with_noise: bool = False,
         key: Array | None = None,
         num_samples: int | None = None,
         microbatch: int = 64,
-    ) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-        """Predictions under the posterior of the linearised network.
+    ) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
+        """Predictions under the posterior.
 
         Parameters
         ----------
         x
             Inputs (B, ...).
         pred_type
-            "glm": the linearised network.
+            "glm": of the linearised network, whose posterior this is. "nn": of the network at samples of the weights,
+            which may lie where the linearisation no longer holds.
         link_approx
-            "probit": MacKay's approximation from marginal variances. "mc": the mean probability over samples.
+            "probit": MacKay's approximation from marginal variances. "mc": the mean probability over samples. "bridge":
+            the mean of a matching Dirichlet distribution, from the covariance of the outputs.
+        with_noise
+            For regression: add the variance of the noise to that of the outputs.
         key, num_samples
-            For "mc"; by default as many samples as "lanczos" has probes, otherwise 100.
+            For "mc" and "nn"; by default as many samples as "lanczos" has probes, otherwise 100.
 
         Returns
         -------
-        Class probabilities (B, C); for regression (mean, variance of the outputs without noise), (B, C) each. For no
-        inputs no rows.
+        Class probabilities (B, ..., C); for regression (mean, variance), (B, ..., C) each. For no inputs no rows.
 
         Raises
         ------
@@ -352,22 +374,34 @@ class Laplace:
             If inputs are not finite, a name is unknown, "mc" lacks a key, or more samples are asked for than there are.
         """
         structure = self._usable_structure()
-        if pred_type != "glm":
-            raise ValueError(f"predictive(pred_type=...) must be 'glm'; got {pred_type!r}")
         check_inputs(x)
-        options = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return predictive.predictions(self.network, self.likelihood, structure, x, self.prior_precision, **options)
+        posterior = self.network, self.likelihood, structure
+        return predictive.predictions(
+            *posterior,
+            x,
+            self.prior_precision,
+            pred_type=pred_type,
+            link_approx=link_approx,
+            with_noise=with_noise,
+            key=key,
+            num_samples=num_samples,
+            microbatch=microbatch,
+        )
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> None:
         """Write everything but the user's module, atomically and with a SHA-256 manifest."""
         self._require_fit()
-        saved.save(Path(path), **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del parts["subset_of_weights"]  # the network is that of the subset
+        saved.save(Path(path), **parts)
 
     @classmethod
     def load(cls, path: Path | str, network: Network, likelihood: Likelihood | None = None) -> "Laplace":
         """Read what `save` wrote, for a network of the same structure; its weights are replaced by the saved ones.
+
+        Where only some weights have a posterior `network` is that of all of them, as it was given to `Laplace`.
 
         A likelihood of one's own must be passed again; its leaves are replaced by the saved ones.
 

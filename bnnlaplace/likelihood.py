@@ -32,7 +32,8 @@ class Likelihood:
     name
         "classification", "regression" or "binary".
     target_kind
-        "label" for integer class labels (...,), "array" for targets shaped like the outputs.
+        "label" for integer class labels (...,), or probabilities of the classes shaped like the outputs; "array" for
+        targets shaped like the outputs.
     log_prob
         (f, y) -> log p(y | f), shape (...,).
     hessian_mv
@@ -54,17 +55,17 @@ class Likelihood:
     mean: Callable[[Array], Array]
 
     @property
-    def sigma_noise(self) -> Float[Array, ""] | None:
+    def sigma_noise(self) -> Float[Array, "*C"] | None:
         """The noise scale of `gaussian`; None for any other likelihood."""
         is_gaussian = isinstance(self.log_prob, Partial) and self.log_prob.func is _gaussian_log_prob
         return self.log_prob.args[0] if is_gaussian else None
 
 
 def categorical() -> Likelihood:
-    """Softmax likelihood of integer labels.
+    """Softmax likelihood of integer labels (...,), or of soft targets (..., C): probabilities that sum to one.
 
-    Lambda = diag(p) - p p' and B = diag(sqrt p) - p sqrt(p)', p = softmax(f): every product costs O(C), and no C x C
-    matrix is formed.
+    log p(y | f) = sum_c y_c log softmax(f)_c, with y one-hot for a label. Lambda = diag(p) - p p' and
+    B = diag(sqrt p) - p sqrt(p)', p = softmax(f): every product costs O(C), and no C x C matrix is formed.
     """
     return Likelihood(
         "classification",
@@ -77,10 +78,10 @@ def categorical() -> Likelihood:
     )
 
 
-def gaussian(sigma_noise: Float[Array, ""] | float = 1.0) -> Likelihood:
-    """Gaussian likelihood with independent noise of standard deviation `sigma_noise` on every output.
+def gaussian(sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
+    """Gaussian likelihood with independent noise of standard deviation `sigma_noise`, one for all outputs or (C,).
 
-    log p(y | f) = -|y - f|^2 / (2 sigma^2) - C log(sigma sqrt(2 pi)); Lambda = I / sigma^2.
+    log p(y | f) = -sum_c [(y_c - f_c)^2 / (2 sigma_c^2) + log(sigma_c sqrt(2 pi))]; Lambda = diag(1 / sigma^2).
     """
     sigma = jnp.asarray(sigma_noise)
     return Likelihood(
@@ -110,20 +111,23 @@ def bernoulli() -> Likelihood:
     )
 
 
-def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, ""] | float = 1.0) -> Likelihood:
+def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
     """Turn the name of a likelihood into the record; a record passes through.
 
     Raises
     ------
     ValueError
-        If the name is unknown, or the noise is not one positive, finite number (of a traced one the shape alone is
-        checked), or it is not 1 and the likelihood is not "regression".
+        If the name is unknown, or the noise is not one positive, finite number or one for each output (of a traced one
+        the shape alone is checked), or it is not 1 and the likelihood is not "regression".
     """
     traced = isinstance(sigma_noise, jax.core.Tracer)
-    is_number = isinstance(sigma_noise, (int, float, np.number, np.ndarray, jax.Array)) and np.shape(sigma_noise) == ()
-    if not is_number or not (traced or 0 < float(sigma_noise) < float("inf")):
-        raise ValueError(f"Laplace(sigma_noise=...) must be one positive, finite number; got {sigma_noise!r}; try 1.0")
-    if likelihood != "regression" and (traced or float(sigma_noise) != 1.0):
+    is_number = isinstance(sigma_noise, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(sigma_noise) <= 1
+    if not is_number or not (traced or _all_positive(np.asarray(sigma_noise))):
+        raise ValueError(
+            "Laplace(sigma_noise=...) must be one positive, finite number, or one for each output; got "
+            f"{sigma_noise!r}; try 1.0"
+        )
+    if likelihood != "regression" and (traced or np.shape(sigma_noise) != () or float(sigma_noise) != 1.0):
         name = likelihood.name if isinstance(likelihood, Likelihood) else likelihood
         raise ValueError(
             f"Laplace(sigma_noise=...) must be left out unless likelihood='regression'; got {sigma_noise} with "
@@ -141,15 +145,21 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, ""] | float 
 
 
 def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Int[Array, "..."]) -> None:
-    """Check concrete targets against the shape (N, C) of the outputs.
+    """Check concrete targets against the shape (N, ..., C) of the outputs.
 
     Raises
     ------
     ValueError
-        If labels are not integers of shape (N,) within the classes, other targets are not shaped like the outputs, or
-        binary ones are outside [0, 1].
+        If labels are not integers of shape (N, ...) within the classes nor probabilities that sum to one, other targets
+        are not shaped like the outputs, binary ones are outside [0, 1], or the noise is not one number for each output.
     """
     targets = jnp.asarray(targets)
+    noise = likelihood.sigma_noise
+    if noise is not None and noise.shape not in ((), outputs_shape[-1:]):
+        raise ValueError(
+            f"Laplace(sigma_noise=...) must be one number, or one for each of the {outputs_shape[-1]} outputs; got "
+            f"{noise.size}"
+        )
     if likelihood.target_kind == "array":
         if targets.shape != outputs_shape:
             raise ValueError(
@@ -162,10 +172,18 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
                 f"{targets.min()} to {targets.max()}; remap them, as -1 and 1 by (y + 1) / 2"
             )
         return
+    if targets.shape == outputs_shape and jnp.issubdtype(targets.dtype, jnp.floating):
+        if not (jnp.all(targets >= 0) and jnp.allclose(targets.sum(axis=-1), 1, atol=1e-3)):
+            raise ValueError(
+                "fit(data=(x, y)): soft targets must be probabilities, at least 0 and with a sum of 1 over classes; "
+                f"got numbers from {targets.min()} on and sums from {targets.sum(axis=-1).min()} to "
+                f"{targets.sum(axis=-1).max()}; normalise them"
+            )
+        return
     if targets.shape != outputs_shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(
-            f"fit(data=(x, y)): labels must be integers of shape {outputs_shape[:-1]}; "
-            f"got {targets.dtype} of shape {targets.shape}; pass class indices, not one-hot rows or floats"
+            f"fit(data=(x, y)): labels must be integers of shape {outputs_shape[:-1]}, or probabilities of shape "
+            f"{outputs_shape}; got {targets.dtype} of shape {targets.shape}; pass class indices"
         )
     low, high = int(targets.min()), int(targets.max())
     if low < 0 or high >= outputs_shape[-1]:
@@ -173,6 +191,10 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
             f"fit(data=(x, y)): labels must lie in 0..{outputs_shape[-1] - 1}, as the network has "
             f"{outputs_shape[-1]} outputs; got labels from {low} to {high}; remap them or widen the network"
         )
+
+
+def _all_positive(numbers: np.ndarray) -> bool:
+    return numbers.size > 0 and bool(np.all((numbers > 0) & np.isfinite(numbers)))
 
 
 def _identity(f: Array) -> Array:
@@ -194,6 +216,8 @@ def _inner(a: Array, b: Array) -> Array:
 
 def _categorical_log_prob(f: Array, y: Array) -> Array:
     log_p = jax.nn.log_softmax(f, axis=-1)
+    if jnp.issubdtype(y.dtype, jnp.floating):
+        return jnp.sum(y * log_p, axis=-1)
     return jnp.take_along_axis(log_p, y[..., None], axis=-1)[..., 0]
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import precise
+from bnnlaplace.tree import leaf_names
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
@@ -17,8 +18,8 @@ from bnnlaplace import precise
 class Network:
     """A deterministic function of weights and inputs, and the weights at which it is expanded.
 
-    Build one with `from_linen` or `from_function`. It is a pytree whose leaves are `params` and `frozen`, so it crosses
-    `jit` without recompiling when the weights change.
+    Build one with `from_linen`, `from_nnx` or `from_function`. It is a pytree whose leaves are `params` and `frozen`,
+    so it crosses `jit` without recompiling when the weights change.
 
     Attributes
     ----------
@@ -34,7 +35,7 @@ class Network:
     params: PyTree
     frozen: PyTree
 
-    def __call__(self, params: PyTree, x: Float[Array, "B ..."]) -> Float[Array, "B C"]:
+    def __call__(self, params: PyTree, x: Float[Array, "B ..."]) -> Float[Array, "B ... C"]:
         """Outputs (logits, or means of a regression) at `params` for a batch of inputs.
 
         Matrix products and convolutions that state no precision of their own are computed in full precision, and so are
@@ -81,8 +82,35 @@ class Network:
         return cls(forward, _as_arrays(variables["params"]), _as_arrays(frozen))
 
     @classmethod
+    def from_nnx(cls, model: Any, **call_arguments: Any) -> "Network":
+        """Wrap a Flax NNX model.
+
+        Parameters
+        ----------
+        model
+            A `flax.nnx.Module` in evaluation mode: call `model.eval()` first. Its `nnx.Param` variables, with those of
+            `nnx.LoRAParam`, are the weights, as nested dictionaries that `nnx.update(model, params)` takes back; all
+            other state is frozen. The model is copied, neither kept nor changed.
+        call_arguments
+            Keyword arguments of every call.
+
+        Examples
+        --------
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> network = Network.from_nnx(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        >>> network(network.params, jnp.ones((5, 2))).shape
+        (5, 3)
+        """
+        from flax import nnx
+
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+        forward = _NNXForward(graph, tuple(sorted(call_arguments.items())))
+        return cls(forward, _as_arrays(nnx.to_pure_dict(params)), _as_arrays(nnx.to_pure_dict(rest)))
+
+    @classmethod
     def from_function(cls, function: Callable[[PyTree, Array], Array], params: PyTree) -> "Network":
-        """Wrap a plain function `f(params, x) -> outputs` of shape (B, C).
+        """Wrap a plain function `f(params, x) -> outputs` of shape (B, ..., C).
 
         Pass the same function object each time: compiled code is kept per function.
 
@@ -99,6 +127,42 @@ class Network:
         """The same network at other weights."""
         return Network(self.forward, params, self.frozen)
 
+    def subset(self, selected: Callable[[str], bool]) -> "Network":
+        """The same function of some of the weights, the others frozen.
+
+        Parameters
+        ----------
+        selected
+            Whether a weight is to have a posterior, from its path, such as "Dense_0/kernel"; `leaf_names` lists them.
+
+        Returns
+        -------
+        Network
+            `params` has None in place of every weight that is frozen now. `full_params` puts them in again.
+
+        Raises
+        ------
+        ValueError
+            If no path is selected; the message lists those that there are.
+        """
+        names = leaf_names(self.params)
+        chosen = [bool(selected(name)) for name in names]
+        if not any(chosen):
+            raise ValueError(f"a subset of weights must match at least one of the paths {names}; it matches none")
+        if all(chosen):
+            return self
+        leaves, structure = jax.tree.flatten(self.params)
+        kept = structure.unflatten([leaf if c else None for leaf, c in zip(leaves, chosen, strict=True)])
+        rest = structure.unflatten([None if c else leaf for leaf, c in zip(leaves, chosen, strict=True)])
+        return Network(_SubsetForward(self.forward), kept, {"frozen": self.frozen, "weights": rest})
+
+    def full_params(self, params: PyTree) -> PyTree:
+        """All weights, with `params` in the places of those that have a posterior: as the user's model holds them."""
+        forward, frozen = self.forward, self.frozen
+        while isinstance(forward, _SubsetForward):
+            params, forward, frozen = _merged(params, frozen["weights"]), forward.forward, frozen["frozen"]
+        return params
+
 
 @dataclass(frozen=True)
 class _LinenForward:
@@ -112,11 +176,43 @@ class _LinenForward:
 
 
 @dataclass(frozen=True)
+class _NNXForward:
+    """Calls a fresh NNX model built from a graph definition, which compares by value."""
+
+    graph: Any
+    call_arguments: tuple[tuple[str, Any], ...]
+
+    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+        return self.instance(frozen, params)(x)
+
+    def instance(self, frozen: PyTree, params: PyTree) -> Callable[[Array], Array]:
+        """The model, which changes its state with every call where it is not deterministic."""
+        from flax import nnx
+
+        return partial(nnx.merge(self.graph, params, frozen), **dict(self.call_arguments))
+
+
+@dataclass(frozen=True)
 class _PlainForward:
     function: Callable[[PyTree, Array], Array]
 
     def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
         return self.function(params, x)
+
+
+@dataclass(frozen=True)
+class _SubsetForward:
+    """Calls another forward pass with the frozen weights filled in."""
+
+    forward: Callable[[PyTree, PyTree, Array], Array]
+
+    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+        return self.forward(frozen["frozen"], _merged(params, frozen["weights"]), x)
+
+
+def _merged(some: PyTree, others: PyTree) -> PyTree:
+    """Two trees that hold None in each other's places, as one."""
+    return jax.tree.map(lambda a, b: b if a is None else a, some, others, is_leaf=lambda leaf: leaf is None)
 
 
 def _as_arrays(tree: PyTree) -> PyTree:

@@ -1,4 +1,4 @@
-"""Predictions of the linearised network f(x; theta*) + J(x) (theta - theta*) under the posterior."""
+"""Predictions under the posterior: of the linearised network f(x; theta*) + J(x) (theta - theta*), or of samples."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnnlaplace import link
 from bnnlaplace.curvature import dense
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum
 from bnnlaplace.structure import CovarianceStructure, SampleStructure, Structure
-from bnnlaplace.tree import unraveler
+from bnnlaplace.tree import ravel, unraveler
 
 
 class FunctionalPosterior(NamedTuple):
@@ -23,19 +24,19 @@ class FunctionalPosterior(NamedTuple):
     Attributes
     ----------
     mean
-        f(x; theta*), (B, C).
+        f(x; theta*), (B, ..., C).
     variance
-        J Sigma J', (B, C, C); from the samples where they are the only way.
+        J Sigma J' within each output position, (B, ..., C, C); from the samples where they are the only way.
     deviations
-        Samples of J (theta - theta*), (S, B, C).
+        Samples of J (theta - theta*), (S, B, ..., C).
     """
 
-    mean: Float[Array, "B C"]
-    variance: Float[Array, "B C C"]
-    deviations: Float[Array, "S B C"]
+    mean: Float[Array, "B ... C"]
+    variance: Float[Array, "B ... C C"]
+    deviations: Float[Array, "S B ... C"]
 
 
-def outputs(network: Network, inputs: Float[Array, "B ..."], *, microbatch: int = 64) -> Float[Array, "B C"]:
+def outputs(network: Network, inputs: Float[Array, "B ..."], *, microbatch: int = 64) -> Float[Array, "B ... C"]:
     """f(x; theta*), one microbatch at a time; for no inputs no rows, here and below."""
     return _by_microbatch(partial(_outputs, network), inputs, microbatch)
 
@@ -47,7 +48,7 @@ def pushforward(
     *,
     microbatch: int = 64,
     vectors_at_once: int = 8,
-) -> Float[Array, "R B C"]:
+) -> Float[Array, "R B ... C"]:
     """J(x) v for every input and every row v of `directions`, by forward mode.
 
     Memory: `vectors_at_once` times the activations of a microbatch, and the result. Any number of inputs and rows
@@ -108,7 +109,7 @@ def functional_variance(
     prior_precision: float,
     *,
     microbatch: int = 64,
-) -> Float[Array, "B C C"]:
+) -> Float[Array, "B ... C C"]:
     """The covariance J (G + delta I)^-1 J' of the linearised outputs; from all samples of a `SampleStructure`."""
     if isinstance(structure, SampleStructure):
         push = partial(pushforward, network, inputs, microbatch=microbatch)
@@ -126,12 +127,14 @@ def predictions(
     inputs: Float[Array, "B ..."],
     prior_precision: float,
     *,
-    link_approx: Literal["probit", "mc"],
+    pred_type: Literal["glm", "nn"] = "glm",
+    link_approx: Literal["probit", "mc", "bridge"] = "probit",
+    with_noise: bool = False,
     key: Array | None = None,
     num_samples: int | None = None,
     microbatch: int = 64,
-) -> Float[Array, "B C"] | tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """E[y] under the posterior of the linearised outputs; of a regression the mean of the outputs and their variance.
+) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
+    """E[y] under the posterior; of a regression the mean of the outputs and their variance.
 
     Parameters
     ----------
@@ -139,33 +142,79 @@ def predictions(
         The posterior.
     inputs
         (B, ...); none are allowed.
+    pred_type
+        "glm": of the linearised network. "nn": of the network itself, by samples of the weights; `link_approx` has no
+        part in it.
     link_approx
-        `probit` or `monte_carlo`; a regression needs neither.
+        See `bnnlaplace.link`; "bridge" is for "classification", a regression needs none.
+    with_noise
+        Of a regression: add the variance of the noise.
     key, num_samples
-        For "mc"; by default as many samples as a `SampleStructure` has, from a covariance 100.
+        For "mc" and "nn"; by default as many samples as a `SampleStructure` has, from a covariance 100.
     microbatch
-        Inputs differentiated at a time; bounds memory.
+        Inputs at a time; bounds memory.
 
     Raises
     ------
     ValueError
-        If the link is unknown, or "mc" lacks a key.
+        If a name is unknown, "bridge" is asked of another likelihood, noise of one that has none, or samples are needed
+        and there is no key.
     """
-    if link_approx not in ("probit", "mc"):
-        raise ValueError(f"predictive(link_approx=...) must be 'probit' or 'mc'; got {link_approx!r}")
-    if link_approx == "mc" and likelihood.name != "regression":
+    if pred_type not in ("glm", "nn"):
+        raise ValueError(f"predictive(pred_type=...) must be 'glm' or 'nn'; got {pred_type!r}")
+    if link_approx not in ("probit", "mc", "bridge"):
+        raise ValueError(f"predictive(link_approx=...) must be 'probit', 'mc' or 'bridge'; got {link_approx!r}")
+    is_regression = likelihood.name == "regression"
+    if link_approx == "bridge" and likelihood.name != "classification":
+        raise ValueError(
+            f"predictive(link_approx='bridge') must be asked of 'classification'; got {likelihood.name!r}; try 'probit'"
+        )
+    if with_noise and likelihood.sigma_noise is None:
+        raise ValueError(
+            f"predictive(with_noise=True) must be asked of a regression with sigma_noise; got {likelihood.name!r}"
+        )
+    noise = likelihood.sigma_noise**2 if with_noise else 0.0
+    if pred_type == "nn" or (link_approx == "mc" and not is_regression):
+        which = "pred_type='nn'" if pred_type == "nn" else "link_approx='mc'"
         if key is None:
-            raise ValueError("predictive(link_approx='mc') must be given key=...; pass jax.random.key(0)")
+            raise ValueError(f"predictive({which}) must be given key=...; pass jax.random.key(0)")
         if num_samples is None:
             num_samples = structure.num_probes if isinstance(structure, SampleStructure) else 100
-        (found,) = functional_posteriors(
-            network, structure, inputs, [prior_precision], key=key, num_samples=num_samples, microbatch=microbatch
-        )
-        return monte_carlo(likelihood, found.mean, found.deviations)
+        draw = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
+        if pred_type == "nn":
+            mean, variance = _of_weight_samples(network, likelihood, structure, inputs, prior_precision, **draw)
+            return (mean, variance + noise) if is_regression else mean
+        (found,) = functional_posteriors(network, structure, inputs, [prior_precision], **draw)
+        return link.monte_carlo(likelihood, found.mean, found.deviations)
     mean = outputs(network, inputs, microbatch=microbatch)
     covariance = functional_variance(network, structure, inputs, prior_precision, microbatch=microbatch)
-    variance = jnp.diagonal(covariance, axis1=1, axis2=2)
-    return (mean, variance) if likelihood.name == "regression" else probit(likelihood, mean, variance)
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    if is_regression:
+        return mean, variance + noise
+    return link.bridge(mean, covariance) if link_approx == "bridge" else link.probit(likelihood, mean, variance)
+
+
+def _of_weight_samples(
+    network: Network,
+    likelihood: Likelihood,
+    structure: Structure,
+    inputs: Float[Array, "B ..."],
+    prior_precision: float,
+    *,
+    key: Array,
+    num_samples: int,
+    microbatch: int,
+) -> tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
+    """The mean over weight samples of E[y | f(x; theta)], and its variance over them; one forward pass a sample."""
+    centre, unravel = ravel(network.params), unraveler(network.params)
+    mean = squares = 0.0
+    for count, deviation in enumerate(structure.samples(key, num_samples, prior_precision), start=1):
+        sample = network.with_params(unravel(centre + deviation))
+        new = likelihood.mean(outputs(sample, inputs, microbatch=microbatch))
+        step = new - mean
+        mean = mean + step / count
+        squares = squares + step * (new - mean)
+    return mean, squares / max(num_samples - 1, 1)
 
 
 def structured_variance(
@@ -175,7 +224,7 @@ def structured_variance(
     precisions: Sequence[float],
     *,
     microbatch: int = 64,
-) -> Float[Array, "D B C C"]:
+) -> Float[Array, "D B ... C C"]:
     """J Sigma J' at every prior precision, from `structure.functional_variance`.
 
     One Jacobian per input serves all precisions; those of a quarter of a microbatch are in memory at a time, as one is
@@ -186,41 +235,31 @@ def structured_variance(
     return jnp.swapaxes(found, 0, 1)
 
 
-def marginal_samples(key: Array, variance: Float[Array, "B C C"], num_samples: int) -> Float[Array, "S B C"]:
-    """Draws from N(0, variance) at each input; independent between inputs, which averages over samples do not see."""
-    values, vectors = jnp.linalg.eigh(variance)
-    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[:, None, :]
-    noise = jax.random.normal(key, (num_samples, *variance.shape[:2]), variance.dtype)
-    return einsum("bcd,sbd->sbc", root, noise)
+def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:
+    """Draws from N(0, variance) at each input and output position, independent between them.
 
-
-def sample_variance(deviations: Float[Array, "S B C"]) -> Float[Array, "B C C"]:
-    """Functional variance from samples whose mean is known to be zero; relative standard error sqrt(2 / S)."""
-    return einsum("sbc,sbd->bcd", deviations, deviations) / len(deviations)
-
-
-def monte_carlo(
-    likelihood: Likelihood, mean: Float[Array, "B C"], deviations: Float[Array, "S B C"]
-) -> Float[Array, "B C"]:
-    """The mean over samples of E[y | f + J (theta - theta*)]: probabilities are averaged, not their logarithms."""
-    return jnp.mean(likelihood.mean(mean + deviations), axis=0)
-
-
-def probit(likelihood: Likelihood, mean: Float[Array, "B C"], variance: Float[Array, "B C"]) -> Float[Array, "B C"]:
-    """E[y | f / sqrt(1 + pi/8 var f)]: MacKay's approximation with the marginal variance of each output.
-
-    Source: MacKay 1992 for the binary case; per logit for several classes, as Lu, Ie and Sha (2021) and laplace-torch.
+    Averages over samples at one position do not see that.
     """
-    return likelihood.mean(mean / jnp.sqrt(1 + jnp.pi / 8 * variance))
+    values, vectors = jnp.linalg.eigh(variance)
+    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+    noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)
+    return einsum("...cd,s...d->s...c", root, noise)
+
+
+def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
+    """Functional variance from samples whose mean is known to be zero; relative standard error sqrt(2 / S)."""
+    return einsum("s...c,s...d->...cd", deviations, deviations) / len(deviations)
 
 
 @jax.jit
-def _outputs(network: Network, x: Float[Array, "m ..."]) -> Float[Array, "m C"]:
+def _outputs(network: Network, x: Float[Array, "m ..."]) -> Float[Array, "m ... C"]:
     return network(network.params, x)
 
 
 @jax.jit
-def _pushforward(network: Network, directions: Float[Array, "R P"], x: Float[Array, "m ..."]) -> Float[Array, "m R C"]:
+def _pushforward(
+    network: Network, directions: Float[Array, "R P"], x: Float[Array, "m ..."]
+) -> Float[Array, "m R ... C"]:
     unravel = unraveler(network.params)
     _, jvp = jax.linearize(lambda p: network(p, x), network.params)
     return jnp.swapaxes(jax.vmap(lambda v: jvp(unravel(v)))(directions), 0, 1)
@@ -229,10 +268,12 @@ def _pushforward(network: Network, directions: Float[Array, "R P"], x: Float[Arr
 @jax.jit
 def _structured_variance(
     network: Network, structure: CovarianceStructure, precisions: Float[Array, " D"], x: Float[Array, "m ..."]
-) -> Float[Array, "m D C C"]:
+) -> Float[Array, "m D ... C C"]:
     jacobian = dense.jacobian(network, network.params, x)
-    found = jax.lax.map(lambda precision: structure.functional_variance(jacobian, precision), precisions)
-    return jnp.swapaxes(found, 0, 1)
+    positions = jacobian.reshape(-1, *jacobian.shape[-2:])
+    found = jax.lax.map(lambda precision: structure.functional_variance(positions, precision), precisions)
+    classes = found.shape[-1]
+    return jnp.swapaxes(found.reshape(len(precisions), *jacobian.shape[:-1], classes), 0, 1)
 
 
 def _by_microbatch(

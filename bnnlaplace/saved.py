@@ -12,6 +12,7 @@ from bnnlaplace.evidence import DataTerms
 from bnnlaplace.likelihood import Likelihood, resolve
 from bnnlaplace.network import Network
 from bnnlaplace.structure import BY_NAME, Structure
+from bnnlaplace.tree import leaf_names
 
 
 def save(
@@ -32,7 +33,12 @@ def save(
         "structure": structure,
         "fitted": fitted,
     }
-    checkpoint.save_pytree(path, tree, {"hessian_structure": hessian_structure, "likelihood": likelihood.name})
+    metadata = {
+        "hessian_structure": hessian_structure,
+        "likelihood": likelihood.name,
+        "weights": leaf_names(network.params),
+    }
+    checkpoint.save_pytree(path, tree, metadata)
 
 
 def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> dict[str, Any]:
@@ -53,6 +59,9 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
         If a file is damaged, or the network has another structure: the message names the file or the leaf.
     """
     stored, metadata = checkpoint.load_pytree(path)
+    with_posterior = set(metadata.get("weights", ())) & set(leaf_names(network.params))
+    if with_posterior:
+        network = network.subset(with_posterior.__contains__)
     here = {"params": network.params, "frozen": network.frozen}
     there = checkpoint.restructure(path, stored["network"], here)
     likelihood = likelihood or resolve(metadata["likelihood"])

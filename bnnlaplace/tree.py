@@ -1,7 +1,7 @@
 """Pytrees: flat vectors of them (the one place that ravels), and classes that are some."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import GetAttrKey
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Float, PyTree
 
 
@@ -60,6 +60,30 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
             f"got shape {vector.shape}; try a scalar"
         )
     return jnp.broadcast_to(vector, (count,))
+
+
+def leaf_names(tree: PyTree) -> list[str]:
+    """The path of each leaf, in the order of `jax.tree.leaves`: ``layer/kernel``."""
+    return [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def path_name(keys: Sequence[Any]) -> str:
+    """A path as checkpoints store it: ``params/layer/kernel``; a tree that is one leaf is called ``value``."""
+    return "/".join(str(path_entry(key)[1]) for key in keys) or "value"
+
+
+def path_entry(key: Any) -> tuple[str, Any]:
+    """Whether one step of a path is an index or a key, and which."""
+    match key:
+        case SequenceKey(idx=index):
+            return "index", index
+        case FlattenedIndexKey(key=index):
+            return "index", index
+        case GetAttrKey(name=field):
+            return "key", field
+        case DictKey(key=entry):
+            return "key", entry if isinstance(entry, (int, str)) else str(entry)
+    return "key", str(key)
 
 
 class Floating(NamedTuple):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from bnnlaplace import calibration, predictive, prior
+from bnnlaplace import calibration, link, predictive, prior
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.structure import SampleStructure, Structure
@@ -20,7 +20,7 @@ class ValidationCurve(NamedTuple):
     prior_precision
         The grid.
     negative_log_likelihood
-        In nats per example.
+        In nats per label.
     expected_calibration_error
         With equal-width bins.
     converged
@@ -56,7 +56,7 @@ def validation_curve(
     likelihood: Likelihood,
     structure: Structure,
     inputs: Float[Array, "N ..."],
-    labels: Int[Array, " N"],
+    labels: Int[Array, "N ..."],
     precisions: Iterable[float],
     *,
     key: Array,
@@ -70,7 +70,7 @@ def validation_curve(
     network, likelihood, structure
         The posterior; of a likelihood of class labels.
     inputs, labels
-        Validation data, (N, ...) and (N,).
+        Validation data: a label for each output position.
     precisions
         The grid.
     key, num_samples
@@ -98,9 +98,11 @@ def validation_curve(
     posteriors = predictive.functional_posteriors(
         network, structure, inputs, grid, key=key, num_samples=num_samples, microbatch=microbatch
     )
+    labels = np.reshape(labels, -1)
     nll, ece = [], []
     for found in posteriors:
-        probs = np.asarray(predictive.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
+        probs = np.asarray(link.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
+        probs = probs.reshape(-1, probs.shape[-1])
         nll.append(calibration.negative_log_likelihood(probs, labels))
         ece.append(calibration.expected_calibration_error(probs, labels))
     converged = np.ones(len(grid), bool)

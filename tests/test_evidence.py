@@ -100,7 +100,9 @@ def test_bayesian_linear_regression(x64):
     posterior = features.T @ features / sigma**2 + precision * np.eye(4)
     weights = np.linalg.solve(posterior, features.T @ targets / sigma**2)
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.asarray(weights))
-    la = bnnlaplace.Laplace(network, "regression", "full", precision, sigma_noise=sigma).fit((features, targets))
+    la = bnnlaplace.Laplace(
+        network, "regression", hessian_structure="full", prior_precision=precision, sigma_noise=sigma
+    ).fit((features, targets))
     covariance = features @ features.T / precision + sigma**2 * np.eye(9)
     expected = stats.multivariate_normal.logpdf(targets[:, 0], np.zeros(9), covariance)
     np.testing.assert_allclose(la.log_marginal_likelihood().mean, expected, rtol=1e-10)

@@ -249,7 +249,7 @@ def test_gridsearch_takes_the_lowest_validation_nll(lanczos, trained):
 def test_gridsearch_is_for_class_labels():
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
     x, y = np.eye(2, dtype=np.float32), np.ones((2, 1), np.float32)
-    la = bnnlaplace.Laplace(network, "regression", "full").fit((x, y))
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure="full").fit((x, y))
     with pytest.raises(ValueError, match="of class labels, as 'classification' is; got 'regression'.*'marglik'"):
         la.optimize_prior_precision("gridsearch", validation=(x, y), key=jax.random.key(0))
 
@@ -417,7 +417,9 @@ def test_lanczos_is_closed_over_and_not_traced(lanczos, trained):
 def test_sigma_noise_is_read_from_the_likelihood(tmp_path):
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
     assert bnnlaplace.Laplace(network).sigma_noise is None
-    la = bnnlaplace.Laplace(network, "regression", "full", sigma_noise=0.3).fit((jnp.eye(2), jnp.ones((2, 1))))
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure="full", sigma_noise=0.3).fit(
+        (jnp.eye(2), jnp.ones((2, 1)))
+    )
     la.save(tmp_path / "la")
     own = bnnlaplace.Laplace(network, bnnlaplace.gaussian(0.3))
     for each in (la, la.with_prior_precision(2.0), own, bnnlaplace.Laplace.load(tmp_path / "la", network)):
@@ -518,10 +520,15 @@ def test_bad_input(trained, diagonal):
         bnnlaplace.Network.from_linen(nn.Dense(3), {"kernel": 1})
     with pytest.raises(ValueError, match="'marglik' or 'gridsearch'; got 'cv'"):
         diagonal.optimize_prior_precision("cv")
-    with pytest.raises(ValueError, match="'probit' or 'mc'; got 'bridge'"):
-        diagonal.predictive(x[:3], link_approx="bridge")
-    with pytest.raises(ValueError, match="must be given key"):
-        diagonal.predictive(x[:3], link_approx="mc")
+    with pytest.raises(ValueError, match="'probit', 'mc' or 'bridge'; got 'exact'"):
+        diagonal.predictive(x[:3], link_approx="exact")
+    with pytest.raises(ValueError, match="'glm' or 'nn'; got 'bnn'"):
+        diagonal.predictive(x[:3], pred_type="bnn")
+    for options in ({"link_approx": "mc"}, {"pred_type": "nn"}):
+        with pytest.raises(ValueError, match="must be given key"):
+            diagonal.predictive(x[:3], **options)
+    with pytest.raises(ValueError, match="with_noise=True.*of a regression with sigma_noise; got 'classification'"):
+        diagonal.predictive(x[:3], with_noise=True)
     with pytest.raises(ValueError, match=r"fit\(target_precision=...\) must be one positive, finite number; got 0"):
         la.fit((x, y), key=jax.random.key(0), target_precision=0)
     for grid in ([], [1.0, -1.0], [[1.0]], [np.nan]):

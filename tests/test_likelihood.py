@@ -11,7 +11,9 @@ from bnnlaplace.likelihood import check_targets, resolve
 
 CASES = {
     "categorical": (bnnlaplace.categorical, np.array([2, 0])),
+    "categorical, soft": (bnnlaplace.categorical, np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])),
     "gaussian": (lambda: bnnlaplace.gaussian(0.7), np.array([[0.1, -1.0, 2.0], [0.5, 0.2, 0.0]])),
+    "gaussian, by output": (lambda: bnnlaplace.gaussian(np.array([0.7, 1.0, 2.5])), np.zeros((2, 3))),
     "bernoulli": (bnnlaplace.bernoulli, np.array([[1, 0, 1], [0, 0, 1]])),
 }
 OUTPUTS = np.array([[0.5, -1.2, 2.0], [3.0, 0.1, -0.4]])
@@ -37,6 +39,9 @@ def test_log_probabilities(x64):
     targets = CASES["gaussian"][1]
     expected = stats.norm.logpdf(targets, OUTPUTS, 0.7).sum(axis=1)
     np.testing.assert_allclose(bnnlaplace.gaussian(0.7).log_prob(OUTPUTS, targets), expected)
+    sigma = np.array([0.7, 1.0, 2.5])
+    expected = stats.norm.logpdf(targets, OUTPUTS, sigma).sum(axis=1)
+    np.testing.assert_allclose(bnnlaplace.gaussian(sigma).log_prob(OUTPUTS, targets), expected)
     targets = CASES["bernoulli"][1]
     expected = stats.bernoulli.logpmf(targets, 1 / (1 + np.exp(-OUTPUTS))).sum(axis=1)
     np.testing.assert_allclose(bnnlaplace.bernoulli().log_prob(OUTPUTS, targets), expected)
@@ -60,7 +65,10 @@ def test_noise_is_differentiable(x64):
         (np.array([0, 3, 1]), "labels must lie in 0..2.*from 0 to 3"),
         (np.array([0, -1, 1]), "from -1 to 1"),
         (np.array([0.0, 1.0, 1.0]), "labels must be integers"),
-        (np.eye(3, dtype=int), r"labels must be integers of shape \(3,\); got"),
+        (np.eye(3, dtype=int), r"labels must be integers of shape \(3,\), or probabilities of shape \(3, 3\); got int"),
+        (np.full((3, 3), 0.3), "soft targets must be probabilities.*sums from 0.9"),
+        (np.array([[1.5, -0.5, 0.0]] * 3), "soft targets must be probabilities.*numbers from -0.5"),
+        (np.full((3, 3), np.nan), "soft targets must be probabilities"),
     ],
 )
 def test_bad_labels(targets, message):
@@ -71,6 +79,18 @@ def test_bad_labels(targets, message):
 def test_bad_regression_targets():
     with pytest.raises(ValueError, match=r"shape \(3, 2\) of the outputs; got \(3,\)"):
         check_targets(bnnlaplace.gaussian(), (3, 2), np.zeros(3))
+
+
+def test_soft_targets_of_one_class_are_its_label():
+    check_targets(bnnlaplace.categorical(), (2, 3), np.eye(3)[[2, 0]])
+    found = bnnlaplace.categorical().log_prob(OUTPUTS, jnp.eye(3)[jnp.array([2, 0])])
+    np.testing.assert_allclose(found, bnnlaplace.categorical().log_prob(OUTPUTS, np.array([2, 0])), rtol=1e-6)
+
+
+def test_noise_by_output_must_have_as_many_numbers():
+    check_targets(bnnlaplace.gaussian(np.ones(2)), (3, 2), np.zeros((3, 2)))
+    with pytest.raises(ValueError, match="sigma_noise=.* one for each of the 2 outputs; got 3"):
+        check_targets(bnnlaplace.gaussian(np.ones(3)), (3, 2), np.zeros((3, 2)))
 
 
 @pytest.mark.parametrize("targets", [[[-1, 1]], [[2, 0]], [[0.5, 1.1]], [[np.nan, 0.0]]])
@@ -94,9 +114,12 @@ def test_sigma_noise_is_that_of_the_likelihood():
     assert bnnlaplace.categorical().sigma_noise is None and bnnlaplace.bernoulli().sigma_noise is None
 
 
-@pytest.mark.parametrize("sigma", [-1, 0.0, np.nan, jnp.float32(-1.0), np.float32(-1), jnp.inf, np.ones(2), "1", None])
-def test_sigma_noise_is_one_positive_number(sigma):
-    with pytest.raises(ValueError, match=r"Laplace\(sigma_noise=...\) must be one positive, finite number; got"):
+BAD_NOISE = [-1, 0.0, np.nan, jnp.float32(-1.0), np.float32(-1), jnp.inf, np.array([1, 0]), np.ones((1, 1)), "1", None]
+
+
+@pytest.mark.parametrize("sigma", BAD_NOISE)
+def test_sigma_noise_is_positive(sigma):
+    with pytest.raises(ValueError, match=r"Laplace\(sigma_noise=...\) must be one positive, finite number, or one for"):
         resolve("regression", sigma)
 
 

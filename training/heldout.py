@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from scipy.special import softmax
 
-from bnnlaplace import Laplace, Network, calibration, predictive
+from bnnlaplace import Laplace, Network, calibration, link, predictive
 from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.temperature import fit_temperature
 from bnnlaplace.tree import size
@@ -204,14 +204,15 @@ class _HeldOut:
         )
         for (choice, precision), found in zip(choices.items(), posteriors, strict=True):
             variance = np.diagonal(found.variance, axis1=1, axis2=2)
-            links = {
-                "MC": predictive.monte_carlo(la.likelihood, found.mean, found.deviations),
-                "probit": predictive.probit(la.likelihood, found.mean, variance),
+            by_link = {
+                "MC": link.monte_carlo(la.likelihood, found.mean, found.deviations),
+                "probit": link.probit(la.likelihood, found.mean, variance),
             }
-            for link, probs in links.items():
+            for link_name, probs in by_link.items():
                 probs = np.asarray(probs, np.float64)
                 probs /= probs.sum(axis=1, keepdims=True)  # rows that sum to one in double precision too
-                yield self._result(probs, structure=name, prior_choice=choice, prior_precision=precision, link=link)
+                labels = {"structure": name, "prior_choice": choice, "prior_precision": precision, "link": link_name}
+                yield self._result(probs, **labels)
 
     def _result(self, probs: np.ndarray, **description: Any) -> MethodResult:
         settings, count = self.config.evaluation, len(self.labels)

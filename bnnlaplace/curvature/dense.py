@@ -9,14 +9,14 @@ from bnnlaplace.precise import einsum
 from bnnlaplace.tree import ravel, unraveler
 
 
-def jacobian(network: Network, params: PyTree, inputs: Float[Array, "N ..."]) -> Float[Array, "N C P"]:
+def jacobian(network: Network, params: PyTree, inputs: Float[Array, "N ..."]) -> Float[Array, "N ... C P"]:
     """d f(params, x_n) / d params by reverse mode, one example at a time within one vectorised call.
 
-    Memory: N C P numbers.
+    Memory: P numbers for each output of each example.
     """
     unravel = unraveler(params)
 
-    def outputs(vector: Float[Array, " P"], x: Array) -> Float[Array, " C"]:
+    def outputs(vector: Float[Array, " P"], x: Array) -> Float[Array, "... C"]:
         return network(unravel(vector), x[None])[0]
 
     return jax.vmap(jax.jacrev(outputs), in_axes=(None, 0))(ravel(params), inputs)
@@ -30,8 +30,8 @@ def ggn(
     *,
     scale: float = 1.0,
 ) -> Float[Array, "P P"]:
-    """G = scale * sum_n J_n' Lambda_n J_n as a matrix. Cost: N C P (C + P) multiplications."""
+    """G = scale * sum_n J_n' Lambda_n J_n as a matrix. Cost: P (C + P) multiplications for each output of each."""
     jac = jacobian(network, params, inputs)
     outputs = network(params, inputs)
-    columns = jax.vmap(likelihood.hessian_mv, in_axes=(None, 2), out_axes=2)(outputs, jac)
-    return scale * einsum("ncp,ncq->pq", jac, columns)
+    curved = jax.vmap(likelihood.hessian_mv, in_axes=(None, -1), out_axes=-1)(outputs, jac)
+    return scale * einsum("rp,rq->pq", *(rows.reshape(-1, rows.shape[-1]) for rows in (jac, curved)))

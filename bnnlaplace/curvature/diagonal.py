@@ -1,5 +1,7 @@
 """The exact diagonal of the GGN, without a Jacobian in memory."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -25,7 +27,8 @@ def ggn_diagonal(
     """
     batches = mb.split(inputs, microbatch, ravel(params).dtype)
 
-    columns = jnp.eye(jax.eval_shape(network, params, batches.inputs[0]).shape[-1], dtype=batches.weights.dtype)
+    shape = jax.eval_shape(network, params, batches.inputs[0]).shape[1:]
+    columns = jnp.eye(math.prod(shape), dtype=batches.weights.dtype).reshape(-1, *shape)
 
     def example(x: Array, weight: Array) -> Float[Array, " P"]:
         outputs, pullback = jax.vjp(lambda p: network(p, x[None])[0], params)

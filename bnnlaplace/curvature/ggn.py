@@ -33,17 +33,17 @@ class Linearisation(NamedTuple):
     weights
         One for an example, zero for padding.
     pushforward
-        v -> J v, (P,) -> (M, C).
+        v -> J v, (P,) -> (M, ..., C).
     pullback
-        u -> J' u, (M, C) -> (P,).
+        u -> J' u, (M, ..., C) -> (P,).
     size
         P.
     """
 
-    outputs: Float[Array, "M C"]
+    outputs: Float[Array, "M ... C"]
     weights: Float[Array, " M"]
-    pushforward: Callable[[Float[Array, " P"]], Float[Array, "M C"]]
-    pullback: Callable[[Float[Array, "M C"]], Float[Array, " P"]]
+    pushforward: Callable[[Float[Array, " P"]], Float[Array, "M ... C"]]
+    pullback: Callable[[Float[Array, "M ... C"]], Float[Array, " P"]]
     size: int
 
 
@@ -90,7 +90,7 @@ def ggn_operator(linearised: Linearisation, likelihood: Likelihood, *, scale: fl
     def matvec(vector: Float[Array, " P"]) -> Float[Array, " P"]:
         tangent = linearised.pushforward(vector)
         curved = likelihood.hessian_mv(linearised.outputs, tangent)
-        return linearised.pullback(scale * linearised.weights[:, None] * curved)
+        return linearised.pullback(scale * mb.over_outputs(linearised.weights, curved) * curved)
 
     return LinearOperator(matvec, linearised.size)
 
@@ -104,13 +104,13 @@ def dual_operator(
 ) -> LinearOperator:
     """The operator scale * B' J P0^-1 J' B on stacked outputs.
 
-    It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same, with vectors of M C instead of
-    P numbers; rows of padding are zero. Parameters as for `ggn_operator`.
+    It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same, with vectors of all outputs instead
+    of P numbers; rows of padding are zero. Parameters as for `ggn_operator`.
     """
     outputs = linearised.outputs
-    root = jnp.sqrt(scale * linearised.weights)[:, None]
+    root = jnp.sqrt(scale * mb.over_outputs(linearised.weights, outputs))
 
-    def matvec(vector: Float[Array, " MC"]) -> Float[Array, " MC"]:
+    def matvec(vector: Float[Array, " V"]) -> Float[Array, " V"]:
         cotangent = root * likelihood.factor_mv(outputs, vector.reshape(outputs.shape))
         weighted = linearised.pullback(cotangent) / prior_precision
         return likelihood.factor_transpose_mv(outputs, root * linearised.pushforward(weighted)).reshape(-1)
@@ -142,9 +142,8 @@ def block_product(
             pullback = jax.linear_transpose(pushforward, params)
 
             def one(vector: Float[Array, " P"]) -> Float[Array, " P"]:
-                tangent = pushforward(unravel(vector))
-                cotangent = scale * batch.weights[:, None] * likelihood.hessian_mv(outputs, tangent)
-                return ravel(pullback(cotangent)[0])
+                curved = likelihood.hessian_mv(outputs, pushforward(unravel(vector)))
+                return ravel(pullback(scale * mb.over_outputs(batch.weights, curved) * curved)[0])
 
             return total + jax.lax.map(one, vectors, batch_size=min(vectors_at_once, len(vectors))), None
 

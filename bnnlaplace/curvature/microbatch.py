@@ -15,6 +15,11 @@ class Microbatches(NamedTuple):
     weights: Float[Array, "num size"]
 
 
+def over_outputs(weights: Float[Array, " M"], outputs: Float[Array, "M ... C"]) -> Float[Array, "M ... 1"]:
+    """Weights of examples, shaped so that they multiply outputs."""
+    return weights.reshape(-1, *[1] * (outputs.ndim - 1))
+
+
 def split(inputs: Float[Array, "N ..."], size: int, dtype: jnp.dtype) -> Microbatches:
     """Cut `inputs` into microbatches of at most `size` examples, as equal as they can be.
 

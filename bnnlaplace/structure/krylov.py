@@ -140,7 +140,7 @@ class KrylovStructure(NamedTuple):
 
     def function_samples(
         self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: Sequence[float]
-    ) -> Iterator[Float[Array, "S B C"]]:
+    ) -> Iterator[Float[Array, "S B ... C"]]:
         """J times samples at each prior precision: J times the basis once, then small matrix products.
 
         Or J times the samples where those are fewer than the basis vectors. Memory: the images, B C numbers for each of
@@ -152,7 +152,7 @@ class KrylovStructure(NamedTuple):
             return
         images = pushforward(self.decomposition.basis)
         for precision in precisions:
-            yield einsum("sm,mbc->sbc", self._coefficients(key, num_samples, precision), images)
+            yield einsum("sm,m...->s...", self._coefficients(key, num_samples, precision), images)
 
     def _coefficients(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S m"]:
         if num_samples > self.num_probes:

@@ -55,10 +55,10 @@ class SampleStructure(Structure, Protocol):
 
     def function_samples(
         self,
-        pushforward: Callable[[Float[Array, "R P"]], Float[Array, "R B C"]],
+        pushforward: Callable[[Float[Array, "R P"]], Float[Array, "R B ... C"]],
         key: Array,
         num_samples: int,
         precisions: Sequence[float],
-    ) -> Iterator[Float[Array, "S B C"]]:
+    ) -> Iterator[Float[Array, "S B ... C"]]:
         """J times samples at each prior precision, given V -> J V."""
         ...

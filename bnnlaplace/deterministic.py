@@ -1,0 +1,63 @@
+"""A network has to be a function of weights and one example: no randomness, nothing taken from the rest of a batch."""
+
+import inspect
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.errors import InvalidRngError, ModifyScopeVariableError
+from jaxtyping import Array, Float
+
+from bnnlaplace.network import Network
+
+# Names that modules give to the switch between training and evaluation.
+SWITCHES = ("train", "training", "is_training", "deterministic", "use_running_average")
+MOST_EXAMPLES = 8
+
+
+def check_deterministic(network: Network, inputs: Float[Array, "N ..."]) -> None:
+    """Call a network twice on a few examples, and on one of them alone.
+
+    Raises
+    ------
+    ValueError
+        If outputs differ, as with dropout that is live or batch statistics computed from the batch, or a Linen module
+        asks for a random key or writes its statistics; the message says how to mend it.
+    """
+    few = inputs[:MOST_EXAMPLES]
+    forward = network.forward
+    make = forward.instance if hasattr(forward, "instance") else partial(partial, forward)
+    call = make(network.frozen, network.params)
+    try:
+        first, second, alone = call(few), call(few), call(few[:1])
+    except (InvalidRngError, ModifyScopeVariableError) as error:
+        raise ValueError(
+            f"a network must be deterministic; the module raised {type(error).__name__}, as dropout that is live or "
+            f"batch normalisation in training mode does; {_fix(forward)}"
+        ) from error
+    first, second, alone = (np.asarray(outputs, np.float64) for outputs in (first, second, alone))
+    negligible = float(jnp.finfo(jnp.result_type(inputs, float)).eps) ** 0.5 * np.abs(first).max()
+    # Outputs that are not finite pass: they are found elsewhere.
+    if (difference := np.abs(second - first).max()) > negligible:
+        raise ValueError(
+            "a network must give the same outputs at every call; two calls differ by "
+            f"{difference:.2g}, as with dropout that is live; {_fix(forward)}"
+        )
+    if (difference := np.abs(alone - first[:1]).max()) > negligible:
+        raise ValueError(
+            "a network must give the same outputs for an example whatever else is in its batch; alone it gets others, "
+            f"by {difference:.2g}, as with batch normalisation in training mode; {_fix(forward)}"
+        )
+
+
+def _fix(forward: Any) -> str:
+    module = getattr(forward, "module", None)
+    if module is not None:
+        names = [name for name in inspect.signature(type(module).__call__).parameters if name in SWITCHES]
+        values = [f"{name}={name in ('deterministic', 'use_running_average')}" for name in names]
+        example = ", ".join(values) or "train=False"
+        return f"pass what switches it off to Network.from_linen(module, variables, ...), such as {example}"
+    if hasattr(forward, "graph"):
+        return "call model.eval() before Network.from_nnx(model)"
+    return "let the function evaluate the model as for predictions"

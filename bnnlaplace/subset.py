@@ -1,0 +1,52 @@
+"""Which weights get a posterior: all, those of the last layer, or those whose paths a predicate selects."""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float
+
+from bnnlaplace.equations import trace
+from bnnlaplace.network import Network
+from bnnlaplace.tree import leaf_names
+
+Subset = str | Callable[[str], bool]
+
+
+def check(subset: Subset) -> None:
+    """Raise ValueError unless `subset` is "all", "last_layer" or a function of paths."""
+    if subset not in ("all", "last_layer") and not callable(subset):
+        raise ValueError(
+            f"Laplace(subset_of_weights=...) must be 'all', 'last_layer' or a function from the path of a weight to "
+            f"whether it gets a posterior; got {subset!r}; try lambda path: 'Dense_0' in path"
+        )
+
+
+def select(network: Network, subset: Subset, inputs: Float[Array, "N ..."]) -> Network:
+    """The network as a function of the weights that get a posterior; see `Network.subset`."""
+    if subset == "all":
+        return network
+    if subset == "last_layer":
+        return network.subset(last_layer(network, inputs).__contains__)
+    return network.subset(subset)
+
+
+def last_layer(network: Network, inputs: Float[Array, "N ..."]) -> frozenset[str]:
+    """The paths of the weights of the last layer.
+
+    It is the weight of two dimensions or more that is the last to enter the forward pass, with those that enter after
+    it and those beside it in the same module. A weight that an earlier layer shares enters there.
+    """
+    equations = trace(network, inputs[:1])
+    entered: dict[object, int] = {}
+    for position, equation in enumerate(equations.list):
+        for atom in equation.invars:
+            entered.setdefault(id(atom), position)
+    names = leaf_names(network.params)
+    first = [entered.get(id(variable), -1) for variable in equations.params]
+    matrices = [i for i, variable in enumerate(equations.params) if len(variable.aval.shape) >= 2]
+    last = max(matrices or range(len(names)), key=first.__getitem__)
+    module = names[last].rpartition("/")[0]
+    return frozenset(
+        name
+        for name, position in zip(names, first, strict=True)
+        if position >= first[last] or (module and name.rpartition("/")[0] == module)
+    )

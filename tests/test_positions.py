@@ -1,0 +1,89 @@
+"""Several output positions to an example, as in segmentation: the same as each position being an example."""
+
+import jax
+import numpy as np
+import pytest
+from problems import random_problem
+
+import bnnlaplace
+from bnnlaplace import evidence
+from bnnlaplace.curvature import dense, diagonal, ggn
+
+COUNT, POSITIONS = 5, (2, 3)
+FLAT = COUNT * 6
+
+
+@pytest.fixture
+def problem(x64):
+    return random_problem(bnnlaplace.categorical(), np.random.default_rng(0).integers(0, 3, size=FLAT))
+
+
+def with_positions(array):
+    return array.reshape(COUNT, *POSITIONS, *array.shape[1:])
+
+
+def test_curvature(problem):
+    network, likelihood, inputs, _, matrix = problem
+    images = with_positions(inputs)
+    arguments = network, likelihood, network.params, images
+    np.testing.assert_allclose(dense.ggn(*arguments), matrix, atol=1e-10)
+    np.testing.assert_allclose(diagonal.ggn_diagonal(*arguments, microbatch=2), np.diagonal(matrix), atol=1e-10)
+    vectors = np.random.default_rng(3).normal(size=(3, len(matrix)))
+    np.testing.assert_allclose(ggn.block_product(*arguments, microbatch=2)(vectors), vectors @ matrix, atol=1e-10)
+    linearised = ggn.linearise(network, network.params, images, microbatch=2)
+    found = ggn.ggn_operator(linearised, likelihood).matvec(vectors[0])
+    np.testing.assert_allclose(found, matrix @ vectors[0], atol=1e-10)
+    dual = ggn.dual_operator(linearised, likelihood)
+    gram = jax.vmap(dual.matvec)(np.eye(dual.size))
+    expected = np.linalg.eigvalsh(matrix)
+    np.testing.assert_allclose(np.linalg.eigvalsh(gram)[-len(expected) :], expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("side", ["primal", "dual"])
+def test_evidence(problem, side):
+    network, likelihood, inputs, targets, matrix = problem
+    size = len(matrix) if side == "primal" else 108  # a sixth example pads the last microbatch
+    probes = np.sqrt(size) * np.eye(size)
+    options = {"network": network, "likelihood": likelihood, "num_matvecs": 43}
+    run = jax.jit(
+        lambda batch: evidence.log_marginal_likelihood(
+            network.params, 0.7, batch, probes, side=side, microbatch=2, **options
+        )
+    )
+    found = run((with_positions(inputs), with_positions(targets))).mean
+    flat = bnnlaplace.Laplace(network, hessian_structure="full", prior_precision=0.7).fit((inputs, targets))
+    np.testing.assert_allclose(found, flat.log_marginal_likelihood().mean, rtol=1e-8)
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "lanczos"])
+def test_front_object(problem, structure):
+    network, _, inputs, targets, _ = problem
+    la = bnnlaplace.Laplace(network, hessian_structure=structure, prior_precision=0.7)
+    options = {"key": jax.random.key(0), "num_probes": 16, "tolerance": 1e-5, "microbatch": 2}
+    positions = la.fit((with_positions(inputs), with_positions(targets)), **options)
+    flat = la.fit((inputs, targets), **options)
+    key = jax.random.key(1)
+    images, pixels = with_positions(inputs)[:2], inputs[:12]
+    for found, expected in (
+        (positions.log_marginal_likelihood().mean, flat.log_marginal_likelihood().mean),
+        (positions.mode_gradient(), flat.mode_gradient()),
+        (positions.functional_variance(images), flat.functional_variance(pixels)),
+        (positions.predictive(images), flat.predictive(pixels)),
+    ):
+        np.testing.assert_allclose(np.reshape(found, np.shape(expected)), expected, rtol=1e-8, atol=1e-10)
+    mc = positions.predictive(images, link_approx="mc", key=key, num_samples=16)
+    assert mc.shape == (2, *POSITIONS, 3)
+    np.testing.assert_allclose(mc.sum(axis=-1), 1, rtol=1e-10)
+    labels = with_positions(targets)[:2]
+    curve = positions.validation_curve(images, labels, [0.7, 7.0], key=key, num_samples=16)
+    expected = flat.validation_curve(pixels, targets[:12], [0.7, 7.0], key=key, num_samples=16)
+    tolerance = 1e-8 if structure == "lanczos" else 0.3  # other structures draw at each position, from other keys
+    np.testing.assert_allclose(curve.negative_log_likelihood, expected.negative_log_likelihood, rtol=tolerance)
+
+
+def test_targets_need_a_label_for_each_position(problem):
+    network, _, inputs, targets, _ = problem
+    with pytest.raises(
+        ValueError, match=r"labels must be integers of shape \(5, 2, 3\), .* got int64 of shape \(5, 2\)"
+    ):
+        bnnlaplace.Laplace(network).fit((with_positions(inputs), with_positions(targets)[..., 0]))

@@ -1,0 +1,107 @@
+"""A posterior over some of the weights: the same as that of a network that has no others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnnlaplace
+from bnnlaplace.checkpoint import CheckpointError
+from bnnlaplace.curvature import dense
+from bnnlaplace.tree import ravel
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 4))
+Y = RNG.integers(0, 3, size=40)
+STRUCTURES = ["full", "diag", "lanczos"]
+SUBSETS = {"last layer": "last_layer", "predicate": lambda path: path.startswith("head")}
+
+
+def outputs(params, x):
+    hidden = jnp.tanh(x @ params["trunk"]["w"] + params["trunk"]["b"])
+    return hidden @ params["head"]["w"] + params["head"]["b"]
+
+
+@pytest.fixture
+def network(x64):
+    shapes = {"trunk": {"w": (4, 6), "b": (6,)}, "head": {"w": (6, 3), "b": (3,)}}
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    params = jax.tree.map(lambda s: np.random.default_rng(len(s)).normal(size=s), shapes, is_leaf=is_shape)
+    return bnnlaplace.Network.from_function(outputs, params)
+
+
+def fit(network, structure, subset):
+    la = bnnlaplace.Laplace(network, hessian_structure=structure, subset_of_weights=subset, prior_precision=0.7)
+    return la.fit((X, Y), key=jax.random.key(0), num_probes=8, tolerance=1e-6, microbatch=16)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_last_layer_is_a_network_of_its_features(network, structure, subset):
+    la = fit(network, structure, SUBSETS[subset])
+    features = jnp.tanh(X @ network.params["trunk"]["w"] + network.params["trunk"]["b"])
+    alone = bnnlaplace.Network.from_function(lambda p, phi: phi @ p["w"] + p["b"], network.params["head"])
+    reference = bnnlaplace.Laplace(alone, hessian_structure=structure, prior_precision=0.7)
+    reference = reference.fit((features, Y), key=jax.random.key(0), num_probes=8, tolerance=1e-6, microbatch=16)
+    assert la.network.params == {"head": la.network.params["head"], "trunk": {"w": None, "b": None}}
+    for found, expected in (
+        (la.log_marginal_likelihood().mean, reference.log_marginal_likelihood().mean),
+        (la.mode_gradient(), reference.mode_gradient()),
+        (la.functional_variance(X[:3]), reference.functional_variance(features[:3])),
+        (la.predictive(X[:3]), reference.predictive(features[:3])),
+        (ravel(la.sample(jax.random.key(1), 2)), ravel(reference.sample(jax.random.key(1), 2))),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_in_the_middle_against_the_dense_posterior(network):
+    la = fit(network, "full", lambda path: path == "trunk/w")
+    rows = slice(6, 30)  # of trunk/b, trunk/w among all weights, head before them
+    rows = slice(rows.start + 21, rows.stop + 21)
+    curvature = dense.ggn(network, la.likelihood, network.params, X)[rows, rows]
+    expected = np.linalg.slogdet(np.eye(24) + np.asarray(curvature) / 0.7)[1]
+    np.testing.assert_allclose(la.structure.log_determinant(0.7), expected, rtol=1e-10)
+    sample = jax.tree.map(lambda leaf: leaf[0], la.sample(jax.random.key(0), 2))
+    whole = la.network.full_params(sample)
+    np.testing.assert_array_equal(whole["head"]["w"], network.params["head"]["w"])
+    np.testing.assert_array_equal(network(whole, X), la.network(sample, X))
+
+
+def test_features_are_computed_once(network):
+    passes = []
+
+    def counted(params, x):
+        jax.debug.callback(lambda row: passes.append(row), x[0, 0])
+        return outputs(params, x)
+
+    counting = bnnlaplace.Network.from_function(counted, network.params)
+
+    def passes_of(subset, max_vectors):
+        passes.clear()
+        la = bnnlaplace.Laplace(counting, subset_of_weights=subset)
+        with pytest.warns(UserWarning, match="not converged"):
+            la.fit((X, Y), key=jax.random.key(0), num_probes=2, max_vectors=max_vectors, tolerance=1e-9)
+        jax.effects_barrier()
+        return len(passes)
+
+    assert passes_of("last_layer", 4) == passes_of("last_layer", 8)
+    assert passes_of("all", 4) < passes_of("all", 8)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_saved_and_loaded_for_the_whole_network(network, structure, tmp_path):
+    la = fit(network, structure, "last_layer")
+    la.save(tmp_path / "posterior")
+    elsewhere = network.with_params(jax.tree.map(jnp.zeros_like, network.params))
+    again = bnnlaplace.Laplace.load(tmp_path / "posterior", elsewhere)
+    np.testing.assert_array_equal(again.predictive(X), la.predictive(X))
+    other = bnnlaplace.Network.from_function(outputs, {"head": network.params["head"]})
+    with pytest.raises(CheckpointError, match="trunk"):
+        bnnlaplace.Laplace.load(tmp_path / "posterior", other)
+
+
+def test_what_is_refused(network):
+    with pytest.raises(ValueError, match="subset_of_weights=.* must be 'all', 'last_layer' or a function.*got 'first'"):
+        bnnlaplace.Laplace(network, subset_of_weights="first")
+    with pytest.raises(ValueError, match=r"must match at least one of the paths \['head/b', .*; it matches none"):
+        fit(network, "diag", lambda path: "kernel" in path)
