@@ -47,7 +47,7 @@ def function_times_first(
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _function_times_first(function: Callable, diagonal: Array, off_diagonal: Array, constants: Any) -> Array:
     values, vectors = jnp.linalg.eigh(tridiagonal_matrix(diagonal, off_diagonal))
-    return matmul(vectors, _evaluate(function, constants, values) * vectors[0])
+    return _apply(vectors, _evaluate(function, constants, values))
 
 
 @_function_times_first.defjvp
@@ -59,8 +59,18 @@ def _function_times_first_jvp(function: Callable, primals: tuple, tangents: tupl
     images, d_images = jax.jvp(lambda *c: _evaluate(function, c, values), tuple(constants), tuple(d_constants))
     rotated = matmul(matmul(vectors.T, tridiagonal_matrix(d_diagonal, d_off_diagonal)), vectors)
     divided = divided_differences(partial(_evaluate, function, constants), values, images)
-    slope = matmul(vectors, d_images * first + matmul(divided * rotated, first))
-    return matmul(vectors, images * first), slope
+    slope = _apply(vectors, d_images) + matmul(vectors, matmul(divided * rotated, first))
+    return _apply(vectors, images), slope
+
+
+def _apply(vectors: Array, images: Array) -> Array:
+    """U D U' e_1 with D = diag(images), as c e_1 + U (D - c I) U' e_1 with c the image that weighs most.
+
+    Where f is almost constant, most entries are almost zero, and keep the digits that a gradient needs of them.
+    """
+    first = vectors[0]
+    constant = images[jnp.argmax(jnp.abs(first))]
+    return matmul(vectors, (images - constant) * first).at[0].add(constant)
 
 
 def _evaluate(function: Callable, constants: Any, values: Array) -> Array:

@@ -132,6 +132,19 @@ def test_bad_input():
         matfun_arnoldi(jax.scipy.linalg.expm, lambda v: v, jnp.ones(3), num_matvecs=2, gradient="quadrature")
 
 
+@pytest.mark.parametrize("largest", [1e-8, 1.0])
+def test_gradient_of_a_function_that_is_almost_constant(largest):
+    """Single precision: all but one coordinate of f(A) v are of the size of `largest`, and divided by it."""
+    values = (largest * np.array([0.1, 0.4, 1.0])).astype(np.float32)
+    weights = np.array([1, 2, 3], np.float32)
+
+    def ours(values):
+        found = matfun_lanczos(lambda x: 1 / (1 + x), lambda v, d: d * v, jnp.ones(3), values, num_matvecs=3)
+        return weights @ found.value
+
+    np.testing.assert_allclose(jax.jit(jax.grad(ours))(values), -weights / (1 + values) ** 2, rtol=1e-4)
+
+
 EXACT_DIVIDED_DIFFERENCES = {
     "exponential": (jnp.exp, lambda x, y: np.exp((x + y) / 2) * np.sinc((x - y) / 2j / np.pi).real),
     "resolvent": (lambda x: 1 / (1 + x), lambda x, y: -1 / ((1 + x) * (1 + y))),
