@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.krylov.closures import convert
 from bnnlaplace.precise import matmul
 from bnnlaplace.tree import ravel, unraveler
 
@@ -52,7 +53,7 @@ def flatten(caller: str, matvec: Callable[..., PyTree], start: PyTree, params: S
     def flat(vector: Array, *params: Any) -> Array:
         return ravel(matvec(unravel(vector), *params))
 
-    closed, constants = jax.closure_convert(flat, vector, *params)
+    closed, constants = convert(flat, vector, *params)
     return FlatOperator(closed, vector, (*params, *constants), unravel)
 
 

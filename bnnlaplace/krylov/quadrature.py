@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from bnnlaplace.krylov.closures import convert
 from bnnlaplace.krylov.eigenpairs import Eigenpairs
 from bnnlaplace.krylov.lanczos import Settings, lanczos_adjoint, lanczos_forward
 from bnnlaplace.krylov.matfun import function_times_start
@@ -142,7 +143,7 @@ def stochastic_lanczos_quadrature(
     operator = flatten(caller, matvec, jax.tree.map(lambda leaf: leaf[0], probes), params)
     check_depth(caller, num_matvecs, operator.start.size)
     rows = jax.vmap(ravel)(probes)
-    converted, constants = jax.closure_convert(function, jnp.zeros((), rows.dtype))
+    converted, constants = convert(function, jnp.zeros((), rows.dtype))
     offset = jnp.zeros((), rows.dtype)
     if deflation is not None:
         vectors = jax.lax.stop_gradient(jax.vmap(ravel)(deflation.vectors))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.krylov.closures import convert
 from bnnlaplace.precise import matmul
 
 
@@ -40,7 +41,7 @@ def function_times_first(
     """
     reached = (jnp.arange(len(diagonal)) < breakdown_step) | (breakdown_step < 0)
     diagonal = jnp.where(reached, diagonal, jax.lax.stop_gradient(diagonal[0]))
-    converted, constants = jax.closure_convert(function, diagonal[0])
+    converted, constants = convert(function, diagonal[0])
     return _function_times_first(converted, diagonal, off_diagonal, constants)
 
 

@@ -201,6 +201,35 @@ def test_gradients_reach_parameters_of_any_kind(x64, name):
     assert_close(passed, run(values, "passed", "autodiff"), 1e-9)
 
 
+LOOPS = {
+    "scan": lambda one: jax.lax.scan(lambda total, i: (total + one(i), None), 0.0, jnp.arange(2))[0],
+    "vmap": lambda one: jax.vmap(one)(jnp.arange(2)).sum(),
+    "vmap of masks": lambda one: jax.vmap(lambda mask: one(jnp.where(mask, 0, 1)))(jnp.array([True, False])).sum(),
+    "vmap of keys": lambda one: jax.vmap(lambda key: one(jax.random.randint(key, (), 0, 2)))(
+        jax.random.split(jax.random.key(0), 8)[jnp.array([0, 7])]
+    ).sum(),
+}
+
+
+@both
+@pytest.mark.parametrize("loop", LOOPS)
+def test_what_is_closed_over_need_not_be_differentiable(x64, name, loop):
+    """The index of a loop over layers or microbatches, a mask, a random key."""
+    start, params = random_problem()
+    method = DECOMPOSITIONS[name]
+
+    def total(halves, gradient):
+        def one(index):
+            product = lambda v: method.matvec(v, {**params, "half": halves[index]})  # noqa: E731
+            return jnp.sum(method.matrix(method.decompose(product, start, num_matvecs=3, gradient=gradient)) ** 3)
+
+        return LOOPS[loop](one)
+
+    run = jax.jit(jax.grad(total), static_argnums=1)
+    halves = jnp.stack([params["half"], params["half"].T])
+    assert_close(run(halves, "adjoint"), run(halves, "autodiff"), 1e-9)
+
+
 @both
 @pytest.mark.parametrize("size", [2, 3, 7, 100])
 def test_batches_of_vector_jacobian_products_change_nothing(x64, name, size):

@@ -243,6 +243,36 @@ def test_no_decomposition_outlives_its_batch():
     assert temporary_bytes(8, "autodiff") - temporary_bytes(4, "autodiff") > 4  # the check can tell
 
 
+@pytest.mark.parametrize("option", [{"reorthogonalise": "none"}, {"vjp_batch_size": 2}, {"probe_batch_size": 2}])
+def test_every_option_reaches_the_program(factor, option):
+    """A negative control for those that change nothing but rounding, time and memory."""
+
+    def program(**options):
+        run = jax.grad(lambda f: quadrature(f, 0.3, num_matvecs=3, **options).mean)
+        return str(jax.make_jaxpr(run)(factor))
+
+    assert program(**option) != program()
+    shape = {"vjp_batch_size": "f64[2,2,14]", "probe_batch_size": "f64[7,2,14]"}.get(next(iter(option)))
+    if shape:
+        assert shape in program(**option) and shape not in program()
+
+
+def test_closed_over_index_of_a_loop(factor):
+    factors = jnp.stack([factor, 2 * factor])
+
+    def total(factors):
+        def add(total, i):
+            scaled = lambda v: product(v, factors[i])  # noqa: E731
+            options = {"num_matvecs": RANK + 1}
+            function = lambda x: jnp.log1p(x / (1 + i))  # noqa: E731
+            return total + stochastic_lanczos_quadrature(function, scaled, jnp.asarray(EXACT), **options).mean, None
+
+        return jax.lax.scan(add, 0.0, jnp.arange(2))[0]
+
+    expected = jax.grad(lambda f: log_determinant(f[0], 1.0) + log_determinant(f[1], 2.0))(factors)
+    assert_close(jax.jit(jax.grad(total))(factors), expected, 1e-10)
+
+
 GOOD = {"matvec": lambda v: v, "probes": np.ones((3, SIZE), np.float32), "num_matvecs": 3}
 BAD = {
     "depth": ({"num_matvecs": 0}, ValueError, "num_matvecs=.* between 1 and the dimension 14; got 0"),
