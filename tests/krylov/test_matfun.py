@@ -108,8 +108,10 @@ def test_breakdown_and_single_step(problem):
         result = matfun_lanczos(function, lambda v: 3.0 * v, vector, num_matvecs=depth)
         np.testing.assert_allclose(result.value, function(3.0) * vector, rtol=1e-13)
         assert result.error == 0
-    result = matfun_arnoldi(jax.scipy.linalg.expm, lambda v: 3.0 * v, vector, num_matvecs=4)
-    np.testing.assert_allclose(result.value, np.exp(3.0) * vector, rtol=1e-12)
+    # The inverse is not defined for the zeros that follow a breakdown in H.
+    for function, factor in ((jax.scipy.linalg.expm, np.exp(3.0)), (jnp.linalg.inv, 1 / 3)):
+        result = matfun_arnoldi(function, lambda v: 3.0 * v, vector, num_matvecs=4)
+        np.testing.assert_allclose(result.value, factor * vector, rtol=1e-12)
 
 
 def test_pytrees(problem):

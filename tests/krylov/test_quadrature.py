@@ -156,6 +156,29 @@ def test_pairs_that_were_not_found_are_left_to_the_probes(factor):
     np.testing.assert_allclose(value, log_determinant(factor, 0.3), rtol=1e-5)
 
 
+def test_function_need_not_be_defined_at_the_zero_of_a_missing_pair(factor):
+    def mean(shift):
+        matvec = lambda v: product(v, factor) + shift * v  # noqa: E731
+        found = leading_eigenpairs(matvec, jnp.ones(SIZE), num_pairs=3, num_matvecs=3)
+        options = {"num_matvecs": RANK + 2, "deflation": found}
+        return stochastic_lanczos_quadrature(jnp.log, matvec, jnp.asarray(EXACT), **options).mean, found.values
+
+    (value, values), slope = jax.jit(jax.value_and_grad(mean, has_aux=True))(0.3)
+    assert not values.all() and np.isfinite(slope)
+    np.testing.assert_allclose(value, log_determinant(factor, 0.3) + SIZE * np.log(0.3), rtol=1e-5)
+
+
+def test_stop_counts_what_is_deflated(factor):
+    """Nothing is left to the probes, so that an error relative to their own mean would be one of rounding."""
+    probes = rademacher_probes(jax.random.key(0), factor[:, 0], 20)
+    found = estimate(factor, 0.3, probes=probes, deflation=pairs(factor, RANK), relative_sem=1e-6)
+    assert found.converged and found.num_probes == 8
+
+
+def test_eigenpairs_are_constants(factor):
+    assert not jax.jit(jax.grad(lambda f: pairs(f).values.sum()))(factor).any()
+
+
 def test_leading_eigenpairs(factor):
     values, vectors = jnp.linalg.eigh(-product(jnp.eye(SIZE), factor))
     options = {"num_pairs": 3, "num_matvecs": RANK + 1}
