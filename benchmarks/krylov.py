@@ -160,7 +160,7 @@ def growth_with_size(repetitions: int, small: bool) -> dict[str, Any]:
         # One call of matfree takes up to half a minute for the largest grid.
         rows[size] = measure(programs(problem, depth), repetitions if side <= 100 else 3 if side < 1000 else 1)
         show(f"Lanczos, {size} rows, depth {depth}, stencil", rows[size])
-        if len(gram_schmidt.split(jnp.zeros((2 * depth, size)))) > 1:
+        if 2 * depth * problem.start.nbytes > gram_schmidt.WHOLE_BYTES:
             compile_ours = partial(programs, problem, 2 * depth, libraries=("ours",))
             whole = {f"{name}, one block": case for name, case in in_one_block(compile_ours).items()}
             blocks[size] = measure(compile_ours() | whole, 5 if side < 1000 else 3)

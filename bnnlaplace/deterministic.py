@@ -6,7 +6,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jaxtyping import Array, Float
 
 from bnnlaplace.network import Network
@@ -25,6 +24,8 @@ def check_deterministic(network: Network, inputs: Float[Array, "N ..."]) -> None
         If outputs differ, as with dropout that is live or batch statistics computed from the batch, or a Linen module
         asks for a random key or writes its statistics; the message says how to mend it.
     """
+    from flax.errors import InvalidRngError, ModifyScopeVariableError  # a user of plain functions needs no Flax
+
     few = inputs[:MOST_EXAMPLES]
     forward = network.forward
     make = forward.instance if hasattr(forward, "instance") else partial(partial, forward)

@@ -22,8 +22,8 @@ class Equations(NamedTuple):
 
     Attributes
     ----------
-    list
-        In the order of execution.
+    steps
+        The equations, in the order of execution.
     params, frozen, inputs
         The variables of the arguments, leaf by leaf.
     constants
@@ -34,7 +34,7 @@ class Equations(NamedTuple):
         What JAX knows about where the equations come from.
     """
 
-    list: list[JaxprEqn]
+    steps: list[JaxprEqn]
     params: list[Var]
     frozen: list[Var]
     inputs: list[Var]
@@ -67,8 +67,7 @@ def trace(network: Network, inputs: Float[Array, "B ..."] | jax.ShapeDtypeStruct
         for equation in closed.jaxpr.eqns:
             taken = [read(atom) for atom in equation.invars]
             if equation.primitive.name in CALLS:
-                inner = equation.params["jaxpr"]
-                results = inline(inner, taken)
+                results = inline(equation.params["jaxpr"], taken)
             else:
                 results = [Var(variable.aval) for variable in equation.outvars]
                 equations.append(equation.replace(invars=taken, outvars=results))

@@ -98,7 +98,7 @@ def log_likelihood_and_gradient(
 
     def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> Array:
         log_prob = likelihood.log_prob(network(params, batch.inputs), targets)
-        return jnp.sum(batch.weights * jnp.sum(log_prob.reshape(len(log_prob), -1), axis=1))
+        return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob)
 
     def add(total: tuple[Array, PyTree], part: tuple[mb.Microbatches, Array]) -> tuple[tuple[Array, PyTree], None]:
         return jax.tree.map(jnp.add, total, jax.value_and_grad(value)(params, *part)), None

@@ -79,14 +79,13 @@ class _Parts(NamedTuple):
 def _cut(equations: Equations) -> _Parts:
     after_cut, before_cut = set(equations.params), set(equations.inputs)
     parts = _Parts([], [], [])
-    found_before = False
 
     def consume(atoms: list[Var | Literal]) -> None:
         for atom in atoms:
             if not isinstance(atom, Literal) and atom in before_cut and atom not in parts.features:
                 parts.features.append(atom)
 
-    for equation in equations.list:
+    for equation in equations.steps:
         taken = {atom for atom in equation.invars if not isinstance(atom, Literal)}
         if taken & after_cut:
             consume(equation.invars)
@@ -95,12 +94,12 @@ def _cut(equations: Equations) -> _Parts:
         elif taken & before_cut:
             parts.before.append(equation)
             before_cut.update(equation.outvars)
-            found_before = True
         else:
             parts.before.append(equation)
             parts.after.append(equation)
     consume(equations.outputs)
-    return parts if found_before else parts._replace(before=[])
+    nothing_before = len(before_cut) == len(equations.inputs)
+    return parts._replace(before=[]) if nothing_before else parts
 
 
 @dataclass(frozen=True)

@@ -375,9 +375,10 @@ class Laplace:
         """
         structure = self._usable_structure()
         check_inputs(x)
-        posterior = self.network, self.likelihood, structure
         return predictive.predictions(
-            *posterior,
+            self.network,
+            self.likelihood,
+            structure,
             x,
             self.prior_precision,
             pred_type=pred_type,

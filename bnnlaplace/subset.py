@@ -37,7 +37,7 @@ def last_layer(network: Network, inputs: Float[Array, "N ..."]) -> frozenset[str
     """
     equations = trace(network, inputs[:1])
     entered: dict[object, int] = {}
-    for position, equation in enumerate(equations.list):
+    for position, equation in enumerate(equations.steps):
         for atom in equation.invars:
             entered.setdefault(id(atom), position)
     names = leaf_names(network.params)

@@ -15,8 +15,8 @@ class Microbatches(NamedTuple):
     weights: Float[Array, "num size"]
 
 
-def over_outputs(weights: Float[Array, " M"], outputs: Float[Array, "M ... C"]) -> Float[Array, "M ... 1"]:
-    """Weights of examples, shaped so that they multiply outputs."""
+def over_outputs(weights: Float[Array, " M"], outputs: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
+    """Weights of examples, shaped so that they multiply outputs or what is computed from each of them."""
     return weights.reshape(-1, *[1] * (outputs.ndim - 1))
 
 

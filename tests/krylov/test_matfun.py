@@ -167,7 +167,7 @@ EXACT_DIVIDED_DIFFERENCES = {
 
 @pytest.mark.parametrize("name", EXACT_DIVIDED_DIFFERENCES)
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def testdivided_differences_of_eigenvalues_near_each_other_and_near_zero(name, dtype):
+def test_divided_differences_of_eigenvalues_near_each_other_and_near_zero(name, dtype):
     function, exact = EXACT_DIVIDED_DIFFERENCES[name]
     around = np.array([1e-18, 1e-9, 1e-5, 1e-3, 0.1, 1.0, 3.0])
     values = np.concatenate([around, around * (1 + 1e-7), around * (1 + 1e-4), around * 1.03]).astype(dtype)
