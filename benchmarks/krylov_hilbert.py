@@ -15,7 +15,8 @@ from krylov_problems import decomp, factorisation
 
 from bnnlaplace.krylov import tridiagonal_matrix
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi_adjoint
-from bnnlaplace.krylov.lanczos import Lanczos, Settings, lanczos_adjoint
+from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint
+from bnnlaplace.krylov.operator import Settings, default_tolerance
 
 
 def hilbert_maps(method: str, size: int) -> dict[str, Callable[[Array, Array], Array]]:
@@ -32,7 +33,7 @@ def hilbert_maps(method: str, size: int) -> dict[str, Callable[[Array, Array], A
         return result.Q_tall.T @ result.J_small @ result.Q_tall
 
     adjoint = {"lanczos": lanczos_adjoint, "arnoldi": arnoldi_adjoint}[method]
-    settings = Settings(size)
+    settings = Settings(size, default_tolerance(jnp.float64))
     found = {
         "projection": lambda a, v: adjoint(matvec, settings, v, (a,)),
         "no projection": lambda a, v: adjoint(matvec, settings._replace(project=False), v, (a,)),

@@ -31,12 +31,12 @@ DECOMPOSITIONS = {
     "lanczos": Decomposition(
         lanczos,
         lambda result: tridiagonal_matrix(result.diagonal, result.off_diagonal),
-        lambda params: params["half"] + params["half"].T + params["shift"] * jnp.eye(SIZE),
+        lambda params: params["half"] + params["half"].T + params["shift"] * jnp.eye(SIZE, dtype=params["half"].dtype),
     ),
     "arnoldi": Decomposition(
         arnoldi,
         lambda result: result.hessenberg,
-        lambda params: params["half"] + params["shift"] * jnp.eye(SIZE),
+        lambda params: params["half"] + params["shift"] * jnp.eye(SIZE, dtype=params["half"].dtype),
     ),
 }
 

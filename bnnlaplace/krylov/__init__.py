@@ -4,17 +4,12 @@ from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz, block_lanczos, ritz
 from bnnlaplace.krylov.block_quadrature import gauss_radau, trace_forms
 from bnnlaplace.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
+from bnnlaplace.krylov.inverse_sqrt import inverse_sqrt_coefficients, inverse_sqrt_error
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos
-from bnnlaplace.krylov.matfun import (
-    MatrixFunction,
-    inverse_sqrt_coefficients,
-    inverse_sqrt_error,
-    matfun_arnoldi,
-    matfun_lanczos,
-)
-from bnnlaplace.krylov.operator import check_symmetric
+from bnnlaplace.krylov.matfun import MatrixFunction, matfun_arnoldi, matfun_lanczos
 from bnnlaplace.krylov.probes import normal_probes, rademacher_probes
 from bnnlaplace.krylov.quadrature import TraceEstimate, stochastic_lanczos_quadrature
+from bnnlaplace.krylov.symmetry import check_symmetric
 from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
 
 __all__ = [

@@ -38,21 +38,15 @@ Gradients. In the direction dA of the operator, sum_k l_k' dA q_k: one vector-Ja
 A(theta) q_k. In v, with w the right-hand side of (Qk) at k = 1: dc q_1 + (I - q_1 q_1') w / |v|.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from bnnlaplace.precise import matmul
 from bnnlaplace.tree import floating
-
-
-def alive_rows(breakdown_step: Int[Array, ""], num_matvecs: int) -> Bool[Array, " K"]:
-    """Which rows of the basis came before a breakdown: all, if there was none."""
-    return (jnp.arange(num_matvecs) < breakdown_step) | (breakdown_step < 0)
 
 
 def sources(
@@ -95,23 +89,20 @@ def operator_cotangent(
     saves, and one copy of `arguments`.
     """
     active, fill, cotangent = floating(arguments)
+    if not active:
+        return cotangent([])
 
     def pairing(active: list[Array], rows: Array, weights: Array) -> Array:
         arguments = fill(active)
         return jnp.sum(jax.vmap(lambda row: matvec(row, *arguments))(rows) * weights)
 
-    gradient = jax.grad(pairing)
-    if not active:
-        return cotangent([])
-    if batch_size >= len(basis):
-        return cotangent(gradient(active, basis, multipliers))
-    count = math.ceil(len(basis) / batch_size)
-    padding = count * batch_size - len(basis)
-    shape = count, batch_size, basis.shape[1]
-    batches = [jnp.pad(rows, ((0, padding), (0, 0))).reshape(shape) for rows in (basis, multipliers)]
-    total, _ = jax.lax.scan(
-        lambda total, batch: (jax.tree.map(jnp.add, total, gradient(active, *batch)), None),
-        jax.tree.map(jnp.zeros_like, active),
-        batches,
-    )
-    return cotangent(total)
+    def add(total: list[Array], first: Any, size: int) -> list[Array]:
+        rows, weights = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (basis, multipliers))
+        return jax.tree.map(jnp.add, total, jax.grad(pairing)(active, rows, weights))
+
+    # Batches are cut out of the rows as they are needed: rows laid out in batches would be a copy of all of them.
+    count, rest = divmod(len(basis), batch_size)
+    total = jax.tree.map(jnp.zeros_like, active)
+    if count:
+        total = jax.lax.fori_loop(0, count, lambda i, total: add(total, i * batch_size, batch_size), total)
+    return cotangent(add(total, count * batch_size, rest) if rest else total)

@@ -4,7 +4,8 @@ Forward: A Q = Q H + r e_K' with H upper Hessenberg, by Gram-Schmidt of each A q
 Full reorthogonalisation makes two passes: "twice is enough" (Giraud, Langou, Rozloznik and van den Eshof 2005).
 
 Adjoint: the equations of `adjoint.py`. Without reorthogonalisation Q' Q = I is not what the recurrence imposes, and the
-adjoint of the single pass of classical Gram-Schmidt is taken: it holds however much orthogonality was lost.
+adjoint of the single pass of classical Gram-Schmidt is taken. As for Lanczos it is the derivative of what was computed
+while the loss of orthogonality is small.
 """
 
 from collections.abc import Callable
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from bnnlaplace.krylov import adjoint, gram_schmidt
-from bnnlaplace.krylov.lanczos import BREAKDOWN, Settings
-from bnnlaplace.krylov.operator import check_choice, check_depth, check_positive, flatten
-from bnnlaplace.krylov.reverse_only import reverse_only
-from bnnlaplace.krylov.vectors import norm, safe_norm
+from bnnlaplace.krylov import adjoint, breakdown, gram_schmidt
+from bnnlaplace.krylov.checks import check_choice
+from bnnlaplace.krylov.derivative_modes import once_where, reverse_only
+from bnnlaplace.krylov.operator import FlatOperator, Settings, prepare
+from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.precise import matmul
 
 
@@ -56,6 +57,7 @@ def arnoldi(
     reorthogonalise: Literal["full", "none"] = "full",
     gradient: Literal["adjoint", "autodiff"] = "adjoint",
     vjp_batch_size: int = 1,
+    breakdown_tolerance: float | None = None,
 ) -> Arnoldi:
     """Factorise a square `matvec(v, *params)` from `start`, differentiably.
 
@@ -75,13 +77,13 @@ def arnoldi(
     gradient
         "adjoint": reverse mode only, K products with the transposed operator and a vector-Jacobian product of K terms.
         "autodiff": through the loop, in any mode, with memory of order K^2 n.
-    vjp_batch_size
-        How many of those K terms at once: more are faster where products gain from batching, and take more memory.
+    vjp_batch_size, breakdown_tolerance
+        As for `lanczos`.
 
     Returns
     -------
     Arnoldi
-        A breakdown, |r| at most 10 eps max_k |A q_k|, ends the recurrence, as for `lanczos`.
+        A breakdown ends the recurrence, as for `lanczos`.
 
     Raises
     ------
@@ -90,9 +92,11 @@ def arnoldi(
 
     Notes
     -----
-    Cost: K products; in addition 4 K^2 n multiplications for "full" and 2 K^2 n for "none". The adjoint takes about as
-    much again. Memory as for `lanczos`. The transposed products are those of `jax.vjp` of `matvec` at
-    `start`. Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
+    Cost: K products; in addition 4 K^2 n multiplications for "full" and 2 K^2 n for "none", and in the adjoint about
+    5 K^2 n and 4 K^2 n. Memory as for `lanczos`, and K n more in the adjoint. The transposed products are those of
+    `jax.vjp` of `matvec`. Second derivatives as for `lanczos`.
+
+    Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
 
     Examples
     --------
@@ -101,53 +105,55 @@ def arnoldi(
     Array([[ 0., -1.],
            [ 1.,  0.]], dtype=float32)
     """
-    check_choice("arnoldi", "reorthogonalise", reorthogonalise, ("full", "none"))
     check_choice("arnoldi", "gradient", gradient, ("adjoint", "autodiff"))
-    check_positive("arnoldi", "vjp_batch_size", vjp_batch_size)
-    operator = flatten("arnoldi", matvec, start, params)
-    check_depth("arnoldi", num_matvecs, operator.start.size)
-    settings = Settings(num_matvecs, reorthogonalise == "full", vjp_batch_size)
+    operator, settings = prepare(
+        "arnoldi",
+        "start",
+        matvec,
+        start,
+        params,
+        num_matvecs=num_matvecs,
+        reorthogonalise=reorthogonalise,
+        vjp_batch_size=vjp_batch_size,
+        breakdown_tolerance=breakdown_tolerance,
+    )
+    result = _decompose(operator, settings, gradient)
+    return result._replace(basis=operator.unravel_rows(result.basis), residual=operator.unravel(result.residual))
+
+
+def _decompose(operator: FlatOperator, settings: Settings, gradient: str) -> Arnoldi:
     if gradient == "autodiff":
-        result = arnoldi_forward(operator.matvec, settings, operator.start, operator.arguments)
-    else:
-        differentiable = reverse_only(
-            partial(arnoldi_adjoint, operator.matvec, settings), "arnoldi(gradient='adjoint')"
-        )
-        result = differentiable(operator.start, operator.arguments)
-    return result._replace(basis=jax.vmap(operator.unravel)(result.basis), residual=operator.unravel(result.residual))
+        return arnoldi_forward(operator.matvec, settings, operator.start, operator.arguments)
+    run = partial(arnoldi_adjoint, operator.matvec, settings)
+    return reverse_only(run, "arnoldi(gradient='adjoint')")(operator.start, operator.arguments)
 
 
 def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
+    """Arnoldi of a flat operator, as a loop that JAX differentiates like any other."""
     num = settings.num_matvecs
-    start_norm = safe_norm(start)
-    empty = jnp.zeros((num, start.size), start.dtype)
+    first, start_norm = breakdown.first_vector(start)
+    empty = jnp.zeros_like(start, shape=(num, start.size))
     # One pass of *classical* Gram-Schmidt is what "none" promises and what its adjoint takes: blocks would modify it.
     blocks = gram_schmidt.split(empty) if settings.reorthogonalise else (empty,)
-    floor = BREAKDOWN * jnp.finfo(start.dtype).eps
-    wanted = jnp.zeros(num, start.dtype)
+    wanted = jnp.zeros_like(start, shape=num)
 
     def step(carry, k):
         blocks, vector, scale, _ = carry
         blocks = gram_schmidt.set_row(blocks, k, vector)
         image = matvec(vector, *arguments)
-        scale = jnp.maximum(scale, norm(image))
+        scale = jnp.maximum(scale, safe_norm(image))
         residual, column = gram_schmidt.impose(blocks, k, image, wanted)
         if settings.reorthogonalise:
             residual, correction = gram_schmidt.impose(blocks, k, residual, wanted)
             column = column + correction
-        coupling = norm(residual)
-        alive = ~(coupling <= floor * scale)  # NaN stays NaN
-        residual = jnp.where(alive, residual, 0)
-        coupling = jnp.where(alive, coupling, 0)
-        following = residual / jnp.where(alive, coupling, 1)
+        length = safe_norm(residual)
+        following, coupling, residual = breakdown.normalise(residual, length, scale, settings.breakdown_tolerance)
         return (blocks, following, scale, residual), (column, coupling)
 
-    first = start / jnp.where(start_norm > 0, start_norm, 1)
     carry = blocks, first, jnp.zeros_like(start_norm), jnp.zeros_like(start)
     (blocks, *_, residual), (columns, couplings) = jax.lax.scan(step, carry, jnp.arange(num))
-    ended = jnp.append(start_norm == 0, couplings == 0)
-    breakdown_step = jnp.where(jnp.any(ended), jnp.argmax(ended), -1)
     hessenberg = columns.T + jnp.diag(couplings[:-1], -1)
+    breakdown_step = breakdown.step(start_norm, couplings)
     return Arnoldi(gram_schmidt.join(blocks), hessenberg, residual, start_norm, breakdown_step)
 
 
@@ -169,7 +175,7 @@ def _adjoint_backward(
 ) -> tuple[Array, tuple[Any, ...]]:
     result, arguments = saved
     num = settings.num_matvecs
-    alive = adjoint.alive_rows(result.breakdown_step, num)
+    alive = breakdown.reached(result.breakdown_step, num)
     # Entries that Arnoldi computes: on and above the subdiagonal, in columns before a breakdown.
     computed = jnp.triu(jnp.ones((num, num), bool), -1) & alive & alive[:, None]
     cotangent = Arnoldi(
@@ -183,7 +189,8 @@ def _adjoint_backward(
     transpose = jax.vjp(lambda v: matvec(v, *arguments), result.basis[0])[1]
     solve = _full_multipliers if settings.reorthogonalise else _single_pass_multipliers
     multipliers, start = solve(lambda v: transpose(v)[0], result, cotangent, settings)
-    return start, adjoint.operator_cotangent(matvec, arguments, result.basis, multipliers, settings.vjp_batch_size)
+    gradient = adjoint.operator_cotangent(matvec, arguments, result.basis, multipliers, settings.vjp_batch_size)
+    return once_where((start, gradient), breakdown.at_the_end(result.breakdown_step, num))
 
 
 arnoldi_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
@@ -235,23 +242,23 @@ def _single_pass_multipliers(
 
     def step(carry, inputs):
         d_residuals, weights, du, _ = carry
-        k, vector, d_vector, matrix_row, column, d_coupling, coupling = inputs
+        k, matrix_row, column, d_coupling, coupling = inputs
+        vector = basis[k]
         d_residuals = jax.lax.dynamic_update_index_in_dim(d_residuals, du, k, 0)
         m = jnp.where(index <= k, column - matmul(basis, du), 0)
         weights = jax.lax.dynamic_update_index_in_dim(weights, m, k, 1)
         row = du + matmul(m, basis)
         # The images A q_j are Q H and, for the last, r beside it.
         images = matmul(matmul(weights[k], matrix.T), basis) + weights[k, -1] * result.residual
-        x = d_vector + transpose(row) + images - matmul(matrix_row, d_residuals)
+        x = cotangent.basis[k] + transpose(row) + images - matmul(matrix_row, d_residuals)
         tangent = (x - vector * matmul(vector, x)) / jnp.where(coupling != 0, coupling, 1)
         before = jnp.where(coupling != 0, tangent + d_coupling * vector, 0)
         return (d_residuals, weights, before, x), row
 
-    zero = jnp.zeros(1, matrix.dtype)
+    zero = jnp.zeros_like(result.start_norm)[None]
+    # Arrays of K n numbers are indexed within the loop: sliced for it, they would be copied.
     inputs = (
         index,
-        basis,
-        cotangent.basis,
         upper,
         jnp.triu(cotangent.hessenberg).T,
         jnp.concatenate([zero, jnp.diag(cotangent.hessenberg, -1)]),

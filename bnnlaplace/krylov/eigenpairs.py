@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.krylov.lanczos import Settings, lanczos_forward
-from bnnlaplace.krylov.operator import check_depth, flatten
+from bnnlaplace.krylov.checks import check_count, check_decomposable, check_number
+from bnnlaplace.krylov.lanczos import lanczos_forward
+from bnnlaplace.krylov.operator import prepare
 from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
+from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.precise import matmul
 
 
@@ -38,13 +40,15 @@ def leading_eigenpairs(
     num_pairs: int,
     num_matvecs: int,
     tolerance: float = 1e-3,
+    breakdown_tolerance: float | None = None,
 ) -> Eigenpairs:
     """The eigenpairs of largest |theta| that `num_matvecs` Lanczos steps from `start` find. Not differentiable.
 
     Parameters
     ----------
-    matvec, params, start, num_matvecs
-        As for `lanczos`. From one start vector only one vector of each eigenspace is found.
+    matvec, params, start, num_matvecs, breakdown_tolerance
+        As for `lanczos`. In exact arithmetic one start vector finds one vector of each eigenspace; where rounding leads
+        the recurrence past an invariant space, it finds more of them, orthogonal to those before and as good.
     num_pairs
         How many are asked for, at most `num_matvecs`; two to three times as many steps find most of them.
     tolerance
@@ -56,7 +60,7 @@ def leading_eigenpairs(
     ValueError
         If `num_pairs` is not between 1 and `num_matvecs`; else as for `lanczos`.
     TypeError
-        As for `lanczos`.
+        As for `lanczos`, for float32 or float64.
 
     Notes
     -----
@@ -70,20 +74,19 @@ def leading_eigenpairs(
     >>> bool(jnp.allclose(values, 9.0, atol=1e-4))
     True
     """
-    if not 1 <= num_pairs <= num_matvecs:
-        raise ValueError(
-            f"leading_eigenpairs(num_pairs=...) must lie between 1 and num_matvecs = {num_matvecs}; got {num_pairs}; "
-            "raise num_matvecs or ask for fewer"
-        )
-    operator = flatten("leading_eigenpairs", matvec, start, params)
-    check_depth("leading_eigenpairs", num_matvecs, operator.start.size)
+    caller = "leading_eigenpairs"
+    options = {"num_matvecs": num_matvecs, "breakdown_tolerance": breakdown_tolerance}
+    operator, settings = prepare(caller, "start", matvec, start, params, **options)
+    check_decomposable(caller, "start", operator.start.dtype)
+    num_pairs = check_count(caller, "num_pairs", num_pairs, settings.num_matvecs, "num_matvecs =")
+    tolerance = check_number(caller, "tolerance", tolerance, positive=False)
     # Not differentiable, and told so: otherwise a derivative would pass through the eigendecomposition.
     first, arguments = jax.lax.stop_gradient((operator.start, operator.arguments))
-    result = lanczos_forward(operator.matvec, Settings(num_matvecs), first, arguments)
+    result = lanczos_forward(operator.matvec, settings, first, arguments)
     values, coordinates = jnp.linalg.eigh(tridiagonal_matrix(result.diagonal, result.off_diagonal))
     order = jnp.argsort(-jnp.abs(values))[:num_pairs]
     values, coordinates = values[order], coordinates[:, order]
-    residual_norms = jnp.linalg.norm(result.residual) * jnp.abs(coordinates[-1])
+    residual_norms = safe_norm(result.residual) * jnp.abs(coordinates[-1])
     found = (residual_norms <= tolerance * jnp.abs(values)) & (values != 0)
     vectors = jnp.where(found[:, None], matmul(coordinates.T, result.basis), 0)
-    return Eigenpairs(jnp.where(found, values, 0), jax.vmap(operator.unravel)(vectors), residual_norms)
+    return Eigenpairs(jnp.where(found, values, 0), operator.unravel_rows(vectors), residual_norms)

@@ -68,7 +68,7 @@ def impose(
             along = jnp.where(jnp.arange(rows.start, rows.stop) <= last, matmul(block, vector), 0)
             vector = vector + matmul(wanted[rows] - along, block)
             coefficients.append(along)
-        coefficients.append(jnp.zeros(ends[-1] - ends[count - 1], vector.dtype))
+        coefficients.append(jnp.zeros_like(vector, shape=ends[-1] - ends[count - 1]))
         return vector, jnp.concatenate(coefficients)
 
     if len(blocks) == 1:

@@ -8,10 +8,13 @@ Full reorthogonalisation makes two passes over the vectors found so far. (L) is 
 with the basis vanish but for rounding, of the size of eps |A|. The second pass removes that. It leaves an error of eps
 times what it removed, so where it removed more than it kept a third one follows (Kahan's criterion, Parlett 1998,
 section 6.9). For a product that is symmetric to rounding this happens next to a breakdown only.
+What ends the recurrence stands in `breakdown.py`.
 
 Adjoint: the equations of `adjoint.py`, in which a symmetric A leaves in (Qk) only j = k and j = k + 1 of the sum, and
 A' = A. Without reorthogonalisation Q' Q = I is not what the recurrence imposes, and the adjoint of (L) itself is taken:
-it holds however much orthogonality was lost.
+the derivative of what was computed while the loss of orthogonality is small. Once Ritz values were found twice, single
+basis vectors depend on rounding, and their gradients with them; traces and f(A) v keep their digits, values and
+gradients.
 """
 
 from collections.abc import Callable
@@ -22,16 +25,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from bnnlaplace.krylov import adjoint, gram_schmidt
-from bnnlaplace.krylov.operator import check_choice, check_depth, check_positive, flatten
-from bnnlaplace.krylov.reverse_only import reverse_only
+from bnnlaplace.krylov import adjoint, breakdown, gram_schmidt
+from bnnlaplace.krylov.batching import anywhere
+from bnnlaplace.krylov.checks import check_choice
+from bnnlaplace.krylov.derivative_modes import once_where, reverse_only
+from bnnlaplace.krylov.operator import FlatOperator, Settings, prepare
 from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
-from bnnlaplace.krylov.vectors import norm, safe_norm
+from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.precise import matmul
-
-# A residual below this many eps |A| is rounding: the space is invariant, and normalising noise would reinsert
-# directions already found as spurious Ritz values.
-BREAKDOWN = 10
 
 
 class Lanczos(NamedTuple):
@@ -60,15 +61,6 @@ class Lanczos(NamedTuple):
     breakdown_step: Int[Array, ""]
 
 
-class Settings(NamedTuple):
-    """The static part of a call. `project` is only switched off to show what the projection of the adjoint is for."""
-
-    num_matvecs: int
-    reorthogonalise: bool = True
-    vjp_batch_size: int = 1
-    project: bool = True
-
-
 def lanczos(
     matvec: Callable[..., PyTree],
     start: PyTree,
@@ -77,6 +69,7 @@ def lanczos(
     reorthogonalise: Literal["full", "none"] = "full",
     gradient: Literal["adjoint", "autodiff"] = "adjoint",
     vjp_batch_size: int = 1,
+    breakdown_tolerance: float | None = None,
 ) -> Lanczos:
     """Decompose a symmetric `matvec(v, *params)` from `start`, differentiably.
 
@@ -98,13 +91,21 @@ def lanczos(
         "adjoint": reverse mode only, K further products and a vector-Jacobian product of K terms. "autodiff": through
         the loop, in any mode, with memory of order K^2 n.
     vjp_batch_size
-        How many of those K terms at once: more are faster where products gain from batching, and take more memory.
+        How many of those K terms at once. One at a time takes the least memory; more are faster where products gain
+        from batching.
+    breakdown_tolerance
+        A residual |r| of at most this times max_k |A q_k| is taken for rounding in an invariant space, and is a
+        breakdown; 10 eps unless given.
 
     Returns
     -------
     Lanczos
-        A breakdown, |r| at most 10 eps max_k |A q_k|, ends the recurrence: everything after it is zero, so no spurious
-        Ritz value appears with any weight, and gradients are those of what came before it.
+        A breakdown ends the recurrence: everything after it is zero, and gradients are those of what came before it.
+
+        The recurrence can magnify rounding, so that an invariant space leaves a residual above the tolerance (the
+        numbers stand in `krylov/breakdown.py`). The recurrence then goes on in the rest of the space: z' f(A) z and
+        f(A) z keep their digits, but T has Ritz values of vectors that z has no component along, copies of others among
+        them. Raise `breakdown_tolerance` where that matters more than what a small coupling carries.
 
     Raises
     ------
@@ -112,14 +113,18 @@ def lanczos(
         If an option is out of range or unknown, or, outside of `jit`, `start` is zero or not finite. Inside of `jit` a
         zero `start` gives `breakdown_step` 0, one that is not finite NaN.
     TypeError
-        If `start` is not real floating point of one dtype, `matvec` returns another structure, shape or dtype than it
-        takes, or a forward-mode derivative of the adjoint is asked for.
+        If `start` is not real floating point of one dtype, `matvec` is no function or returns another structure, shape
+        or dtype than it takes, an option is of the wrong type or traced, or a forward-mode derivative of the adjoint is
+        asked for.
 
     Notes
     -----
-    Cost: K products; for "full" in addition about 2 K^2 n multiplications, and as many again in the adjoint. Memory at
+    Cost: K products; for "full" in addition about 2 K^2 n multiplications, and about 4 K^2 n in the adjoint. Memory at
     its peak: K n numbers, 4 K n with the adjoint, and K n more in both where the basis exceeds 8 MB. Everything is
     computed in the dtype of `start`. Call it within `jit`: outside of it each call compiles its loop again.
+
+    Second derivatives are the adjoint differentiated again. Past a breakdown, where they would need directions that the
+    recurrence has not seen, they are NaN: lower `num_matvecs` to `breakdown_step`.
 
     Where A is a matrix that is passed as it is, gradients in an entry and in its mirror image differ, as through the
     loop: only their sum has a meaning.
@@ -133,20 +138,27 @@ def lanczos(
     >>> bool(jnp.allclose(ritz_values, jnp.array([1.0, 2.0, 4.0]), atol=1e-4))
     True
     """
-    check_choice("lanczos", "reorthogonalise", reorthogonalise, ("full", "none"))
     check_choice("lanczos", "gradient", gradient, ("adjoint", "autodiff"))
-    check_positive("lanczos", "vjp_batch_size", vjp_batch_size)
-    operator = flatten("lanczos", matvec, start, params)
-    check_depth("lanczos", num_matvecs, operator.start.size)
-    settings = Settings(num_matvecs, reorthogonalise == "full", vjp_batch_size)
+    operator, settings = prepare(
+        "lanczos",
+        "start",
+        matvec,
+        start,
+        params,
+        num_matvecs=num_matvecs,
+        reorthogonalise=reorthogonalise,
+        vjp_batch_size=vjp_batch_size,
+        breakdown_tolerance=breakdown_tolerance,
+    )
+    result = _decompose(operator, settings, gradient)
+    return result._replace(basis=operator.unravel_rows(result.basis), residual=operator.unravel(result.residual))
+
+
+def _decompose(operator: FlatOperator, settings: Settings, gradient: str) -> Lanczos:
     if gradient == "autodiff":
-        result = lanczos_forward(operator.matvec, settings, operator.start, operator.arguments)
-    else:
-        differentiable = reverse_only(
-            partial(lanczos_adjoint, operator.matvec, settings), "lanczos(gradient='adjoint')"
-        )
-        result = differentiable(operator.start, operator.arguments)
-    return result._replace(basis=jax.vmap(operator.unravel)(result.basis), residual=operator.unravel(result.residual))
+        return lanczos_forward(operator.matvec, settings, operator.start, operator.arguments)
+    run = partial(lanczos_adjoint, operator.matvec, settings)
+    return reverse_only(run, "lanczos(gradient='adjoint')")(operator.start, operator.arguments)
 
 
 def lanczos_forward(
@@ -154,42 +166,41 @@ def lanczos_forward(
 ) -> Lanczos:
     """Lanczos of a flat operator, as a loop that JAX differentiates like any other."""
     num = settings.num_matvecs
-    start_norm = safe_norm(start)
-    blocks = gram_schmidt.split(jnp.zeros((num, start.size), start.dtype))
-    floor = BREAKDOWN * jnp.finfo(start.dtype).eps
+    first, start_norm = breakdown.first_vector(start)
+    blocks = gram_schmidt.split(jnp.zeros_like(start, shape=(num, start.size)))
 
     def step(carry, k):
         blocks, previous, vector, coupling, scale, _ = carry
         blocks = gram_schmidt.set_row(blocks, k, vector)
         image = matvec(vector, *arguments)
-        scale = jnp.maximum(scale, norm(image))
+        scale = jnp.maximum(scale, safe_norm(image))
         diagonal = matmul(vector, image)
         residual = image - diagonal * vector - coupling * previous
         if settings.reorthogonalise:
-            residual = _reorthogonalise(blocks, k, residual)
-        off_diagonal = norm(residual)
-        alive = ~(off_diagonal <= floor * scale)  # NaN stays NaN
-        residual = jnp.where(alive, residual, 0)
-        off_diagonal = jnp.where(alive, off_diagonal, 0)
-        following = residual / jnp.where(alive, off_diagonal, 1)
-        return (blocks, vector, following, off_diagonal, scale, residual), (diagonal, off_diagonal)
+            residual, length = _reorthogonalise(blocks, k, residual)
+        else:
+            length = safe_norm(residual)
+        following, coupling, residual = breakdown.normalise(residual, length, scale, settings.breakdown_tolerance)
+        return (blocks, vector, following, coupling, scale, residual), (diagonal, coupling)
 
     none, zero = jnp.zeros_like(start), jnp.zeros_like(start_norm)
-    carry = blocks, none, start / jnp.where(start_norm > 0, start_norm, 1), zero, zero, none
-    (blocks, *_, residual), (diagonal, off_diagonal) = jax.lax.scan(step, carry, jnp.arange(num))
-    ended = jnp.append(start_norm == 0, off_diagonal == 0)
-    breakdown_step = jnp.where(jnp.any(ended), jnp.argmax(ended), -1)
-    return Lanczos(gram_schmidt.join(blocks), diagonal, off_diagonal[:-1], residual, start_norm, breakdown_step)
+    carry = blocks, none, first, zero, zero, none
+    (blocks, *_, residual), (diagonal, couplings) = jax.lax.scan(step, carry, jnp.arange(num))
+    breakdown_step = breakdown.step(start_norm, couplings)
+    return Lanczos(gram_schmidt.join(blocks), diagonal, couplings[:-1], residual, start_norm, breakdown_step)
 
 
-def _reorthogonalise(blocks: gram_schmidt.Blocks, last: Array, vector: Array) -> Array:
-    wanted = jnp.zeros(sum(map(len, blocks)), vector.dtype)
+def _reorthogonalise(blocks: gram_schmidt.Blocks, last: Array, vector: Array) -> tuple[Array, Array]:
+    """`vector` without what lies along the rows, and its length."""
+    wanted = jnp.zeros_like(vector, shape=sum(map(len, blocks)))
     kept, removed = gram_schmidt.impose(blocks, last, vector, wanted)
-    return jax.lax.cond(
-        matmul(removed, removed) > matmul(kept, kept),
-        lambda: gram_schmidt.impose(blocks, last, kept, wanted)[0],
-        lambda: kept,
-    )
+    length = safe_norm(kept)
+
+    def once_more() -> tuple[Array, Array]:
+        again, _ = gram_schmidt.impose(blocks, last, kept, wanted)
+        return again, safe_norm(again)
+
+    return jax.lax.cond(anywhere(safe_norm(removed) > length), once_more, lambda: (kept, length))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -209,7 +220,7 @@ def _adjoint_backward(
     matvec: Callable, settings: Settings, saved: tuple[Lanczos, tuple[Any, ...]], cotangent: Lanczos
 ) -> tuple[Array, tuple[Any, ...]]:
     result, arguments = saved
-    alive = adjoint.alive_rows(result.breakdown_step, settings.num_matvecs)
+    alive = breakdown.reached(result.breakdown_step, settings.num_matvecs)
     cotangent = Lanczos(
         jnp.where(alive[:, None], cotangent.basis, 0),
         jnp.where(alive, cotangent.diagonal, 0),
@@ -220,7 +231,8 @@ def _adjoint_backward(
     )
     solve = _full_multipliers if settings.reorthogonalise else _local_multipliers
     multipliers, start = solve(lambda v: matvec(v, *arguments), result, cotangent, settings)
-    return start, adjoint.operator_cotangent(matvec, arguments, result.basis, multipliers, settings.vjp_batch_size)
+    gradient = adjoint.operator_cotangent(matvec, arguments, result.basis, multipliers, settings.vjp_batch_size)
+    return once_where((start, gradient), breakdown.at_the_end(result.breakdown_step, settings.num_matvecs))
 
 
 lanczos_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
@@ -258,7 +270,7 @@ def _full_multipliers(
 
 
 def _local_multipliers(
-    matvec: Callable, result: Lanczos, cotangent: Lanczos, _: Settings
+    matvec: Callable, result: Lanczos, cotangent: Lanczos, settings: Settings
 ) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
     """The adjoint of (L) with a_k = q_k' A q_k and b_k = |A q_k - a_k q_k - b_{k-1} q_{k-1}|, and nothing else imposed.
 
@@ -269,34 +281,34 @@ def _local_multipliers(
         l_k = du + (da_k - q_k' du) q_k,                       the cotangent of A q_k
         dq_k <- y + A l_k - a_k du + (da_k - q_k' du) A q_k,   dq_{k-1} <- -b_{k-1} du,   db_{k-1} <- -q_{k-1}' du.
     """
-    previous = jnp.concatenate([jnp.zeros_like(result.basis[:1]), result.basis[:-1]])
+    basis = result.basis
+    zero = jnp.zeros_like(result.start_norm)[None]
+    couplings = jnp.concatenate([zero, result.off_diagonal])
+    # Arrays of K n numbers are indexed within the loop: sliced for it, they would be copied.
+    inputs = (
+        jnp.arange(settings.num_matvecs),
+        result.diagonal,
+        cotangent.diagonal,
+        couplings,
+        jnp.concatenate([zero, cotangent.off_diagonal]),
+    )
 
     def step(carry, inputs):
-        du, to_vector, _ = carry
-        vector, previous, following, d_vector, diagonal, d_diagonal, coupling, d_coupling = inputs
+        du, to_vector, following, _ = carry
+        k, diagonal, d_diagonal, coupling, d_coupling = inputs
+        vector = basis[k]
+        previous = jnp.where(k > 0, basis[k - 1], 0)
         # `following` is u, not normalised, so that it serves the last residual as well.
         d_diagonal = d_diagonal - matmul(vector, du)
         image = following + diagonal * vector + coupling * previous
         row = du + d_diagonal * vector
-        x = d_vector + to_vector + matvec(row) - diagonal * du + d_diagonal * image
+        x = cotangent.basis[k] + to_vector + matvec(row) - diagonal * du + d_diagonal * image
         d_coupling = d_coupling - matmul(previous, du)
         tangent = (x - vector * matmul(vector, x)) / jnp.where(coupling != 0, coupling, 1)
         before = jnp.where(coupling != 0, tangent + d_coupling * vector, 0)
-        return (before, -coupling * du, x), row
+        return (before, -coupling * du, coupling * vector, x), row
 
-    couplings = jnp.concatenate([jnp.zeros(1, result.diagonal.dtype), result.off_diagonal])
-    d_couplings = jnp.concatenate([jnp.zeros(1, result.diagonal.dtype), cotangent.off_diagonal])
-    following = jnp.concatenate([result.off_diagonal[:, None] * result.basis[1:], result.residual[None]])
-    inputs = (
-        result.basis,
-        previous,
-        following,
-        cotangent.basis,
-        result.diagonal,
-        cotangent.diagonal,
-        couplings,
-        d_couplings,
-    )
-    zero = jnp.zeros_like(result.residual)
-    (_, _, right), rows = jax.lax.scan(step, (cotangent.residual, zero, zero), inputs, reverse=True)
-    return rows, adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
+    none = jnp.zeros_like(result.residual)
+    carry = cotangent.residual, none, result.residual, none
+    (*_, right), rows = jax.lax.scan(step, carry, inputs, reverse=True)
+    return rows, adjoint.start_cotangent(right, basis[0], result.start_norm, cotangent.start_norm)

@@ -1,23 +1,30 @@
 """Functions of a matrix times a vector, from a Krylov decomposition, with their errors.
 
 f(A) v is approximated in the Krylov space of v by |v| Q f(T) e_1, which is exact once the space is invariant, and for
-polynomials of degree K - 1 (Saad 1992; Higham 2008, chapter 13). One Lanczos or Arnoldi run serves one vector,
-differentiably; one block decomposition serves every probe of its block at every shift.
+polynomials of degree K - 1 (Saad 1992; Higham 2008, chapter 13).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.krylov.arnoldi import arnoldi
-from bnnlaplace.krylov.block_lanczos import Ritz
-from bnnlaplace.krylov.lanczos import Lanczos, lanczos
-from bnnlaplace.krylov.tridiagonal import function_times_first
+from bnnlaplace.krylov import breakdown
+from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi_adjoint, arnoldi_forward
+from bnnlaplace.krylov.checks import check_choice, check_decomposable
+from bnnlaplace.krylov.derivative_modes import reverse_only
+from bnnlaplace.krylov.frechet import Method, times_vector
+from bnnlaplace.krylov.functions import Converted, matrix_function, scalar_function
+from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint, lanczos_forward
+from bnnlaplace.krylov.operator import FlatOperator, Settings, prepare
+from bnnlaplace.krylov.tridiagonal import divided_differences, function_times_first, tridiagonal_matrix
+from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.precise import matmul
+
+GRADIENTS = ("adjoint", "frechet", "autodiff")
 
 
 class MatrixFunction(NamedTuple):
@@ -29,7 +36,8 @@ class MatrixFunction(NamedTuple):
         f(A) v, like the vector.
     error
         How much |f(A) v - value| fell over the last fifth of the steps: an estimate, no bound, of what is left, on the
-        safe side where convergence is at least linear. Zero where the space is invariant. It has no gradient.
+        safe side where convergence is at least linear. Zero where the space is invariant. It speaks of the value, not
+        of its derivatives, and has none itself.
     """
 
     value: PyTree[Float[Array, "..."]]
@@ -43,7 +51,7 @@ def matfun_lanczos(
     *params: Any,
     num_matvecs: int,
     reorthogonalise: Literal["full", "none"] = "full",
-    gradient: Literal["adjoint", "autodiff"] = "adjoint",
+    gradient: Literal["adjoint", "frechet", "autodiff"] = "adjoint",
     vjp_batch_size: int = 1,
 ) -> MatrixFunction:
     """f(A) v for a symmetric A and any scalar f, differentiable in v, A and f.
@@ -53,19 +61,30 @@ def matfun_lanczos(
     function
         f, from a scalar to a scalar, smooth on the spectrum of A: `jnp.exp`, `jnp.log`, `jnp.sqrt`, `jax.lax.rsqrt`, or
         your own. It may close over traced arrays, which are differentiated as well.
-    matvec, params, num_matvecs, reorthogonalise, gradient, vjp_batch_size
+    matvec, params, num_matvecs, reorthogonalise, vjp_batch_size
         As for `lanczos`.
     vector
-        v, as `start` of `lanczos`.
+        v, as `start` of `lanczos`; float32 or float64. A zero v inside of `jit` gives zero.
+    gradient
+        "adjoint": that of the value that is returned, by the adjoint of `lanczos`. Where the space of v is invariant
+        the value is exact, and the gradient is that of "frechet". "frechet": that of f(A) v itself, from a second
+        decomposition, which starts at the cotangent; its error is one of truncation. Take it where v may lie in an
+        almost invariant space, as for an operator with few distinct eigenvalues. It costs K products as well. Both in
+        reverse mode only. "autodiff": through the loop, in any mode; in an invariant space it is that of a loop that
+        ended, which is not that of f(A) v.
 
     Raises
     ------
     ValueError, TypeError
-        As for `lanczos`.
+        As for `lanczos`; and if `function` does not take a scalar to a scalar.
 
     Notes
     -----
-    Cost: that of `lanczos`, and of order K^3. Memory: K n numbers.
+    Cost: that of `lanczos`, and of order K^3. Call it within `jit`. Under `vmap` one vector whose space is invariant
+    lets the second decomposition run for all of the batch.
+
+    Source: Saad 1992; "adjoint": Krämer et al. 2024, arXiv 2405.17277; "frechet": Kandolf, Koskela, Relton and
+    Schweitzer 2021.
 
     Examples
     --------
@@ -74,11 +93,13 @@ def matfun_lanczos(
     >>> bool(jnp.allclose(root.value, jnp.array([1.0, 2.0, 3.0]), atol=1e-4))
     True
     """
-    options = {"reorthogonalise": reorthogonalise, "gradient": gradient, "vjp_batch_size": vjp_batch_size}
-    steps = lanczos(matvec, vector, *params, num_matvecs=num_matvecs, **options)
-    coordinates, change = function_times_start(function, steps)
-    value = jax.tree.map(lambda leaf: jnp.tensordot(coordinates, leaf, 1, precision="highest"), steps.basis)
-    return MatrixFunction(value, _length(change))
+    caller = "matfun_lanczos"
+    check_choice(caller, "gradient", gradient, GRADIENTS)
+    options = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
+    operator, settings = prepare(caller, "vector", matvec, vector, params, **options)
+    check_decomposable(caller, "vector", operator.start.dtype)
+    converted, constants = scalar_function(caller, function, operator.start.dtype)
+    return _matfun(caller, SYMMETRIC, converted, operator, settings, gradient, constants)
 
 
 def matfun_arnoldi(
@@ -88,7 +109,7 @@ def matfun_arnoldi(
     *params: Any,
     num_matvecs: int,
     reorthogonalise: Literal["full", "none"] = "full",
-    gradient: Literal["adjoint", "autodiff"] = "adjoint",
+    gradient: Literal["adjoint", "frechet", "autodiff"] = "adjoint",
     vjp_batch_size: int = 1,
 ) -> MatrixFunction:
     """f(A) v for any square A, with f given on dense matrices; differentiable in v, A and f.
@@ -97,19 +118,20 @@ def matfun_arnoldi(
     ----------
     function
         f on small dense matrices, such as `jax.scipy.linalg.expm`; it is differentiated as it is.
-    matvec, params, num_matvecs, reorthogonalise, gradient, vjp_batch_size
+    matvec, params, num_matvecs, reorthogonalise, vjp_batch_size
         As for `arnoldi`.
-    vector
-        v, as `start` of `arnoldi`.
+    vector, gradient
+        As for `matfun_lanczos`; the second decomposition is one of the transposed operator.
 
     Raises
     ------
     ValueError, TypeError
-        As for `arnoldi`.
+        As for `arnoldi`; and if `function` does not take a matrix to one of the same shape and dtype.
 
     Notes
     -----
-    Cost: that of `arnoldi`, and `function` of two K x K matrices. Memory: K n numbers.
+    Cost: that of `arnoldi`, and `function` of two K x K matrices; of one of 2 K x 2 K for "frechet". Call it within
+    `jit`. Source: as for `matfun_lanczos`; Higham 2008, Functions of Matrices, section 3.2 and chapter 13.
 
     Examples
     --------
@@ -119,30 +141,92 @@ def matfun_arnoldi(
     >>> bool(jnp.allclose(turned.value, jnp.array([0.0, 2.0]), atol=1e-4))
     True
     """
-    options = {"reorthogonalise": reorthogonalise, "gradient": gradient, "vjp_batch_size": vjp_batch_size}
-    steps = arnoldi(matvec, vector, *params, num_matvecs=num_matvecs, **options)
-    # After a breakdown H is zero, where f need not be defined; e_1 does not reach that part.
-    reached = (jnp.arange(num_matvecs) < steps.breakdown_step) | (steps.breakdown_step < 0)
-    matrix = steps.hessenberg + jnp.diag(jnp.where(reached, 0, jax.lax.stop_gradient(steps.hessenberg[0, 0])))
-    coordinates = steps.start_norm * function(matrix)[:, 0]
-    fewer = _without_last_fifth(num_matvecs)
-    before = function(jax.lax.stop_gradient(matrix[:fewer, :fewer]))[:, 0] * steps.start_norm
-    change = _change(coordinates, before, steps.breakdown_step)
-    value = jax.tree.map(lambda leaf: jnp.tensordot(coordinates, leaf, 1, precision="highest"), steps.basis)
-    return MatrixFunction(value, _length(change))
+    caller = "matfun_arnoldi"
+    check_choice(caller, "gradient", gradient, GRADIENTS)
+    options = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
+    operator, settings = prepare(caller, "vector", matvec, vector, params, **options)
+    check_decomposable(caller, "vector", operator.start.dtype)
+    sizes = settings.num_matvecs, _without_last_fifth(settings.num_matvecs), 2 * settings.num_matvecs
+    converted, constants = matrix_function(caller, function, sizes, operator.start.dtype)
+    return _matfun(caller, GENERAL, converted, operator, settings, gradient, constants)
 
 
-def function_times_start(
-    function: Callable[[Float[Array, ""]], Float[Array, ""]], steps: Lanczos
-) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+def _matfun(
+    caller: str,
+    method: Method,
+    function: Converted,
+    operator: FlatOperator,
+    settings: Settings,
+    gradient: str,
+    constants: Any,
+) -> MatrixFunction:
+    run = partial(times_vector, method, function, operator.matvec, settings, gradient)
+    if gradient != "autodiff":
+        run = reverse_only(run, f"{caller}(gradient={gradient!r})")
+    value, change = run(operator.start, operator.arguments, constants)
+    return MatrixFunction(operator.unravel(value), safe_norm(change))
+
+
+def function_times_start(function: Converted, constants: Any, steps: Lanczos) -> tuple[Array, Array]:
     """|v| f(T) e_1, the coordinates of f(A) v in the basis, and what of it came with the last fifth of the steps."""
+    scalar = partial(_at, function, constants)
     coordinates = steps.start_norm * function_times_first(
-        function, steps.diagonal, steps.off_diagonal, steps.breakdown_step
+        scalar, steps.diagonal, steps.off_diagonal, steps.breakdown_step
     )
     fewer = _without_last_fifth(len(steps.diagonal))
     shorter = jax.lax.stop_gradient((steps.diagonal[:fewer], steps.off_diagonal[: fewer - 1], steps.breakdown_step))
-    before = steps.start_norm * function_times_first(function, *shorter)
+    before = steps.start_norm * function_times_first(scalar, *shorter)
     return coordinates, _change(coordinates, before, steps.breakdown_step)
+
+
+def _at(function: Converted, constants: Any, x: Array) -> Array:
+    return function(x, constants)
+
+
+def _pairing_lanczos(function: Converted, constants: Any, steps: Lanczos, other: Lanczos) -> Float[Array, "K K"]:
+    """(M) of `frechet.py`."""
+    (values, vectors), (other_values, other_vectors) = _eigenpairs(steps), _eigenpairs(other)
+    both = jnp.concatenate([values, other_values])
+    scalars = jax.vmap(partial(_at, function, constants))
+    num = len(values)
+    divided = divided_differences(scalars, both, scalars(both))[:num, num:]
+    inner = matmul(vectors, divided * vectors[0][:, None] * other_vectors[0])
+    return steps.start_norm * other.start_norm * matmul(inner, other_vectors.T)
+
+
+def _eigenpairs(steps: Lanczos) -> tuple[Array, Array]:
+    diagonal = breakdown.fill_diagonal(steps.diagonal, steps.breakdown_step, steps.diagonal[0])
+    return jnp.linalg.eigh(tridiagonal_matrix(diagonal, steps.off_diagonal))
+
+
+def _coordinates_arnoldi(function: Converted, constants: Any, steps: Arnoldi) -> tuple[Array, Array]:
+    matrix = _filled_hessenberg(steps)
+    coordinates = steps.start_norm * function(matrix, constants)[:, 0]
+    fewer = _without_last_fifth(len(matrix))
+    before = function(jax.lax.stop_gradient(matrix[:fewer, :fewer]), constants)[:, 0] * steps.start_norm
+    return coordinates, _change(coordinates, before, steps.breakdown_step)
+
+
+def _pairing_arnoldi(function: Converted, constants: Any, steps: Arnoldi, other: Arnoldi) -> Float[Array, "K K"]:
+    """(M') of `frechet.py`."""
+    right, left = _filled_hessenberg(steps), _filled_hessenberg(other)
+    corner = jnp.zeros_like(left).at[0, 0].set(1)
+    image = function(jnp.block([[left, corner], [jnp.zeros_like(left), right.T]]), constants)
+    return steps.start_norm * other.start_norm * image[: len(left), len(left) :].T
+
+
+def _filled_hessenberg(steps: Arnoldi) -> Float[Array, "K K"]:
+    """H, with its first entry on the diagonal after a breakdown, where f need not be defined at zero."""
+    first = jax.lax.stop_gradient(steps.hessenberg[0, 0])
+    filled = breakdown.fill_diagonal(jnp.zeros_like(steps.hessenberg[0]), steps.breakdown_step, first)
+    return steps.hessenberg + jnp.diag(filled)
+
+
+def _transpose(matvec: Callable) -> Callable:
+    def transposed(vector: Array, *arguments: Any) -> Array:
+        return jax.vjp(lambda v: matvec(v, *arguments), vector)[1](vector)[0]
+
+    return transposed
 
 
 def _without_last_fifth(num_matvecs: int) -> int:
@@ -157,51 +241,5 @@ def _change(coordinates: Array, before: Array, breakdown_step: Array) -> Array:
     return jax.lax.stop_gradient(jnp.where(breakdown_step < 0, change, 0))
 
 
-def _length(change: Array) -> Array:
-    return jnp.sqrt(matmul(change, change))
-
-
-def inverse_sqrt_coefficients(ritz: Ritz, shift: float) -> Float[np.ndarray, "S m"]:
-    """Coordinates in the basis of (A + shift I)^{-1/2} z for every probe z.
-
-    One decomposition serves every shift, since the Krylov space does not depend on it. Each probe lies in the first
-    block, so its part outside the leading eigenspace is in the basis too and keeps its scale shift^{-1/2}.
-
-    Raises
-    ------
-    ValueError
-        If `shift` is not positive.
-    """
-    if not shift > 0:
-        raise ValueError(f"inverse_sqrt_coefficients(shift=...) must be positive; got {shift}")
-    return (ritz.vectors @ (ritz.weights / np.sqrt(ritz.values + shift)[:, None])).T
-
-
-def inverse_sqrt_error(ritz: Ritz, shift: float) -> Float[np.ndarray, " S"]:
-    """Bound the error e of each `inverse_sqrt_coefficients` vector in the norm sqrt(e' (A + shift I) e), A >= 0.
-
-    From (A + s)^{-1/2} = 2/pi int_0^inf (A + s + t^2)^{-1} dt: at each t the Krylov vector is the Galerkin solution of
-    a shifted linear system, whose residual r(t) is known exactly from T, so
-
-        |e|_{A+s} <= 2/pi int |r(t)| max_{x >= s} sqrt(x) / (x + t^2) dt,
-
-    where the maximum is 1 / (2 t) for t^2 >= s and sqrt(s) / (s + t^2) below. It bounds the error of the Krylov method
-    in exact arithmetic; measured, it lies within a factor of about two of the error.
-
-    Compare it with sqrt(n), the size of the exact vector in this norm, or, for posterior samples, with
-    sqrt(tr A (A + shift I)^{-1}), the part that the data determine. Source: the residual bounds of Frommer and
-    Simoncini (2009) for Stieltjes functions, taken in the energy norm.
-    """
-    root = np.sqrt(shift)
-    # The residual is flat below t = sqrt(shift) / 1000 and, beyond the spectrum, falls faster than 1 / t^2.
-    times = np.geomspace(1e-3 * root, 1e2 * np.sqrt(shift + ritz.values.max()), 160)
-    largest = np.where(times > root, 1 / (2 * times), root / (shift + times**2))
-    norms = np.stack(
-        [
-            np.linalg.norm(ritz.tails @ (ritz.weights / (ritz.values + shift + time**2)[:, None]), axis=0)
-            for time in times
-        ]
-    )
-    integrand = norms * largest[:, None]
-    body = np.trapezoid(integrand * times[:, None], np.log(times), axis=0)
-    return 2 / np.pi * (body + times[0] * integrand[0])
+SYMMETRIC = Method(lanczos_forward, lanczos_adjoint, lambda matvec: matvec, function_times_start, _pairing_lanczos)
+GENERAL = Method(arnoldi_forward, arnoldi_adjoint, _transpose, _coordinates_arnoldi, _pairing_arnoldi)

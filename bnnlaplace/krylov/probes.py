@@ -3,10 +3,9 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from bnnlaplace.krylov.operator import check_positive
+from bnnlaplace.krylov.checks import check_count, check_real
 
 
 def rademacher_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
@@ -19,8 +18,10 @@ def rademacher_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
     ------
     ValueError
         If `num_probes` is below 1.
+    TypeError
+        If it is no integer, or `like` is not real floating point of one dtype.
     """
-    return _draw(jax.random.rademacher, key, like, num_probes)
+    return _draw("rademacher_probes", jax.random.rademacher, key, like, num_probes)
 
 
 def normal_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
@@ -33,15 +34,15 @@ def normal_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
     ------
     ValueError
         If `num_probes` is below 1.
+    TypeError
+        If it is no integer, or `like` is not real floating point of one dtype.
     """
-    return _draw(jax.random.normal, key, like, num_probes)
+    return _draw("normal_probes", jax.random.normal, key, like, num_probes)
 
 
-def _draw(draw: Callable, key: Array, like: PyTree, num_probes: int) -> PyTree:
-    check_positive("probes", "num_probes", num_probes)
-    leaves, structure = jax.tree.flatten(like)
+def _draw(caller: str, draw: Callable, key: Array, like: PyTree, num_probes: int) -> PyTree:
+    num_probes = check_count(caller, "num_probes", num_probes)
+    leaves, structure = jax.tree.flatten(check_real(caller, "like", like))
     keys = jax.random.split(key, len(leaves))
-    drawn = [
-        draw(key, (num_probes, *jnp.shape(leaf)), jnp.result_type(leaf)) for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    drawn = [draw(key, (num_probes, *leaf.shape), leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, drawn)

@@ -14,13 +14,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bnnlaplace.krylov.closures import convert
+from bnnlaplace.krylov.checks import (
+    check_choice,
+    check_count,
+    check_decomposable,
+    check_finite,
+    check_number,
+    check_real,
+)
+from bnnlaplace.krylov.deflation import deflated_trace, deflation_rows, outside
+from bnnlaplace.krylov.derivative_modes import once, once_in_reverse, reverse_only
 from bnnlaplace.krylov.eigenpairs import Eigenpairs
-from bnnlaplace.krylov.lanczos import Settings, lanczos_adjoint, lanczos_forward
-from bnnlaplace.krylov.matfun import function_times_start
-from bnnlaplace.krylov.operator import check_choice, check_depth, check_finite, check_positive, flatten
-from bnnlaplace.krylov.reverse_only import reverse_only
-from bnnlaplace.precise import matmul
+from bnnlaplace.krylov.functions import Converted, scalar_function
+from bnnlaplace.krylov.operator import Settings, prepare
+from bnnlaplace.krylov.quadratic_form import quadratic_form
 from bnnlaplace.tree import floating, ravel
 
 # A stop that looks at the standard error of fewer probes would often be an accident.
@@ -59,6 +66,7 @@ class Plan(NamedTuple):
     gradient: str
     batch_size: int
     relative_sem: float | None
+    deflated: bool
 
 
 def stochastic_lanczos_quadrature(
@@ -93,15 +101,19 @@ def stochastic_lanczos_quadrature(
         derivative of the quadrature, by K further products and a vector-Jacobian product of K terms a probe.
         "quadrature": d tr f(A) = E[(f'(A) z)' dA z], with f'(A) z from the decomposition at hand: one vector-Jacobian
         product a probe; unbiased, but the derivative of the returned value only up to truncation. Both in reverse mode
-        only. "autodiff": through the loop, in any mode.
+        only; for second derivatives of "quadrature" take jax.hessian, since in reverse mode twice they take memory as
+        "autodiff" does. "autodiff": through the loop, in any mode.
     probe_batch_size
-        Probes at once. Memory is K n numbers for each of them, also with the gradient, which is summed as batches pass.
+        Probes at once: more are faster where products gain from batching. Memory is that of `lanczos` for each of them,
+        for the gradient, too, which is summed as batches pass.
     relative_sem
         Stop once sem <= relative_sem |mean|, after the first eight probes or later; else all probes are used. Not with
         "autodiff".
     deflation
-        Leading eigenpairs of A. Their f(theta) are summed exactly, and probes see the rest of the space only: the
-        variance that they would cause is gone. For exact eigenvectors the gradient is exact as well.
+        Of `leading_eigenpairs`. Their f(theta) are summed exactly, and probes see the rest of the space only: the
+        variance that they would cause is gone. For exact eigenvectors the gradient is exact as well. Second derivatives
+        would need to know how eigenvectors move: "adjoint" and "quadrature" refuse them, and those of "autodiff" leave
+        it out.
 
     Returns
     -------
@@ -111,14 +123,19 @@ def stochastic_lanczos_quadrature(
     Raises
     ------
     ValueError
-        If an option is out of range or unknown, or, outside of `jit`, a probe is zero or not finite.
+        If an option is out of range or unknown, `deflation` does not fit the probes, or, outside of `jit`, a probe is
+        zero or not finite.
     TypeError
-        As for `lanczos`, with the structure of one probe.
+        As for `lanczos`, with the structure of one probe, of float32 or float64; if `function` does not take a scalar
+        to a scalar; and if a derivative is asked for that is not there.
 
     Notes
     -----
-    Cost: S K products, S K more for the adjoint. Source: Ubaru, Chen and Saad 2017; gradients: Krämer et al. 2024,
-    arXiv 2405.17277, section 5; deflation: Gambhir, Stathopoulos and Orginos 2017.
+    Cost: S K products, S K more for the adjoint. Call it within `jit`. Second derivatives are those of the estimate of
+    the gradient; past a breakdown they are NaN, as for `lanczos`.
+
+    Source: Ubaru, Chen and Saad 2017; gradients: Krämer et al. 2024, arXiv 2405.17277, section 5; deflation: Gambhir,
+    Stathopoulos and Orginos 2017.
 
     Examples
     --------
@@ -129,29 +146,28 @@ def stochastic_lanczos_quadrature(
     True
     """
     caller = "stochastic_lanczos_quadrature"
-    check_choice(caller, "reorthogonalise", reorthogonalise, ("full", "none"))
     check_choice(caller, "gradient", gradient, ("adjoint", "quadrature", "autodiff"))
-    for name, value in (("probe_batch_size", probe_batch_size), ("vjp_batch_size", vjp_batch_size)):
-        check_positive(caller, name, value)
-    if relative_sem is not None and (not relative_sem > 0 or gradient == "autodiff"):
-        raise ValueError(
-            f"{caller}(relative_sem=...) must be positive, with gradient='adjoint' or 'quadrature'; got {relative_sem} "
-            f"with gradient={gradient!r}; leave it out to use all probes"
-        )
+    probe_batch_size = check_count(caller, "probe_batch_size", probe_batch_size)
+    relative_sem = _check_relative_sem(caller, relative_sem, gradient)
+    probes = check_real(caller, "probes", probes)
     count = _count(caller, probes)
     check_finite(caller, "probes", probes)
-    operator = flatten(caller, matvec, jax.tree.map(lambda leaf: leaf[0], probes), params)
-    check_depth(caller, num_matvecs, operator.start.size)
-    rows = jax.vmap(ravel)(probes)
-    converted, constants = convert(function, jnp.zeros((), rows.dtype))
-    offset = jnp.zeros((), rows.dtype)
+    first = jax.tree.map(lambda leaf: leaf[0], probes)
+    options = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
+    operator, settings = prepare(caller, "probes", matvec, first, params, **options)
+    check_decomposable(caller, "probes", operator.start.dtype)
+    converted, constants = scalar_function(caller, function, operator.start.dtype)
+    rows = jax.vmap(ravel)(jax.tree.map(jnp.asarray, probes))
+    offset, is_zero = jnp.zeros_like(operator.start[0]), jnp.zeros(count, bool)
     if deflation is not None:
-        vectors = jax.lax.stop_gradient(jax.vmap(ravel)(deflation.vectors))
-        offset = _deflated(converted, constants, operator.matvec, operator.arguments, vectors)
-        rows = rows - matmul(matmul(rows, vectors.T), vectors)
-    settings = Settings(num_matvecs, reorthogonalise == "full", vjp_batch_size)
-    plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem)
-    inputs = offset, rows, operator.arguments, tuple(constants)
+        vectors = deflation_rows(caller, deflation, first)
+        offset = deflated_trace(converted, constants, operator.matvec, operator.arguments, vectors, operator.start)
+        left = outside(vectors, rows)
+        # Of a probe with nothing left the form is zero; f is evaluated where it is defined all the same.
+        is_zero = ~jnp.any(left != 0, axis=1)
+        rows = jnp.where(is_zero[:, None], rows, left)
+    plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem, deflation is not None)
+    inputs = offset, rows, (~is_zero).astype(rows.dtype), operator.arguments, constants
     if gradient == "autodiff":
         mean, seen, _ = _run(converted, operator.matvec, plan, *inputs)
     else:
@@ -180,37 +196,17 @@ class _Forms(NamedTuple):
     used: Int[Array, ""]
 
 
-def _form(
-    function: Callable, matvec: Callable, plan: Plan, probe: Array, arguments: tuple[Any, ...], constants: tuple
-) -> tuple[Array, Array]:
-    """z' f(A) z, differentiable as `plan.gradient` says, and how much of it came with the last fifth of the steps."""
-    if plan.gradient == "adjoint":
-        steps = lanczos_adjoint(matvec, plan.lanczos, probe, arguments)
-    elif plan.gradient == "autodiff":
-        steps = lanczos_forward(matvec, plan.lanczos, probe, arguments)
-    else:
-        steps = lanczos_forward(matvec, plan.lanczos, *jax.lax.stop_gradient((probe, arguments)))
-    first, change = function_times_start(lambda x: function(x, *constants), steps)
-    form = steps.start_norm * first[0]
-    if plan.gradient == "quadrature":
-        fixed = jax.lax.stop_gradient(constants)
-        slope, _ = function_times_start(jax.grad(lambda x: function(x, *fixed)), steps)
-        towards_operator = jax.lax.stop_gradient(matmul(slope, steps.basis))
-        towards_probe = jax.lax.stop_gradient(2 * matmul(first, steps.basis))
-        # Zero in value; its derivative is (f'(A) z)' dA z + 2 (f(A) z)' dz.
-        image = matvec(jax.lax.stop_gradient(probe), *arguments)
-        linear = matmul(towards_operator, image) + matmul(towards_probe, probe)
-        form = form + linear - jax.lax.stop_gradient(linear)
-    return form, steps.start_norm * jax.lax.stop_gradient(change[0])
-
-
 def _forms(
-    function: Callable, matvec: Callable, plan: Plan, batch: Array, arguments: tuple[Any, ...], constants: tuple
+    function: Converted, matvec: Callable, plan: Plan, batch: Array, arguments: tuple[Any, ...], constants: Any
 ) -> tuple[Array, Array]:
-    """`_form` of a batch of probes."""
+    """z' f(A) z of a batch of probes, and how much of it came with the last fifth of the steps."""
+
+    def form(probe: Array) -> tuple[Array, Array]:
+        return quadratic_form(function, matvec, plan.lanczos, plan.gradient, probe, arguments, constants)
+
     if len(batch) == 1:  # choices in the recurrence remain choices where nothing is batched
-        return jax.tree.map(lambda x: x[None], _form(function, matvec, plan, batch[0], arguments, constants))
-    return jax.vmap(lambda probe: _form(function, matvec, plan, probe, arguments, constants))(batch)
+        return jax.tree.map(lambda x: x[None], form(batch[0]))
+    return jax.vmap(form)(batch)
 
 
 def _run(
@@ -219,6 +215,7 @@ def _run(
     plan: Plan,
     offset: Array,
     rows: Array,
+    shares: Array,
     arguments: tuple[Any, ...],
     constants: tuple,
     *,
@@ -232,9 +229,9 @@ def _run(
     num_batches = math.ceil(count / size)
     filled = num_batches * size
     # Probes that fill the last batch are copies, and count for nothing.
+    weights = jnp.pad(shares, (0, filled - count)).reshape(num_batches, size)
     batches = jnp.concatenate([rows, jnp.broadcast_to(rows[:1], (filled - count, rows.shape[1]))])
     batches = batches.reshape(num_batches, size, -1)
-    weights = jnp.asarray(jnp.arange(filled) < count, rows.dtype).reshape(num_batches, size)
     active = floating((arguments, constants))
 
     def total(batch: Array, leaves: list[Array], weight: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -274,7 +271,17 @@ def _run(
         return mean, seen, None
     d_rows, d_leaves = jax.tree.map(lambda x: x / seen.used.astype(x.dtype), carry[2:])
     d_rows = d_rows.reshape(filled, -1)[:count]
-    return mean, seen, (jnp.ones_like(mean), d_rows, *active.cotangent(d_leaves))
+    gradient = jnp.ones_like(mean), d_rows, jnp.zeros_like(shares), *active.cotangent(d_leaves)
+    return mean, seen, _only_once(plan, gradient)
+
+
+def _only_once(plan: Plan, gradient: Any) -> Any:
+    """The gradient, whose own derivatives raise an error where they would be wrong or there are none."""
+    caller = "stochastic_lanczos_quadrature"
+    if plan.deflated:
+        message = f"{caller}(deflation=...) has first derivatives only; leave it out for second ones"
+        return once(gradient, message)
+    return once_in_reverse(gradient, f"{caller}(relative_sem=...)") if plan.relative_sem is not None else gradient
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -313,21 +320,16 @@ def _is_precise(plan: Plan, offset: Array, seen: _Forms) -> Array:
     return _sem(seen) <= plan.relative_sem * jnp.abs(offset + _mean(seen))
 
 
-def _deflated(
-    function: Callable, constants: tuple, matvec: Callable, arguments: tuple[Any, ...], vectors: Float[Array, "M n"]
-) -> Float[Array, ""]:
-    """sum_i f(x_i' A x_i) over the rows that are not zero, with the vectors held fixed.
-
-    With X the projector on them, tr f(A) = tr X f(A) X + tr (I - X) f(A) (I - X) for any fixed X, and for eigenvectors
-    the derivative of x' f(A) x is f'(theta) x' dA x: so the gradient is exact, though the vectors do not move.
-    """
-    images = jax.lax.map(lambda x: matvec(x, *arguments), vectors)
-    values = jnp.sum(images * vectors, axis=1)
-    found = jnp.sum(vectors**2, axis=1) > 0.5
-    # f need not be defined at the zero that stands for a pair not found.
-    filler = jax.lax.stop_gradient(values[jnp.argmax(jnp.abs(values))])
-    images = jax.vmap(lambda x: function(x, *constants))(jnp.where(found, values, filler))
-    return jnp.sum(jnp.where(found, images, 0))
+def _check_relative_sem(caller: str, value: Any, gradient: str) -> float | None:
+    if value is None:
+        return None
+    number = check_number(caller, "relative_sem", value, positive=True)
+    if gradient == "autodiff":
+        raise ValueError(
+            f"{caller}(relative_sem=...) needs gradient='adjoint' or 'quadrature', since a loop that may stop cannot "
+            f"be differentiated backwards; got {number} with gradient='autodiff'; leave it out to use all probes"
+        )
+    return number
 
 
 def _count(caller: str, probes: PyTree) -> int:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.closures import convert
 from bnnlaplace.precise import matmul
 
@@ -39,8 +40,7 @@ def function_times_first(
     they repeat. The derivative of f(T) in the direction dT is U (F o (U' dT U)) U' with the divided differences F_ij =
     f[x_i, x_j] (Daleckii and Krein; Higham 2008, theorem 3.11), finite for every smooth f: it is used directly.
     """
-    reached = (jnp.arange(len(diagonal)) < breakdown_step) | (breakdown_step < 0)
-    diagonal = jnp.where(reached, diagonal, jax.lax.stop_gradient(diagonal[0]))
+    diagonal = breakdown.fill_diagonal(diagonal, breakdown_step, jax.lax.stop_gradient(diagonal[0]))
     converted, constants = convert(function, diagonal[0])
     return _function_times_first(converted, diagonal, off_diagonal, constants)
 

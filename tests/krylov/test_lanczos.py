@@ -11,7 +11,8 @@ import scipy.linalg
 
 from bnnlaplace.krylov import check_symmetric, lanczos, tridiagonal_matrix
 from bnnlaplace.krylov.arnoldi import arnoldi_adjoint, arnoldi_forward
-from bnnlaplace.krylov.lanczos import Settings, lanczos_adjoint, lanczos_forward
+from bnnlaplace.krylov.lanczos import lanczos_adjoint, lanczos_forward
+from bnnlaplace.krylov.operator import Settings, default_tolerance
 
 
 def mean_digits(name, how, size):
@@ -20,7 +21,7 @@ def mean_digits(name, how, size):
         name
     ]
     run = forward if how == "autodiff" else adjoint
-    settings = Settings(size, project=how == "adjoint with projection")
+    settings = Settings(size, default_tolerance(jnp.float64), project=how == "adjoint with projection")
 
     def rebuilt(matrix, start):
         result = run(lambda v, matrix: matrix @ v, settings, start, (matrix,))

@@ -140,7 +140,7 @@ def test_every_option_reaches_the_program(method, option):
 def test_bad_input():
     with pytest.raises(ValueError, match=r"num_matvecs=.* between 1 and the dimension 3; got 4"):
         matfun_lanczos(jnp.exp, lambda v: v, jnp.ones(3), num_matvecs=4)
-    with pytest.raises(ValueError, match=r"gradient=.* must be 'adjoint' or 'autodiff'"):
+    with pytest.raises(ValueError, match=r"gradient=.* must be 'adjoint', 'frechet' or 'autodiff'"):
         matfun_arnoldi(jax.scipy.linalg.expm, lambda v: v, jnp.ones(3), num_matvecs=2, gradient="quadrature")
 
 

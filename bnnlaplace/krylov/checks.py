@@ -1,0 +1,157 @@
+"""Checks on what a user hands to a Krylov method; every message names the function, its argument and a way out."""
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from bnnlaplace.tree import ravel
+
+
+def check_real(caller: str, argument: str, tree: PyTree) -> PyTree:
+    """Return `tree` with arrays for leaves; raise TypeError unless they have one real floating-point dtype."""
+    tree = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree)
+    found = {leaf.dtype for leaf in jax.tree.leaves(tree)}
+    dtypes = {jax.dtypes.canonicalize_dtype(dtype) if jnp.issubdtype(dtype, jnp.number) else dtype for dtype in found}
+    if len(dtypes) != 1 or not jnp.issubdtype(next(iter(dtypes)), jnp.floating):
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes)) or "no leaves"
+        raise TypeError(
+            f"{caller}({argument}=...) must have leaves of one real floating-point dtype; got {names}; "
+            "cast them, and stack real and imaginary parts of complex vectors"
+        )
+    return tree
+
+
+def check_vector(caller: str, argument: str, tree: PyTree) -> Float[Array, " n"]:
+    """Ravel a nonzero, finite, real vector.
+
+    Raises
+    ------
+    TypeError
+        As for `check_real`.
+    ValueError
+        If it is empty, or, where its values are known outside of `jit`, zero or not finite.
+    """
+    tree = check_real(caller, argument, tree)
+    check_finite(caller, argument, jax.tree.map(lambda leaf: leaf[None], tree))
+    vector = ravel(jax.tree.map(jnp.asarray, tree))
+    if not vector.size:
+        raise ValueError(f"{caller}({argument}=...) must have at least one entry; got none")
+    return vector
+
+
+def check_finite(caller: str, argument: str, vectors: PyTree[Float[Array, "S ..."]]) -> None:
+    """Raise ValueError where one of S vectors is known to be zero or not finite, as it is not while JAX traces."""
+    leaves = jax.tree.leaves(vectors)
+    if is_traced(leaves):
+        return
+    rows = np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in leaves], axis=1)
+    bad = rows.size - np.count_nonzero(np.isfinite(rows))
+    if bad:
+        raise ValueError(
+            f"{caller}({argument}=...) must be finite; got {bad} of {rows.size} entries that are not; look for NaN or "
+            "infinite values where they come from"
+        )
+    zeros = np.count_nonzero(~rows.any(axis=1))
+    if zeros and rows.size:
+        raise ValueError(
+            f"{caller}({argument}=...) must not be zero; got {zeros} of {len(rows)} with {rows.shape[1]} zeros; draw "
+            "them at random, say with jax.random.normal"
+        )
+
+
+def is_traced(tree: PyTree) -> bool:
+    """Whether a value of `tree` is not known yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_count(caller: str, argument: str, value: Any, most: int | None = None, limit: str = "") -> int:
+    """An integer between 1 and `most`, described by `limit`, that is known while JAX traces.
+
+    Raises
+    ------
+    TypeError
+        If it is no integer, or traced.
+    ValueError
+        If it is out of range.
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        count = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{caller}({argument}=...) must be an integer that is known while JAX traces; got {value!r}; "
+            "pass a Python int, or make it a static argument of jit"
+        ) from None
+    if most is None and count < 1:
+        raise ValueError(f"{caller}({argument}=...) must be at least 1; got {count}")
+    if most is not None and not 1 <= count <= most:
+        raise ValueError(
+            f"{caller}({argument}=...) must lie between 1 and {limit} {most}; got {count}; "
+            f"{'raise' if count < 1 else 'lower'} it"
+        )
+    return count
+
+
+def check_number(caller: str, argument: str, value: Any, *, positive: bool) -> float:
+    """A finite number, positive or not negative, that is known while JAX traces; TypeError and ValueError as above."""
+    wanted = "a positive number" if positive else "a number, zero or more,"
+    try:
+        if isinstance(value, (bool, np.bool_, str)):
+            raise TypeError
+        number = float(value)
+    except TypeError:
+        raise TypeError(
+            f"{caller}({argument}=...) must be {wanted} that is known while JAX traces; got {value!r}; pass a Python "
+            "float, or make it a static argument of jit"
+        ) from None
+    if not (math.isfinite(number) and (number > 0 or (number == 0 and not positive))):
+        raise ValueError(f"{caller}({argument}=...) must be {wanted} and finite; got {number}")
+    return number
+
+
+def check_choice(caller: str, argument: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if not isinstance(value, str) or value not in choices:
+        names = [repr(choice) for choice in choices]
+        raise ValueError(f"{caller}({argument}=...) must be {', '.join(names[:-1])} or {names[-1]}; got {value!r}")
+
+
+def check_callable(caller: str, argument: str, value: Any, form: str) -> None:
+    """Raise TypeError unless `value` can be called; `form` shows what is expected."""
+    if not callable(value):
+        raise TypeError(f"{caller}({argument}=...) must be a function, such as {form}; got {type(value).__name__}")
+
+
+def check_product(caller: str, matvec: Callable[..., PyTree], taken: PyTree, params: Sequence[Any]) -> None:
+    """Raise TypeError unless `matvec` returns the structure, shapes and dtypes that it takes."""
+    check_callable(caller, "matvec", matvec, "lambda v: matrix @ v")
+    returned = jax.eval_shape(matvec, taken, *params)
+    if jax.tree.structure(taken) != jax.tree.structure(returned):
+        raise TypeError(
+            f"{caller}(matvec=...) must return the structure that it takes, {jax.tree.structure(taken)}; got "
+            f"{jax.tree.structure(returned)}"
+        )
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(taken)]
+    for name, before, after in zip(names, jax.tree.leaves(taken), jax.tree.leaves(returned), strict=True):
+        if before.shape != after.shape or before.dtype != after.dtype:
+            raise TypeError(
+                f"{caller}(matvec=...) must return the shape and dtype that it takes, {before.dtype}{before.shape}; "
+                f"got {after.dtype}{after.shape}{' at ' + name if name else ''}; mend the product, or cast its result "
+                "or the start vector"
+            )
+
+
+def check_decomposable(caller: str, argument: str, dtype: Any) -> None:
+    """Raise TypeError for a dtype in which the small matrix of a Krylov method cannot be decomposed."""
+    if jnp.finfo(dtype).bits < 32:
+        raise TypeError(
+            f"{caller}({argument}=...) must be float32 or float64, since the projected matrix is decomposed in its "
+            f"dtype; got {dtype}; cast it, and products to and from {dtype} inside of matvec"
+        )

@@ -1,0 +1,138 @@
+"""Plain errors, or NaN, where somebody asks for a derivative that a function does not have.
+
+JAX's own error for a forward-mode derivative of a custom adjoint does not say which function, and under `jit` it is one
+about a missing lowering rule; and of a second derivative that is not right it cannot know. So values pass through
+identities that notice how they are differentiated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Bool
+
+
+def reverse_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Return `function`, whose forward-mode derivatives raise a TypeError that starts with `name`."""
+
+    def call(*args: Any) -> Any:
+        try:
+            return function(*_mark(args, name))
+        except TypeError as error:
+            # JAX's own check can come first, where the tangent is batched while `jit` traces.
+            if "forward-mode" in str(error) and "reverse mode only" not in str(error):
+                raise TypeError(
+                    f"{_no_forward_mode(name)}; or a function of yours that {name.split('(')[0]} calls has a "
+                    "jax.custom_vjp, which allows no forward mode either, as jax.hessian asks for: there use "
+                    "jax.jacrev(jax.grad(...))"
+                ) from error
+            raise
+
+    return call
+
+
+def once_in_reverse(tree: Any, name: str) -> Any:
+    """Return a gradient, whose own derivatives in reverse mode raise a TypeError that starts with `name`."""
+    return jax.tree.map(lambda leaf: _identity(leaf, lambda t: _once_in_reverse_p.bind(t, name=name)), tree)
+
+
+def once(tree: Any, message: str) -> Any:
+    """Return a gradient, whose own derivatives raise a TypeError with `message`."""
+
+    def refuse(_: Any) -> None:
+        raise TypeError(message)
+
+    return jax.tree.map(lambda leaf: _identity(leaf, refuse), tree)
+
+
+def once_where(tree: Any, allowed: Bool[Array, ""]) -> Any:
+    """Return a gradient, whose own derivatives are NaN where `allowed` is false, unless they are zero."""
+
+    @jax.custom_jvp
+    def identity(value: Any, allowed: Any) -> Any:
+        return value
+
+    @identity.defjvp
+    def tangent(primals: tuple, tangents: tuple) -> tuple:
+        (value, allowed), (d_value, _) = primals, tangents
+        return value, _once_where_p.bind(d_value, jnp.broadcast_to(allowed, d_value.shape))
+
+    return jax.tree.map(lambda leaf: identity(leaf, allowed), tree)
+
+
+def _identity(value: Any, tangent: Callable[[Any], Any]) -> Any:
+    """`value`, whose tangents pass through `tangent`."""
+    if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
+        return value
+
+    @jax.custom_jvp
+    def identity(value: Any) -> Any:
+        return value
+
+    identity.defjvp(lambda primals, tangents: (primals[0], tangent(tangents[0])))
+    return identity(value)
+
+
+def _mark(tree: Any, name: str) -> Any:
+    return jax.tree.map(lambda leaf: _identity(leaf, lambda t: _reverse_only_p.bind(t, name=name)), tree)
+
+
+def _no_forward_mode(name: str) -> str:
+    return (
+        f"{name} has derivatives in reverse mode only; got a forward-mode one (jax.jvp, jax.jacfwd or jax.linearize); "
+        "use jax.grad, jax.vjp or jax.jacrev, or gradient='autodiff'"
+    )
+
+
+def _refuse_forward(*_: Any, name: str) -> None:
+    raise TypeError(_no_forward_mode(name))
+
+
+def _refuse_reverse(*_: Any, name: str) -> None:
+    raise TypeError(
+        f"{name} has second derivatives in forward mode over reverse mode only; got reverse mode twice; use "
+        "jax.hessian or jax.jacfwd(jax.grad(...)), or leave relative_sem out"
+    )
+
+
+def _linear_identity(name: str) -> Primitive:
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(lambda tangent, **_: tangent)
+    batching.primitive_batchers[primitive] = lambda args, dims, **kwargs: (primitive.bind(*args, **kwargs), dims[0])
+    return primitive
+
+
+# The identity on tangents, defined for everything but its evaluation.
+_reverse_only_p = _linear_identity("reverse_only")
+_reverse_only_p.def_impl(_refuse_forward)
+mlir.register_lowering(_reverse_only_p, lambda *_, name: _refuse_forward(name=name))
+ad.deflinear(_reverse_only_p, lambda cotangent, **_: [cotangent])
+
+# The identity on tangents, defined for everything but its transposition.
+_once_in_reverse_p = _linear_identity("once_in_reverse")
+_once_in_reverse_p.def_impl(lambda tangent, **_: tangent)
+mlir.register_lowering(_once_in_reverse_p, lambda _, tangent, **__: [tangent])
+ad.deflinear(_once_in_reverse_p, lambda _, name: _refuse_reverse(name=name))
+
+
+def _zero_or_nan(tangent: Array, allowed: Bool[Array, "..."]) -> Array:
+    return jnp.where(allowed | (tangent == 0), tangent, jnp.nan)
+
+
+# Linear in the tangent as far as differentiation goes: the identity, or NaN for what is not zero.
+_once_where_p = Primitive("once_where")
+_once_where_p.def_abstract_eval(lambda tangent, _: tangent)
+_once_where_p.def_impl(_zero_or_nan)
+mlir.register_lowering(_once_where_p, mlir.lower_fun(_zero_or_nan, multiple_results=False))
+batching.defbroadcasting(_once_where_p)
+ad.primitive_jvps[_once_where_p] = lambda primals, tangents: (
+    _once_where_p.bind(*primals),
+    _once_where_p.bind(ad.instantiate_zeros(tangents[0]), primals[1]),
+)
+ad.primitive_transposes[_once_where_p] = lambda cotangent, _, allowed: (
+    _once_where_p.bind(ad.instantiate_zeros(cotangent), allowed),
+    None,
+)

@@ -1,0 +1,59 @@
+"""The function f of f(A), checked, as one that closes over no traced array."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bnnlaplace.krylov.checks import check_callable
+from bnnlaplace.krylov.closures import convert
+
+# (argument, constants) -> f(argument), where the constants are what a user's function closes over.
+Converted = Callable[[Array, Any], Array]
+
+
+def scalar_function(caller: str, function: Callable, dtype: Any) -> tuple[Converted, Any]:
+    """f from a scalar to a scalar, and the traced arrays that it closes over.
+
+    Raises
+    ------
+    TypeError
+        If it is no function, cannot be traced, or returns anything but one number of the dtype of its argument.
+    """
+    check_callable(caller, "function", function, "jnp.log")
+    _check_image(caller, function, jax.ShapeDtypeStruct((), dtype), "a scalar", "jnp.log")
+    converted, constants = convert(function, jnp.zeros((), dtype))
+    return lambda x, constants: converted(x, *constants), tuple(constants)
+
+
+def matrix_function(caller: str, function: Callable, sizes: Sequence[int], dtype: Any) -> tuple[Converted, Any]:
+    """f on dense square matrices of some sizes, and the traced arrays that it closes over; errors as above."""
+    check_callable(caller, "function", function, "jax.scipy.linalg.expm")
+    by_size = {}
+    for size in sorted(set(sizes)):
+        like = jax.ShapeDtypeStruct((size, size), dtype)
+        _check_image(caller, function, like, f"a {size} x {size} matrix", "jax.scipy.linalg.expm")
+        by_size[size] = convert(function, jnp.zeros(like.shape, dtype))
+
+    def apply(matrix: Float[Array, "k k"], constants: Any) -> Float[Array, "k k"]:
+        return by_size[len(matrix)][0](matrix, *constants[len(matrix)])
+
+    return apply, {size: constants for size, (_, constants) in by_size.items()}
+
+
+def _check_image(caller: str, function: Callable, like: jax.ShapeDtypeStruct, what: str, example: str) -> None:
+    try:
+        image = jax.eval_shape(lambda x: function(x), like)  # jit itself does not survive a NumPy ufunc
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            f"{caller}(function=...) must be made of functions that JAX can trace; got one that asks for a number or a "
+            f"NumPy array; use jax.numpy, such as {example}"
+        ) from error
+    if not hasattr(image, "shape") or (image.shape, image.dtype) != (like.shape, like.dtype):
+        got = f"{image.dtype}{image.shape}" if hasattr(image, "shape") else type(image).__name__
+        raise TypeError(
+            f"{caller}(function=...) must take {what} to one of the same dtype, {like.dtype}{like.shape}; got {got}; "
+            f"such as {example}"
+        )

@@ -1,0 +1,80 @@
+"""z' f(A) z of one probe, read off its Lanczos decomposition, and three ways to differentiate it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from bnnlaplace.krylov import adjoint, breakdown
+from bnnlaplace.krylov.derivative_modes import once_where
+from bnnlaplace.krylov.functions import Converted
+from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint, lanczos_forward
+from bnnlaplace.krylov.matfun import function_times_start
+from bnnlaplace.krylov.operator import Settings
+from bnnlaplace.krylov.tridiagonal import function_times_first
+from bnnlaplace.precise import matmul
+from bnnlaplace.tree import floating
+
+
+def quadratic_form(
+    function: Converted,
+    matvec: Callable,
+    settings: Settings,
+    gradient: str,
+    probe: Float[Array, " n"],
+    arguments: tuple[Any, ...],
+    constants: Any,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """z' f(A) z, differentiable as `gradient` says, and how much of it came with the last fifth of the steps."""
+    if gradient == "quadrature":
+        return _quadrature_form(function, matvec, settings, probe, arguments, constants)
+    decompose = lanczos_adjoint if gradient == "adjoint" else lanczos_forward
+    return _read_off(function, constants, decompose(matvec, settings, probe, arguments))
+
+
+def _read_off(function: Converted, constants: Any, steps: Lanczos) -> tuple[Array, Array]:
+    first, change = function_times_start(function, constants, steps)
+    return steps.start_norm * first[0], steps.start_norm * jax.lax.stop_gradient(change[0])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _quadrature_form(
+    function: Converted, matvec: Callable, settings: Settings, probe: Array, arguments: tuple[Any, ...], constants: Any
+) -> tuple[Array, Array]:
+    """z' f(A) z, with (f'(A) z)' dA z + 2 (f(A) z)' dz for its derivative."""
+    return _read_off(function, constants, lanczos_forward(matvec, settings, probe, arguments))
+
+
+def _quadrature_form_forward(
+    function: Converted, matvec: Callable, settings: Settings, probe: Array, arguments: tuple[Any, ...], constants: Any
+) -> tuple[tuple[Array, Array], Any]:
+    # The loop, since what is differentiated again may be so in forward mode, too.
+    steps = lanczos_forward(matvec, settings, probe, arguments)
+    return _read_off(function, constants, steps), (steps, probe, arguments, constants)
+
+
+def _quadrature_form_backward(
+    function: Converted, matvec: Callable, settings: Settings, saved: Any, cotangents: tuple[Array, Array]
+) -> tuple[Array, Any, Any]:
+    (steps, probe, arguments, constants), (cotangent, _) = saved, cotangents
+    tridiagonal = steps.diagonal, steps.off_diagonal, steps.breakdown_step
+    slope = steps.start_norm * function_times_first(jax.grad(lambda x: function(x, constants)), *tridiagonal)
+    first, _ = function_times_start(function, constants, steps)
+    towards_operator = cotangent * matmul(slope, steps.basis)
+    gradient = (
+        2 * cotangent * matmul(first, steps.basis),
+        adjoint.operator_cotangent(matvec, arguments, probe[None], towards_operator[None], 1),
+        _function_cotangent(function, constants, steps, cotangent),
+    )
+    return once_where(gradient, breakdown.at_the_end(steps.breakdown_step, settings.num_matvecs))
+
+
+_quadrature_form.defvjp(_quadrature_form_forward, _quadrature_form_backward)
+
+
+def _function_cotangent(function: Converted, constants: Any, steps: Lanczos, cotangent: Array) -> Any:
+    active = floating(constants)
+    forms = lambda leaves: _read_off(function, active.fill(leaves), steps)[0]  # noqa: E731
+    return active.cotangent(jax.vjp(forms, active.leaves)[1](cotangent)[0])

@@ -1,0 +1,164 @@
+"""Where a recurrence ends, and where it must not."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decompositions import DECOMPOSITIONS, SIZE, assert_close, random_problem
+
+from bnnlaplace.krylov import check_symmetric, lanczos, leading_eigenpairs, tridiagonal_matrix
+
+both = pytest.mark.parametrize("name", DECOMPOSITIONS)
+
+
+@both
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(np.float32, 1e-30), (np.float32, 1e30), (np.float64, 1e-200), (np.float64, 1e200), (np.float16, 1e3)],
+)
+def test_size_of_the_operator_is_no_breakdown(name, dtype, scale):
+    """Squares of these scales are zero or infinite."""
+    method = DECOMPOSITIONS[name]
+
+    def small(params, scale):
+        scaled = lambda v, params: scale * method.matvec(v, params)  # noqa: E731
+        result = method.decompose(scaled, start, params, num_matvecs=5)
+        return method.matrix(result) / scale, result
+
+    with jax.enable_x64(dtype == np.float64):
+        start, params = random_problem(dtype)
+        run = jax.jit(lambda params, scale: small(params, scale)[1].breakdown_step)
+        assert run(params, dtype(scale)) == -1
+        jacobian = jax.jit(jax.jacrev(lambda params, scale: small(params, scale)[0].sum()))
+        tolerance = 200 * np.finfo(dtype).eps
+        for ours, reference in ((small, small), (jacobian, jacobian)):
+            mine, other = ours(params, dtype(scale)), reference(params, dtype(1))
+            if ours is small:
+                mine, other = mine[0], other[0]
+            assert_close(mine, other, tolerance)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_check_symmetric_at_any_scale(scale):
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(20, 20)), jnp.float32)
+    matvec, key = lambda v, m: scale * (m @ v), jax.random.key(0)  # noqa: E731
+    assert check_symmetric(matvec, jnp.ones(20), key, matrix + matrix.T) < 1e-6
+    with pytest.raises(ValueError, match="must be symmetric"):
+        check_symmetric(matvec, jnp.ones(20), key, matrix)
+
+
+@both
+def test_infinite_products_stay_visible(name):
+    start, params = random_problem(np.float32)
+    result = DECOMPOSITIONS[name].decompose(lambda v: v * jnp.inf, start, num_matvecs=3)
+    assert result.breakdown_step == -1
+    assert not np.isfinite(np.diagonal(DECOMPOSITIONS[name].matrix(result))).any()
+
+
+def equidistant(count, size=1000):
+    """An operator with `count` distinct eigenvalues between 1 and 10."""
+    values = jnp.resize(jnp.linspace(1, 10, count), size)
+    return jnp.linspace(1, 10, count), lambda v: values * v
+
+
+@both
+@pytest.mark.parametrize(("count", "dtype"), [(4, np.float32), (6, np.float32), (6, np.float64)])
+def test_a_few_distinct_eigenvalues_are_a_breakdown(name, count, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        _, matvec = equidistant(count)
+        start = jax.random.normal(jax.random.key(0), (1000,), dtype)
+        result = jax.jit(lambda: DECOMPOSITIONS[name].decompose(matvec, start, num_matvecs=20))()
+        assert result.breakdown_step == count
+
+
+@both
+@pytest.mark.parametrize("count", [8, 10, 12])
+def test_rounding_grows_and_a_tolerance_can_say_so(x64, name, count):
+    """The residual of the invariant space lies above the default tolerance for twelve eigenvalues, and far below 1."""
+    exact, matvec = equidistant(count)
+    start = jax.random.normal(jax.random.key(0), (1000,))
+
+    def run(tolerance):
+        options = {"num_matvecs": 20, "breakdown_tolerance": tolerance}
+        result = jax.jit(lambda: DECOMPOSITIONS[name].decompose(matvec, start, **options))()
+        return result.breakdown_step, DECOMPOSITIONS[name].matrix(result)
+
+    step, matrix = run(1e-11)
+    assert step == count
+    np.testing.assert_allclose(np.sort(np.linalg.eigvals(matrix[:count, :count]).real), exact, rtol=1e-12)
+    step, matrix = run(0.0)
+    assert step == -1
+    if count == 12:
+        assert run(None)[0] == -1
+    # What follows changes no quadrature.
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    dense = jnp.sum(start**2 * jnp.log(matvec(jnp.ones(1000)))) / jnp.sum(start**2)
+    np.testing.assert_allclose(vectors[0] ** 2 @ np.log(values), dense, rtol=1e-13)
+
+
+def test_scale_is_the_largest_product_so_far(x64):
+    """Products with the later vectors are small, and their rounding is that of the first ones."""
+    values = jnp.ones(50).at[0].set(1e8)
+    start = jnp.full(50, 1e-3).at[0].set(1.0)
+    result = lanczos(lambda v: values * v, start, num_matvecs=5)
+    assert result.breakdown_step == 2
+
+
+def test_eigenpairs_past_an_invariant_space(x64):
+    """Two eigenvalues: one vector of each eigenspace, unless rounding is followed, which finds true ones."""
+    values = jnp.repeat(jnp.array([3.0, 2.0]), 100)
+    options = {"num_pairs": 5, "num_matvecs": 5}
+    start = jax.random.normal(jax.random.key(0), (200,))
+    found = leading_eigenpairs(lambda v: values * v, start, **options)
+    np.testing.assert_allclose(found.values, [3, 2, 0, 0, 0], rtol=1e-14)
+    found = leading_eigenpairs(lambda v: values * v, start, breakdown_tolerance=0.0, **options)
+    alive = found.values != 0
+    assert alive.sum() > 2
+    np.testing.assert_allclose(found.vectors * values, found.values[:, None] * found.vectors, atol=1e-12)
+
+
+@both
+def test_second_derivatives_past_a_breakdown_are_not_a_number(x64, name):
+    """They would need directions that the recurrence has not seen; at the breakdown itself they are right."""
+    method = DECOMPOSITIONS[name]
+    start = jnp.arange(1.0, SIZE + 1)
+
+    def trace_of_cube(values, depth):
+        matvec = lambda v, values: jnp.repeat(values, 4) * v  # noqa: E731
+        result = method.decompose(matvec, start, values, num_matvecs=depth)
+        return result.start_norm**2 * (jnp.linalg.matrix_power(method.matrix(result), 3))[0, 0]
+
+    def exact(values):
+        return jnp.sum(start**2 * jnp.repeat(values, 4) ** 3)
+
+    values = jnp.array([3.0, 2.0, 1.0])
+    run = jax.jit(jax.hessian(trace_of_cube), static_argnums=1)
+    np.testing.assert_allclose(run(values, 3), jax.hessian(exact)(values), atol=1e-9)
+    assert np.isnan(run(values, 5)).any()
+    twice = jax.jit(jax.jacrev(jax.grad(trace_of_cube)), static_argnums=1)
+    assert np.isnan(twice(values, 5)).any()
+    gradient = jax.jit(jax.grad(trace_of_cube), static_argnums=1)(values, 5)
+    np.testing.assert_allclose(gradient, jax.grad(exact)(values), rtol=1e-12)
+
+
+@both
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [("small", TypeError), (True, TypeError), (-1.0, ValueError), (np.nan, ValueError), (np.inf, ValueError)],
+)
+def test_bad_tolerance(name, value, error):
+    with pytest.raises(error, match=rf"{name}\(breakdown_tolerance=.* must be a number, zero or more"):
+        DECOMPOSITIONS[name].decompose(lambda v: v, jnp.ones(3), num_matvecs=2, breakdown_tolerance=value)
+
+
+def test_traced_tolerance():
+    def run(tolerance):
+        return lanczos(lambda v: v, jnp.ones(3), num_matvecs=2, breakdown_tolerance=tolerance).diagonal
+
+    with pytest.raises(TypeError, match="breakdown_tolerance=.*known while JAX traces.*static argument"):
+        jax.jit(run)(1e-3)
+
+
+def test_tridiagonal_matrix_is_symmetric():
+    matrix = tridiagonal_matrix(jnp.arange(3.0), jnp.array([5.0, 6.0]))
+    np.testing.assert_array_equal(matrix, [[0, 5, 0], [5, 1, 6], [0, 6, 2]])

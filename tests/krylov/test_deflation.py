@@ -1,0 +1,97 @@
+"""Traces with leading eigenpairs summed exactly, at the edges: none found, all found, and what is refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decompositions import assert_close
+
+from bnnlaplace.krylov import Eigenpairs, leading_eigenpairs, rademacher_probes, stochastic_lanczos_quadrature
+
+SIZE = 6
+VALUES = jnp.array([8.0, 4.0, 2.0, 1.5, 1.0, 0.5])
+EXACT = np.float32(np.sqrt(SIZE)) * np.eye(SIZE, dtype=np.float32)
+
+
+def pairs(count):
+    """The leading `count` eigenpairs of diag(VALUES), and zeros for others."""
+    found = jnp.arange(SIZE) < count
+    return Eigenpairs(jnp.where(found, VALUES, 0), jnp.diag(found.astype(VALUES.dtype)), jnp.zeros(SIZE))
+
+
+def log_determinant(values, scale, probes=EXACT, **options):
+    """log det(scale * diag(values)), whose logarithm is not defined at the zero of a pair that was not found."""
+    return stochastic_lanczos_quadrature(
+        lambda x: jnp.log(scale * x), lambda v, d: d * v, jnp.asarray(probes), values, num_matvecs=SIZE, **options
+    ).mean
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature", "autodiff"])
+@pytest.mark.parametrize("count", [0, 2, SIZE])
+def test_any_number_of_pairs(gradient, count):
+    options = {"gradient": gradient, "deflation": pairs(count)}
+    run = jax.jit(jax.value_and_grad(lambda d, s: log_determinant(d, s, **options), (0, 1)))
+    value, slopes = run(VALUES, 0.7)
+    np.testing.assert_allclose(value, jnp.sum(jnp.log(0.7 * VALUES)), rtol=1e-5)
+    assert_close(slopes, (1 / VALUES, SIZE / 0.7), 1e-4)
+
+
+def test_a_batch_with_probes_of_which_nothing_is_left():
+    """The probes sqrt(n) e_i of deflated directions are zero, those of others are not."""
+    options = {"probe_batch_size": 4, "deflation": pairs(3)}
+    value, slope = jax.jit(jax.value_and_grad(lambda d: log_determinant(d, 1.0, **options)))(VALUES)
+    np.testing.assert_allclose(value, jnp.sum(jnp.log(VALUES)), rtol=1e-5)
+    np.testing.assert_allclose(slope, 1 / VALUES, rtol=1e-4)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
+def test_second_derivatives(x64, gradient):
+    """Those of the estimate of the gradient, exact at full depth; with deflation they are refused."""
+    values, probes = jnp.asarray(np.asarray(VALUES, np.float64)), jnp.asarray(EXACT, jnp.float64)
+
+    def loss(values, **options):
+        return log_determinant(values**2, 1.0, probes @ mixing, gradient=gradient, **options)
+
+    mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (SIZE, SIZE)))[0]
+    for derivative in (jax.hessian(loss), jax.jacrev(jax.grad(loss))):
+        np.testing.assert_allclose(jax.jit(derivative)(values), jnp.diag(-2 / values**2), atol=1e-8)
+        with pytest.raises(TypeError, match=r"quadrature\(deflation=...\) has first derivatives only"):
+            jax.jit(derivative)(values, deflation=jax.tree.map(lambda x: x.astype(values.dtype), pairs(2)))
+
+
+def test_second_derivatives_of_a_loop_that_may_stop(x64):
+    values = jnp.asarray(np.asarray(VALUES, np.float64))
+    mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (SIZE, SIZE)))[0]
+
+    def loss(values):
+        return log_determinant(values, 1.0, EXACT @ mixing, relative_sem=1e-9)
+
+    np.testing.assert_allclose(jax.jit(jax.hessian(loss))(values), jnp.diag(-1 / values**2), atol=1e-8)
+    with pytest.raises(TypeError, match=r"quadrature\(relative_sem=...\) .*jax.hessian .*leave relative_sem out"):
+        jax.jit(jax.jacrev(jax.grad(loss)))(values)
+
+
+def shorter(found):
+    return found._replace(vectors=found.vectors[:, :-1])
+
+
+BAD = {
+    "another type": (lambda found: tuple(found), TypeError, "must be what leading_eigenpairs returns; got tuple"),
+    "another length": (shorter, ValueError, r"vectors like the probes, of shapes \(6,\); got \(5,\)"),
+    "another structure": (lambda f: f._replace(vectors=[f.vectors]), ValueError, "vectors like the probes"),
+    "not of unit length": (lambda f: f._replace(vectors=2 * f.vectors), ValueError, "orthonormal .* off by 3"),
+    "not orthogonal": (lambda f: f._replace(vectors=f.vectors.at[0, 1].set(0.1)), ValueError, "orthonormal"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_pairs(case):
+    change, error, message = BAD[case]
+    probes = rademacher_probes(jax.random.key(0), VALUES, 3)
+    with pytest.raises(error, match=rf"stochastic_lanczos_quadrature\(deflation=...\) must {message}|{message}"):
+        log_determinant(VALUES, 1.0, probes, deflation=change(pairs(2)))
+
+
+def test_pairs_found_by_lanczos_are_good():
+    found = leading_eigenpairs(lambda v: VALUES * v, jnp.ones(SIZE), num_pairs=3, num_matvecs=SIZE)
+    np.testing.assert_allclose(log_determinant(VALUES, 1.0, deflation=found), jnp.sum(jnp.log(VALUES)), rtol=1e-5)
