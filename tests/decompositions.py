@@ -41,7 +41,7 @@ DECOMPOSITIONS = {
 }
 
 
-def random_problem(dtype: Any = np.float64, shift: float = 0.3) -> tuple[Array, dict[str, Array]]:
+def random_operator(dtype: Any = np.float64, shift: float = 0.3) -> tuple[Array, dict[str, Array]]:
     """A start vector, and parameters of an operator, well conditioned for `shift` = 8."""
     rng = np.random.default_rng(0)
     params = {"half": jnp.asarray(rng.normal(size=(SIZE, SIZE)) / 2, dtype), "shift": jnp.asarray(shift, dtype)}

@@ -93,8 +93,8 @@ def arnoldi(
     Notes
     -----
     Cost: K products; in addition 4 K^2 n multiplications for "full" and 2 K^2 n for "none", and in the adjoint about
-    5 K^2 n and 4 K^2 n. Memory as for `lanczos`, and K n more in the adjoint. The transposed products are those of
-    `jax.vjp` of `matvec`. Second derivatives as for `lanczos`.
+    5 K^2 n and 4 K^2 n. Memory as for `lanczos`, and K n more in the adjoint of "none". The transposed products are
+    those of `jax.vjp` of `matvec`. Second derivatives as for `lanczos`.
 
     Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
 

@@ -120,8 +120,9 @@ def lanczos(
     Notes
     -----
     Cost: K products; for "full" in addition about 2 K^2 n multiplications, and about 4 K^2 n in the adjoint. Memory at
-    its peak: K n numbers, 4 K n with the adjoint, and K n more in both where the basis exceeds 8 MB. Everything is
-    computed in the dtype of `start`. Call it within `jit`: outside of it each call compiles its loop again.
+    its peak: K n numbers, 3.3 K n with the adjoint, and K n more in both where the basis exceeds 8 MB; 1.5 K^2 n for
+    the derivatives of "autodiff". Everything is computed in the dtype of `start`. Call it within `jit`: outside of it
+    each call compiles its loop again.
 
     Second derivatives are the adjoint differentiated again. Past a breakdown, where they would need directions that the
     recurrence has not seen, they are NaN: lower `num_matvecs` to `breakdown_step`.
@@ -190,6 +191,7 @@ def lanczos_forward(
     return Lanczos(gram_schmidt.join(blocks), diagonal, couplings[:-1], residual, start_norm, breakdown_step)
 
 
+@jax.checkpoint
 def _reorthogonalise(blocks: gram_schmidt.Blocks, last: Array, vector: Array) -> tuple[Array, Array]:
     """`vector` without what lies along the rows, and its length."""
     wanted = jnp.zeros_like(vector, shape=sum(map(len, blocks)))

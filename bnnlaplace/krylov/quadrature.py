@@ -104,8 +104,8 @@ def stochastic_lanczos_quadrature(
         only; for second derivatives of "quadrature" take jax.hessian, since in reverse mode twice they take memory as
         "autodiff" does. "autodiff": through the loop, in any mode.
     probe_batch_size
-        Probes at once: more are faster where products gain from batching. Memory is that of `lanczos` for each of them,
-        for the gradient, too, which is summed as batches pass.
+        Probes at once: more are faster where products gain from batching. Each takes K n numbers, and 3.3 K n with the
+        gradient of "adjoint", which is summed as batches pass.
     relative_sem
         Stop once sem <= relative_sem |mean|, after the first eight probes or later; else all probes are used. Not with
         "autodiff".

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decompositions import DECOMPOSITIONS, SIZE, assert_close, random_problem
+from decompositions import DECOMPOSITIONS, SIZE, assert_close, random_operator
 
 from bnnlaplace.krylov import check_symmetric, lanczos, leading_eigenpairs, tridiagonal_matrix
 
@@ -26,7 +26,7 @@ def test_size_of_the_operator_is_no_breakdown(name, dtype, scale):
         return method.matrix(result) / scale, result
 
     with jax.enable_x64(dtype == np.float64):
-        start, params = random_problem(dtype)
+        start, params = random_operator(dtype)
         run = jax.jit(lambda params, scale: small(params, scale)[1].breakdown_step)
         assert run(params, dtype(scale)) == -1
         jacobian = jax.jit(jax.jacrev(lambda params, scale: small(params, scale)[0].sum()))
@@ -49,7 +49,7 @@ def test_check_symmetric_at_any_scale(scale):
 
 @both
 def test_infinite_products_stay_visible(name):
-    start, params = random_problem(np.float32)
+    start, params = random_operator(np.float32)
     result = DECOMPOSITIONS[name].decompose(lambda v: v * jnp.inf, start, num_matvecs=3)
     assert result.breakdown_step == -1
     assert not np.isfinite(np.diagonal(DECOMPOSITIONS[name].matrix(result))).any()

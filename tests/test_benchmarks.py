@@ -1,0 +1,18 @@
+"""Benchmarks run, and write what they print."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_krylov_benchmark_runs_small():
+    command = [sys.executable, "benchmarks/krylov.py", "--small", "--parts", "headline", "hilbert"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "projection / backpropagation" in done.stdout
+    record = json.loads((ROOT / "benchmarks/results/krylov_small.json").read_text())
+    assert {"headline", "hilbert"} <= set(record)
+    assert (ROOT / "benchmarks/results/krylov_small_hilbert.png").stat().st_size > 0
