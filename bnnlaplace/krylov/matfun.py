@@ -80,8 +80,9 @@ def matfun_lanczos(
 
     Notes
     -----
-    Cost: that of `lanczos`, and of order K^3; memory with a gradient 4.3 K n. Call it within `jit`. Under `vmap` one vector whose space is invariant
-    lets the second decomposition run for all of the batch.
+    Cost: that of `lanczos`, and of order K^3; memory with a gradient 4.3 K n. Call it within `jit`. Under `vmap` one
+    vector whose space is invariant lets the second decomposition run for all of the batch. Second derivatives are those
+    of "adjoint"; in an invariant space they are NaN.
 
     Source: Saad 1992; "adjoint": Krämer et al. 2024, arXiv 2405.17277; "frechet": Kandolf, Koskela, Relton and
     Schweitzer 2021.
