@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.checks import check_choice, check_count, check_number, check_product, check_vector
 from bnnlaplace.krylov.closures import convert
-from bnnlaplace.tree import ravel, unraveler
+from bnnlaplace.tree import floating, ravel, unraveler
 
 
 class FlatOperator(NamedTuple):
@@ -59,8 +59,25 @@ def flatten(
     def flat(vector: Array, *params: Any) -> Array:
         return ravel(matvec(unravel(vector), *params))
 
+    vector, params = _vary_alike((vector, tuple(params)))
     closed, constants = convert(flat, vector, *params)
     return FlatOperator(closed, vector, (*params, *constants), unravel)
+
+
+def _vary_alike(tree: Any) -> Any:
+    """Let what can be differentiated vary over the devices over which any of it does.
+
+    Within `shard_map` an array is known to vary or to be the same on all devices, and a loop whose state starts as the
+    one and ends as the other is refused. Adding a zero that varies says it, and costs nothing elsewhere.
+    """
+    active = floating(tree)
+    if not active.leaves:
+        return tree
+    zeros = [jnp.zeros_like(leaf, shape=()) for leaf in active.leaves]
+    tied = [
+        leaf + sum(zero.astype(own.dtype) for zero in zeros) for leaf, own in zip(active.leaves, zeros, strict=True)
+    ]
+    return active.fill(tied)
 
 
 class Settings(NamedTuple):

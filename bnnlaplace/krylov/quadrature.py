@@ -157,7 +157,8 @@ def stochastic_lanczos_quadrature(
     operator, settings = prepare(caller, "probes", matvec, first, params, **options)
     check_decomposable(caller, "probes", operator.start.dtype)
     converted, constants = scalar_function(caller, function, operator.start.dtype)
-    rows = jax.vmap(ravel)(jax.tree.map(jnp.asarray, probes))
+    # Within shard_map the probes vary as the operator does: `operator.start` knows.
+    rows = jax.vmap(ravel)(jax.tree.map(jnp.asarray, probes)) + jnp.zeros_like(operator.start, shape=())
     offset, is_zero = jnp.zeros_like(operator.start[0]), jnp.zeros(count, bool)
     if deflation is not None:
         vectors = deflation_rows(caller, deflation, first)
@@ -167,7 +168,7 @@ def stochastic_lanczos_quadrature(
         is_zero = ~jnp.any(left != 0, axis=1)
         rows = jnp.where(is_zero[:, None], rows, left)
     plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem, deflation is not None)
-    inputs = offset, rows, (~is_zero).astype(rows.dtype), operator.arguments, constants
+    inputs = offset, rows, jnp.where(is_zero, 0, jnp.ones_like(rows[:, 0])), operator.arguments, constants
     if gradient == "autodiff":
         mean, seen, _ = _run(converted, operator.matvec, plan, *inputs)
     else:
