@@ -13,6 +13,6 @@ def test_krylov_benchmark_runs_small():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert "projection / backpropagation" in done.stdout
-    record = json.loads((ROOT / "benchmarks/results/krylov_small.json").read_text())
+    record = json.loads((ROOT / "benchmarks/results/krylov_small_headline_hilbert.json").read_text())
     assert {"headline", "hilbert"} <= set(record)
     assert (ROOT / "benchmarks/results/krylov_small_hilbert.png").stat().st_size > 0

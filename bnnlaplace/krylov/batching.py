@@ -14,4 +14,4 @@ def anywhere(condition: Bool[Array, ""]) -> Bool[Array, ""]:
 @anywhere.def_vmap
 def _(size: int, batched: list[bool], condition: Bool[Array, " B"]) -> tuple[Bool[Array, ""], bool]:
     del size, batched
-    return jnp.any(condition), False
+    return anywhere(jnp.any(condition)), False

@@ -47,10 +47,3 @@ def reached(breakdown_step: Int[Array, ""], num_matvecs: int) -> Bool[Array, " K
 def at_the_end(breakdown_step: Int[Array, ""], num_matvecs: int) -> Bool[Array, ""]:
     """Whether nothing comes after a breakdown: there was none, or the last step ended in it."""
     return (breakdown_step < 0) | (breakdown_step == num_matvecs)
-
-
-def fill_diagonal(
-    diagonal: Float[Array, " K"], breakdown_step: Int[Array, ""], filler: Float[Array, ""]
-) -> Float[Array, " K"]:
-    """`diagonal` before a breakdown and `filler` after it, where T is zero and a function need not be defined."""
-    return jnp.where(reached(breakdown_step, len(diagonal)), diagonal, filler)

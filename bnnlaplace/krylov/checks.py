@@ -103,10 +103,10 @@ def check_number(caller: str, argument: str, value: Any, *, positive: bool) -> f
     """A finite number, positive or not negative, that is known while JAX traces; TypeError and ValueError as above."""
     wanted = "a positive number" if positive else "a number, zero or more,"
     try:
-        if isinstance(value, (bool, np.bool_, str)):
+        if isinstance(value, (str, bytes)) or np.asarray(value).dtype == bool:
             raise TypeError
         number = float(value)
-    except TypeError:
+    except (TypeError, ValueError, OverflowError):
         raise TypeError(
             f"{caller}({argument}=...) must be {wanted} that is known while JAX traces; got {value!r}; pass a Python "
             "float, or make it a static argument of jit"
@@ -132,7 +132,13 @@ def check_callable(caller: str, argument: str, value: Any, form: str) -> None:
 def check_product(caller: str, matvec: Callable[..., PyTree], taken: PyTree, params: Sequence[Any]) -> None:
     """Raise TypeError unless `matvec` returns the structure, shapes and dtypes that it takes."""
     check_callable(caller, "matvec", matvec, "lambda v: matrix @ v")
-    returned = jax.eval_shape(matvec, taken, *params)
+    try:
+        returned = jax.eval_shape(lambda *arguments: matvec(*arguments), taken, *params)
+    except (jax.errors.TracerArrayConversionError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            f"{caller}(matvec=...) must be made of functions that JAX can trace; got one that asks for a number, a "
+            "bool or a NumPy array; use jax.numpy for what depends on its arguments, and close over what is static"
+        ) from error
     if jax.tree.structure(taken) != jax.tree.structure(returned):
         raise TypeError(
             f"{caller}(matvec=...) must return the structure that it takes, {jax.tree.structure(taken)}; got "

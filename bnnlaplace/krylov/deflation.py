@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.krylov.checks import is_traced
+from bnnlaplace.krylov.batching import anywhere
+from bnnlaplace.krylov.checks import check_real, is_traced
 from bnnlaplace.krylov.eigenpairs import Eigenpairs
 from bnnlaplace.krylov.functions import Converted
 from bnnlaplace.precise import matmul
@@ -30,14 +31,17 @@ def deflation_rows(caller: str, deflation: Eigenpairs, like: PyTree) -> Float[Ar
         raise TypeError(
             f"{caller}(deflation=...) must be what leading_eigenpairs returns; got {type(deflation).__name__}"
         )
-    shapes = jax.tree.map(lambda leaf: jnp.shape(leaf)[1:], deflation.vectors)
+    vectors = check_real(caller, "deflation", deflation.vectors)
+    shapes = jax.tree.map(lambda leaf: leaf.shape[1:], vectors)
     wanted = jax.tree.map(jnp.shape, like)
-    if shapes != wanted:
+    counts = {leaf.shape[0] for leaf in jax.tree.leaves(vectors) if leaf.ndim}
+    if shapes != wanted or len(counts) != 1 or counts == {0}:
         raise ValueError(
-            f"{caller}(deflation=...) must hold vectors like the probes, of shapes {wanted}; got {shapes}; find them "
-            "with leading_eigenpairs for the same matvec"
+            f"{caller}(deflation=...) must hold one or more vectors like the probes, of shapes {wanted}; got {counts} "
+            f"of shapes {shapes}; find them with leading_eigenpairs for the same matvec"
         )
-    rows = jax.lax.stop_gradient(jax.vmap(ravel)(deflation.vectors))
+    dtype = jnp.result_type(jax.tree.leaves(like)[0])
+    rows = jax.lax.stop_gradient(jax.vmap(ravel)(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), vectors)))
     if not is_traced(rows):
         found = np.asarray(rows)[np.any(rows, axis=1)]
         error = np.abs(found @ found.T - np.eye(len(found))).max(initial=0)
@@ -55,7 +59,6 @@ def deflated_trace(
     matvec: Callable,
     arguments: tuple[Any, ...],
     rows: Float[Array, "M n"],
-    probe: Float[Array, " n"],
 ) -> Float[Array, ""]:
     """sum_i f(x_i' A x_i) over the rows that are not zero, with the vectors held fixed.
 
@@ -64,14 +67,13 @@ def deflated_trace(
     """
     values = jnp.sum(jax.lax.map(lambda x: matvec(x, *arguments), rows) * rows, axis=1)
     found = jnp.any(rows != 0, axis=1)
-    # f need not be defined at the zero that stands for a pair not found, but it is wherever x' A x / x' x may lie.
-    filler = jax.lax.cond(
-        jnp.any(found),
-        lambda: values[jnp.argmax(found)],
-        lambda: matmul(probe, matvec(probe, *arguments)) / matmul(probe, probe),
-    )
-    values = jnp.where(found, values, jax.lax.stop_gradient(filler))
-    return jnp.sum(jnp.where(found, jax.vmap(lambda x: function(x, constants))(values), 0))
+
+    def total() -> Array:
+        # f need not be defined at the zero that stands for a pair not found.
+        filled = jnp.where(found, values, jax.lax.stop_gradient(values[jnp.argmax(found)]))
+        return jnp.sum(jnp.where(found, jax.vmap(lambda x: function(x, constants))(filled), 0))
+
+    return jax.lax.cond(anywhere(jnp.any(found)), total, lambda: jnp.zeros_like(values[0]))
 
 
 def outside(rows: Float[Array, "M n"], probes: Float[Array, "S n"]) -> Float[Array, "S n"]:

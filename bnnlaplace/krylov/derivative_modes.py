@@ -10,9 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool
+
+from bnnlaplace.tree import floating
 
 
 def reverse_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -49,7 +52,7 @@ def once(tree: Any, message: str) -> Any:
 
 
 def once_where(tree: Any, allowed: Bool[Array, ""]) -> Any:
-    """Return a gradient, whose own derivatives are NaN where `allowed` is false, unless they are zero."""
+    """Return a gradient, whose own derivatives are NaN where `allowed` is false."""
 
     @jax.custom_jvp
     def identity(value: Any, allowed: Any) -> Any:
@@ -58,7 +61,7 @@ def once_where(tree: Any, allowed: Bool[Array, ""]) -> Any:
     @identity.defjvp
     def tangent(primals: tuple, tangents: tuple) -> tuple:
         (value, allowed), (d_value, _) = primals, tangents
-        return value, _once_where_p.bind(d_value, jnp.broadcast_to(allowed, d_value.shape))
+        return value, _once_where_p.bind(d_value, jnp.broadcast_to(allowed, d_value.shape), is_transposed=False)
 
     return jax.tree.map(lambda leaf: identity(leaf, allowed), tree)
 
@@ -77,7 +80,19 @@ def _identity(value: Any, tangent: Callable[[Any], Any]) -> Any:
 
 
 def _mark(tree: Any, name: str) -> Any:
-    return jax.tree.map(lambda leaf: _identity(leaf, lambda t: _reverse_only_p.bind(t, name=name)), tree)
+    """`tree`, all of whose leaves notice together: one that an inner derivative leaves out is no forward mode."""
+    active = floating(tree)
+
+    @jax.custom_jvp
+    def identity(leaves: list[Any]) -> list[Any]:
+        return leaves
+
+    def tangent(primals: tuple, tangents: tuple) -> tuple:
+        marked = [t if isinstance(t, SymbolicZero) else _reverse_only_p.bind(t, name=name) for t in tangents[0]]
+        return primals[0], marked
+
+    identity.defjvp(tangent, symbolic_zeros=True)
+    return active.fill(identity(active.leaves))
 
 
 def _no_forward_mode(name: str) -> str:
@@ -118,21 +133,26 @@ mlir.register_lowering(_once_in_reverse_p, lambda _, tangent, **__: [tangent])
 ad.deflinear(_once_in_reverse_p, lambda _, name: _refuse_reverse(name=name))
 
 
-def _zero_or_nan(tangent: Array, allowed: Bool[Array, "..."]) -> Array:
-    return jnp.where(allowed | (tangent == 0), tangent, jnp.nan)
+def _identity_or_nan(tangent: Array, allowed: Bool[Array, "..."], *, is_transposed: bool) -> Array:
+    # A cotangent of zero says that nobody asks for this derivative; a tangent of zero may be wrong.
+    kept = allowed | (tangent == 0) if is_transposed else allowed
+    return jnp.where(kept, tangent, jnp.nan)
 
 
-# Linear in the tangent as far as differentiation goes: the identity, or NaN for what is not zero.
+def _once_where_transpose(cotangent: Array, _: Any, allowed: Array, *, is_transposed: bool) -> tuple[Array, None]:
+    return _once_where_p.bind(ad.instantiate_zeros(cotangent), allowed, is_transposed=not is_transposed), None
+
+
+def _once_where_jvp(primals: tuple, tangents: tuple, **options: Any) -> tuple[Array, Array]:
+    tangent = _once_where_p.bind(ad.instantiate_zeros(tangents[0]), primals[1], **options)
+    return _once_where_p.bind(*primals, **options), tangent
+
+
+# Linear in the tangent as far as differentiation goes: the identity, or NaN.
 _once_where_p = Primitive("once_where")
-_once_where_p.def_abstract_eval(lambda tangent, _: tangent)
-_once_where_p.def_impl(_zero_or_nan)
-mlir.register_lowering(_once_where_p, mlir.lower_fun(_zero_or_nan, multiple_results=False))
+_once_where_p.def_abstract_eval(lambda tangent, _, **__: tangent)
+_once_where_p.def_impl(_identity_or_nan)
+mlir.register_lowering(_once_where_p, mlir.lower_fun(_identity_or_nan, multiple_results=False))
 batching.defbroadcasting(_once_where_p)
-ad.primitive_jvps[_once_where_p] = lambda primals, tangents: (
-    _once_where_p.bind(*primals),
-    _once_where_p.bind(ad.instantiate_zeros(tangents[0]), primals[1]),
-)
-ad.primitive_transposes[_once_where_p] = lambda cotangent, _, allowed: (
-    _once_where_p.bind(ad.instantiate_zeros(cotangent), allowed),
-    None,
-)
+ad.primitive_jvps[_once_where_p] = _once_where_jvp
+ad.primitive_transposes[_once_where_p] = _once_where_transpose

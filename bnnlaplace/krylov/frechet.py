@@ -82,12 +82,15 @@ def times_vector(
     value = matmul(coordinates, steps.basis)
     if gradient == "autodiff":
         return value, change
-    response = _response(method, function, matvec, settings, gradient, start, arguments, constants, steps)
+    response = _response(method, function, matvec, settings, gradient, value, start, arguments, constants, steps)
     if gradient == "frechet":
-        return jax.lax.stop_gradient(value) + response, change
-    # Out of a space that is everything nothing leads.
-    ended = (steps.breakdown_step >= 0) & (steps.breakdown_step < start.size) | is_zero
-    return jnp.where(ended, jax.lax.stop_gradient(value) + response, value), change
+        return response, change
+    return jnp.where(_ended(start, steps), response, value), change
+
+
+def _ended(start: Array, steps: Any) -> Array:
+    """Whether a change of A leads out of the space of v; out of one that is everything nothing leads."""
+    return (steps.breakdown_step >= 0) & (steps.breakdown_step < start.size) | (steps.start_norm == 0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -97,19 +100,20 @@ def _response(
     matvec: Callable,
     settings: Settings,
     gradient: str,
+    value: Array,
     start: Array,
     arguments: tuple[Any, ...],
     constants: Any,
     steps: Any,
 ) -> Array:
-    """Zero, with the derivatives of f(A) v."""
-    del method, function, matvec, settings, gradient, arguments, constants, steps
-    return jnp.zeros_like(start)
+    """`value`, with the derivatives of f(A) v."""
+    del method, function, matvec, settings, gradient, start, arguments, constants, steps
+    return value
 
 
 def _response_forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
-    inputs = arguments[5:]
-    return jnp.zeros_like(inputs[0]), inputs
+    value, *inputs = arguments[5:]
+    return value, inputs
 
 
 def _response_backward(
@@ -118,7 +122,7 @@ def _response_backward(
     matvec: Callable,
     settings: Settings,
     gradient: str,
-    inputs: tuple[Any, ...],
+    inputs: list[Any],
     cotangent: Array,
 ) -> tuple[Any, ...]:
     start, arguments, constants, steps = inputs
@@ -143,7 +147,7 @@ def _response_backward(
     if gradient == "frechet":
         found = once(found, "gradient='frechet' has first derivatives only; use gradient='adjoint' for second ones")
     # Those of "adjoint" in an invariant space would need directions that neither recurrence has seen.
-    return *once_where(found, jnp.asarray(False)), None
+    return None, *once_where(found, ~_ended(start, steps)), None
 
 
 _response.defvjp(_response_forward, _response_backward)

@@ -114,8 +114,8 @@ def lanczos(
         zero `start` gives `breakdown_step` 0, one that is not finite NaN.
     TypeError
         If `start` is not real floating point of one dtype, `matvec` is no function or returns another structure, shape
-        or dtype than it takes, an option is of the wrong type or traced, or a forward-mode derivative of the adjoint is
-        asked for.
+        or dtype than it takes, a number among the options is of the wrong type or traced, or a forward-mode derivative
+        of the adjoint is asked for.
 
     Notes
     -----

@@ -20,7 +20,7 @@ from bnnlaplace.krylov.frechet import Method, times_vector
 from bnnlaplace.krylov.functions import Converted, matrix_function, scalar_function
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint, lanczos_forward
 from bnnlaplace.krylov.operator import FlatOperator, Settings, prepare
-from bnnlaplace.krylov.tridiagonal import divided_differences, function_times_first, tridiagonal_matrix
+from bnnlaplace.krylov.tridiagonal import divided_differences, function_times_first, reached_eigenpairs
 from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.precise import matmul
 
@@ -80,9 +80,9 @@ def matfun_lanczos(
 
     Notes
     -----
-    Cost: that of `lanczos`, and of order K^3; memory with a gradient 4.3 K n. Call it within `jit`. Under `vmap` one
-    vector whose space is invariant lets the second decomposition run for all of the batch. Second derivatives are those
-    of "adjoint"; in an invariant space they are NaN.
+    Cost: that of `lanczos`, and of order K^3; memory as there, and K n more with the gradient of "adjoint". Call it
+    within `jit`. Under `vmap` one vector whose space is invariant lets the second decomposition run for all of the
+    batch. Second derivatives are those of "adjoint"; in an invariant space they are NaN.
 
     Source: Saad 1992; "adjoint": Krämer et al. 2024, arXiv 2405.17277; "frechet": Kandolf, Koskela, Relton and
     Schweitzer 2021.
@@ -118,7 +118,9 @@ def matfun_arnoldi(
     Parameters
     ----------
     function
-        f on small dense matrices, such as `jax.scipy.linalg.expm`; it is differentiated as it is.
+        f on small dense matrices, such as `jax.scipy.linalg.expm`; it is differentiated as it is. After a breakdown the
+        projected matrix is filled up by a number that v' A v / v' v gives, or a small one where that is zero: f must be
+        defined there.
     matvec, params, num_matvecs, reorthogonalise, vjp_batch_size
         As for `arnoldi`.
     vector, gradient
@@ -147,7 +149,9 @@ def matfun_arnoldi(
     options = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
     operator, settings = prepare(caller, "vector", matvec, vector, params, **options)
     check_decomposable(caller, "vector", operator.start.dtype)
-    sizes = settings.num_matvecs, _without_last_fifth(settings.num_matvecs), 2 * settings.num_matvecs
+    sizes = [settings.num_matvecs, _without_last_fifth(settings.num_matvecs)]
+    if gradient != "autodiff":
+        sizes.append(2 * settings.num_matvecs)
     converted, constants = matrix_function(caller, function, sizes, operator.start.dtype)
     return _matfun(caller, GENERAL, converted, operator, settings, gradient, constants)
 
@@ -196,8 +200,8 @@ def _pairing_lanczos(function: Converted, constants: Any, steps: Lanczos, other:
 
 
 def _eigenpairs(steps: Lanczos) -> tuple[Array, Array]:
-    diagonal = breakdown.fill_diagonal(steps.diagonal, steps.breakdown_step, steps.diagonal[0])
-    return jnp.linalg.eigh(tridiagonal_matrix(diagonal, steps.off_diagonal))
+    reached = breakdown.reached(steps.breakdown_step, len(steps.diagonal))
+    return reached_eigenpairs(steps.diagonal, steps.off_diagonal, reached)
 
 
 def _coordinates_arnoldi(function: Converted, constants: Any, steps: Arnoldi) -> tuple[Array, Array]:
@@ -217,10 +221,15 @@ def _pairing_arnoldi(function: Converted, constants: Any, steps: Arnoldi, other:
 
 
 def _filled_hessenberg(steps: Arnoldi) -> Float[Array, "K K"]:
-    """H, with its first entry on the diagonal after a breakdown, where f need not be defined at zero."""
-    first = jax.lax.stop_gradient(steps.hessenberg[0, 0])
-    filled = breakdown.fill_diagonal(jnp.zeros_like(steps.hessenberg[0]), steps.breakdown_step, first)
-    return steps.hessenberg + jnp.diag(filled)
+    """H, with its first entry on the diagonal after a breakdown, since f need not be defined at zero.
+
+    Where that entry is almost zero, too, a small positive number stands there.
+    """
+    matrix = jax.lax.stop_gradient(steps.hessenberg)
+    small = 1e-2 * jnp.max(jnp.abs(matrix))
+    filler = jnp.where(jnp.abs(matrix[0, 0]) >= small, matrix[0, 0], small)
+    reached = breakdown.reached(steps.breakdown_step, len(matrix))
+    return steps.hessenberg + jnp.diag(jnp.where(reached, 0, filler))
 
 
 def _transpose(matvec: Callable) -> Callable:

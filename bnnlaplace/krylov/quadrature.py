@@ -28,6 +28,7 @@ from bnnlaplace.krylov.eigenpairs import Eigenpairs
 from bnnlaplace.krylov.functions import Converted, scalar_function
 from bnnlaplace.krylov.operator import Settings, prepare
 from bnnlaplace.krylov.quadratic_form import quadratic_form
+from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.tree import floating, ravel
 
 # A stop that looks at the standard error of fewer probes would often be an accident.
@@ -104,8 +105,8 @@ def stochastic_lanczos_quadrature(
         only; for second derivatives of "quadrature" take jax.hessian, since in reverse mode twice they take memory as
         "autodiff" does. "autodiff": through the loop, in any mode.
     probe_batch_size
-        Probes at once: more are faster where products gain from batching. Each takes K n numbers, and 3.3 K n with the
-        gradient of "adjoint", which is summed as batches pass.
+        Probes at once: more are faster where products gain from batching. Each takes the memory of `lanczos`, for the
+        gradient, too, which is summed as batches pass.
     relative_sem
         Stop once sem <= relative_sem |mean|, after the first eight probes or later; else all probes are used. Not with
         "autodiff".
@@ -132,7 +133,8 @@ def stochastic_lanczos_quadrature(
     Notes
     -----
     Cost: S K products, S K more for the adjoint. Call it within `jit`. Second derivatives are those of the estimate of
-    the gradient; past a breakdown they are NaN, as for `lanczos`.
+    the gradient; past a breakdown they are NaN, as for `lanczos`. At a breakdown in the last step they are those of the
+    quadrature, which are those of tr f(A) as long as the space keeps its dimension, as for an operator of fixed rank.
 
     Source: Ubaru, Chen and Saad 2017; gradients: Krämer et al. 2024, arXiv 2405.17277, section 5; deflation: Gambhir,
     Stathopoulos and Orginos 2017.
@@ -159,14 +161,15 @@ def stochastic_lanczos_quadrature(
     converted, constants = scalar_function(caller, function, operator.start.dtype)
     # Within shard_map the probes vary as the operator does: `operator.start` knows.
     rows = jax.vmap(ravel)(jax.tree.map(jnp.asarray, probes)) + jnp.zeros_like(operator.start, shape=())
-    offset, is_zero = jnp.zeros_like(operator.start[0]), jnp.zeros(count, bool)
+    offset = jnp.zeros_like(operator.start[0])
     if deflation is not None:
         vectors = deflation_rows(caller, deflation, first)
-        offset = deflated_trace(converted, constants, operator.matvec, operator.arguments, vectors, operator.start)
-        left = outside(vectors, rows)
-        # Of a probe with nothing left the form is zero; f is evaluated where it is defined all the same.
-        is_zero = ~jnp.any(left != 0, axis=1)
-        rows = jnp.where(is_zero[:, None], rows, left)
+        offset = deflated_trace(converted, constants, operator.matvec, operator.arguments, vectors)
+        rows = outside(vectors, rows)
+    # The form of a zero probe, such as one of which nothing is left, is zero: f is evaluated where it is defined all
+    # the same, for another vector, and multiplied by zero.
+    is_zero = ~jnp.any(rows != 0, axis=1)
+    rows = jnp.where(is_zero[:, None], 1, rows)
     plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem, deflation is not None)
     inputs = offset, rows, jnp.where(is_zero, 0, jnp.ones_like(rows[:, 0])), operator.arguments, constants
     if gradient == "autodiff":
@@ -310,8 +313,8 @@ def _mean(seen: _Forms) -> Array:
 
 def _sem(seen: _Forms) -> Array:
     deviations = jnp.where(jnp.arange(len(seen.values)) < seen.used, seen.values - _mean(seen), 0)
-    several = jnp.maximum(seen.used - 1, 1)
-    return jnp.where(seen.used > 1, jnp.sqrt(jnp.sum(deviations**2) / several / seen.used), jnp.inf)
+    several = (jnp.maximum(seen.used - 1, 1) * seen.used).astype(deviations.dtype)
+    return jnp.where(seen.used > 1, safe_norm(deviations) / jnp.sqrt(several), jnp.inf)
 
 
 def _is_precise(plan: Plan, offset: Array, seen: _Forms) -> Array:

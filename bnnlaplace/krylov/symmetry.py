@@ -5,11 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from bnnlaplace.krylov.checks import check_count, check_number, check_real, is_traced
 from bnnlaplace.krylov.operator import flatten
-from bnnlaplace.krylov.vectors import safe_norm
+from bnnlaplace.krylov.vectors import norm
 from bnnlaplace.precise import matmul
 
 
@@ -59,7 +60,8 @@ def check_symmetric(
     vector = check_real("check_symmetric", "vector", vector)
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), vector)
     operator = flatten("check_symmetric", "vector", matvec, ones, params)
-    if is_traced((key, operator.arguments)):
+    probes = jax.random.normal(key, (num_probes, 2, operator.start.size), operator.start.dtype)
+    if is_traced((probes, operator.arguments)):
         raise TypeError(
             "check_symmetric(key=...) and what matvec uses must be known numbers; got traced ones; call it outside of "
             "jit, grad and vmap"
@@ -67,19 +69,19 @@ def check_symmetric(
     if tolerance is None:
         tolerance = 1e3 * float(jnp.finfo(operator.start.dtype).eps)
     tolerance = check_number("check_symmetric", "tolerance", tolerance, positive=False)
-    shape = num_probes, 2, operator.start.size
-    probes = jax.random.normal(key, shape, operator.start.dtype)
 
     @jax.jit
     def ratio(pair: Array, arguments: tuple[Any, ...]) -> Array:
         x, y = pair
         a_x, a_y = operator.matvec(x, *arguments), operator.matvec(y, *arguments)
-        size = safe_norm(a_x) + safe_norm(a_y)
-        # Each product divided by the size first: their difference may be too small or too large for a number.
-        size = jnp.where(size > 0, size, 1)
-        return jnp.abs(matmul(x, a_y / size) - matmul(y, a_x / size))
+        # Scaled first: norms, products and their difference may be too small or too large for a number.
+        scale = jnp.maximum(jnp.max(jnp.abs(a_x)), jnp.max(jnp.abs(a_y)))
+        scale = jnp.where(scale > 0, scale, 1)
+        a_x, a_y = a_x / scale, a_y / scale
+        size = norm(a_x) + norm(a_y)
+        return jnp.abs(matmul(x, a_y) - matmul(y, a_x)) / jnp.where(size > 0, size, 1)
 
-    worst = max(float(ratio(pair, operator.arguments)) for pair in probes)
+    worst = float(np.max([float(ratio(pair, operator.arguments)) for pair in probes]))  # NaN wins
     if not worst <= tolerance:
         raise ValueError(
             f"check_symmetric(matvec=...) must be symmetric; x'Ay and y'Ax differ by {worst:.3g} of |Ax| + |Ay|, more "

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.closures import convert
@@ -31,8 +31,8 @@ def function_times_first(
     function
         f, from a scalar to a scalar, defined and smooth on the eigenvalues of T.
     diagonal, off_diagonal, breakdown_step
-        Of `lanczos`. After a breakdown T is zero, where f need not be defined: entries that e_1 does not reach are
-        moved into the range of those that it does.
+        Of `lanczos`. After a breakdown T is zero, where f need not be defined: for eigenvalues of that part, which
+        e_1 does not reach, one that it does stands in.
 
     Notes
     -----
@@ -40,22 +40,37 @@ def function_times_first(
     they repeat. The derivative of f(T) in the direction dT is U (F o (U' dT U)) U' with the divided differences F_ij =
     f[x_i, x_j] (Daleckii and Krein; Higham 2008, theorem 3.11), finite for every smooth f: it is used directly.
     """
-    diagonal = breakdown.fill_diagonal(diagonal, breakdown_step, jax.lax.stop_gradient(diagonal[0]))
+    reached = breakdown.reached(breakdown_step, len(diagonal))
     converted, constants = convert(function, diagonal[0])
-    return _function_times_first(converted, diagonal, off_diagonal, constants)
+    return _function_times_first(converted, diagonal, off_diagonal, reached, constants)
+
+
+def reached_eigenpairs(
+    diagonal: Float[Array, " K"], off_diagonal: Float[Array, " K-1"], reached: Bool[Array, " K"]
+) -> tuple[Float[Array, " K"], Float[Array, "K K"]]:
+    """Eigenvalues and eigenvectors of T, with one that e_1 reaches in place of each that it does not."""
+    matrix = tridiagonal_matrix(diagonal, off_diagonal)
+    # Apart from all others, so that eigenvectors do not mix.
+    apart = 2 * jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
+    values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(reached, 0, apart)))
+    is_reached = jnp.sum(jnp.where(reached[:, None], vectors**2, 0), axis=0) > 0.5
+    return jnp.where(is_reached, values, values[jnp.argmax(jnp.abs(vectors[0]))]), vectors
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _function_times_first(function: Callable, diagonal: Array, off_diagonal: Array, constants: Any) -> Array:
-    values, vectors = jnp.linalg.eigh(tridiagonal_matrix(diagonal, off_diagonal))
+def _function_times_first(
+    function: Callable, diagonal: Array, off_diagonal: Array, reached: Array, constants: Any
+) -> Array:
+    values, vectors = reached_eigenpairs(diagonal, off_diagonal, reached)
     return _apply(vectors, _evaluate(function, constants, values))
 
 
 @_function_times_first.defjvp
 def _function_times_first_jvp(function: Callable, primals: tuple, tangents: tuple) -> tuple[Array, Array]:
-    diagonal, off_diagonal, constants = primals
-    d_diagonal, d_off_diagonal, d_constants = tangents
-    values, vectors = jnp.linalg.eigh(tridiagonal_matrix(diagonal, off_diagonal))
+    diagonal, off_diagonal, reached, constants = primals
+    d_diagonal, d_off_diagonal, _, d_constants = tangents
+    d_diagonal, d_off_diagonal = jnp.where(reached, d_diagonal, 0), jnp.where(reached[1:], d_off_diagonal, 0)
+    values, vectors = reached_eigenpairs(diagonal, off_diagonal, reached)
     first = vectors[0]
     images, d_images = jax.jvp(lambda *c: _evaluate(function, c, values), tuple(constants), tuple(d_constants))
     rotated = matmul(matmul(vectors.T, tridiagonal_matrix(d_diagonal, d_off_diagonal)), vectors)
