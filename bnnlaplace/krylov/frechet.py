@@ -73,15 +73,20 @@ def times_vector(
     constants: Any,
 ) -> tuple[Float[Array, " n"], Float[Array, " K"]]:
     """f(A) v, differentiable as `gradient` says, and the coordinates of what came with the last fifth of the steps."""
-    decompose = method.forward if gradient == "autodiff" else method.differentiable
+    decompose = method.differentiable if gradient == "adjoint" else method.forward
+    inputs = start, arguments
+    if gradient == "frechet":  # all of its derivatives come from the response
+        inputs = jax.lax.stop_gradient(inputs)
     # For a zero v, which can come inside of jit, f is evaluated on the spectrum all the same, and multiplied by zero.
     is_zero = ~jnp.any(start != 0)
-    steps = decompose(matvec, settings, jnp.where(is_zero, 1, start), arguments)
+    steps = decompose(matvec, settings, jnp.where(is_zero, 1, inputs[0]), inputs[1])
     steps = steps._replace(start_norm=jnp.where(is_zero, 0, steps.start_norm))
     coordinates, change = method.coordinates(function, constants, steps)
     value = matmul(coordinates, steps.basis)
     if gradient == "autodiff":
         return value, change
+    if gradient == "frechet":
+        value = jax.lax.stop_gradient(value)
     response = _response(method, function, matvec, settings, gradient, value, start, arguments, constants, steps)
     if gradient == "frechet":
         return response, change
