@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 from bnnlaplace.krylov import adjoint, breakdown, gram_schmidt
-from bnnlaplace.krylov.checks import check_choice
-from bnnlaplace.krylov.derivative_modes import once_where, reverse_only
-from bnnlaplace.krylov.operator import FlatOperator, Settings, prepare
+from bnnlaplace.krylov.derivative_modes import once_where
+from bnnlaplace.krylov.operator import Settings, decompose
 from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.precise import matmul
 
@@ -105,27 +104,9 @@ def arnoldi(
     Array([[ 0., -1.],
            [ 1.,  0.]], dtype=float32)
     """
-    check_choice("arnoldi", "gradient", gradient, ("adjoint", "autodiff"))
-    operator, settings = prepare(
-        "arnoldi",
-        "start",
-        matvec,
-        start,
-        params,
-        num_matvecs=num_matvecs,
-        reorthogonalise=reorthogonalise,
-        vjp_batch_size=vjp_batch_size,
-        breakdown_tolerance=breakdown_tolerance,
-    )
-    result = _decompose(operator, settings, gradient)
-    return result._replace(basis=operator.unravel_rows(result.basis), residual=operator.unravel(result.residual))
-
-
-def _decompose(operator: FlatOperator, settings: Settings, gradient: str) -> Arnoldi:
-    if gradient == "autodiff":
-        return arnoldi_forward(operator.matvec, settings, operator.start, operator.arguments)
-    run = partial(arnoldi_adjoint, operator.matvec, settings)
-    return reverse_only(run, "arnoldi(gradient='adjoint')")(operator.start, operator.arguments)
+    options = {"reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
+    options |= {"num_matvecs": num_matvecs, "breakdown_tolerance": breakdown_tolerance}
+    return decompose("arnoldi", arnoldi_forward, arnoldi_adjoint, gradient, matvec, start, params, **options)
 
 
 def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:

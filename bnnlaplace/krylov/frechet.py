@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from bnnlaplace.krylov import adjoint
 from bnnlaplace.krylov.batching import anywhere
 from bnnlaplace.krylov.derivative_modes import once, once_where
-from bnnlaplace.krylov.functions import Converted
+from bnnlaplace.krylov.functions import Converted, constants_cotangent
 from bnnlaplace.krylov.operator import Settings
 from bnnlaplace.precise import matmul
 from bnnlaplace.tree import floating
@@ -143,7 +143,8 @@ def _response_backward(
         multipliers = matmul(method.pairing(function, constants, steps, other), other.basis)
         size = settings.vjp_batch_size
         d_arguments = adjoint.operator_cotangent(matvec, arguments, steps.basis, multipliers, size)
-        d_constants = _function_cotangent(method, function, constants, steps, other_start)
+        in_space = lambda constants: method.coordinates(function, constants, steps)[0]  # noqa: E731
+        d_constants = constants_cotangent(in_space, constants, matmul(steps.basis, other_start))
         found = matmul(towards_start, other.basis), jax.tree.leaves((d_arguments, d_constants))
         return jax.tree.map(lambda x: jnp.where(used, x, 0), found)
 
@@ -156,16 +157,3 @@ def _response_backward(
 
 
 _response.defvjp(_response_forward, _response_backward)
-
-
-def _function_cotangent(method: Method, function: Converted, constants: Any, steps: Any, cotangent: Array) -> Any:
-    """The gradient in what f closes over, in the space of v."""
-    active = floating(constants)
-    if not active.leaves:
-        return active.cotangent([])
-
-    def coordinates(leaves: list[Array]) -> Array:
-        return method.coordinates(function, active.fill(leaves), steps)[0]
-
-    _, pull = jax.vjp(coordinates, active.leaves)
-    return active.cotangent(pull(matmul(steps.basis, cotangent))[0])

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from bnnlaplace.krylov.checks import check_callable
 from bnnlaplace.krylov.closures import convert
+from bnnlaplace.tree import floating
 
 # (argument, constants) -> f(argument), where the constants are what a user's function closes over.
 Converted = Callable[[Array, Any], Array]
@@ -41,6 +42,15 @@ def matrix_function(caller: str, function: Callable, sizes: Sequence[int], dtype
         return by_size[len(matrix)][0](matrix, *constants[len(matrix)])
 
     return apply, {size: constants for size, (_, constants) in by_size.items()}
+
+
+def constants_cotangent(evaluate: Callable[[Any], Array], constants: Any, cotangent: Array) -> Any:
+    """The gradient of `evaluate` in what f closes over; None for what cannot be differentiated."""
+    active = floating(constants)
+    if not active.leaves:
+        return active.cotangent([])
+    _, pull = jax.vjp(lambda leaves: evaluate(active.fill(leaves)), active.leaves)
+    return active.cotangent(pull(cotangent)[0])
 
 
 def _check_image(caller: str, function: Callable, like: jax.ShapeDtypeStruct, what: str, example: str) -> None:

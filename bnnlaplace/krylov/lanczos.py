@@ -27,9 +27,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bnnlaplace.krylov import adjoint, breakdown, gram_schmidt
 from bnnlaplace.krylov.batching import anywhere
-from bnnlaplace.krylov.checks import check_choice
-from bnnlaplace.krylov.derivative_modes import once_where, reverse_only
-from bnnlaplace.krylov.operator import FlatOperator, Settings, prepare
+from bnnlaplace.krylov.derivative_modes import once_where
+from bnnlaplace.krylov.operator import Settings, decompose
 from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
 from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.precise import matmul
@@ -139,27 +138,9 @@ def lanczos(
     >>> bool(jnp.allclose(ritz_values, jnp.array([1.0, 2.0, 4.0]), atol=1e-4))
     True
     """
-    check_choice("lanczos", "gradient", gradient, ("adjoint", "autodiff"))
-    operator, settings = prepare(
-        "lanczos",
-        "start",
-        matvec,
-        start,
-        params,
-        num_matvecs=num_matvecs,
-        reorthogonalise=reorthogonalise,
-        vjp_batch_size=vjp_batch_size,
-        breakdown_tolerance=breakdown_tolerance,
-    )
-    result = _decompose(operator, settings, gradient)
-    return result._replace(basis=operator.unravel_rows(result.basis), residual=operator.unravel(result.residual))
-
-
-def _decompose(operator: FlatOperator, settings: Settings, gradient: str) -> Lanczos:
-    if gradient == "autodiff":
-        return lanczos_forward(operator.matvec, settings, operator.start, operator.arguments)
-    run = partial(lanczos_adjoint, operator.matvec, settings)
-    return reverse_only(run, "lanczos(gradient='adjoint')")(operator.start, operator.arguments)
+    options = {"reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
+    options |= {"num_matvecs": num_matvecs, "breakdown_tolerance": breakdown_tolerance}
+    return decompose("lanczos", lanczos_forward, lanczos_adjoint, gradient, matvec, start, params, **options)
 
 
 def lanczos_forward(

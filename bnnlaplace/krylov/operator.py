@@ -1,6 +1,7 @@
 """A user's linear operator on pytrees as one on flat vectors, with the options of a decomposition, checked."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.checks import check_choice, check_count, check_number, check_product, check_vector
 from bnnlaplace.krylov.closures import convert
+from bnnlaplace.krylov.derivative_modes import reverse_only
 from bnnlaplace.tree import floating, ravel, unraveler
 
 
@@ -118,6 +120,26 @@ def prepare(
     else:
         tolerance = check_number(caller, "breakdown_tolerance", breakdown_tolerance, positive=False)
     return operator, Settings(num_matvecs, tolerance, reorthogonalise == "full", vjp_batch_size)
+
+
+def decompose(
+    caller: str,
+    forward: Callable[..., Any],
+    adjoint: Callable[..., Any],
+    gradient: str,
+    matvec: Callable[..., PyTree],
+    start: PyTree,
+    params: Sequence[Any],
+    **options: Any,
+) -> Any:
+    """The decomposition that a user asks for, as a loop or with its adjoint, in the user's structure."""
+    check_choice(caller, "gradient", gradient, ("adjoint", "autodiff"))
+    operator, settings = prepare(caller, "start", matvec, start, params, **options)
+    run = partial(forward, operator.matvec, settings)
+    if gradient == "adjoint":
+        run = reverse_only(partial(adjoint, operator.matvec, settings), f"{caller}(gradient='adjoint')")
+    result = run(operator.start, operator.arguments)
+    return result._replace(basis=operator.unravel_rows(result.basis), residual=operator.unravel(result.residual))
 
 
 def default_tolerance(dtype: Any) -> float:

@@ -9,13 +9,12 @@ from jaxtyping import Array, Float
 
 from bnnlaplace.krylov import adjoint, breakdown
 from bnnlaplace.krylov.derivative_modes import once_where
-from bnnlaplace.krylov.functions import Converted
+from bnnlaplace.krylov.functions import Converted, constants_cotangent
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint, lanczos_forward
 from bnnlaplace.krylov.matfun import function_times_start
 from bnnlaplace.krylov.operator import Settings
 from bnnlaplace.krylov.tridiagonal import function_times_first
 from bnnlaplace.precise import matmul
-from bnnlaplace.tree import floating
 
 
 def quadratic_form(
@@ -66,15 +65,9 @@ def _quadrature_form_backward(
     gradient = (
         2 * cotangent * matmul(first, steps.basis),
         adjoint.operator_cotangent(matvec, arguments, probe[None], towards_operator[None], 1),
-        _function_cotangent(function, constants, steps, cotangent),
+        constants_cotangent(lambda c: _read_off(function, c, steps)[0], constants, cotangent),
     )
     return once_where(gradient, breakdown.at_the_end(steps.breakdown_step, settings.num_matvecs))
 
 
 _quadrature_form.defvjp(_quadrature_form_forward, _quadrature_form_backward)
-
-
-def _function_cotangent(function: Converted, constants: Any, steps: Lanczos, cotangent: Array) -> Any:
-    active = floating(constants)
-    forms = lambda leaves: _read_off(function, active.fill(leaves), steps)[0]  # noqa: E731
-    return active.cotangent(jax.vjp(forms, active.leaves)[1](cotangent)[0])
