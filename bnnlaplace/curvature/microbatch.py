@@ -3,15 +3,16 @@
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 
 class Microbatches(NamedTuple):
-    """Inputs of shape (num, size, ...) and a weight per example: one, or zero for the padding of the last batch."""
+    """Inputs of shape (num, size, ...), or a pytree of them, and a weight per example; zero for padding."""
 
-    inputs: Float[Array, "num size ..."]
+    inputs: PyTree[Float[Array, "num size ..."]]
     weights: Float[Array, "num size"]
 
 
@@ -20,18 +21,27 @@ def over_outputs(weights: Float[Array, " M"], outputs: Float[Array, "M ..."]) ->
     return weights.reshape(-1, *[1] * (outputs.ndim - 1))
 
 
-def split(inputs: Float[Array, "N ..."], size: int, dtype: jnp.dtype) -> Microbatches:
+def split(
+    inputs: PyTree[Float[Array, "N ..."]], size: int, dtype: jnp.dtype, weights: Float[Array, " N"] | None = None
+) -> Microbatches:
     """Cut `inputs` into microbatches of at most `size` examples, as equal as they can be.
 
     The last one is padded with copies of the last example, at weight zero: they cost time and change nothing. The
     number of microbatches is fixed first and the size follows, so that padding stays below one example a microbatch.
+
+    Parameters
+    ----------
+    inputs
+        An array, or a pytree of arrays, with examples along the leading axis.
+    weights
+        Of the examples: one, or zero for those that do not count; by default all ones.
 
     Raises
     ------
     ValueError
         If there are no examples, or `size` is below one.
     """
-    count = inputs.shape[0]
+    count = num_examples(inputs)
     if count == 0:
         raise ValueError("curvature needs at least one example; got an empty batch; check the data")
     if size < 1:
@@ -39,5 +49,12 @@ def split(inputs: Float[Array, "N ..."], size: int, dtype: jnp.dtype) -> Microba
     num = math.ceil(count / size)
     size = math.ceil(count / num)
     index = np.minimum(np.arange(num * size), count - 1).reshape(num, size)
-    weights = (np.arange(num * size) < count).reshape(num, size)
-    return Microbatches(jnp.take(inputs, index, axis=0), jnp.asarray(weights, dtype))
+    counted = jnp.asarray((np.arange(num * size) < count).reshape(num, size), dtype)
+    if weights is not None:
+        counted = counted * jnp.asarray(weights, dtype)[index]
+    return Microbatches(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), inputs), counted)
+
+
+def num_examples(inputs: PyTree[Float[Array, "N ..."]]) -> int:
+    """The length of the leading axis."""
+    return jax.tree.leaves(inputs)[0].shape[0]
