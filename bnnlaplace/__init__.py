@@ -21,6 +21,7 @@ from bnnlaplace import (
 )
 from bnnlaplace.laplace import Laplace
 from bnnlaplace.likelihood import Likelihood, bernoulli, categorical, gaussian
+from bnnlaplace.mode import NotAModeWarning
 from bnnlaplace.network import Network
 from bnnlaplace.types import Estimate, LinearOperator
 
@@ -30,6 +31,7 @@ __all__ = [
     "Likelihood",
     "LinearOperator",
     "Network",
+    "NotAModeWarning",
     "bernoulli",
     "calibration",
     "categorical",

@@ -1,44 +1,147 @@
-"""Data as users hand them over: made arrays, and checked against the model before work is spent on them."""
+"""Data as users hand them over, read a batch of one shape at a time, and checked against the model.
 
-from collections.abc import Iterable
+Arrays are one batch. Of an iterable each pass reads every batch again, so that data need not fit in memory.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.likelihood import Likelihood, check_targets
 from bnnlaplace.network import Network
+from bnnlaplace.tree import examples, num_examples
+
+Inputs = PyTree[Float[Array, "B ..."]]
 
 
-def as_arrays(data: tuple[Array, Array] | Iterable[tuple[Array, Array]]) -> tuple[Float[Array, "N ..."], Array]:
-    """One array of inputs and one of targets, from arrays or from batches.
+class Batch(NamedTuple):
+    """Examples that are computed with together.
+
+    Attributes
+    ----------
+    inputs
+        An array or a pytree of arrays, examples along the leading axis.
+    targets
+        As the likelihood needs them.
+    weights
+        One; zero for the padding of a batch that was shorter than the first one.
+    """
+
+    inputs: Inputs
+    targets: Array
+    weights: Float[Array, " B"]
+
+
+class Data:
+    """Batches of one shape, to be read as many times as needed.
+
+    Attributes
+    ----------
+    once
+        They can be read a single time.
+
+    Parameters
+    ----------
+    pairs
+        The user's (x, y) batches.
+    size
+        Examples in a batch; shorter ones are padded.
+    check
+        Called with inputs and targets of each batch of the first pass.
+    """
+
+    def __init__(
+        self,
+        pairs: Iterable[tuple[Inputs, Array]],
+        size: int,
+        once: bool = False,
+        check: Callable[[Inputs, Array], None] | None = None,
+    ) -> None:
+        self.once = once
+        self._pairs, self._size, self._check = pairs, size, check
+        self._count: int | None = None
+
+    def checked(self, check: Callable[[Inputs, Array], None]) -> "Data":
+        """The same data, checked while they are read for the first time."""
+        return Data(self._pairs, self._size, self.once, check)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Read all batches.
+
+        Raises
+        ------
+        ValueError
+            If batches differ in structure, or this pass gives more or fewer examples than the first one.
+        """
+        expected, count = None, 0
+        for pair in self._pairs:
+            x, y = _as_pair(pair)
+            found = jax.tree.structure(x), [(leaf.shape[1:], leaf.dtype.name) for leaf in (*jax.tree.leaves(x), y)]
+            if expected not in (None, found):
+                raise ValueError(
+                    "fit(data=...) must give batches of one structure, with the same shapes beyond the first axis and "
+                    f"the same types; got {_shapes(expected)} and then {_shapes(found)}"
+                )
+            expected, count = found, count + len(y)
+            if self._check is not None and self._count is None:
+                self._check(x, y)
+            yield _padded(x, y, self._size)
+        if self._count not in (None, count):
+            raise ValueError(
+                f"fit(data=...) must give the same batches in every pass; the first gave {self._count} examples, a "
+                f"later one {count}; pass a list of batches, or an object whose __iter__ starts anew"
+            )
+        self._count = count
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples a pass has given."""
+        if self._count is None:
+            raise RuntimeError("the number of examples is known after a pass")
+        return self._count
+
+    def first(self) -> Inputs:
+        """The inputs of the first batch; no pass is used up."""
+        pairs = self._pairs.peek() if isinstance(self._pairs, _Once) else self._pairs
+        return _as_pair(next(iter(pairs)))[0]
+
+    def mapped(self, function: Callable[[Inputs], Inputs]) -> "Data":
+        """Other inputs in place of these, computed batch by batch in one pass now, and kept in memory."""
+        pairs = [_without_padding(batch._replace(inputs=function(batch.inputs))) for batch in self]
+        found = Data(pairs, self._size)
+        found._count = self._count
+        return found
+
+
+def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data:
+    """Arrays (x, y), x possibly a pytree, or an iterable of such batches, as `Data`.
 
     Raises
     ------
     ValueError
         If there are no batches or no examples, a batch is no pair, or there are not as many targets as inputs.
     """
-    if not (isinstance(data, (tuple, list)) and len(data) == 2 and all(hasattr(part, "shape") for part in data)):
-        batches = list(data)
-        for batch in batches:
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise ValueError(
-                    "fit(data=...) must be two arrays (x, y), or an iterable of batches, each such a pair; got "
-                    f"{type(batch).__name__} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
-                )
-        if not batches:
-            raise ValueError("fit(data=...) must hold at least one batch; got none; an iterator may be used up already")
-        data = tuple(jnp.concatenate([jnp.asarray(batch[part]) for batch in batches]) for part in (0, 1))
-    x, y = (jnp.asarray(part) for part in data)
-    if len(x) == 0 or len(x) != len(y):
-        raise ValueError(
-            f"fit(data=(x, y)) must hold as many targets as inputs, and at least one; got {len(x)} and {len(y)}"
-        )
-    return x, y
+    if _is_pair_of_arrays(data):
+        pair = _as_pair(data)
+        return Data([pair], len(pair[1]))
+    try:
+        iterator = iter(data)
+    except TypeError:
+        raise _no_pair(data) from None
+    once = iterator is data
+    head = list(itertools.islice(iterator, 1))
+    if not head:
+        raise ValueError("fit(data=...) must hold at least one batch; got none; an iterator may be used up already")
+    size = len(_as_pair(head[0])[1])
+    return Data(_Once(head, iterator), size, True) if once else Data(data, size)
 
 
-def check_fits_model(network: Network, likelihood: Likelihood, inputs: Float[Array, "N ..."], targets: Array) -> None:
+def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: Array) -> None:
     """Check that the network turns inputs into outputs (N, ..., C), and that the targets are such as those need.
 
     Raises
@@ -46,16 +149,18 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Float[Arr
     ValueError
         If outputs are not (N, ..., C), or targets do not fit them; see `likelihood.check_targets`.
     """
-    shape = jax.eval_shape(network, network.params, inputs).shape
-    if len(shape) < 2 or shape[0] != len(inputs):
+    count = num_examples(inputs)
+    found = jax.eval_shape(network, network.params, inputs)
+    shape = getattr(found, "shape", None)
+    if shape is None or len(shape) < 2 or shape[0] != count:
         raise ValueError(
-            f"a network's outputs must have shape (B, C), or (B, ..., C) with several positions; got {shape} for "
-            f"{len(inputs)} examples"
+            "a network's outputs must be one array of shape (B, C), or (B, ..., C) with several positions; got "
+            f"{type(found).__name__ if shape is None else shape} for {count} examples"
         )
     check_targets(likelihood, shape, targets)
 
 
-def check_inputs(inputs: Float[Array, "B ..."]) -> None:
+def check_inputs(inputs: Inputs) -> None:
     """Check that inputs to predict at are finite; traced ones are taken as they are.
 
     Raises
@@ -63,15 +168,75 @@ def check_inputs(inputs: Float[Array, "B ..."]) -> None:
     ValueError
         If a number among them is not finite.
     """
-    if isinstance(inputs, jax.core.Tracer):
-        return
-    # Where the inputs are: images on the host need no second copy on the device.
-    with jax.ensure_compile_time_eval():  # inputs that a traced function closes over
-        finite = jnp.isfinite(inputs) if isinstance(inputs, jax.Array) else np.isfinite(inputs)
-        all_finite = bool(finite.all())
-    if not all_finite:
-        rows = np.unique(np.nonzero(~np.asarray(finite))[0])
+    for leaf in jax.tree.leaves(inputs):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        # Where the inputs are: images on the host need no second copy on the device.
+        with jax.ensure_compile_time_eval():  # inputs that a traced function closes over
+            finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)
+            all_finite = bool(finite.all())
+        if not all_finite:
+            rows = np.unique(np.nonzero(~np.asarray(finite))[0])
+            raise ValueError(
+                f"inputs to predict at must be finite; got NaN or infinite values in {len(rows)} of {len(leaf)} of "
+                f"them, first in number {rows[0]}; remove or mend them"
+            )
+
+
+class _Once:
+    """An iterator whose first element has been looked at."""
+
+    def __init__(self, head: list[Any], rest: Iterator[Any]) -> None:
+        self._head, self._rest = head, rest
+
+    def peek(self) -> list[Any]:
+        return self._head
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain(self._head, self._rest)
+
+
+def _is_pair_of_arrays(data: Any) -> bool:
+    if not isinstance(data, (tuple, list)) or len(data) != 2 or not hasattr(data[1], "shape"):
+        return False
+    leaves = jax.tree.leaves(data[0])
+    return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
+
+
+def _as_pair(batch: Any) -> tuple[Inputs, Array]:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise _no_pair(batch)
+    x, y = jax.tree.map(jnp.asarray, batch[0]), jnp.asarray(batch[1])
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(x)}
+    count = y.shape[0] if y.ndim else 0
+    if count == 0 or lengths != {count}:
         raise ValueError(
-            f"inputs to predict at must be finite; got NaN or infinite values in {len(rows)} of {len(inputs)} of them, "
-            f"first in number {rows[0]}; remove or mend them"
+            "fit(data=(x, y)) must hold as many targets as inputs, and at least one; got "
+            f"{' or '.join(map(str, sorted(lengths)))} and {count}"
         )
+    return x, y
+
+
+def _no_pair(found: Any) -> ValueError:
+    return ValueError(
+        "fit(data=...) must be two arrays (x, y), or an iterable of batches, each such a pair; got "
+        f"{type(found).__name__} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
+    )
+
+
+def _shapes(structure: tuple[Any, list[tuple[tuple[int, ...], str]]]) -> str:
+    return ", ".join(f"{dtype}[B{''.join(f',{extent}' for extent in shape)}]" for shape, dtype in structure[1])
+
+
+def _padded(x: Inputs, y: Array, size: int) -> Batch:
+    count = len(y)
+    missing = max(size - count, 0)
+    if not missing:
+        return Batch(x, y, jnp.ones(count))
+    index = np.minimum(np.arange(size), count - 1)
+    return Batch(examples(x, index), y[index], jnp.asarray(np.arange(size) < count, float))
+
+
+def _without_padding(batch: Batch) -> tuple[Inputs, Array]:
+    count = int(batch.weights.sum())
+    return examples(batch.inputs, slice(count)), batch.targets[:count]

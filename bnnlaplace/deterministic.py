@@ -4,18 +4,20 @@ import inspect
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.network import Network
+from bnnlaplace.tree import examples
 
 # Names that modules give to the switch between training and evaluation.
 SWITCHES = ("train", "training", "is_training", "deterministic", "use_running_average")
 MOST_EXAMPLES = 8
 
 
-def check_deterministic(network: Network, inputs: Float[Array, "N ..."]) -> None:
+def check_deterministic(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> None:
     """Call a network twice on a few examples, and on one of them alone.
 
     Raises
@@ -26,19 +28,21 @@ def check_deterministic(network: Network, inputs: Float[Array, "N ..."]) -> None
     """
     from flax.errors import InvalidRngError, ModifyScopeVariableError  # a user of plain functions needs no Flax
 
-    few = inputs[:MOST_EXAMPLES]
+    few = examples(inputs, slice(MOST_EXAMPLES))
     forward = network.forward
     make = forward.instance if hasattr(forward, "instance") else partial(partial, forward)
     call = make(network.frozen, network.params)
     try:
-        first, second, alone = call(few), call(few), call(few[:1])
+        first, second, alone = call(few), call(few), call(examples(few, slice(1)))
     except (InvalidRngError, ModifyScopeVariableError) as error:
         raise ValueError(
             f"a network must be deterministic; the module raised {type(error).__name__}, as dropout that is live or "
             f"batch normalisation in training mode does; {_fix(forward)}"
         ) from error
     first, second, alone = (np.asarray(outputs, np.float64) for outputs in (first, second, alone))
-    negligible = float(jnp.finfo(jnp.result_type(inputs, float)).eps) ** 0.5 * np.abs(first).max()
+    negligible = (
+        float(jnp.finfo(jnp.result_type(*jax.tree.leaves((network.params, 0.0)))).eps) ** 0.5 * np.abs(first).max()
+    )
     # Outputs that are not finite pass: they are found elsewhere.
     if (difference := np.abs(second - first).max()) > negligible:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.network import Network
 
@@ -43,10 +43,10 @@ class Equations(NamedTuple):
     debug_info: Any
 
 
-def trace(network: Network, inputs: Float[Array, "B ..."] | jax.ShapeDtypeStruct) -> Equations:
+def trace(network: Network, inputs: PyTree[Float[Array, "B ..."] | jax.ShapeDtypeStruct]) -> Equations:
     """Trace a forward pass; of `inputs` shape and dtype are used alone."""
 
-    def forward(params: Any, frozen: Any, inputs: Array) -> Array:
+    def forward(params: Any, frozen: Any, inputs: Any) -> Array:
         return Network(network.forward, params, frozen)(params, inputs)
 
     closed = jax.make_jaxpr(forward)(network.params, network.frozen, inputs)
@@ -75,7 +75,7 @@ def trace(network: Network, inputs: Float[Array, "B ..."] | jax.ShapeDtypeStruct
         return [read(atom) for atom in closed.jaxpr.outvars]
 
     outputs = inline(closed, variables)
-    ends = len(jax.tree.leaves(network.params)), len(variables) - 1
+    ends = len(jax.tree.leaves(network.params)), len(variables) - len(jax.tree.leaves(inputs))
     arguments = variables[: ends[0]], variables[ends[0] : ends[1]], variables[ends[1] :]
     return Equations(equations, *arguments, constants, outputs, closed.jaxpr.debug_info)
 

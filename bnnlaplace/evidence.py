@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.curvature import ggn
-from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.krylov import stochastic_lanczos_quadrature
 from bnnlaplace.likelihood import Likelihood
+from bnnlaplace.log_joint import LogJoint
 from bnnlaplace.network import Network
 from bnnlaplace.tree import as_vector, ravel
 from bnnlaplace.types import Estimate
@@ -38,87 +38,6 @@ class EvidenceCurve(NamedTuple):
 
     prior_precision: Float[np.ndarray, " D"]
     log_marginal_likelihood: Estimate
-
-
-class DataTerms(NamedTuple):
-    """The log likelihood at the weights, and its gradient: what the evidence needs beside the curvature.
-
-    Attributes
-    ----------
-    log_likelihood
-        scale * sum_n log p(y_n | f_n), in nats.
-    log_likelihood_gradient
-        Its gradient in the weights, shape (P,): with the prior's, it says how far from a mode the weights are.
-    """
-
-    log_likelihood: Float[Array, ""]
-    log_likelihood_gradient: Float[Array, " P"]
-
-
-def data_terms(
-    network: Network,
-    likelihood: Likelihood,
-    inputs: Float[Array, "N ..."],
-    targets: Array,
-    *,
-    scale: float = 1.0,
-    microbatch: int,
-) -> DataTerms:
-    """The log likelihood of all data at the network's weights and its gradient, times `scale`.
-
-    Raises
-    ------
-    ValueError
-        If either is not finite.
-    """
-    value, gradient = _log_likelihood_and_gradient(
-        network, likelihood, network.params, inputs, targets, microbatch=microbatch
-    )
-    if not bool(jnp.isfinite(value) & jnp.isfinite(gradient).all()):
-        raise ValueError(
-            "fit: the log likelihood or its gradient is not finite at these weights and data; look for NaN or "
-            "infinite values in the inputs and the weights"
-        )
-    return DataTerms(scale * value, scale * gradient)
-
-
-def log_likelihood_and_gradient(
-    network: Network,
-    likelihood: Likelihood,
-    params: PyTree,
-    inputs: Float[Array, "N ..."],
-    targets: Array,
-    *,
-    microbatch: int,
-) -> tuple[Float[Array, ""], Float[Array, " P"]]:
-    """sum_n log p(y_n | f_n) and its gradient in the weights, a microbatch at a time. Call it inside `jit`."""
-    dtype = ravel(params).dtype
-    batches = mb.split(inputs, microbatch, dtype)
-    labels = mb.split(targets, microbatch, dtype).inputs
-
-    def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> Array:
-        log_prob = likelihood.log_prob(network(params, batch.inputs), targets)
-        return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob)
-
-    def add(total: tuple[Array, PyTree], part: tuple[mb.Microbatches, Array]) -> tuple[tuple[Array, PyTree], None]:
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(value)(params, *part)), None
-
-    zero = jnp.zeros((), dtype), jax.tree.map(jnp.zeros_like, params)
-    (total, gradient), _ = jax.lax.scan(add, zero, (batches, labels))
-    return total, ravel(gradient)
-
-
-_log_likelihood_and_gradient = jax.jit(log_likelihood_and_gradient, static_argnames="microbatch")
-
-
-def log_joint(
-    log_likelihood: float, squared_norm: float, prior_precision: Float[np.ndarray, " D"] | float
-) -> Float[np.ndarray, " D"] | float:
-    """The terms of the evidence without the determinant, for an isotropic prior: log p(y|f) - delta |theta - mu|^2 / 2.
-
-    The prior's normalisation is not part of it: in the evidence it cancels against that of the posterior.
-    """
-    return log_likelihood - 0.5 * prior_precision * squared_norm
 
 
 def log_marginal_likelihood(
@@ -210,13 +129,23 @@ def log_marginal_likelihood(
 
 def curve(
     log_determinant: Callable[[float], Float[np.ndarray, " S"]],
-    log_likelihood: float,
+    log_joint: LogJoint,
     squared_norm: float,
     precisions: Float[np.ndarray, " D"],
 ) -> EvidenceCurve:
-    """The evidence at each prior precision from a fitted structure's `log_determinant`: no product is computed."""
+    """The evidence at each prior precision from a fitted structure's `log_determinant`: no product is computed.
+
+    Parameters
+    ----------
+    log_determinant
+        delta -> log det(I + G / delta) for each probe.
+    log_joint, squared_norm
+        From q = delta * squared_norm to the other terms of the evidence; see `bnnlaplace.log_joint`.
+    precisions
+        The grid.
+    """
     forms = np.stack([log_determinant(delta) for delta in precisions])
-    mean = log_joint(log_likelihood, squared_norm, precisions) - 0.5 * forms.mean(axis=1)
+    mean = log_joint(precisions * squared_norm) - 0.5 * forms.mean(axis=1)
     count = forms.shape[1]
     # A single value is an exact one, as `structure` promises.
     sem = 0.5 * forms.std(axis=1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(forms))

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.equations import Equations, run, trace
 from bnnlaplace.network import Network
+from bnnlaplace.tree import examples
 
 
 class Head(NamedTuple):
@@ -24,11 +25,11 @@ class Head(NamedTuple):
         The head: a network with the same weights and these inputs.
     """
 
-    features: Callable[[Float[Array, "B ..."]], Float[Array, "B ..."]]
+    features: Callable[[PyTree[Float[Array, "B ..."]]], Float[Array, "B ..."]]
     network: Network
 
 
-def cut(network: Network, inputs: Float[Array, "N ..."]) -> Head | None:
+def cut(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Head | None:
     """Cut a network where its weights enter, so that what comes before is computed once for all uses.
 
     Returns
@@ -37,35 +38,51 @@ def cut(network: Network, inputs: Float[Array, "N ..."]) -> Head | None:
         None where nothing comes before, more than one array crosses the cut, or one that does not belong to single
         examples. Of `inputs` shape and dtype are used alone.
     """
-    shape, dtype = tuple(inputs.shape[1:]), jnp.result_type(inputs)
-    crossing = [_cut(trace(network, jax.ShapeDtypeStruct((size, *shape), dtype))) for size in (2, 3)]
+    example = _Example.of(inputs)
+    crossing = [_cut(trace(network, example.batch(size))) for size in (2, 3)]
     if any(len(parts.features) != 1 or not parts.before for parts in crossing):
         return None
     small, large = (parts.features[0].aval.shape for parts in crossing)
     if small[:1] != (2,) or large[:1] != (3,) or small[1:] != large[1:]:
         return None
 
-    def features(inputs: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+    def features(inputs: PyTree[Float[Array, "B ..."]]) -> Float[Array, "B ..."]:
         equations = trace(network, inputs)
         parts = _cut(equations)
-        known = _known(equations, frozen=network.frozen) | {equations.inputs[0]: inputs}
+        given = zip(equations.inputs, jax.tree.leaves(inputs), strict=True)
+        known = _known(equations, frozen=network.frozen) | dict(given)
         return run(equations, parts.before, known, parts.features)[0]
 
-    return Head(features, Network(_HeadForward(network.forward, shape, dtype), network.params, network.frozen))
+    return Head(features, Network(_HeadForward(network.forward, example), network.params, network.frozen))
 
 
-def precompute(
-    network: Network, inputs: Float[Array, "N ..."], *, microbatch: int
-) -> tuple[Network, Float[Array, "N ..."]]:
-    """The head of a network and the features of all inputs; the network and the inputs where it has none.
+def compiled(head: Head, *, microbatch: int) -> Callable[[PyTree[Float[Array, "N ..."]]], Float[Array, "N ..."]]:
+    """The features of many inputs, compiled once a shape.
 
-    Cost: one forward pass. Memory: the features of all N examples.
+    Cost: one forward pass. Memory: the activations of a microbatch, and the result.
     """
-    head = cut(network, inputs)
-    if head is None:
-        return network, inputs
-    features = jax.jit(lambda x: jax.lax.map(lambda one: head.features(one[None])[0], x, batch_size=microbatch))
-    return head.network, features(inputs)
+
+    @jax.jit
+    def features(inputs: PyTree[Float[Array, "N ..."]]) -> Float[Array, "N ..."]:
+        return jax.lax.map(lambda one: head.features(examples(one, None))[0], inputs, batch_size=microbatch)
+
+    return features
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Shapes and types of the inputs of one example; compared by value."""
+
+    structure: Any
+    leaves: tuple[tuple[tuple[int, ...], Any], ...]
+
+    @classmethod
+    def of(cls, inputs: PyTree[Float[Array, "N ..."]]) -> "_Example":
+        leaves, structure = jax.tree.flatten(inputs)
+        return cls(structure, tuple((tuple(leaf.shape[1:]), jnp.result_type(leaf)) for leaf in leaves))
+
+    def batch(self, size: int) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.structure.unflatten([jax.ShapeDtypeStruct((size, *shape), dtype) for shape, dtype in self.leaves])
 
 
 class _Parts(NamedTuple):
@@ -107,12 +124,10 @@ class _HeadForward:
     """Runs what follows the cut; equal where the forward pass that was cut is, so compiled code is shared."""
 
     forward: Callable[[PyTree, PyTree, Array], Array]
-    shape: tuple[int, ...]
-    dtype: Any
+    example: _Example
 
     def __call__(self, frozen: PyTree, params: PyTree, features: Array) -> Array:
-        inputs = jax.ShapeDtypeStruct((len(features), *self.shape), self.dtype)
-        equations = trace(Network(self.forward, params, frozen), inputs)
+        equations = trace(Network(self.forward, params, frozen), self.example.batch(len(features)))
         parts = _cut(equations)
         known = _known(equations, frozen=frozen, params=params) | {parts.features[0]: features}
         return run(equations, parts.after, known, equations.outputs)[0]

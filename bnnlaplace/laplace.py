@@ -5,30 +5,34 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace import evidence, predictive, prior, saved, subset, validation
-from bnnlaplace.data import as_arrays, check_fits_model, check_inputs
-from bnnlaplace.deterministic import check_deterministic
-from bnnlaplace.features import precompute
-from bnnlaplace.likelihood import Likelihood, resolve
+from bnnlaplace import choice, evidence, fitting, predictive, saved, subset, validation
+from bnnlaplace import prior as priors
+from bnnlaplace.data import Inputs, as_data, check_inputs
+from bnnlaplace.data_terms import DataTerms
+from bnnlaplace.likelihood import Likelihood, gaussian, resolve
+from bnnlaplace.log_joint import BestNoise, FixedNoise
+from bnnlaplace.memory import MemoryEstimate
+from bnnlaplace.mode import warn_unless_mode
 from bnnlaplace.network import Network
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
-from bnnlaplace.structure.fit import fit_dense, fit_diagonal, fit_krylov
-from bnnlaplace.tree import ravel, register_unchecked, squared_norm, unraveler
+from bnnlaplace.tree import ravel, register_unchecked, unraveler
 from bnnlaplace.types import Estimate
 
 
 @register_unchecked(
-    ("network", "likelihood", "prior_precision", "structure", "fitted"), ("subset_of_weights", "hessian_structure")
+    ("network", "likelihood", "prior_precision", "prior_mean", "structure", "fitted"),
+    ("subset_of_weights", "hessian_structure", "prior_groups"),
 )
 @dataclass(frozen=True, init=False)
 class Laplace:
-    """A Laplace approximation N(theta*, (G + delta I)^-1) around the weights of a network.
+    """A Laplace approximation N(theta*, (G + P0)^-1) around the weights of a network, P0 the precision of the prior.
 
     Immutable: every method returns a new object. A pytree. With "diag" and "full" it can be an argument of jitted
     functions that call `predictive`, `functional_variance`, `sample` or `mode_gradient`. With "lanczos" it cannot, as
@@ -51,7 +55,12 @@ class Laplace:
         "lanczos": the whole GGN by block Krylov, matrix-free. "diag": its exact diagonal. "full": dense, for small
         networks.
     prior_precision
-        delta of the isotropic prior N(0, 1/delta): one number.
+        Of the Gaussian prior N(mu, P0^-1), P0 = diag(delta): one number; a dictionary with one for each group of
+        weights; one for each weight, as a vector or a pytree like the weights with a posterior.
+    prior_mean
+        mu: one number, or a pytree like the weights.
+    prior_groups
+        From the path of a weight to the name of its group; by default each layer is one, "Dense_0" for instance.
     sigma_noise
         Standard deviation of the noise of "regression", one number or one for each output. As an attribute: the
         likelihood's, or None.
@@ -77,10 +86,12 @@ class Laplace:
     network: Network
     likelihood: Likelihood
     subset_of_weights: subset.Subset
-    hessian_structure: Literal["lanczos", "diag", "full"]
-    prior_precision: float | Float[Array, ""]
+    hessian_structure: str
+    prior_precision: priors.Precision
+    prior_mean: PyTree
+    prior_groups: priors.Groups
     structure: Structure | None
-    fitted: evidence.DataTerms | None
+    fitted: DataTerms | None
 
     # By hand, as `sigma_noise` is an argument that ends up in the likelihood: a field would shadow the property.
     def __init__(
@@ -89,9 +100,11 @@ class Laplace:
         likelihood: Likelihood | str = "classification",
         subset_of_weights: subset.Subset = "all",
         hessian_structure: Literal["lanczos", "diag", "full"] = "lanczos",
-        prior_precision: float | Float[Array, ""] = 1.0,
+        prior_precision: priors.Precision = 1.0,
+        prior_mean: PyTree = 0.0,
+        prior_groups: priors.Groups = priors.by_layer,
         structure: Structure | None = None,
-        fitted: evidence.DataTerms | None = None,
+        fitted: DataTerms | None = None,
         sigma_noise: float | Float[Array, "*C"] = 1.0,
     ) -> None:
         if hessian_structure not in BY_NAME:
@@ -99,24 +112,47 @@ class Laplace:
                 f"Laplace(hessian_structure=...) must be one of {sorted(BY_NAME)}; got {hessian_structure!r}"
             )
         subset.check(subset_of_weights)
-        prior.check(prior_precision, "Laplace(prior_precision=...)")
-        likelihood = resolve(likelihood, sigma_noise)
-        values = (network, likelihood, subset_of_weights, hessian_structure, prior_precision, structure, fitted)
-        for field, value in zip(dataclasses.fields(self), values, strict=True):
-            object.__setattr__(self, field.name, value)
+        if priors.is_scalar(prior_precision):
+            priors.check(prior_precision, "Laplace(prior_precision=...)")
+        if not callable(prior_groups):
+            raise ValueError(
+                "Laplace(prior_groups=...) must be a function from the path of a weight to the name of its group; got "
+                f"{prior_groups!r}"
+            )
+        values = {
+            "network": network,
+            "likelihood": resolve(likelihood, sigma_noise),
+            "subset_of_weights": subset_of_weights,
+            "hessian_structure": hessian_structure,
+            "prior_precision": prior_precision,
+            "prior_mean": prior_mean,
+            "prior_groups": prior_groups,
+            "structure": structure,
+            "fitted": fitted,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        if subset_of_weights == "all":  # otherwise the weights are known once there are data
+            _ = self.prior
 
     @property
     def sigma_noise(self) -> Float[Array, "*C"] | None:
         """Standard deviation of a regression's noise, read from the likelihood; None where it has none."""
         return self.likelihood.sigma_noise
 
+    @property
+    def prior(self) -> priors.Prior:
+        """The prior of the weights with a posterior, as an overall factor, relative precisions and a mean."""
+        return priors.resolve(self.prior_precision, self.prior_mean, self.network.params, self.prior_groups)
+
     # --- fitting ----------------------------------------------------------------------------------------------------
 
     def fit(
         self,
-        data: tuple[Array, Array] | Iterable[tuple[Array, Array]],
+        data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]],
         *,
         key: Array | None = None,
+        mean: Literal["network", "linear"] = "network",
         num_data: int | None = None,
         num_probes: int = 32,
         max_vectors: int = 512,
@@ -130,16 +166,21 @@ class Laplace:
         Parameters
         ----------
         data
-            (x, y) arrays, or an iterable of (x, y) batches, without augmentation. Kept nowhere afterwards.
+            (x, y), x an array or a pytree of them, without augmentation; or such batches, read a pass at a time, which
+            an object that can be iterated over again gives: the data need not fit in memory. Kept nowhere afterwards.
         key
             Seeds the probes; needed for "lanczos" alone.
+        mean
+            "network": around its weights. "linear": the network is replaced by its linearisation there, and expanded at
+            the mode of that one's log joint, which exists whatever training did; see `bnnlaplace.linear_mode`.
         num_data
             Where `data` is a random subset: the size of the whole training set. Log likelihood and curvature are
-            multiplied by num_data / len(x).
+            multiplied by num_data / (examples in `data`).
         num_probes
             Lanczos: normal probes in a block, which is also the number of posterior samples.
         max_vectors
-            Lanczos: the largest number of basis vectors, each of P numbers.
+            Lanczos: the largest number of basis vectors, each of P numbers. Data with no more outputs than these are
+            not decomposed by products: the curvature is exact then, from one gradient for each output.
         tolerance
             Lanczos: grow until the bound on the relative error of a posterior sample is below this.
         target_precision
@@ -152,77 +193,93 @@ class Laplace:
         Raises
         ------
         ValueError
-            If data are empty, targets out of range, outputs not (B, ..., C), inputs or weights not finite, the network
-            is not deterministic, no weight is in the subset, or `num_data` or `tolerance` are not positive.
+            If data are empty, batches differ in structure or from pass to pass, they can be read once where more passes
+            are needed, targets are out of range, outputs not (B, ..., C), inputs or weights not finite, the network is
+            not deterministic, no weight is in the subset, the prior does not fit it, or `num_data` or `tolerance` are
+            not positive.
+        MemoryError
+            If the curvature is larger than what the device has free; see `memory_estimate`.
 
         Notes
         -----
-        Cost in GGN products of one vector over all data: "lanczos" at most `max_vectors`; "diag" about C backward
-        passes per example; "full" P^2 memory.
+        Cost in GGN products of one vector over all data: "lanczos" at most `max_vectors`; "diag" and "kron" about C
+        backward passes per example; "full" P^2 memory. Warns (`NotAModeWarning`) where the weights are far from a mode
+        of the log joint.
         """
         if num_data is not None and not 0 < num_data < float("inf"):
             raise ValueError(f"fit(num_data=...) must be positive: the size of the training set; got {num_data}")
         if not tolerance > 0:
             raise ValueError(f"fit(tolerance=...) must be positive; got {tolerance}; try 0.05")
-        x, y = as_arrays(data)
-        check_deterministic(self.network, x)
-        check_fits_model(self.network, self.likelihood, x, y)
-        network = subset.select(self.network, self.subset_of_weights, x)
-        # Where the posterior is over all weights nothing precedes them.
-        head, x = (network, x) if network is self.network else precompute(network, x, microbatch=microbatch)
-        scale = 1.0 if num_data is None else num_data / len(x)
-        fitted = evidence.data_terms(head, self.likelihood, x, y, scale=scale, microbatch=microbatch)
-        if self.hessian_structure == "diag":
-            structure = fit_diagonal(head, self.likelihood, x, scale, microbatch=microbatch)
-        elif self.hessian_structure == "full":
-            structure = fit_dense(head, self.likelihood, x, scale)
-        else:
-            if key is None:
-                raise ValueError("fit(key=...) must seed the probes of 'lanczos'; got None; pass jax.random.key(0)")
-            structure = fit_krylov(
-                head,
-                self.likelihood,
-                x,
-                scale,
-                key=key,
-                log_likelihood=float(fitted.log_likelihood),
-                squared_norm=squared_norm(network.params),
-                num_probes=num_probes,
-                max_vectors=max_vectors,
-                tolerance=tolerance,
-                target_precision=target_precision,
-                microbatch=microbatch,
-                on_block=on_block,
-            )
-        return dataclasses.replace(self, network=network, structure=structure, fitted=fitted)
+        if mean not in ("network", "linear"):
+            raise ValueError(f"fit(mean=...) must be 'network' or 'linear'; got {mean!r}")
+        model = self._model(data, linear=mean == "linear", microbatch=microbatch)
+        found = fitting.fit(
+            model,
+            dataclasses.replace(self, network=model.network).prior,
+            self.hessian_structure,
+            mean=mean,
+            num_data=num_data,
+            microbatch=microbatch,
+            key=key,
+            num_probes=num_probes,
+            max_vectors=max_vectors,
+            tolerance=tolerance,
+            target_precision=target_precision,
+            on_block=on_block,
+        )
+        la = dataclasses.replace(self, network=found.network, structure=found.structure, fitted=found.terms)
+        warn_unless_mode(la.structure, la.mode_decrement(), la.effective_parameters(), float(la.prior.precision))
+        return la
+
+    def memory_estimate(
+        self, data: tuple[Inputs, Array], *, max_vectors: int = 512, microbatch: int = 64
+    ) -> MemoryEstimate:
+        """What `fit` with the same arguments takes at its peak, beside the activations of a microbatch; it is not run.
+
+        Of `data` a few examples are used, to find the shapes and the weights with a posterior.
+        """
+        few = next(iter(as_data(data)))
+        model = self._model((few.inputs, few.targets), linear=False, microbatch=microbatch)
+        return fitting.estimate(model, self.hessian_structure, max_vectors, microbatch)
+
+    def _model(self, data: Any, *, linear: bool, microbatch: int) -> fitting.Model:
+        return fitting.prepare(
+            self.network, self.likelihood, as_data(data), self.subset_of_weights, linear=linear, microbatch=microbatch
+        )
 
     # --- evidence and prior -----------------------------------------------------------------------------------------
 
-    def log_marginal_likelihood(self, prior_precision: float | None = None) -> Estimate:
+    def log_marginal_likelihood(self, prior_precision: priors.Precision | None = None) -> Estimate:
         """The log evidence in nats at `prior_precision`, by default the object's own.
 
         `sem` is the standard error over the probes, 0 where the evidence is exact. What stopping the recurrence costs
         is no part of it: it lowers the mean by at most half of `krylov_error().log_determinant`.
         """
-        self._usable_structure(prior_precision)
-        point = self.evidence_curve([float(self._precision(prior_precision))]).log_marginal_likelihood
+        la = self._at(prior_precision)
+        la._usable_structure()
+        point = la.evidence_curve([float(la.prior.precision)]).log_marginal_likelihood
         return Estimate(float(point.mean[0]), float(point.sem[0]))
 
     def evidence_curve(self, precisions: Iterable[float]) -> evidence.EvidenceCurve:
-        """The log evidence at many prior precisions, from the curvature already computed."""
-        structure, fitted = self._require_fit()
-        grid = prior.checked_grid(list(precisions), "evidence_curve(precisions=...)")
-        return evidence.curve(
-            structure.log_determinant, float(fitted.log_likelihood), squared_norm(self.network.params), grid
-        )
+        """The log evidence at many prior precisions, from the curvature already computed.
 
-    def evidence_optimum(self) -> prior.PriorOptimum:
-        """The prior precision that maximises the evidence, and an interval for its errors, probes and truncation."""
+        Of a prior that is not isotropic these are geometric means over the weights, at the ratios that it has.
+        """
         structure, fitted = self._require_fit()
-        return prior.optimum(
+        grid = priors.checked_grid(list(precisions), "evidence_curve(precisions=...)")
+        squared = self.prior.squared_distance(self.network.params)
+        return evidence.curve(structure.log_determinant, FixedNoise(float(fitted.log_likelihood)), squared, grid)
+
+    def evidence_optimum(self) -> priors.PriorOptimum:
+        """The prior precision that maximises the evidence, and an interval for its errors, probes and truncation.
+
+        As for `evidence_curve` the geometric mean, where the prior is not isotropic.
+        """
+        structure, fitted = self._require_fit()
+        return priors.optimum(
             structure.log_determinant,
-            float(fitted.log_likelihood),
-            squared_norm(self.network.params),
+            FixedNoise(float(fitted.log_likelihood)),
+            self.prior.squared_distance(self.network.params),
             truncation=structure.truncation,
         )
 
@@ -230,78 +287,137 @@ class Laplace:
         self,
         method: Literal["marglik", "gridsearch"] = "marglik",
         *,
-        validation: tuple[Array, Array] | None = None,
+        prior_structure: Literal["scalar", "layerwise", "diag"] | None = None,
+        optimize_sigma_noise: bool = False,
+        refit: Callable[["Laplace"], "Laplace"] | None = None,
+        max_refits: int = 10,
+        validation: tuple[Inputs, Array] | None = None,
         precisions: Iterable[float] | None = None,
         key: Array | None = None,
         num_samples: int = 32,
     ) -> "Laplace":
-        """Choose the prior precision, by the evidence or by the NLL of the Monte Carlo predictive on validation data.
+        """Choose the prior precision, by the evidence or by the NLL of the predictive on validation data.
 
         Parameters
         ----------
         method
-            "marglik": maximise the evidence; no curvature is computed again. Warns where the optimum is at an end of
-            the search range. "gridsearch": try `precisions`, and choose among those where "lanczos" has converged.
+            "marglik": maximise the evidence. Warns where the optimum is at an end of the search range. "gridsearch":
+            try `precisions`, in one pass for all of them, and choose among those where "lanczos" has converged.
+        prior_structure
+            What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
+            ("layerwise"), for each weight ("diag"); None keeps the ratios of the precisions and chooses a common
+            factor, for which no curvature is computed again.
+        optimize_sigma_noise
+            Of a regression: maximise over a common factor of the noise, too; no curvature is computed again for it.
+        refit
+            "lanczos" has to be fitted again where ratios change, from la to la.fit(data, key=...) for instance.
+        max_refits
+            The largest number of such fits; each is one step of MacKay's fixed point, from the last fit alone.
         validation, precisions, key, num_samples
-            For "gridsearch", which serves likelihoods of class labels; `precisions` defaults to 25 values from 0.01 to
-            10,000.
+            For "gridsearch"; `precisions` defaults to 25 values from 0.01 to 10,000.
 
         Raises
         ------
         ValueError
-            If the method is unknown, or "gridsearch" lacks an argument or has another likelihood.
+            If a name is unknown, an argument is missing, or "kron" is asked for one precision for each weight.
         """
+        self._require_fit()
         if method == "marglik":
-            optimum = self.evidence_optimum()
-            if optimum.at_bound:
-                warnings.warn(
-                    f"the evidence still rises at the end of its search range, prior precision "
-                    f"{optimum.prior_precision:.3g}: the optimum is not inside it; look for weights that are zero",
-                    stacklevel=2,
-                )
-            return self.with_prior_precision(optimum.prior_precision)
+            options = {"optimize_sigma_noise": optimize_sigma_noise, "refit": refit, "max_refits": max_refits}
+            return choice.by_evidence(self, prior_structure, **options)
         if method != "gridsearch":
             raise ValueError(f"optimize_prior_precision(method=...) must be 'marglik' or 'gridsearch'; got {method!r}")
         if validation is None or key is None:
             raise ValueError("optimize_prior_precision('gridsearch') must be given validation=(x, y) and key=...")
         grid = np.geomspace(1e-2, 1e4, 25) if precisions is None else precisions
         curve = self.validation_curve(*validation, grid, key=key, num_samples=num_samples)
-        return self.with_prior_precision(curve.best_precision)
+        factor = curve.best_precision / self.prior.precision
+        return self.with_prior_precision(jax.tree.map(lambda value: value * factor, self.prior_precision))
 
     def validation_curve(
-        self, x: Array, y: Array, precisions: Iterable[float], *, key: Array, num_samples: int, microbatch: int = 64
+        self, x: Inputs, y: Array, precisions: Iterable[float], *, key: Array, num_samples: int, microbatch: int = 64
     ) -> validation.ValidationCurve:
-        """NLL and ECE of the Monte Carlo predictive at many prior precisions; see `bnnlaplace.validation`."""
+        """NLL and ECE of the predictive at many prior precisions; see `bnnlaplace.validation`."""
         structure, _ = self._require_fit()
         check_inputs(x)
         options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return validation.validation_curve(self.network, self.likelihood, structure, x, y, precisions, **options)
+        return validation.validation_curve(self._white(), self.likelihood, structure, x, y, precisions, **options)
 
-    def with_prior_precision(self, prior_precision: float) -> "Laplace":
-        """The same posterior at another prior precision."""
-        return dataclasses.replace(self, prior_precision=prior_precision)
+    def with_prior_precision(self, prior_precision: priors.Precision) -> "Laplace":
+        """The same posterior at another prior precision.
 
-    def mode_gradient(self, prior_precision: float | None = None) -> Float[Array, " P"]:
+        Raises
+        ------
+        ValueError
+            If it does not fit the weights, or "lanczos" would have to be fitted again, as ratios of precisions differ.
+        """
+        new = dataclasses.replace(self, prior_precision=prior_precision)
+        if self.structure is None:
+            return new
+        before, after = self.prior.relative, new.prior.relative
+        if before is None and after is None:
+            return new
+        ratio = (1.0 if after is None else after) / (1.0 if before is None else before)
+        return dataclasses.replace(new, structure=self.structure.whitened(ratio))
+
+    def with_sigma_noise(self, sigma_noise: float | Float[Array, "*C"]) -> "Laplace":
+        """The same posterior of a regression at another noise; no curvature is computed again.
+
+        Raises
+        ------
+        ValueError
+            If the likelihood has no noise, or the ratios between the outputs change: fit again for that.
+        """
+        _, fitted = self._require_fit()
+        if self.sigma_noise is None:
+            raise ValueError(f"with_sigma_noise must be asked of a regression; got {self.likelihood.name!r}")
+        new = resolve("regression", sigma_noise)
+        factors = np.atleast_1d(np.asarray(new.sigma_noise, np.float64) / np.asarray(self.sigma_noise)) ** 2
+        if not np.allclose(factors, factors[0], rtol=1e-5):
+            raise ValueError(
+                f"with_sigma_noise(sigma_noise=...) must keep the ratios between outputs; got {sigma_noise} for "
+                f"{self.sigma_noise}; construct Laplace(sigma_noise=...) and fit again"
+            )
+        factor = float(factors[0])
+        noise = BestNoise.of(float(fitted.log_likelihood), float(fitted.num_outputs), self.sigma_noise)
+        value = noise.constant - 0.5 * (noise.squared_residuals / factor + noise.num_outputs * np.log(factor))
+        dtype = fitted.log_likelihood.dtype
+        terms = fitted._replace(
+            log_likelihood=jnp.asarray(value, dtype), log_likelihood_gradient=fitted.log_likelihood_gradient / factor
+        )
+        likelihood = gaussian(jnp.asarray(new.sigma_noise, self.sigma_noise.dtype))
+        return dataclasses.replace(
+            self, likelihood=likelihood, fitted=terms, structure=self.structure.scaled(1 / factor)
+        )
+
+    def mode_gradient(self, prior_precision: priors.Precision | None = None) -> Float[Array, " P"]:
         """Gradient of the log joint in the weights: zero at a mode of the model whose evidence is computed."""
         _, fitted = self._require_fit()
-        return fitted.log_likelihood_gradient - self._precision(prior_precision) * ravel(self.network.params)
+        la = dataclasses.replace(self, prior_precision=self._precision(prior_precision))
+        return fitted.log_likelihood_gradient + la.prior.gradient(self.network.params)
 
-    def mode_decrement(self, prior_precision: float | None = None) -> float:
-        """g' (G + delta I)^-1 g with g = `mode_gradient`: the squared distance to the mode in posterior deviations.
+    def mode_decrement(self, prior_precision: priors.Precision | None = None) -> float:
+        """g' (G + P0)^-1 g with g = `mode_gradient`: the squared distance to the mode in posterior deviations.
 
         Twice what a Gauss-Newton step promises to gain, in nats. Unlike the norm of g it does not depend on how weights
-        are scaled, and it sees directions that only the prior determines. Small against the effective number of
-        parameters: the weights are near a mode. Exact for "diag" (of its own posterior) and "full"; for "lanczos" from
+        are scaled, and it sees directions that only the prior determines. Small against `effective_parameters`: the
+        weights are near a mode. Exact for "diag" and "kron" (of their own posteriors) and "full"; for "lanczos" from
         above, as directions outside the basis count with the precision of the prior alone.
         """
-        structure, _ = self._require_fit()
-        delta = float(self._precision(prior_precision))
-        return structure.inverse_quadratic_form(np.asarray(self.mode_gradient(delta), np.float64), delta)
+        la = self._at(prior_precision)
+        gradient = la.prior.whiten(la.mode_gradient())
+        return la.structure.inverse_quadratic_form(np.asarray(gradient, np.float64), float(la.prior.precision))
+
+    def effective_parameters(self, prior_precision: priors.Precision | None = None) -> float:
+        """tr G (G + P0)^-1: the number of directions that the data determine rather than the prior."""
+        la = self._at(prior_precision)
+        groups = np.zeros(ravel(la.network.params).size, int)
+        return float(la.structure.effective_parameters(float(la.prior.precision), groups).mean())
 
     def krylov_error(self) -> KrylovError | None:
         """Bounds on what truncation costs at the object's prior precision; None for structures that have none."""
         structure, _ = self._require_fit()
-        return structure.error(float(self.prior_precision)) if isinstance(structure, KrylovStructure) else None
+        return structure.error(float(self.prior.precision)) if isinstance(structure, KrylovStructure) else None
 
     # --- posterior and predictions ----------------------------------------------------------------------------------
 
@@ -312,7 +428,7 @@ class Laplace:
         Lanczos gives at most one sample per probe, and draws among those.
         """
         structure = self._usable_structure()
-        deviations = structure.samples(key, num_samples, self.prior_precision)
+        deviations = self.prior.whiten(structure.samples(key, num_samples, self.prior.precision))
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 
     def functional_posteriors(
@@ -327,14 +443,14 @@ class Laplace:
         structure, _ = self._require_fit()
         check_inputs(x)
         return predictive.functional_posteriors(
-            self.network, structure, x, precisions, key=key, num_samples=num_samples, microbatch=microbatch
+            self._white(), structure, x, precisions, key=key, num_samples=num_samples, microbatch=microbatch
         )
 
     def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
-        """Covariance J (G + delta I)^-1 J' of the linearised outputs; for "lanczos" from all its samples."""
+        """Covariance J (G + P0)^-1 J' of the linearised outputs; for "lanczos" from all its samples."""
         structure = self._usable_structure()
         check_inputs(x)
-        return predictive.functional_variance(self.network, structure, x, self.prior_precision, microbatch=microbatch)
+        return predictive.functional_variance(self._white(), structure, x, self.prior.precision, microbatch=microbatch)
 
     def predictive(
         self,
@@ -376,11 +492,11 @@ class Laplace:
         structure = self._usable_structure()
         check_inputs(x)
         return predictive.predictions(
-            self.network,
+            self._white(),
             self.likelihood,
             structure,
             x,
-            self.prior_precision,
+            self.prior.precision,
             pred_type=pred_type,
             link_approx=link_approx,
             with_noise=with_noise,
@@ -415,11 +531,16 @@ class Laplace:
 
     # --- internals --------------------------------------------------------------------------------------------------
 
-    def _usable_structure(self, prior_precision: float | None = None) -> Structure:
+    def _white(self) -> Network:
+        """The network as a function of weights in which the prior is isotropic, as the structure has it."""
+        relative = self.prior.relative
+        return self.network if relative is None else self.network.scaled(1 / jnp.sqrt(relative))
+
+    def _usable_structure(self) -> Structure:
         """The structure, after a warning where it has not converged at the prior precision it is to be used at."""
         structure, _ = self._require_fit()
         if isinstance(structure, SampleStructure):
-            reservation = structure.reservation(float(self._precision(prior_precision)))
+            reservation = structure.reservation(float(self.prior.precision))
             if reservation is not None:
                 warnings.warn(
                     f"{reservation}; fit again with target_precision= that or more max_vectors, or use "
@@ -428,7 +549,7 @@ class Laplace:
                 )
         return structure
 
-    def _require_fit(self) -> tuple[Structure, evidence.DataTerms]:
+    def _require_fit(self) -> tuple[Structure, DataTerms]:
         if self.structure is None:
             raise ValueError("this Laplace has no curvature yet; call la = la.fit((x, y), ...) first")
         if isinstance(self.structure, KrylovStructure):
@@ -441,9 +562,15 @@ class Laplace:
                 )
         return self.structure, self.fitted
 
-    def _precision(self, prior_precision: float | None) -> float | Float[Array, ""]:
+    def _precision(self, prior_precision: priors.Precision | None) -> priors.Precision:
         """The one given, checked, or the object's own."""
         if prior_precision is None:
             return self.prior_precision
-        prior.check(prior_precision, "prior_precision=...")
+        if priors.is_scalar(prior_precision):
+            priors.check(prior_precision, "prior_precision=...")
         return prior_precision
+
+    def _at(self, prior_precision: priors.Precision | None) -> "Laplace":
+        """At the one given, checked, or itself."""
+        self._require_fit()
+        return self if prior_precision is None else self.with_prior_precision(self._precision(prior_precision))

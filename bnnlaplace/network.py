@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import precise
-from bnnlaplace.tree import leaf_names
+from bnnlaplace.tree import leaf_names, ravel, unraveler
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
@@ -156,11 +156,35 @@ class Network:
         rest = structure.unflatten([None if c else leaf for leaf, c in zip(leaves, chosen, strict=True)])
         return Network(_SubsetForward(self.forward), kept, {"frozen": self.frozen, "weights": rest})
 
+    def scaled(self, factors: Float[Array, " P"]) -> "Network":
+        """The same function of other coordinates of the weights, `params / factors`, at the same point.
+
+        Its Jacobian is this one's times `factors`, column by column: with factors D^-1/2 it is the network in whose
+        weights a prior of precisions tau D is isotropic.
+        """
+        unravel = unraveler(self.params)
+        frozen = {"frozen": self.frozen, "factors": unravel(factors)}
+        return Network(_ScaledForward(self.forward), unravel(ravel(self.params) / factors), frozen)
+
+    def linearised(self) -> "Network":
+        """The first-order expansion f(params) + J(params) (theta - params) in the weights, as a network of theta.
+
+        Its Jacobian is this one's at `params`, wherever theta is.
+        """
+        return Network(_LinearisedForward(self.forward), self.params, {"frozen": self.frozen, "centre": self.params})
+
+    @property
+    def is_linearised(self) -> bool:
+        """Whether this is the first-order expansion of another network."""
+        return isinstance(self.forward, _LinearisedForward)
+
     def full_params(self, params: PyTree) -> PyTree:
         """All weights, with `params` in the places of those that have a posterior: as the user's model holds them."""
         forward, frozen = self.forward, self.frozen
-        while isinstance(forward, _SubsetForward):
-            params, forward, frozen = _merged(params, frozen["weights"]), forward.forward, frozen["frozen"]
+        while isinstance(forward, (_SubsetForward, _LinearisedForward)):
+            if isinstance(forward, _SubsetForward):
+                params = _merged(params, frozen["weights"])
+            forward, frozen = forward.forward, frozen["frozen"]
         return params
 
 
@@ -208,6 +232,24 @@ class _SubsetForward:
 
     def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
         return self.forward(frozen["frozen"], _merged(params, frozen["weights"]), x)
+
+
+@dataclass(frozen=True)
+class _ScaledForward:
+    forward: Callable[[PyTree, PyTree, Array], Array]
+
+    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+        return self.forward(frozen["frozen"], jax.tree.map(jnp.multiply, params, frozen["factors"]), x)
+
+
+@dataclass(frozen=True)
+class _LinearisedForward:
+    forward: Callable[[PyTree, PyTree, Array], Array]
+
+    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+        step = jax.tree.map(jnp.subtract, params, frozen["centre"])
+        outputs, change = jax.jvp(lambda p: self.forward(frozen["frozen"], p, x), (frozen["centre"],), (step,))
+        return outputs + change
 
 
 def _merged(some: PyTree, others: PyTree) -> PyTree:

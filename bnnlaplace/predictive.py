@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import link
 from bnnlaplace.curvature import dense
@@ -15,7 +15,7 @@ from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum
 from bnnlaplace.structure import CovarianceStructure, SampleStructure, Structure
-from bnnlaplace.tree import ravel, unraveler
+from bnnlaplace.tree import examples, num_examples, ravel, unraveler
 
 
 class FunctionalPosterior(NamedTuple):
@@ -36,14 +36,16 @@ class FunctionalPosterior(NamedTuple):
     deviations: Float[Array, "S B ... C"]
 
 
-def outputs(network: Network, inputs: Float[Array, "B ..."], *, microbatch: int = 64) -> Float[Array, "B ... C"]:
+def outputs(
+    network: Network, inputs: PyTree[Float[Array, "B ..."]], *, microbatch: int = 64
+) -> Float[Array, "B ... C"]:
     """f(x; theta*), one microbatch at a time; for no inputs no rows, here and below."""
     return _by_microbatch(partial(_outputs, network), inputs, microbatch)
 
 
 def pushforward(
     network: Network,
-    inputs: Float[Array, "B ..."],
+    inputs: PyTree[Float[Array, "B ..."]],
     directions: Float[Array, "R P"],
     *,
     microbatch: int = 64,
@@ -66,7 +68,7 @@ def pushforward(
 def functional_posteriors(
     network: Network,
     structure: Structure,
-    inputs: Float[Array, "B ..."],
+    inputs: PyTree[Float[Array, "B ..."]],
     precisions: Sequence[float],
     *,
     key: Array,
@@ -105,7 +107,7 @@ def functional_posteriors(
 def functional_variance(
     network: Network,
     structure: Structure,
-    inputs: Float[Array, "B ..."],
+    inputs: PyTree[Float[Array, "B ..."]],
     prior_precision: float,
     *,
     microbatch: int = 64,
@@ -124,7 +126,7 @@ def predictions(
     network: Network,
     likelihood: Likelihood,
     structure: Structure,
-    inputs: Float[Array, "B ..."],
+    inputs: PyTree[Float[Array, "B ..."]],
     prior_precision: float,
     *,
     pred_type: Literal["glm", "nn"] = "glm",
@@ -198,7 +200,7 @@ def _of_weight_samples(
     network: Network,
     likelihood: Likelihood,
     structure: Structure,
-    inputs: Float[Array, "B ..."],
+    inputs: PyTree[Float[Array, "B ..."]],
     prior_precision: float,
     *,
     key: Array,
@@ -219,7 +221,7 @@ def _of_weight_samples(
 
 def structured_variance(
     network: Network,
-    inputs: Float[Array, "B ..."],
+    inputs: PyTree[Float[Array, "B ..."]],
     structure: CovarianceStructure,
     precisions: Sequence[float],
     *,
@@ -252,13 +254,13 @@ def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ..
 
 
 @jax.jit
-def _outputs(network: Network, x: Float[Array, "m ..."]) -> Float[Array, "m ... C"]:
+def _outputs(network: Network, x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m ... C"]:
     return network(network.params, x)
 
 
 @jax.jit
 def _pushforward(
-    network: Network, directions: Float[Array, "R P"], x: Float[Array, "m ..."]
+    network: Network, directions: Float[Array, "R P"], x: PyTree[Float[Array, "m ..."]]
 ) -> Float[Array, "m R ... C"]:
     unravel = unraveler(network.params)
     _, jvp = jax.linearize(lambda p: network(p, x), network.params)
@@ -267,7 +269,7 @@ def _pushforward(
 
 @jax.jit
 def _structured_variance(
-    network: Network, structure: CovarianceStructure, precisions: Float[Array, " D"], x: Float[Array, "m ..."]
+    network: Network, structure: CovarianceStructure, precisions: Float[Array, " D"], x: PyTree[Float[Array, "m ..."]]
 ) -> Float[Array, "m D ... C C"]:
     jacobian = dense.jacobian(network, network.params, x)
     positions = jacobian.reshape(-1, *jacobian.shape[-2:])
@@ -277,7 +279,7 @@ def _structured_variance(
 
 
 def _by_microbatch(
-    function: Callable[[Array], Array], inputs: Float[Array, "B ..."], microbatch: int
+    function: Callable[[Array], Array], inputs: PyTree[Float[Array, "B ..."]], microbatch: int
 ) -> Float[Array, "B ..."]:
     """Apply a compiled function to microbatches of one shape, the last one padded with copies of the last input.
 
@@ -285,14 +287,17 @@ def _by_microbatch(
     """
     if microbatch < 1:
         raise ValueError(f"microbatch=... must be at least 1; got {microbatch}; try 64")
-    count = len(inputs)
+    count = num_examples(inputs)
     if count == 0:
-        dtype = jax.dtypes.canonicalize_dtype(inputs.dtype)
-        one = jax.eval_shape(function, jax.ShapeDtypeStruct((1, *inputs.shape[1:]), dtype))
+        one = jax.eval_shape(function, jax.tree.map(_one_example, inputs))
         return jnp.zeros((0, *one.shape[1:]), one.dtype)
     microbatch = min(microbatch, count)
     found = []
     for start in range(0, count, microbatch):
         index = np.minimum(np.arange(start, start + microbatch), count - 1)
-        found.append(function(inputs[index]))
+        found.append(function(examples(inputs, index)))
     return jnp.concatenate(found)[:count]
+
+
+def _one_example(leaf: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))

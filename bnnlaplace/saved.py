@@ -1,18 +1,31 @@
 """A fitted Laplace on disk: which parts of it are written, and how they are put together again."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from bnnlaplace import checkpoint
-from bnnlaplace.evidence import DataTerms
+from bnnlaplace import prior as priors
+from bnnlaplace.data_terms import DataTerms
 from bnnlaplace.likelihood import Likelihood, resolve
 from bnnlaplace.network import Network
 from bnnlaplace.structure import BY_NAME, Structure
 from bnnlaplace.tree import leaf_names
+
+
+@dataclass(frozen=True)
+class StoredGroups:
+    """Prior groups by the paths of the weights: what is left of a function once it has been written."""
+
+    names: tuple[tuple[str, str], ...]
+
+    def __call__(self, path: str) -> str:
+        return dict(self.names)[path]
 
 
 def save(
@@ -21,23 +34,39 @@ def save(
     network: Network,
     likelihood: Likelihood,
     hessian_structure: str,
-    prior_precision: float,
+    prior_precision: priors.Precision,
+    prior_mean: PyTree,
+    prior_groups: priors.Groups,
     structure: Structure,
     fitted: DataTerms,
 ) -> None:
     """Write the parts of a fitted Laplace; of the network its arrays, not the user's module. See `save_pytree`."""
+    names = leaf_names(network.params)
+    prior = priors.resolve(prior_precision, prior_mean, network.params, prior_groups)
+    by_group = not priors.is_scalar(prior_precision) and priors.is_by_group(
+        prior_precision, network.params, prior_groups
+    )
     tree = {
         "network": {"params": network.params, "frozen": network.frozen},
         "likelihood": jax.tree.leaves(likelihood),
-        "prior_precision": np.asarray(prior_precision),
+        "prior_precision": np.asarray(prior.precision),
         "structure": structure,
         "fitted": fitted,
     }
+    if prior.relative is not None and not by_group:
+        tree["relative_precision"] = prior.relative
+    if prior.mean is not None:
+        tree["prior_mean"] = prior.mean
     metadata = {
         "hessian_structure": hessian_structure,
+        "structure": type(structure).__name__,
         "likelihood": likelihood.name,
-        "weights": leaf_names(network.params),
+        "weights": names,
+        "linearised": network.is_linearised,
+        "groups": {name: prior_groups(name) for name in names},
     }
+    if by_group:
+        metadata["prior_precision"] = {name: float(value) for name, value in prior_precision.items()}
     checkpoint.save_pytree(path, tree, metadata)
 
 
@@ -62,15 +91,39 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
     with_posterior = set(metadata.get("weights", ())) & set(leaf_names(network.params))
     if with_posterior:
         network = network.subset(with_posterior.__contains__)
+    if metadata.get("linearised", False) and not network.is_linearised:
+        network = network.linearised()
     here = {"params": network.params, "frozen": network.frozen}
     there = checkpoint.restructure(path, stored["network"], here)
     likelihood = likelihood or resolve(metadata["likelihood"])
     leaves = [jnp.asarray(leaf) for leaf in stored.get("likelihood", [])]
+    known = {cls.__name__: cls for cls in BY_NAME[metadata["hessian_structure"]]}
+    structure = known[metadata.get("structure", next(iter(known)))]
     return {
         "network": Network(network.forward, **there),
         "likelihood": jax.tree.unflatten(jax.tree.structure(likelihood), leaves),
         "hessian_structure": metadata["hessian_structure"],
-        "prior_precision": float(stored["prior_precision"]),
-        "structure": BY_NAME[metadata["hessian_structure"]].from_arrays(stored["structure"]),
-        "fitted": DataTerms(*(jnp.asarray(stored["fitted"][name]) for name in DataTerms._fields)),
+        "structure": structure.from_arrays(stored["structure"]),
+        "fitted": _terms(stored["fitted"]),
+        **_prior(stored, metadata),
     }
+
+
+def _prior(stored: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    precision: Any = float(stored["prior_precision"])
+    if "prior_precision" in metadata:
+        precision = metadata["prior_precision"]
+    elif "relative_precision" in stored:
+        precision = precision * np.asarray(stored["relative_precision"])
+    found = {"prior_precision": precision}
+    if "prior_mean" in stored:
+        found["prior_mean"] = jnp.asarray(stored["prior_mean"])
+    if "groups" in metadata:
+        found["prior_groups"] = StoredGroups(tuple(sorted(metadata["groups"].items())))
+    return found
+
+
+def _terms(stored: dict[str, Any]) -> DataTerms:
+    # An earlier release did not count the outputs; they are needed to choose the noise of a regression.
+    stored = {"num_outputs": np.nan, **stored}
+    return DataTerms(*(jnp.asarray(stored[name]) for name in DataTerms._fields))

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.equations import trace
 from bnnlaplace.network import Network
-from bnnlaplace.tree import leaf_names
+from bnnlaplace.tree import examples, leaf_names
 
 Subset = str | Callable[[str], bool]
 
@@ -20,7 +20,7 @@ def check(subset: Subset) -> None:
         )
 
 
-def select(network: Network, subset: Subset, inputs: Float[Array, "N ..."]) -> Network:
+def select(network: Network, subset: Subset, inputs: PyTree[Float[Array, "N ..."]]) -> Network:
     """The network as a function of the weights that get a posterior; see `Network.subset`."""
     if subset == "all":
         return network
@@ -29,13 +29,13 @@ def select(network: Network, subset: Subset, inputs: Float[Array, "N ..."]) -> N
     return network.subset(subset)
 
 
-def last_layer(network: Network, inputs: Float[Array, "N ..."]) -> frozenset[str]:
+def last_layer(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> frozenset[str]:
     """The paths of the weights of the last layer.
 
     It is the weight of two dimensions or more that is the last to enter the forward pass, with those that enter after
     it and those beside it in the same module. A weight that an earlier layer shares enters there.
     """
-    equations = trace(network, inputs[:1])
+    equations = trace(network, examples(inputs, slice(1)))
     entered: dict[object, int] = {}
     for position, equation in enumerate(equations.steps):
         for atom in equation.invars:

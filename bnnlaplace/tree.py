@@ -41,6 +41,16 @@ def size(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def num_examples(inputs: PyTree[Float[Array, "N ..."]]) -> int:
+    """The length of the leading axis of the leaves."""
+    return jax.tree.leaves(inputs)[0].shape[0]
+
+
+def examples(inputs: PyTree[Float[Array, "N ..."]], index: Any) -> PyTree[Float[Array, "M ..."]]:
+    """Some of the examples, which lie along the leading axis: by an array, a slice, or None for a batch of one."""
+    return jax.tree.map(lambda leaf: leaf[index], inputs)
+
+
 def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
     """Broadcast a scalar, a vector or a pytree with the structure of `like` to one number per weight.
 

@@ -1,10 +1,12 @@
-"""The prior precision by validation data: the Monte Carlo predictive as a function of it."""
+"""The prior precision by validation data: the predictive as a function of it."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bnnlaplace import calibration, link, predictive, prior
 from bnnlaplace.likelihood import Likelihood
@@ -13,16 +15,16 @@ from bnnlaplace.structure import SampleStructure, Structure
 
 
 class ValidationCurve(NamedTuple):
-    """Monte Carlo predictive on validation data as a function of the prior precision; arrays of shape (D,).
+    """The predictive on validation data as a function of the prior precision; arrays of shape (D,).
 
     Attributes
     ----------
     prior_precision
         The grid.
     negative_log_likelihood
-        In nats per label.
+        In nats per label, or per output where the targets are numbers.
     expected_calibration_error
-        With equal-width bins.
+        With equal-width bins; NaN where there are no classes.
     converged
         Whether the structure has converged there; NLL and ECE elsewhere are not those of the posterior.
     """
@@ -55,22 +57,26 @@ def validation_curve(
     network: Network,
     likelihood: Likelihood,
     structure: Structure,
-    inputs: Float[Array, "N ..."],
-    labels: Int[Array, "N ..."],
+    inputs: PyTree[Float[Array, "N ..."]],
+    targets: Array,
     precisions: Iterable[float],
     *,
     key: Array,
     num_samples: int,
     microbatch: int = 64,
 ) -> ValidationCurve:
-    """NLL and ECE of the Monte Carlo predictive at many prior precisions.
+    """NLL and ECE of the predictive at many prior precisions.
+
+    Of class labels by Monte Carlo, probabilities averaged over samples. Of a regression the Gaussian of each output is
+    known: its variance is that of the linearised output and of the noise. Of any other likelihood the mean of
+    p(y | f) over samples.
 
     Parameters
     ----------
     network, likelihood, structure
-        The posterior; of a likelihood of class labels.
-    inputs, labels
-        Validation data: a label for each output position.
+        The posterior.
+    inputs, targets
+        Validation data: a target for each output position.
     precisions
         The grid.
     key, num_samples
@@ -82,30 +88,46 @@ def validation_curve(
     Raises
     ------
     ValueError
-        If the likelihood is not one of class labels, the grid not positive, inputs or predictions not finite, or labels
-        not among the classes.
+        If the grid is not positive, inputs or predictions not finite, or targets do not fit the outputs.
 
     Notes
     -----
     The network is differentiated once for the whole grid: see `predictive.functional_posteriors`.
     """
-    if likelihood.target_kind != "label":
-        raise ValueError(
-            "a validation curve must be of a likelihood of class labels, as 'classification' is; got "
-            f"{likelihood.name!r}; choose its prior precision by the evidence, method='marglik'"
-        )
     grid = prior.checked_grid(list(precisions), "validation_curve(precisions=...)")
     posteriors = predictive.functional_posteriors(
         network, structure, inputs, grid, key=key, num_samples=num_samples, microbatch=microbatch
     )
-    labels = np.reshape(labels, -1)
-    nll, ece = [], []
-    for found in posteriors:
-        probs = np.asarray(link.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
-        probs = probs.reshape(-1, probs.shape[-1])
-        nll.append(calibration.negative_log_likelihood(probs, labels))
-        ece.append(calibration.expected_calibration_error(probs, labels))
+    score = _label_scores if likelihood.target_kind == "label" else _number_scores
+    nll, ece = np.transpose([score(likelihood, found, targets) for found in posteriors])
     converged = np.ones(len(grid), bool)
     if isinstance(structure, SampleStructure):
         converged = np.array([structure.reservation(precision) is None for precision in grid])
-    return ValidationCurve(grid, np.asarray(nll), np.asarray(ece), converged)
+    return ValidationCurve(grid, nll, ece, converged)
+
+
+def _label_scores(
+    likelihood: Likelihood, found: predictive.FunctionalPosterior, labels: Int[Array, "N ..."]
+) -> tuple[float, float]:
+    probs = np.asarray(link.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
+    probs, labels = probs.reshape(-1, probs.shape[-1]), np.reshape(labels, -1)
+    nll = calibration.negative_log_likelihood(probs, labels)
+    return nll, calibration.expected_calibration_error(probs, labels)
+
+
+def _number_scores(
+    likelihood: Likelihood, found: predictive.FunctionalPosterior, targets: Float[Array, "N ... C"]
+) -> tuple[float, float]:
+    targets = jnp.asarray(targets)
+    if targets.shape != found.mean.shape:
+        raise ValueError(
+            f"validation targets of {likelihood.name!r} must have the shape {found.mean.shape} of the outputs; got "
+            f"{targets.shape}; reshape them"
+        )
+    if likelihood.sigma_noise is not None:
+        variance = jnp.diagonal(found.variance, axis1=-2, axis2=-1) + likelihood.sigma_noise**2
+        log_prob = -0.5 * ((targets - found.mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance))
+        return -float(log_prob.mean()), np.nan
+    log_probs = likelihood.log_prob(found.mean + found.deviations, targets)
+    mean = jax.nn.logsumexp(log_probs, axis=0) - np.log(len(log_probs))
+    return -float(mean.mean()) / targets.shape[-1], np.nan

@@ -14,6 +14,7 @@ import bnnlaplace
 from bnnlaplace import krylov, predictive, prior
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.curvature import dense
+from bnnlaplace.log_joint import FixedNoise
 from bnnlaplace.structure import KrylovStructure
 from bnnlaplace.structure import fit as structure_fit
 from bnnlaplace.tree import ravel, squared_norm
@@ -154,7 +155,7 @@ def test_interval_of_the_optimum_holds_truncation(full, trained, seed):
     exact = full.evidence_optimum().prior_precision
     found = la.evidence_optimum()
     assert found.low < exact < found.prior_precision < found.high
-    terms = float(la.fitted.log_likelihood), squared_norm(network.params)
+    terms = FixedNoise(float(la.fitted.log_likelihood)), squared_norm(network.params)
     probes_only = prior.optimum(la.structure.log_determinant, *terms)
     assert probes_only.prior_precision == found.prior_precision and exact < probes_only.low
 
@@ -246,14 +247,6 @@ def test_gridsearch_takes_the_lowest_validation_nll(lanczos, trained):
     np.testing.assert_allclose(curve.negative_log_likelihood[1], nll, rtol=1e-3)
 
 
-def test_gridsearch_is_for_class_labels():
-    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
-    x, y = np.eye(2, dtype=np.float32), np.ones((2, 1), np.float32)
-    la = bnnlaplace.Laplace(network, "regression", hessian_structure="full").fit((x, y))
-    with pytest.raises(ValueError, match="of class labels, as 'classification' is; got 'regression'.*'marglik'"):
-        la.optimize_prior_precision("gridsearch", validation=(x, y), key=jax.random.key(0))
-
-
 def test_a_validation_curve_of_nothing_but_nan_has_no_best_precision():
     grid, nan = np.array([1.0, 10.0]), np.full(2, np.nan)
     assert ValidationCurve(grid, np.array([np.nan, 2.0]), nan, np.array([True, True])).best_precision == 10.0
@@ -272,7 +265,7 @@ def test_batches_are_the_same_data(trained, diagonal):
     network, x, y = trained
     batches = [(x[:150], y[:150]), (x[150:], y[150:])]
     la = bnnlaplace.Laplace(network, hessian_structure="diag").fit(batches)
-    np.testing.assert_array_equal(la.structure.diagonal, diagonal.structure.diagonal)
+    np.testing.assert_allclose(la.structure.diagonal, diagonal.structure.diagonal, rtol=1e-5)
 
 
 def test_a_list_of_two_arrays_is_the_same_data(trained, diagonal):
@@ -472,14 +465,15 @@ def test_inputs_to_predict_at_must_be_finite(diagonal, trained, value, convert):
             predict(convert(spoilt))
 
 
-@pytest.mark.parametrize("precision", [[1.0, 2.0], np.ones(3), jnp.ones(3), {"w1": 1.0}, "1", 0.0, np.nan, jnp.inf])
-def test_the_prior_precision_is_one_positive_number(trained, diagonal, precision):
+@pytest.mark.parametrize("precision", [0.0, np.nan, jnp.inf, -1, [1.0, 2.0], np.ones(3), {"w1": 1.0}, "1", None])
+def test_the_prior_precision_fits_the_weights(trained, diagonal, precision):
     network, _, _ = trained
-    with pytest.raises(ValueError, match=r"Laplace\(prior_precision=...\) must be one positive, finite number; got"):
+    with pytest.raises(ValueError, match=r"Laplace\(prior_precision=...\) must be one"):
         bnnlaplace.Laplace(network, prior_precision=precision)
-    for method in (diagonal.log_marginal_likelihood, diagonal.mode_gradient, diagonal.mode_decrement):
-        with pytest.raises(ValueError, match=r"prior_precision=... must be one positive, finite number"):
-            method(precision)
+    if precision is not None:
+        for method in (diagonal.log_marginal_likelihood, diagonal.mode_gradient, diagonal.mode_decrement):
+            with pytest.raises(ValueError, match=r"prior_precision=...\)? must be one"):
+                method(precision)
 
 
 @pytest.mark.parametrize("precision", [2, 2.0, np.float32(2), np.asarray(2.0), jnp.asarray(2.0)])
@@ -514,7 +508,7 @@ def test_bad_input(trained, diagonal):
         la.fit((x, y + 5), key=jax.random.key(0))
     with pytest.raises(ValueError, match="not finite at these weights and data"):
         la.fit((x.copy() * np.nan, y), key=jax.random.key(0))
-    with pytest.raises(ValueError, match="outputs must have shape"):
+    with pytest.raises(ValueError, match="outputs must be one array of shape"):
         bnnlaplace.Laplace(bnnlaplace.Network.from_function(lambda w, x: x[:, 0] * w, jnp.ones(()))).fit((x, y))
     with pytest.raises(ValueError, match="collection 'params'"):
         bnnlaplace.Network.from_linen(nn.Dense(3), {"kernel": 1})

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.tree import ravel
+from bnnlaplace.tree import examples, ravel
 
 
 def ggn_diagonal(
@@ -18,6 +18,7 @@ def ggn_diagonal(
     params: PyTree,
     inputs: Float[Array, "N ..."],
     *,
+    weights: Float[Array, " N"] | None = None,
     scale: float = 1.0,
     microbatch: int = 32,
 ) -> Float[Array, " P"]:
@@ -25,13 +26,13 @@ def ggn_diagonal(
 
     Memory: `microbatch` gradients of P numbers each. Call it inside `jit`.
     """
-    batches = mb.split(inputs, microbatch, ravel(params).dtype)
+    batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
 
-    shape = jax.eval_shape(network, params, batches.inputs[0]).shape[1:]
+    shape = jax.eval_shape(network, params, examples(batches.inputs, 0)).shape[1:]
     columns = jnp.eye(math.prod(shape), dtype=batches.weights.dtype).reshape(-1, *shape)
 
-    def example(x: Array, weight: Array) -> Float[Array, " P"]:
-        outputs, pullback = jax.vjp(lambda p: network(p, x[None])[0], params)
+    def example(x: PyTree, weight: Array) -> Float[Array, " P"]:
+        outputs, pullback = jax.vjp(lambda p: network(p, examples(x, None))[0], params)
 
         def add_column(total: Array, column: Array) -> tuple[Array, None]:
             (gradient,) = pullback(likelihood.factor_mv(outputs, column))

@@ -122,8 +122,9 @@ def block_product(
     network: Network,
     likelihood: Likelihood,
     params: PyTree,
-    inputs: Float[Array, "N ..."],
+    inputs: PyTree[Float[Array, "N ..."]],
     *,
+    weights: Float[Array, " N"] | None = None,
     scale: float = 1.0,
     microbatch: int = 64,
     vectors_at_once: int = 8,
@@ -134,7 +135,7 @@ def block_product(
     its activations.
     """
     unravel = unraveler(params)
-    batches = mb.split(inputs, microbatch, ravel(params).dtype)
+    batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
 
     def product(vectors: Float[Array, "S P"]) -> Float[Array, "S P"]:
         def add(total: Array, batch: mb.Microbatches) -> tuple[Array, None]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.tree import num_examples
+
 
 class Microbatches(NamedTuple):
     """Inputs of shape (num, size, ...), or a pytree of them, and a weight per example; zero for padding."""
@@ -53,8 +55,3 @@ def split(
     if weights is not None:
         counted = counted * jnp.asarray(weights, dtype)[index]
     return Microbatches(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), inputs), counted)
-
-
-def num_examples(inputs: PyTree[Float[Array, "N ..."]]) -> int:
-    """The length of the leading axis."""
-    return jax.tree.leaves(inputs)[0].shape[0]

@@ -2,7 +2,7 @@
 
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz, block_lanczos, ritz
-from bnnlaplace.krylov.block_quadrature import gauss_radau, trace_forms
+from bnnlaplace.krylov.block_quadrature import gauss_radau, summed_exactly, trace_forms
 from bnnlaplace.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
 from bnnlaplace.krylov.inverse_sqrt import inverse_sqrt_coefficients, inverse_sqrt_error
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos
@@ -34,6 +34,7 @@ __all__ = [
     "rademacher_probes",
     "ritz",
     "stochastic_lanczos_quadrature",
+    "summed_exactly",
     "trace_forms",
     "tridiagonal_matrix",
 ]

@@ -7,7 +7,7 @@ whose derivatives have known signs the truncation error is bracketed.
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz
 
@@ -27,9 +27,15 @@ def trace_forms(
     probe sees all of the space.
     """
     values = function(ritz.values)
+    exact = summed_exactly(ritz, tolerance=tolerance)
+    return values[exact].sum() + (values[:, None] * ritz.weights**2)[~exact].sum(axis=0)
+
+
+def summed_exactly(ritz: Ritz, *, tolerance: float = 1e-2) -> Bool[np.ndarray, " m"]:
+    """Which Ritz pairs `trace_forms` takes for eigenpairs."""
     exact = ritz.couplings <= tolerance * ritz.values
     exact[exact] = ~_in_long_chain(ritz.values[exact], ritz.weights.shape[1], tolerance)
-    return values[exact].sum() + (values[:, None] * ritz.weights**2)[~exact].sum(axis=0)
+    return exact
 
 
 def _in_long_chain(ascending: Float[np.ndarray, " m"], length: int, tolerance: float) -> np.ndarray:

@@ -8,9 +8,14 @@ from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
 from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
 from bnnlaplace.structure.protocol import CovarianceStructure, SampleStructure, Structure
+from bnnlaplace.structure.spectral import SpectralStructure
 
-# The `hessian_structure` of Laplace.
-BY_NAME = {"diag": DiagonalStructure, "full": DenseStructure, "lanczos": KrylovStructure}
+# The `hessian_structure` of Laplace, and what it may be fitted as; the last takes few outputs instead of many products.
+BY_NAME = {
+    "diag": (DiagonalStructure,),
+    "full": (DenseStructure,),
+    "lanczos": (KrylovStructure, SpectralStructure),
+}
 
 __all__ = [
     "BY_NAME",
@@ -20,5 +25,6 @@ __all__ = [
     "KrylovError",
     "KrylovStructure",
     "SampleStructure",
+    "SpectralStructure",
     "Structure",
 ]

@@ -5,13 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bnnlaplace.precise import einsum, matmul
+from bnnlaplace.structure.groups import group_sums
 
 
 class DenseStructure(NamedTuple):
-    """G = V diag(lambda) V', for a scalar prior precision.
+    """G = V diag(lambda) V'.
 
     Attributes
     ----------
@@ -35,6 +36,15 @@ class DenseStructure(NamedTuple):
         """Rebuild from its fields by name, as a checkpoint holds them."""
         return cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
+    def whitened(self, relative: Float[Array, " P"]) -> "DenseStructure":
+        """That of D^-1/2 G D^-1/2."""
+        rows = self.eigenvectors / jnp.sqrt(relative)[:, None]
+        return DenseStructure.fit(matmul(rows * self.eigenvalues, rows.T))
+
+    def scaled(self, factor: float) -> "DenseStructure":
+        """That of factor * G."""
+        return self._replace(eigenvalues=factor * self.eigenvalues)
+
     def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
         """log det(I + G / delta), in float64."""
         return np.log1p(np.asarray(self.eigenvalues, np.float64) / float(prior_precision)).sum(keepdims=True)
@@ -42,6 +52,11 @@ class DenseStructure(NamedTuple):
     def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
         """Zero: nothing is truncated."""
         return np.zeros(1)
+
+    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
+        """tr_g G (G + delta I)^-1 over the weights of each group."""
+        ratio = self.eigenvalues / (self.eigenvalues + prior_precision)
+        return group_sums(matmul(self.eigenvectors**2, ratio), groups)[None]
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v."""

@@ -5,13 +5,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bnnlaplace.precise import einsum
+from bnnlaplace.structure.groups import group_sums
 
 
 class DiagonalStructure(NamedTuple):
-    """diag(G); `prior_precision` may be a scalar or one number per weight everywhere.
+    """diag(G).
 
     Attributes
     ----------
@@ -26,14 +27,26 @@ class DiagonalStructure(NamedTuple):
         """Rebuild from its fields by name, as a checkpoint holds them."""
         return cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
-    def log_determinant(self, prior_precision: float | Float[Array, " P"]) -> Float[np.ndarray, " 1"]:
+    def whitened(self, relative: Float[Array, " P"]) -> "DiagonalStructure":
+        """That of D^-1/2 G D^-1/2."""
+        return DiagonalStructure(self.diagonal / relative)
+
+    def scaled(self, factor: float) -> "DiagonalStructure":
+        """That of factor * G."""
+        return DiagonalStructure(factor * self.diagonal)
+
+    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
         """log det(I + diag(G) / delta), in float64."""
-        ratio = np.asarray(self.diagonal, np.float64) / np.asarray(prior_precision, np.float64)
+        ratio = np.asarray(self.diagonal, np.float64) / float(prior_precision)
         return np.log1p(ratio).sum(keepdims=True)
 
     def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
         """Zero: nothing is truncated."""
         return np.zeros(1)
+
+    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
+        """sum_g G_ii / (G_ii + delta) over the weights of each group."""
+        return group_sums(self.diagonal / (self.diagonal + prior_precision), groups)[None]
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' diag(1 / (diag(G) + delta)) v."""

@@ -1,62 +1,102 @@
-"""Fit a structure to a network and data: curvature in, the posterior's answers out."""
+"""Fit a structure to a network and data: curvature in, the posterior's answers out.
+
+Everything here is in the coordinates of the network it is given, in which the prior is isotropic.
+"""
 
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnnlaplace import krylov, prior
 from bnnlaplace.curvature import dense, diagonal, ggn
+from bnnlaplace.data import Batch, Data
 from bnnlaplace.likelihood import Likelihood
+from bnnlaplace.log_joint import LogJoint
 from bnnlaplace.network import Network
 from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
 from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
+from bnnlaplace.structure.protocol import Structure
+from bnnlaplace.structure.spectral import SpectralStructure
 from bnnlaplace.tree import ravel, size
 
-
-@partial(jax.jit, static_argnames="microbatch")
-def fit_diagonal(
-    network: Network, likelihood: Likelihood, inputs: Float[Array, "N ..."], scale: float, *, microbatch: int
-) -> DiagonalStructure:
-    """The exact diagonal of the GGN."""
-    # One gradient per example is alive at a time: a quarter of the images of other passes keeps memory level.
-    count = max(1, microbatch // 4)
-    return DiagonalStructure(
-        diagonal.ggn_diagonal(network, likelihood, network.params, inputs, scale=scale, microbatch=count)
-    )
+# The curvature of a batch, which adds up over batches, and the structure from the sum.
+EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any], Structure]]] = {
+    "diag": (diagonal.ggn_diagonal, DiagonalStructure),
+    "full": (dense.ggn, DenseStructure.fit),
+}
 
 
-@jax.jit
-def fit_dense(network: Network, likelihood: Likelihood, inputs: Float[Array, "N ..."], scale: float) -> DenseStructure:
-    """The eigendecomposition of the whole GGN: P^2 numbers in memory, P^3 work."""
-    return DenseStructure.fit(dense.ggn(network, likelihood, network.params, inputs, scale=scale))
+def accumulate(data: Data, step: Callable[[Batch], Any]) -> Any:
+    """The sum over batches of a pytree computed from each; one pass."""
+    total = None
+    for batch in data:
+        found = step(batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return total
+
+
+@partial(jax.jit, static_argnames=("name", "microbatch"))
+def batch_curvature(name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int) -> Any:
+    """The curvature of one batch for the structure `name` of `EXACT`, compiled once per shape."""
+    function, _ = EXACT[name]
+    options = {"weights": batch.weights, "microbatch": microbatch}
+    return function(network, likelihood, network.params, batch.inputs, **options)
 
 
 @partial(jax.jit, static_argnames="microbatch")
 def block_product(
     network: Network,
     likelihood: Likelihood,
-    inputs: Float[Array, "N ..."],
+    batch: Batch,
     scale: float,
     vectors: Float[Array, "S P"],
     *,
     microbatch: int,
 ) -> Float[Array, "S P"]:
-    """V G for a block of rows, compiled once per shape; see `curvature.ggn.block_product`."""
-    return ggn.block_product(network, likelihood, network.params, inputs, scale=scale, microbatch=microbatch)(vectors)
+    """V G for a block of rows and one batch, compiled once per shape; see `curvature.ggn.block_product`."""
+    options = {"weights": batch.weights, "scale": scale, "microbatch": microbatch}
+    return ggn.block_product(network, likelihood, network.params, batch.inputs, **options)(vectors)
+
+
+def streamed_product(
+    network: Network, likelihood: Likelihood, data: Data, scale: float, *, microbatch: int
+) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
+    """V -> V G for S rows at once; each product is a pass over the data."""
+    product = partial(block_product, network, likelihood, microbatch=microbatch)
+    return lambda vectors: accumulate(data, lambda batch: product(batch, scale, vectors))
+
+
+def fit_spectral(network: Network, likelihood: Likelihood, data: Data, scale: float) -> SpectralStructure:
+    """All eigenpairs of G by its factor B' J, one row for each output: for data with few outputs.
+
+    Cost: one backward pass an output, and the factorisation of N C rows of P numbers, which are in memory twice.
+    """
+    rows = [_factor_rows(network, likelihood, batch) for batch in data]
+    return _spectral(jnp.sqrt(scale) * jnp.concatenate(rows))
+
+
+@jax.jit
+def _factor_rows(network: Network, likelihood: Likelihood, batch: Batch) -> Float[Array, "R P"]:
+    return dense.factor_rows(network, likelihood, network.params, batch.inputs, batch.weights)
+
+
+_spectral = jax.jit(SpectralStructure.fit)
 
 
 def fit_krylov(
     network: Network,
     likelihood: Likelihood,
-    inputs: Float[Array, "N ..."],
+    data: Data,
     scale: float,
     *,
     key: Array,
-    log_likelihood: float,
+    log_joint: LogJoint,
     squared_norm: float,
     num_probes: int,
     max_vectors: int,
@@ -77,8 +117,8 @@ def fit_krylov(
     ----------
     key
         Of the normal probes.
-    log_likelihood, squared_norm
-        sum_n log p(y_n | f_n) and |theta - mu|^2, which place the maximum of the evidence.
+    log_joint, squared_norm
+        See `prior.optimum`: they place the maximum of the evidence.
     num_probes, max_vectors
         Size of a block, and of all blocks together.
     on_block
@@ -91,8 +131,8 @@ def fit_krylov(
 
     Notes
     -----
-    Cost: at most `max_vectors` GGN products, S at a time. Memory: the basis, m P numbers, and 2 m P while a block is
-    appended to it. Warns where `max_vectors` is reached first.
+    Cost: at most `max_vectors` GGN products, S at a time, each S a pass over the data. Memory: the basis, m P numbers,
+    and 2 m P while a block is appended to it. Warns where `max_vectors` is reached first.
     """
     dimension = size(network.params)
     if num_probes < 2:
@@ -102,24 +142,24 @@ def fit_krylov(
     probes = jax.random.normal(key, (min(num_probes, dimension), dimension), ravel(network.params).dtype)
     if target_precision is not None:
         prior.check(target_precision, "fit(target_precision=...)")
-    product = partial(block_product, network, likelihood, inputs, scale, microbatch=microbatch)
+    product = streamed_product(network, likelihood, data, scale, microbatch=microbatch)
     for decomposition in krylov.block_lanczos(product, probes, max_vectors=max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition, tolerance)
         target = target_precision
         if target is None:
-            target = hardest_optimum(structure, log_likelihood, squared_norm)
+            target = hardest_optimum(structure, log_joint, squared_norm)
         error = structure.error(target)
         if on_block is not None:
             on_block(structure, error)
         if structure.has_converged(error):
             return structure
-    warnings.warn(f"{structure.reservation(target)}; raise max_vectors", stacklevel=3)
+    warnings.warn(f"{structure.reservation(target)}; raise max_vectors", stacklevel=4)
     return structure
 
 
-def hardest_optimum(structure: KrylovStructure, log_likelihood: float, squared_norm: float) -> float:
+def hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_norm: float) -> float:
     """The smaller of the maximisers of the upper and the lower bound on the evidence."""
     return min(
-        prior.maximiser(log_determinant, log_likelihood, squared_norm)
+        prior.maximiser(log_determinant, log_joint, squared_norm)
         for log_determinant in prior.bracket(structure.log_determinant, structure.truncation)
     )

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bnnlaplace import krylov
 from bnnlaplace.precise import einsum, matmul
+from bnnlaplace.structure.groups import group_sums
 
 
 class KrylovError(NamedTuple):
@@ -36,7 +37,7 @@ class KrylovError(NamedTuple):
 
 
 class KrylovStructure(NamedTuple):
-    """A block Krylov decomposition of G from normal probes, for a scalar prior precision.
+    """A block Krylov decomposition of G from normal probes.
 
     One decomposition gives, at every prior precision, the log-determinant, its slope and as many posterior samples as
     there were probes. Memory: the basis, m P numbers on the device, of which no method makes a copy; the rest is small,
@@ -72,6 +73,34 @@ class KrylovStructure(NamedTuple):
         ritz, radau = krylov.Ritz(**arrays["ritz"]), (arrays["radau_nodes"], arrays["radau_weights"])
         return cls(decomposition, ritz, *radau, np.float64(arrays.get("tolerance", 0.1)))
 
+    def whitened(self, relative: Float[Array, " P"]) -> "KrylovStructure":
+        """Itself where nothing changes.
+
+        Raises
+        ------
+        ValueError
+            Otherwise: another whitening has another Krylov space, which takes products to find.
+        """
+        if not np.allclose(relative, 1, rtol=1e-6):
+            raise ValueError(
+                "a Krylov decomposition must be fitted at the ratios of the prior precisions that it is used with, as "
+                "its space depends on them; construct Laplace(prior_precision=...) with them and fit again, or pass "
+                "optimize_prior_precision(refit=lambda la: la.fit(data, key=key))"
+            )
+        return self
+
+    def scaled(self, factor: float) -> "KrylovStructure":
+        """That of factor * G: the same basis."""
+        decomposition = self.decomposition._replace(
+            tridiagonal=factor * self.decomposition.tridiagonal, residual=factor * self.decomposition.residual
+        )
+        ritz = self.ritz._replace(
+            values=factor * self.ritz.values,
+            couplings=abs(factor) * self.ritz.couplings,
+            tails=factor * self.ritz.tails,
+        )
+        return self._replace(decomposition=decomposition, ritz=ritz, radau_nodes=factor * self.radau_nodes)
+
     @property
     def num_probes(self) -> int:
         """The number of probes, and of posterior samples."""
@@ -86,6 +115,26 @@ class KrylovStructure(NamedTuple):
         upper = np.log1p(self.ritz.values / prior_precision) @ self.ritz.weights**2
         lower = np.log1p(self.radau_nodes / prior_precision) @ self.radau_weights**2
         return np.maximum(upper - lower, 0.0)
+
+    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "S g"]:
+        """tr_g G (G + delta I)^-1 as each probe estimates it.
+
+        Converged eigenpairs x_j enter exactly, by theta_j / (theta_j + delta) |x_j|_g^2; of the rest a probe sees
+        E z_g' (f(G) z)_g, with z less what lies along those eigenpairs. Memory: a block of S vectors besides the basis.
+        """
+        ratio = self.ritz.values / (self.ritz.values + prior_precision)
+        exact = krylov.summed_exactly(self.ritz)
+        basis, count = self.decomposition.basis, self.num_probes
+        known = np.zeros(int(groups.max()) + 1)
+        vectors = self.ritz.vectors[:, exact].T
+        for first in range(0, len(vectors), count):
+            chosen = matmul(jnp.asarray(vectors[first : first + count], basis.dtype), basis)
+            known += ratio[exact][first : first + count] @ group_sums(chosen**2, groups)
+        seen, images = (
+            matmul(jnp.asarray((self.ritz.vectors[:, ~exact] @ part).T, basis.dtype), basis)
+            for part in (self.ritz.weights[~exact], ratio[~exact, None] * self.ritz.weights[~exact])
+        )
+        return known + group_sums(seen * images, groups)
 
     def error(self, prior_precision: float) -> KrylovError:
         """Bounds on the error of stopping here, at one prior precision."""

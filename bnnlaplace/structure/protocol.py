@@ -4,15 +4,32 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 class Structure(Protocol):
-    """A fitted curvature G, a pytree: answers at any prior precision delta, without another product.
+    """A fitted curvature G, a pytree: answers at any precision delta of an isotropic prior, without another product.
+
+    A prior of precisions delta D is isotropic in the weights times sqrt(D), in which the curvature is
+    D^-1/2 G D^-1/2: `whitened` turns to it, and all vectors are in its coordinates then.
 
     One that can give the covariance of linearised outputs has the method of `CovarianceStructure` besides, any other
     those of `SampleStructure`.
     """
+
+    def whitened(self, relative: Float[Array, " P"]) -> "Structure":
+        """That of D^-1/2 G D^-1/2.
+
+        Raises
+        ------
+        ValueError
+            If the structure cannot be had for these relative precisions without fitting again.
+        """
+        ...
+
+    def scaled(self, factor: float) -> "Structure":
+        """That of factor * G."""
+        ...
 
     def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " S"]:
         """log det(I + G / delta) as each probe estimates it, in float64; a single value where it is exact."""
@@ -20,6 +37,13 @@ class Structure(Protocol):
 
     def truncation(self, prior_precision: float) -> Float[np.ndarray, " S"]:
         """How far each of these may lie above what its probe would estimate without truncation; zero where exact."""
+        ...
+
+    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "S g"]:
+        """tr_g G (G + delta I)^-1, the sum over the weights of each group, as each probe estimates it.
+
+        `groups` numbers the group of each weight, from zero. A single row where it is exact.
+        """
         ...
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:

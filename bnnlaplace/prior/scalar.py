@@ -1,14 +1,13 @@
-"""The prior precision, and its choice by the evidence."""
+"""The overall prior precision by the evidence: the maximiser over one number, from a fitted curvature alone."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 
-from bnnlaplace import evidence
+from bnnlaplace.log_joint import LogJoint
 
 SEARCH_RANGE = (1e-4, 1e6)
 
@@ -39,7 +38,7 @@ class PriorOptimum(NamedTuple):
 
 def optimum(
     log_determinant: LogDeterminant,
-    log_likelihood: float,
+    log_joint: LogJoint,
     squared_norm: float,
     *,
     truncation: LogDeterminant | None = None,
@@ -52,8 +51,10 @@ def optimum(
     log_determinant, truncation
         delta -> log det(I + G / delta) for each probe, and how far truncation may have lifted it; as the methods of a
         `bnnlaplace.structure.Structure`. Without `truncation` the interval holds the error of the probes alone.
-    log_likelihood, squared_norm
-        sum_n log p(y_n | f_n) and |theta - mu|^2.
+    log_joint
+        From (theta - mu)' P0 (theta - mu) to the other terms of the evidence; see `bnnlaplace.log_joint`.
+    squared_norm
+        (theta - mu)' D (theta - mu), with P0 = delta D.
     search_range
         The smallest and the largest delta.
 
@@ -66,7 +67,7 @@ def optimum(
 
     def located(end: LogDeterminant) -> tuple[float, float]:
         """The maximiser and two standard errors of it, on the log scale."""
-        negative = _negative_evidence(end, log_likelihood, squared_norm)
+        negative = _negative_evidence(end, log_joint, squared_norm)
         point = _log_maximiser(negative, bounds)
         return point, 2 * _log_standard_error(negative, end, point)
 
@@ -79,7 +80,7 @@ def optimum(
 
 def maximiser(
     log_determinant: LogDeterminant,
-    log_likelihood: float,
+    log_joint: LogJoint,
     squared_norm: float,
     *,
     search_range: tuple[float, float] = SEARCH_RANGE,
@@ -88,7 +89,7 @@ def maximiser(
 
     A grid of 8 points a decade finds the highest of several maxima; Brent's method refines it.
     """
-    negative = _negative_evidence(log_determinant, log_likelihood, squared_norm)
+    negative = _negative_evidence(log_determinant, log_joint, squared_norm)
     return float(np.exp(_log_maximiser(negative, np.log(search_range))))
 
 
@@ -113,22 +114,6 @@ def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
     return int(np.nanargmin(values))
 
 
-def check(prior_precision: float | Float[Array, ""], where: str) -> None:
-    """Check a scalar prior precision; of a traced one, its shape alone.
-
-    Raises
-    ------
-    ValueError
-        If it is not one positive, finite number; `where` names the argument in the message.
-    """
-    if isinstance(prior_precision, jax.core.Tracer) and prior_precision.shape == ():
-        return
-    is_number = isinstance(prior_precision, (int, float, np.number, np.ndarray, jax.Array))
-    if not is_number or np.shape(prior_precision) != () or not 0 < float(prior_precision) < float("inf"):
-        got = f"shape {np.shape(prior_precision)}" if np.shape(prior_precision) else repr(prior_precision)
-        raise ValueError(f"{where} must be one positive, finite number; got {got}; try 1.0")
-
-
 def checked_grid(precisions: Float[np.ndarray, " D"], where: str) -> Float[np.ndarray, " D"]:
     """Several prior precisions as an array.
 
@@ -144,13 +129,13 @@ def checked_grid(precisions: Float[np.ndarray, " D"], where: str) -> Float[np.nd
 
 
 def _negative_evidence(
-    log_determinant: LogDeterminant, log_likelihood: float, squared_norm: float
+    log_determinant: LogDeterminant, log_joint: LogJoint, squared_norm: float
 ) -> Callable[[float], float]:
     """-log p(D) as a function of log delta."""
 
     def negative(log_delta: float) -> float:
         delta = np.exp(log_delta)
-        return 0.5 * float(np.mean(log_determinant(delta))) - evidence.log_joint(log_likelihood, squared_norm, delta)
+        return 0.5 * float(np.mean(log_determinant(delta))) - log_joint(delta * squared_norm)
 
     return negative
 

@@ -1,0 +1,239 @@
+"""From a network, a likelihood and data to what a fitted Laplace holds: the data's way through the stages."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from bnnlaplace import features, memory, subset
+from bnnlaplace.data import Batch, Data, check_fits_model
+from bnnlaplace.data_terms import DataTerms, data_terms
+from bnnlaplace.deterministic import check_deterministic
+from bnnlaplace.likelihood import Likelihood
+from bnnlaplace.linear_mode import linear_mode
+from bnnlaplace.log_joint import FixedNoise
+from bnnlaplace.network import Network
+from bnnlaplace.prior import Prior
+from bnnlaplace.structure import Structure
+from bnnlaplace.structure import fit as structure_fit
+from bnnlaplace.tree import examples, ravel, size, unraveler
+
+
+class Model(NamedTuple):
+    """What is expanded, and how it is computed.
+
+    Attributes
+    ----------
+    network
+        A function of the weights with a posterior, at the centre of the expansion.
+    head
+        The same function of features that no such weight enters; `network` itself where there are none.
+    likelihood
+        p(y | f).
+    data
+        With inputs for `head`.
+    """
+
+    network: Network
+    head: Network
+    likelihood: Likelihood
+    data: Data
+
+    def at(self, params: PyTree) -> "Model":
+        """The same, expanded elsewhere."""
+        return self._replace(network=self.network.with_params(params), head=self.head.with_params(params))
+
+
+class Fit(NamedTuple):
+    """The centre of the expansion, the curvature there (in weights whose prior is isotropic), and the likelihood."""
+
+    network: Network
+    structure: Structure
+    terms: DataTerms
+
+
+def prepare(
+    network: Network,
+    likelihood: Likelihood,
+    data: Data,
+    selection: subset.Subset,
+    *,
+    linear: bool = False,
+    microbatch: int = 64,
+) -> Model:
+    """Check data against the network, select the weights, and compute what precedes them once.
+
+    Raises
+    ------
+    ValueError
+        If the network is not deterministic, no weight is selected, or, while data are read for the first time, they do
+        not fit.
+    """
+    first = data.first()
+    check_deterministic(network, first)
+    data = data.checked(partial(check_fits_model, network, likelihood))
+    chosen = subset.select(network, selection, first)
+    # Where the posterior is over all weights nothing precedes them.
+    cut = None if selection == "all" else features.cut(chosen, first)
+    head = chosen if cut is None else cut.network
+    if linear and not chosen.is_linearised:
+        chosen, head = chosen.linearised(), head.linearised()
+    if cut is not None:
+        data = data.mapped(features.compiled(cut, microbatch=microbatch))
+    return Model(chosen, head, likelihood, data)
+
+
+def fit(
+    model: Model,
+    prior: Prior,
+    hessian_structure: str,
+    *,
+    mean: Literal["network", "linear"],
+    num_data: int | None,
+    microbatch: int,
+    **krylov_options: Any,
+) -> Fit:
+    """Compute the curvature, at the weights or, for `mean` "linear", at the mode of the linearised network.
+
+    One pass over the data serves a structure of `structure.fit.EXACT`, so that they may be such as can be read once.
+    Parameters and errors are those of `Laplace.fit`.
+    """
+    if model.data.once and (mean == "linear" or hessian_structure not in structure_fit.EXACT):
+        what = "mean='linear'" if mean == "linear" else f"hessian_structure={hessian_structure!r}"
+        raise ValueError(
+            f"fit(data=...) must be readable several times for {what}; got an iterator that can be read once; pass a "
+            "list of batches, or an object whose __iter__ starts anew"
+        )
+    estimate(model, hessian_structure, krylov_options["max_vectors"], microbatch).check()
+    if mean == "linear":
+        model = at_linear_mode(model, prior, num_data, microbatch=microbatch)
+    if hessian_structure in structure_fit.EXACT:
+        return _fit_exact(model, prior, hessian_structure, num_data, microbatch=microbatch)
+    return _fit_products(model, prior, num_data, microbatch=microbatch, **krylov_options)
+
+
+def scale_of(data: Data, num_data: int | None) -> float:
+    """(all training examples) / (examples seen), once the data have been read."""
+    return 1.0 if num_data is None else num_data / data.num_examples
+
+
+def at_linear_mode(model: Model, prior: Prior, num_data: int | None, *, microbatch: int) -> Model:
+    """The linearised network at the mode of its log joint; see `bnnlaplace.linear_mode`."""
+    white = _whitened(model, prior)
+    unravel = unraveler(white.head.params)
+    dtype = ravel(white.head.params).dtype
+    whitened_mean = None if prior.mean is None else np.asarray(prior.mean / prior.whiten(jnp.ones_like(prior.mean)))
+
+    def terms(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
+        found = _terms(white.at(unravel(jnp.asarray(point, dtype))), num_data, microbatch=microbatch)
+        return float(found.log_likelihood), np.asarray(found.log_likelihood_gradient, np.float64)
+
+    def product(point: Float[np.ndarray, " P"], vector: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
+        there = white.at(unravel(jnp.asarray(point, dtype)))
+        rows = jnp.asarray(vector, dtype).reshape(1, -1)
+        return np.asarray(_product(there, num_data, microbatch=microbatch)(rows)[0], np.float64)
+
+    found = linear_mode(
+        terms,
+        product,
+        ravel(white.head.params),
+        prior_precision=float(prior.precision),
+        prior_mean=whitened_mean,
+    )
+    params = unraveler(model.network.params)(prior.whiten(jnp.asarray(found, dtype)))
+    return model.at(params)
+
+
+def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch: int) -> memory.MemoryEstimate:
+    """What `fit` needs at its peak; nothing is computed."""
+    count, itemsize = size(model.head.params), ravel(model.head.params).dtype.itemsize
+    if hessian_structure == "lanczos":
+        one = 2 * count * itemsize
+        free = memory.free_bytes()
+        fits = f" (at most {free // one} fit)" if free is not None and free // one < max_vectors else ""
+        shrink = (
+            f"lower max_vectors, now {max_vectors}{fits}, use hessian_structure='diag', or give fewer weights a "
+            "posterior with subset_of_weights"
+        )
+        return memory.MemoryEstimate(one * max_vectors, free, shrink)
+    first = examples(model.data.first(), slice(1))
+    batch = Batch(first, None, jnp.ones(1))
+    result = jax.eval_shape(
+        partial(structure_fit.batch_curvature, hessian_structure, microbatch=1), model.head, model.likelihood, batch
+    )
+    # The sum over batches, a batch's share of it, and what an eigendecomposition takes besides.
+    copies = 2 if hessian_structure == "diag" else 4
+    smaller = "'lanczos' or 'diag'" if hessian_structure == "full" else "'diag'"
+    shrink = f"use hessian_structure={smaller}, or give fewer weights a posterior with subset_of_weights"
+    if hessian_structure == "diag":
+        shrink = "give fewer weights a posterior with subset_of_weights"
+    needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result))
+    return memory.MemoryEstimate(needed, memory.free_bytes(), shrink)
+
+
+def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, microbatch: int) -> Fit:
+    # Gradients of single examples are alive: a quarter of the examples of other passes keeps memory level.
+    few = max(1, microbatch // 4)
+
+    def step(batch: Batch) -> tuple[DataTerms, Any]:
+        curvature = structure_fit.batch_curvature(name, model.head, model.likelihood, batch, microbatch=few)
+        return _batch_terms(model, batch, microbatch=microbatch), curvature
+
+    terms, curvature = structure_fit.accumulate(model.data, step)
+    scale = scale_of(model.data, num_data)
+    structure = jax.jit(structure_fit.EXACT[name][1])(jax.tree.map(lambda part: scale * part, curvature))
+    if prior.relative is not None:
+        structure = structure.whitened(prior.relative)
+    return Fit(model.network, structure, _scaled(terms, scale).check())
+
+
+def _fit_products(
+    model: Model, prior: Prior, num_data: int | None, *, microbatch: int, max_vectors: int, **krylov_options: Any
+) -> Fit:
+    terms = _terms(model, num_data, microbatch=microbatch).check()
+    scale = scale_of(model.data, num_data)
+    white = _whitened(model, prior)
+    arguments = (white.head, model.likelihood, model.data, scale)
+    if int(terms.num_outputs / scale) <= max_vectors:
+        return Fit(model.network, structure_fit.fit_spectral(*arguments), terms)
+    if krylov_options["key"] is None:
+        raise ValueError("fit(key=...) must seed the probes of 'lanczos'; got None; pass jax.random.key(0)")
+    structure = structure_fit.fit_krylov(
+        *arguments,
+        log_joint=FixedNoise(float(terms.log_likelihood)),
+        squared_norm=prior.squared_distance(model.network.params),
+        max_vectors=max_vectors,
+        microbatch=microbatch,
+        **krylov_options,
+    )
+    return Fit(model.network, structure, terms)
+
+
+def _whitened(model: Model, prior: Prior) -> Model:
+    """The model as a function of weights whose prior is isotropic."""
+    if prior.relative is None:
+        return model
+    factors = prior.whiten(jnp.ones_like(prior.relative))
+    return model._replace(network=model.network.scaled(factors), head=model.head.scaled(factors))
+
+
+def _terms(model: Model, num_data: int | None, *, microbatch: int) -> DataTerms:
+    found = structure_fit.accumulate(model.data, partial(_batch_terms, model, microbatch=microbatch))
+    return _scaled(found, scale_of(model.data, num_data))
+
+
+def _batch_terms(model: Model, batch: Batch, *, microbatch: int) -> DataTerms:
+    return data_terms(model.head, model.likelihood, model.head.params, *batch, microbatch=microbatch)
+
+
+def _scaled(terms: DataTerms, scale: float) -> DataTerms:
+    return jax.tree.map(lambda part: scale * part, terms)
+
+
+def _product(model: Model, num_data: int | None, *, microbatch: int) -> Callable[[Array], Array]:
+    scale = scale_of(model.data, num_data)
+    return structure_fit.streamed_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)

@@ -1,0 +1,183 @@
+"""The prior of the weights, N(mu, P0^-1) with P0 = diag(delta): isotropic, one precision a group, or one a weight.
+
+It is split into an overall factor tau and relative precisions D of geometric mean one, P0 = tau D. In the coordinates
+sqrt(D) theta the prior is isotropic: there one decomposition of the curvature serves every tau, whatever D.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+
+from bnnlaplace.tree import as_vector, leaf_names, ravel, size
+
+Precision = float | Array | Mapping[str, Any] | PyTree
+Groups = Callable[[str], str]
+
+
+class Prior(NamedTuple):
+    """N(mu, (tau D)^-1).
+
+    Attributes
+    ----------
+    precision
+        tau: the prior precision, or the geometric mean over the weights where they differ in it.
+    relative
+        D, (P,); None where all are one.
+    mean
+        mu, (P,); None for zero.
+    """
+
+    precision: Float[ArrayLike, ""]
+    relative: Float[Array, " P"] | None = None
+    mean: Float[Array, " P"] | None = None
+
+    def deviation(self, params: PyTree) -> Float[Array, " P"]:
+        """theta - mu."""
+        return ravel(params) if self.mean is None else ravel(params) - self.mean
+
+    def squared_distance(self, params: PyTree) -> float:
+        """(theta - mu)' D (theta - mu), in float64 on the host."""
+        deviation = np.asarray(self.deviation(params), np.float64)
+        weighted = deviation if self.relative is None else deviation * np.asarray(self.relative, np.float64)
+        return float(deviation @ weighted)
+
+    def gradient(self, params: PyTree) -> Float[Array, " P"]:
+        """Of the log density in the weights: -P0 (theta - mu)."""
+        weighted = -self.precision * self.deviation(params)
+        return weighted if self.relative is None else self.relative * weighted
+
+    def whiten(self, vector: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        """D^-1/2 v: a gradient in the coordinates sqrt(D) theta, or a deviation of them in those of theta."""
+        return vector if self.relative is None else vector / jnp.sqrt(self.relative)
+
+
+def by_layer(path: str) -> str:
+    """The group of a weight: the module that holds it, so that kernel and bias of a layer share a prior precision."""
+    return path.rpartition("/")[0] or path
+
+
+def group_names(params: PyTree, groups: Groups) -> list[str]:
+    """The names of the groups, in the order of their first weights."""
+    return list(dict.fromkeys(groups(name) for name in leaf_names(params)))
+
+
+def group_numbers(params: PyTree, groups: Groups) -> Int[np.ndarray, " P"]:
+    """For each weight the position of its group in `group_names`."""
+    numbers = {name: number for number, name in enumerate(group_names(params, groups))}
+    own = [numbers[groups(name)] for name in leaf_names(params)]
+    return np.repeat(own, [leaf.size for leaf in jax.tree.leaves(params)])
+
+
+def resolve(
+    precision: Precision, mean: PyTree, params: PyTree, groups: Groups = by_layer, where: str = "Laplace"
+) -> Prior:
+    """The prior of the weights `params` as a user states it.
+
+    Parameters
+    ----------
+    precision
+        One number; a dictionary with one number for each group; (P,); or a pytree like `params`, with leaves that
+        broadcast.
+    mean
+        One number, (P,), or a pytree like `params` or with more leaves, of which those of `params` are taken.
+    params
+        The weights with a posterior.
+    groups
+        From the path of a weight to the name of its group.
+    where
+        Who asks, in messages.
+
+    Raises
+    ------
+    ValueError
+        If a precision is not positive and finite, or either does not fit the weights; the message names the groups.
+    """
+    prior_mean = _mean(mean, params, where)
+    if is_scalar(precision):
+        check(precision, f"{where}(prior_precision=...)")
+        return Prior(precision, None, prior_mean)
+    vector = _per_weight(precision, params, groups, where)
+    traced = isinstance(vector, jax.core.Tracer)
+    if not traced and not bool(jnp.all((vector > 0) & jnp.isfinite(vector))):
+        raise ValueError(
+            f"{where}(prior_precision=...) must be positive and finite for every weight; got numbers from "
+            f"{float(vector.min()):.3g} to {float(vector.max()):.3g}; try 1.0"
+        )
+    if not traced and bool(jnp.all(vector == vector[0])):
+        return Prior(float(vector[0]), None, prior_mean)
+    if traced:
+        factor = jnp.exp(jnp.mean(jnp.log(vector)))
+        return Prior(factor, vector / factor, prior_mean)
+    exact = np.asarray(vector, np.float64)
+    factor = float(np.exp(np.log(exact).mean()))
+    return Prior(factor, jnp.asarray(exact / factor, ravel(params).dtype), prior_mean)
+
+
+def is_scalar(precision: Precision) -> bool:
+    """Whether it is one number for all weights."""
+    return not isinstance(precision, (Mapping, tuple, list, str)) and np.ndim(precision) == 0
+
+
+def check(precision: float | Float[Array, ""], where: str) -> None:
+    """Check a scalar prior precision; of a traced one, its shape alone.
+
+    Raises
+    ------
+    ValueError
+        If it is not one positive, finite number; `where` names the argument in the message.
+    """
+    if isinstance(precision, jax.core.Tracer) and precision.shape == ():
+        return
+    is_number = isinstance(precision, (int, float, np.number, np.ndarray, jax.Array))
+    if not is_number or np.shape(precision) != () or not 0 < float(precision) < float("inf"):
+        got = f"shape {np.shape(precision)}" if np.shape(precision) else repr(precision)
+        raise ValueError(f"{where} must be one positive, finite number; got {got}; try 1.0")
+
+
+def is_by_group(precision: Precision, params: PyTree, groups: Groups) -> bool:
+    """Whether it is a dictionary with one number for each group."""
+    if not isinstance(precision, Mapping) or set(precision) != set(group_names(params, groups)):
+        return False
+    return all(map(is_scalar, precision.values()))
+
+
+def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str) -> Float[Array, " P"]:
+    names = group_names(params, groups)
+    if is_by_group(precision, params, groups):
+        numbers = jnp.stack([jnp.asarray(precision[name], float) for name in names])
+        return numbers[group_numbers(params, groups)]
+    try:
+        return as_vector(precision, params)
+    except (ValueError, TypeError):
+        got = f"the names {sorted(precision)}" if isinstance(precision, Mapping) else _described(precision)
+        raise ValueError(
+            f"{where}(prior_precision=...) must be one number, a dictionary with one for each of the groups {names}, "
+            f"{size(params)} numbers, or a pytree like the weights with a posterior; got {got}"
+        ) from None
+
+
+def _mean(mean: PyTree, params: PyTree, where: str) -> Float[Array, " P"] | None:
+    if isinstance(mean, (int, float)) and mean == 0:
+        return None
+    known = dict(zip(leaf_names(mean), jax.tree.leaves(mean), strict=True))
+    names = leaf_names(params)
+    if jax.tree.structure(mean) != jax.tree.structure(params) and set(names) <= set(known):
+        mean = jax.tree.unflatten(jax.tree.structure(params), [known[name] for name in names])
+    try:
+        vector = as_vector(mean, params)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "
+            f"{_described(mean)}"
+        ) from None
+    if not isinstance(vector, jax.core.Tracer) and not bool(jnp.isfinite(vector).all()):
+        raise ValueError(f"{where}(prior_mean=...) must be finite; got NaN or infinite values")
+    return vector
+
+
+def _described(value: Any) -> str:
+    return f"shape {np.shape(value)}" if hasattr(value, "shape") else f"{type(value).__name__} {value!r:.80}"

@@ -1,0 +1,137 @@
+"""Prior precisions of groups of weights by the evidence.
+
+With M = P0^-1/2 G P0^-1/2, gamma_g = tr_g M (I + M)^-1 and s_g = |theta - mu|_g^2 the evidence has the slope
+
+    d log p(D) / d log delta_g = (gamma_g - w delta_g s_g) / 2,
+
+w = 1, or 1 / s where the noise variance is at its best factor s (`bnnlaplace.log_joint`). A maximum is a fixed point of
+delta_g = gamma_g / (w s_g): the number of weights that the data determine over their squared size (MacKay 1992).
+"""
+
+from typing import NamedTuple, Protocol
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from scipy.optimize import minimize
+
+from bnnlaplace.log_joint import LogJoint
+from bnnlaplace.prior.scalar import SEARCH_RANGE
+
+
+class Whitenable(Protocol):
+    """What is asked of a curvature here; `bnnlaplace.structure.Structure` says what each method gives."""
+
+    def whitened(self, relative: Float[Array, " P"]) -> "Whitenable":
+        """That of D^-1/2 G D^-1/2."""
+        ...
+
+    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " S"]:
+        """log det(I + G / delta)."""
+        ...
+
+    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "S g"]:
+        """tr_g G (G + delta I)^-1."""
+        ...
+
+
+class GroupedOptimum(NamedTuple):
+    """Prior precisions of groups that maximise the evidence, or the next step towards them.
+
+    Attributes
+    ----------
+    precisions
+        delta, one a group, shape (g,).
+    at_bound
+        Which of them are at an end of the search range: nothing determines those, as where all weights of a group are
+        zero, or its curvature is.
+    largest_step
+        The largest change of a log delta_g that the fixed point asks for; 0 at the maximum.
+    step_error
+        Two standard errors of that change; 0 where the curvature is exact.
+    """
+
+    precisions: Float[np.ndarray, " g"]
+    at_bound: Bool[np.ndarray, " g"]
+    largest_step: float
+    step_error: float
+
+
+def grouped_optimum(
+    structure: Whitenable,
+    log_joint: LogJoint,
+    squares: Float[np.ndarray, " P"],
+    groups: Int[np.ndarray, " P"],
+    start: Float[np.ndarray, " g"],
+    *,
+    search_range: tuple[float, float] = SEARCH_RANGE,
+) -> GroupedOptimum:
+    """Maximise the evidence over one precision a group, for a structure that can be whitened at will.
+
+    By L-BFGS in log delta, with the slope above. The maximum is a local one.
+
+    Parameters
+    ----------
+    structure
+        Of G itself, not whitened.
+    log_joint
+        From q = (theta - mu)' P0 (theta - mu) to the other terms of the evidence.
+    squares
+        (theta - mu)^2, one a weight.
+    groups
+        The number of the group of each weight.
+    start
+        Precisions to start from.
+    search_range
+        The smallest and the largest delta.
+    """
+    sums = np.bincount(groups, weights=squares, minlength=len(start))
+
+    def negative(log_delta: Float[np.ndarray, " g"]) -> tuple[float, Float[np.ndarray, " g"]]:
+        delta = np.exp(log_delta)
+        whitened = structure.whitened(jnp.asarray(delta[groups]))
+        q = float(delta @ sums)
+        value = log_joint(q) - 0.5 * float(whitened.log_determinant(1.0).mean())
+        slope = 0.5 * whitened.effective_parameters(1.0, groups).mean(axis=0) + log_joint.slope(q) * delta * sums
+        return -value, -slope
+
+    bounds = np.log(search_range)
+    inside = np.clip(np.log(start), *bounds)
+    options = {"maxiter": 200, "ftol": 1e-12, "gtol": 1e-6}
+    found = minimize(
+        negative, inside, jac=True, method="L-BFGS-B", bounds=[tuple(bounds)] * len(start), options=options
+    )
+    at_bound = np.abs(found.x[:, None] - bounds).min(axis=1) < 1e-3
+    return GroupedOptimum(np.exp(found.x), at_bound, 0.0, 0.0)
+
+
+def fixed_point_step(
+    effective_parameters: Float[np.ndarray, "S g"],
+    log_joint: LogJoint,
+    squares: Float[np.ndarray, " P"],
+    groups: Int[np.ndarray, " P"],
+    precisions: Float[np.ndarray, " g"],
+    *,
+    search_range: tuple[float, float] = SEARCH_RANGE,
+) -> GroupedOptimum:
+    """One step delta_g = gamma_g / (w s_g), for a structure that has to be fitted again after it.
+
+    Parameters
+    ----------
+    effective_parameters
+        gamma as each probe estimates it, at `precisions`; see `Structure.effective_parameters`.
+    precisions
+        Those at which it was computed.
+    """
+    sums = np.bincount(groups, weights=squares, minlength=len(precisions))
+    weight = -2 * log_joint.slope(float(precisions @ sums))
+    gamma = effective_parameters.mean(axis=0)
+    tiny = np.finfo(np.float64).tiny
+    proposed = np.clip(np.maximum(gamma, tiny) / np.maximum(weight * sums, tiny), *search_range)
+    steps = np.abs(np.log(proposed / precisions))
+    largest = int(steps.argmax())
+    count = len(effective_parameters)
+    spread = effective_parameters[:, largest].std(ddof=1) / np.sqrt(count) if count > 1 else 0.0
+    bounds = np.log(search_range)
+    at_bound = np.abs(np.log(proposed)[:, None] - bounds).min(axis=1) < 1e-3
+    return GroupedOptimum(proposed, at_bound, float(steps[largest]), float(2 * spread / max(gamma[largest], tiny)))
