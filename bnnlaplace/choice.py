@@ -139,12 +139,14 @@ def _by_fixed_point(
     max_refits: int,
 ) -> Any:
     squares = np.asarray(la.prior.deviation(la.network.params), np.float64) ** 2
+    before = None
     for _ in range(max_refits):
         la = _overall(la, optimize_sigma_noise)
         now = grouping.start(la)
         gamma = la.structure.effective_parameters(float(la.prior.precision), grouping.numbers)
         found = prior.fixed_point_step(gamma, _log_joint(la, optimize_sigma_noise), squares, grouping.numbers, now)
-        la = _at(la, grouping.as_given(found.precisions), refit)
+        towards = prior.accelerated(now, found.precisions, before)
+        la, before = _at(la, grouping.as_given(towards), refit), (now, found.precisions)
         if found.largest_step <= max(NEGLIGIBLE, found.step_error):
             break
     else:

@@ -12,7 +12,7 @@ from bnnlaplace.prior.gaussian import (
     is_scalar,
     resolve,
 )
-from bnnlaplace.prior.grouped import GroupedOptimum, fixed_point_step, grouped_optimum
+from bnnlaplace.prior.grouped import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum
 from bnnlaplace.prior.scalar import SEARCH_RANGE, PriorOptimum, bracket, checked_grid, lowest, maximiser, optimum
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Precision",
     "Prior",
     "PriorOptimum",
+    "accelerated",
     "bracket",
     "by_layer",
     "check",
