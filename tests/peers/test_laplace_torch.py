@@ -54,7 +54,7 @@ def assert_same(pair, ours, fitted, subset):
 @pytest.mark.parametrize(("kind", "likelihood"), MODELS)
 @pytest.mark.parametrize(("subset", "hessian_structure"), [*SHARED, *KRONECKER])
 def test_posteriors_agree(kind, likelihood, subset, hessian_structure):
-    """With a noise of 0.4 in regressions, constants of the likelihood included; diag of convolutions is exact in both."""
+    """Constants of the likelihood and the noise of a regression included; diag of a convolution is exact in both."""
     if (kind, subset, hessian_structure) == ("cnn", "all", "kron"):
         pytest.skip("they differ on purpose: test_bias_of_a_convolution")
     pair = build(kind, likelihood)
@@ -66,8 +66,8 @@ def test_posteriors_agree(kind, likelihood, subset, hessian_structure):
 def test_bias_of_a_convolution(likelihood):
     """Kernels as the peer's; the block of a bias is exact here, and there a sum over positions of outer products.
 
-    A bias enters at every position, so that its Jacobian is the sum of the gradients there: the exact block is the outer
-    product of the sum.
+    A bias enters at every position, so that its Jacobian is the sum of the gradients there, and its exact block is the
+    outer product of that sum.
     """
     pair = build("cnn", likelihood)
     fitted, ours = pair.peer("all", "kron"), pair.ours("all", "kron")
