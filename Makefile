@@ -1,4 +1,5 @@
 # Two commands: `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests.
+# `make test-peers` compares with other packages, which it installs.
 # Both create .venv first. Each of its stages ends with a stamp, so that what an interrupted one leaves is gone over again.
 
 PYTHON ?= python3
@@ -7,13 +8,16 @@ WORKDIR ?= checkpoints/van_digits
 VENV := .venv/bin
 INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: fit-van test clean
+.PHONY: fit-van test test-peers clean
 
 fit-van: .venv/installed
 	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
 
 test: .venv/installed-test
 	$(VENV)/python -m pytest $(ARGS)
+
+test-peers: .venv/installed-peers
+	$(VENV)/python -m pytest tests/peers $(ARGS)
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -27,6 +31,11 @@ test: .venv/installed-test
 
 .venv/installed-test: .venv/installed
 	$(INSTALL) '.[test]'
+	@touch $@
+
+.venv/installed-peers: .venv/installed-test
+	$(INSTALL) '.[peers]'
+	$(VENV)/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision  # of another build: torch breaks
 	@touch $@
 
 clean:

@@ -16,3 +16,14 @@ def test_krylov_benchmark_runs_small():
     record = json.loads((ROOT / "benchmarks/results/krylov_small_headline_hilbert.json").read_text())
     assert {"headline", "hilbert"} <= set(record)
     assert (ROOT / "benchmarks/results/krylov_small_hilbert.png").stat().st_size > 0
+
+
+def test_posterior_benchmark_runs_small():
+    """Our side, and the peer's where it is installed."""
+    command = [sys.executable, "benchmarks/laplace_torch.py", "--small", "--classes", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((ROOT / "benchmarks/results/laplace_torch_small.json").read_text())
+    case = "mlp 8-6-6, 3 classes, full"
+    assert record["time"][case]["ours"]["medians"]["total"] > 0
+    assert record["memory"][case]["ours"] > 0

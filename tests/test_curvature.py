@@ -45,6 +45,29 @@ def test_all_products_agree_with_the_matrix(problem):
     np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
 
 
+def test_dense_counts_examples_by_their_weights(problem):
+    """Twice the same as there twice, none as not there; in microbatches with padding, and exactly symmetric."""
+    network, likelihood, inputs, _, _ = problem
+    weights = np.array([2.0, 0.0, *np.ones(9)])
+    repeated = np.concatenate([inputs[:1], inputs[:1], inputs[2:]])
+    found = dense.ggn(network, likelihood, network.params, inputs, weights=weights, microbatch=4)
+    expected = dense.ggn(network, likelihood, network.params, repeated, microbatch=3)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    np.testing.assert_array_equal(found, found.T)
+
+
+def test_dense_memory_does_not_grow_with_the_data():
+    """Of the temporaries that XLA lays out; what takes part in them is rows of one microbatch."""
+    network = bnnlaplace.Network.from_function(lambda w, x: jnp.tanh(x @ w), jnp.ones((40, 5), jnp.float32))
+
+    def temporaries(count):
+        arguments = network, bnnlaplace.gaussian(0.5), network.params, jnp.ones((count, 40), jnp.float32)
+        return jax.jit(dense.ggn).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    data = 4 * 40 * (640 - 64)  # the inputs, cut into microbatches, are the one thing that grows
+    assert temporaries(640) - temporaries(64) <= 1.1 * data
+
+
 def test_dual_has_the_same_nonzero_spectrum(problem):
     network, likelihood, inputs, _, matrix = problem
     precision = np.linspace(0.5, 2.0, len(matrix))
