@@ -21,7 +21,7 @@ ALLOWED = {
     "bnnlaplace.subset": {"tree", "network", "equations"},
     "bnnlaplace.likelihood": {"types", "tree"},
     "bnnlaplace.data": {"network", "likelihood"},
-    "bnnlaplace.curvature": {"types", "tree", "precise", "network", "likelihood"},
+    "bnnlaplace.curvature": {"types", "tree", "precise", "network", "likelihood", "equations"},
     "bnnlaplace.krylov": {"types", "tree", "precise"},
     "bnnlaplace.evidence": {"types", "tree", "network", "likelihood", "curvature", "krylov"},
     "bnnlaplace.prior": {"types", "tree", "evidence"},

@@ -9,7 +9,7 @@ that enter there (`tapped.py`), so nothing else of the forward pass need be know
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -287,9 +287,7 @@ def _steps_before(step: int, equations: Equations, operands: Sequence[tuple[int,
 # Layers ---------------------------------------------------------------------------------------------------------------
 
 
-def _as_layer(
-    equations: Equations, leaf: int, entries: tuple[Entry, ...], axes: dict[Var, int]
-) -> Layer | None:
+def _as_layer(equations: Equations, leaf: int, entries: tuple[Entry, ...], axes: dict[Var, int]) -> Layer | None:
     """The layer that a leaf with one entry is the matrix of, if it is one."""
     if len(entries) != 1 or len(entries[0].operands) != 1:
         return None

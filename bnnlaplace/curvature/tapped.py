@@ -66,7 +66,9 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
 
     def tapped(zeros: list[Array]) -> tuple[Array, list[Array]]:
         with precise.all_products():
-            outputs, *values = run(equations, steps, known | dict(zip(taps, zeros, strict=True)), [*equations.outputs, *saved])
+            outputs, *values = run(
+                equations, steps, known | dict(zip(taps, zeros, strict=True)), [*equations.outputs, *saved]
+            )
         return outputs, values
 
     zeros = [jnp.zeros(tap.aval.shape, tap.aval.dtype) for tap in taps]
@@ -79,7 +81,8 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
             (found,) = pullback(cotangent)
             at = dict(zip(tapped_results, found, strict=True))
             derivatives = {
-                leaf: _as_columns(layer, equations.steps[layer.entry.step], at) for leaf, layer in weights.layers.items()
+                leaf: _as_columns(layer, equations.steps[layer.entry.step], at)
+                for leaf, layer in weights.layers.items()
             }
             for leaf, met in weights.entries.items():
                 parts = [_per_example(weights, leaf, entry, value_of, at) for entry in met]
@@ -94,6 +97,18 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
         for leaf, layer in weights.layers.items()
     }
     return Pass(weights, outputs, layer_inputs, gradients)
+
+
+def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs: Float[Array, "M ... C"]) -> PyTree:
+    """The sum of `function` over the unit vectors of one example's outputs, each given for all examples at once."""
+    shape = outputs.shape[1:]
+    columns = jnp.eye(math.prod(shape), dtype=outputs.dtype).reshape(-1, *shape)
+
+    def add(total: PyTree, column: Array) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(jnp.broadcast_to(column, outputs.shape))), None
+
+    sums = jax.eval_shape(function, outputs)
+    return lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums), columns)[0]
 
 
 def _all_entries(weights: Weights) -> list[Entry]:
