@@ -80,7 +80,7 @@ def factors(
 
     Let a be a layer's inputs at position t, and g the derivative of column c of the likelihood's factor with respect to
     its outputs there. G has the block scale * sum_n sum_c (sum_t a_t kron g_tc)(...)'. Its approximation is
-    (A kron B) / count, with A = sum_nt a a', B = scale * sum_ntc g g', and count the number of examples times positions.
+    (A kron B) / count, with A = sum_nt a a', B = scale * sum_ntc g g', and count = examples times positions.
     All columns are summed, so that nothing is sampled. The block is exact for one example of one position, and where
     products between different positions vanish and sum_c g g' (or a a') is the same for all examples and positions: in
     the last layer of a Gaussian likelihood, for instance. Biases have blocks of their own.
