@@ -22,7 +22,7 @@ ALLOWED = {
     "bnnlaplace.subset": {"tree", "network", "equations"},
     "bnnlaplace.likelihood": {"types", "tree"},
     "bnnlaplace.data": {"tree", "network", "likelihood"},
-    "bnnlaplace.curvature": {"types", "tree", "precise", "network", "likelihood"},
+    "bnnlaplace.curvature": {"types", "tree", "precise", "network", "likelihood", "equations"},
     "bnnlaplace.data_terms": {"tree", "network", "likelihood", "curvature"},
     "bnnlaplace.krylov": {"types", "tree", "precise"},
     "bnnlaplace.log_joint": set(),

@@ -68,6 +68,23 @@ def test_dense_memory_does_not_grow_with_the_data():
     assert temporaries(640) - temporaries(64) <= 1.1 * data
 
 
+def test_diagonal_of_convolutions_and_of_examples_that_count(x64):
+    def outputs(params, x):
+        x = jnp.tanh(jax.lax.conv(x, params["first"], (2, 1), "SAME") + params["bias"][:, None, None])
+        x = jnp.tanh(jax.lax.conv(x, params["second"], (1, 1), "VALID"))
+        return x.reshape(len(x), -1) @ params["head"]
+
+    rng = np.random.default_rng(4)
+    shapes = {"first": (3, 2, 3, 2), "bias": (3,), "second": (2, 3, 2, 2), "head": (12, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    network, inputs = bnnlaplace.Network.from_function(outputs, params), jnp.asarray(rng.normal(size=(5, 2, 5, 4)))
+    counted = jnp.array([1.0, 0.0, 1.0, 1.0, 0.0])
+    arguments = network, bnnlaplace.categorical(), params
+    run = jax.jit(lambda w: diagonal.ggn_diagonal(*arguments, inputs, weights=w, scale=SCALE, microbatch=2))
+    expected = jnp.diagonal(dense.ggn(*arguments, inputs[counted == 1], scale=SCALE))
+    np.testing.assert_allclose(run(counted), expected, rtol=1e-10)
+
+
 def test_dual_has_the_same_nonzero_spectrum(problem):
     network, likelihood, inputs, _, matrix = problem
     precision = np.linspace(0.5, 2.0, len(matrix))

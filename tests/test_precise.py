@@ -11,8 +11,9 @@ from problems import two_layers
 
 import bnnlaplace
 from bnnlaplace import evidence, krylov, predictive
-from bnnlaplace.curvature import dense, diagonal, ggn
+from bnnlaplace.curvature import dense, diagonal, ggn, kronecker
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KrylovStructure
+from bnnlaplace.structure.kronecker import KroneckerStructure
 
 SHAPES = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "b2": (3,)}
 RNG = np.random.default_rng(0)
@@ -34,6 +35,11 @@ def log_evidence(params, **options):
 def structure():
     """Three Krylov vectors; not to be computed while a test traces."""
     return KrylovStructure.from_decomposition(next(krylov.block_lanczos(lambda v: v, ROWS, max_vectors=3)))
+
+
+@cache
+def kronecker_structure():
+    return KroneckerStructure.fit(kronecker.factors(*MODEL))
 
 
 def function_samples(num_precisions):
@@ -73,6 +79,9 @@ CASES = {
     "Krylov samples": lambda: structure().samples(jax.random.key(0), 2, 1.0),
     "Krylov outputs from the basis": lambda: function_samples(2),
     "Krylov outputs from samples": lambda: function_samples(1),
+    "Kronecker factors": lambda: kronecker.factors(*MODEL),
+    "Kronecker variance": lambda: kronecker_structure().functional_variance(jnp.ones((2, 3, 43)), 1.0),
+    "Kronecker samples": lambda: kronecker_structure().samples(jax.random.key(0), 2, 1.0),
     "convolution": gradient_of_convolution,
 }
 
@@ -91,6 +100,7 @@ def precisions(jaxpr):
 @pytest.mark.parametrize("name", CASES)
 def test_products_ask_for_full_precision(name):
     structure()
+    kronecker_structure()
     found = list(precisions(jax.make_jaxpr(CASES[name])().jaxpr))
     highest = jax.lax.Precision.HIGHEST
     assert found and set(found) == {(highest, highest)}

@@ -1,46 +1,76 @@
 """The exact diagonal of the GGN, without a Jacobian in memory."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.curvature import microbatch as mb
+from bnnlaplace.curvature import tapped
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.tree import examples, ravel
+from bnnlaplace.precise import einsum
+from bnnlaplace.tree import ravel
 
 
 def ggn_diagonal(
     network: Network,
     likelihood: Likelihood,
     params: PyTree,
-    inputs: Float[Array, "N ..."],
+    inputs: PyTree[Float[Array, "N ..."]],
     *,
     weights: Float[Array, " N"] | None = None,
     scale: float = 1.0,
     microbatch: int = 32,
 ) -> Float[Array, " P"]:
-    """diag(G) = scale * sum_n sum_c (J_n' B_n e_c)^2, exactly: one backward pass per example and output.
+    """diag(G) = scale * sum_n w_n sum_c (J_n' B_n e_c)^2, exactly.
 
-    Memory: `microbatch` gradients of P numbers each. Call it inside `jit`.
+    With a the inputs of a layer and g the derivative with respect to its outputs, an example's gradient of the layer's
+    matrix is sum_t a_t g_t' over positions t. Where there is one position the squares are those of a times those of g,
+    so that no gradient of that matrix is computed; elsewhere it is, for one output at a time.
+
+    Parameters
+    ----------
+    weights
+        w, by default all ones. Zero for examples that do not count.
+    scale
+        (all training examples) / (examples in `inputs`).
+    microbatch
+        Examples in one step of the inner loop.
+
+    Notes
+    -----
+    Cost: a backward pass for each example and output, without the gradients of matrices that have one position. Memory:
+    the activations of `microbatch` examples and their gradients of all other weights. Call it inside `jit`.
     """
     batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
+    leaves = jax.tree.leaves(params)
 
-    shape = jax.eval_shape(network, params, examples(batches.inputs, 0)).shape[1:]
-    columns = jnp.eye(math.prod(shape), dtype=batches.weights.dtype).reshape(-1, *shape)
+    def add(total: list[Array], batch: mb.Microbatches) -> tuple[list[Array], None]:
+        passed = tapped.forward(network, params, batch.inputs)
+        single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
 
-    def example(x: PyTree, weight: Array) -> Float[Array, " P"]:
-        outputs, pullback = jax.vjp(lambda p: network(p, examples(x, None))[0], params)
+        def squares(column: Array) -> list[Array]:
+            found = passed.gradients(likelihood.factor_mv(passed.outputs, column))
+            return [
+                found[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, found[leaf], batch.weights)
+                for leaf in range(len(leaves))
+            ]
 
-        def add_column(total: Array, column: Array) -> tuple[Array, None]:
-            (gradient,) = pullback(likelihood.factor_mv(outputs, column))
-            return total + ravel(gradient) ** 2, None
+        added = tapped.over_columns(squares, passed.outputs)
+        for leaf in single:
+            weighted = mb.over_outputs(batch.weights, added[leaf]) * added[leaf]
+            matrix = einsum("mi,mo->io", passed.layer_inputs[leaf][:, 0] ** 2, weighted)
+            added[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
+        return jax.tree.map(jnp.add, total, added), None
 
-        return weight * jax.lax.scan(add_column, jnp.zeros_like(ravel(params)), columns)[0]
+    zeros = [jnp.zeros(leaf.size, leaf.dtype) for leaf in leaves]
+    return scale * jnp.concatenate(jax.lax.scan(add, zeros, batches)[0])
 
-    def add(total: Array, batch: mb.Microbatches) -> tuple[Array, None]:
-        return total + jnp.sum(jax.vmap(example)(*batch), axis=0), None
 
-    return scale * jax.lax.scan(add, jnp.zeros_like(ravel(params)), batches)[0]
+def _squared(passed: tapped.Pass, leaf: int, found: Array, weights: Float[Array, " M"]) -> Float[Array, " p"]:
+    """sum_m w_m (gradient of example m)^2, of one leaf."""
+    layer = passed.weights.layers.get(leaf)
+    if layer is None:
+        return einsum("m,mp->p", weights, found.reshape(len(found), -1) ** 2)
+    gradients = einsum("mti,mto->mio", passed.layer_inputs[leaf], found)
+    return layer.layout.flat(einsum("m,mio->io", weights, gradients**2))

@@ -1,0 +1,174 @@
+"""How the numbers of a weight form a matrix, whatever reshaping and transposing brings them there."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn, Var
+from jaxtyping import Array, Float
+
+
+class Layout(NamedTuple):
+    """A weight as a matrix from inputs (rows) to outputs (columns), both in the order in which it stores them.
+
+    Attributes
+    ----------
+    segments
+        The weight's shape with neighbouring axes of the same side joined: (length, whether it belongs to the rows). A
+        kernel (3, 3, 8, 16) of a convolution is ((72, True), (16, False)).
+    row_sizes, row_order
+        The inputs as the product sums over them have these axes; transposed like this they are in the order of rows.
+    column_sizes, column_order
+        The same of the outputs.
+    """
+
+    segments: tuple[tuple[int, bool], ...]
+    row_sizes: tuple[int, ...]
+    row_order: tuple[int, ...]
+    column_sizes: tuple[int, ...]
+    column_order: tuple[int, ...]
+
+    def rows(self, inputs: Float[Array, "M T I"]) -> Float[Array, "M T I"]:
+        """Inputs in the order of the product -> in the order of the rows."""
+        return _reordered(inputs, self.row_sizes, self.row_order)
+
+    def columns(self, outputs: Float[Array, "M T O"]) -> Float[Array, "M T O"]:
+        """Outputs in the order of the product -> in the order of the columns."""
+        return _reordered(outputs, self.column_sizes, self.column_order)
+
+    def flat(self, matrix: Float[Array, "I O"]) -> Float[Array, " P"]:
+        """A matrix -> the numbers of the weight in their own order."""
+        return from_matrix(matrix, self.segments)
+
+
+def from_matrix(matrix: Float[Array, "... I O"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... P"]:
+    """Matrices of rows and columns -> the numbers of the weight in their own order; NumPy arrays remain such."""
+    lead = matrix.shape[:-2]
+    order = _matrix_order(segments)
+    shape = [segments[index][0] for index in order]
+    # The inverse of a permutation sorts it.
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    parts = matrix.reshape(*lead, *shape)
+    return parts.transpose(*range(len(lead)), *(len(lead) + index for index in inverse)).reshape(*lead, -1)
+
+
+def as_matrix(flat: Float[Array, "... P"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... I O"]:
+    """The numbers of the weight in their own order -> matrices of rows and columns; NumPy arrays remain such."""
+    lead = flat.shape[:-1]
+    parts = flat.reshape(*lead, *(size for size, _ in segments))
+    order = _matrix_order(segments)
+    moved = parts.transpose(*range(len(lead)), *(len(lead) + index for index in order))
+    return moved.reshape(*lead, math.prod(size for size, is_row in segments if is_row), -1)
+
+
+def find_layout(
+    leaf: Var, operand: Var, steps: Iterable[JaxprEqn], summed: Sequence[int], left: Sequence[int]
+) -> Layout | None:
+    """The layout of a leaf that `steps` turn into the operand of a product.
+
+    Parameters
+    ----------
+    leaf, operand
+        The weight, and what enters the product.
+    steps
+        The equations between them.
+    summed, left
+        The axes of the operand that the product sums over, and the others, each in the order of the product.
+
+    Returns
+    -------
+    Layout or None
+        None where anything but reshaping, transposing and a change of dtype is done to the leaf.
+    """
+    axes = {leaf: _axes_of(leaf.aval.shape)}
+    for equation in steps:
+        (source, *others) = equation.invars
+        if others or source not in axes:
+            return None
+        moved = _moved(equation, axes[source])
+        if moved is None:
+            return None
+        axes[equation.outvars[0]] = moved
+    if operand not in axes:
+        return None
+    rows = [piece for axis in summed for piece in axes[operand][axis]]
+    columns = [piece for axis in left for piece in axes[operand][axis]]
+    pieces = sorted([(piece, True) for piece in rows] + [(piece, False) for piece in columns], key=_position)
+    joined = groupby(pieces, key=lambda entry: entry[1])
+    segments = tuple((math.prod(piece.size for piece, _ in run), is_row) for is_row, run in joined)
+    return Layout(segments, *_order(rows), *_order(columns))
+
+
+class _Piece(NamedTuple):
+    """A part of an axis of the weight: its length, and how far its indices are apart in memory."""
+
+    size: int
+    stride: int
+
+
+_Axes = list[list[_Piece]]
+
+
+def _position(entry: tuple[_Piece, bool]) -> int:
+    return -entry[0].stride
+
+
+def _axes_of(shape: tuple[int, ...]) -> _Axes:
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return [[_Piece(size, stride)] if size > 1 else [] for size, stride in zip(shape, strides, strict=True)]
+
+
+def _moved(equation: JaxprEqn, axes: _Axes) -> _Axes | None:
+    """The axes after one equation; each is a list of pieces, the slowest first."""
+    name, params = equation.primitive.name, equation.params
+    if name in ("convert_element_type", "copy", "copy_p"):
+        return axes
+    if name == "transpose":
+        return [axes[axis] for axis in params["permutation"]]
+    shape = equation.outvars[0].aval.shape
+    only_ones = name == "broadcast_in_dim" and math.prod(shape) == math.prod(equation.invars[0].aval.shape)
+    if name in ("squeeze", "expand_dims") or only_ones or (name == "reshape" and params.get("dimensions") is None):
+        return _regrouped([piece for axis in axes for piece in axis], shape)
+    return None
+
+
+def _regrouped(pieces: list[_Piece], shape: tuple[int, ...]) -> _Axes | None:
+    """Cut a sequence of pieces into axes of the given lengths, breaking up pieces where they divide."""
+    pieces = list(pieces)
+    axes: _Axes = []
+    for length in shape:
+        axis = []
+        while length > 1:
+            piece = pieces.pop(0)
+            if piece.size > length:
+                if piece.size % length:
+                    return None
+                inner = piece.size // length
+                pieces.insert(0, _Piece(inner, piece.stride))
+                piece = _Piece(length, piece.stride * inner)
+            if length % piece.size:
+                return None
+            axis.append(piece)
+            length //= piece.size
+        axes.append(axis)
+    return axes
+
+
+def _order(pieces: list[_Piece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The lengths of the pieces, and the permutation that puts them into the order of the weight."""
+    order = sorted(range(len(pieces)), key=lambda index: -pieces[index].stride)
+    return tuple(piece.size for piece in pieces), tuple(order)
+
+
+def _matrix_order(segments: Sequence[tuple[int, bool]]) -> list[int]:
+    """Segments of rows first, then those of columns."""
+    return sorted(range(len(segments)), key=lambda index: not segments[index][1])
+
+
+def _reordered(array: Float[Array, "M T I"], sizes: Sequence[int], order: Sequence[int]) -> Float[Array, "M T I"]:
+    if list(order) == sorted(order):
+        return array
+    parts = array.reshape(*array.shape[:2], *sizes)
+    return jnp.transpose(parts, (0, 1, *(2 + index for index in order))).reshape(array.shape)

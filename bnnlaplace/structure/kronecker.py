@@ -1,0 +1,259 @@
+"""A Kronecker-factored GGN by the eigendecompositions of its factors: layer by layer, for networks of any depth."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree
+
+from bnnlaplace.curvature import kronecker
+from bnnlaplace.curvature.layout import as_matrix, from_matrix
+from bnnlaplace.likelihood import Likelihood
+from bnnlaplace.network import Network
+from bnnlaplace.precise import einsum, matmul
+
+
+class KroneckerBlock(NamedTuple):
+    """The block (A kron B) of a matrix by A = U diag(a) U' and B = V diag(b) V'; its eigenvalues are a_i b_j.
+
+    Attributes
+    ----------
+    row_values, column_values
+        a and b, shaped so that their product has the shape of the weight, with neighbouring axes of the same side
+        joined: (I, 1) and (1, O) for a kernel that is stored input first.
+    row_vectors, column_vectors
+        U and V.
+    """
+
+    row_values: Float[Array, "..."]
+    row_vectors: Float[Array, "I I"]
+    column_values: Float[Array, "..."]
+    column_vectors: Float[Array, "O O"]
+
+    @classmethod
+    def fit(cls, sums: kronecker.LayerSums) -> "KroneckerBlock":
+        """Decompose both factors."""
+        rows, row_vectors = _decomposed(sums.inputs)
+        columns, column_vectors = _decomposed(sums.outputs)
+        row_shape = [size if is_row else 1 for size, is_row in sums.segments]
+        column_shape = [1 if is_row else size for size, is_row in sums.segments]
+        return cls((rows / sums.count).reshape(row_shape), row_vectors, columns.reshape(column_shape), column_vectors)
+
+    @property
+    def eigenvalues(self) -> Float[Array, " p"]:
+        """a_i b_j, rows slowest."""
+        return (self.row_values.reshape(-1, 1) * self.column_values.reshape(-1)).reshape(-1)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return self.row_values.size * self.column_values.size
+
+    def rotated(self, vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        """Weights -> coefficients of the eigenvectors."""
+        matrices = as_matrix(vectors, self._segments)
+        return _between(self.row_vectors.T, matrices, self.column_vectors).reshape(vectors.shape)
+
+    def rotated_back(self, coefficients: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        """Coefficients of the eigenvectors -> weights."""
+        shape = (*coefficients.shape[:-1], len(self.row_vectors), len(self.column_vectors))
+        matrices = _between(self.row_vectors, coefficients.reshape(shape), self.column_vectors.T)
+        return from_matrix(matrices, self._segments)
+
+    def divided(self, number: Float[Array, ""]) -> "KroneckerBlock":
+        """The block divided by a positive number."""
+        return self._replace(row_values=self.row_values / number)
+
+    @property
+    def _segments(self) -> list[tuple[int, bool]]:
+        shapes = zip(self.row_values.shape, self.column_values.shape, strict=True)
+        return [(rows * columns, rows > 1) for rows, columns in shapes]
+
+
+class FilterBlock(NamedTuple):
+    """Exact blocks of a leaf of shape (..., C), one for each last index; a vector is one filter.
+
+    Attributes
+    ----------
+    values, vectors
+        Eigenvalues (C, K), and eigenvectors in the columns of C matrices.
+    """
+
+    values: Float[Array, "C K"]
+    vectors: Float[Array, "C K K"]
+
+    @classmethod
+    def fit(cls, sums: kronecker.FilterSums) -> "FilterBlock":
+        """Decompose all blocks."""
+        return cls(*_decomposed(sums.blocks))
+
+    @property
+    def eigenvalues(self) -> Float[Array, " p"]:
+        """Those of one filter after another."""
+        return self.values.reshape(-1)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return self.values.size
+
+    def rotated(self, vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        """Weights -> coefficients of the eigenvectors."""
+        parts = vectors.reshape(*vectors.shape[:-1], *self.values.shape[::-1])
+        return _einsum_like(vectors, "ckl,...kc->...cl", self.vectors, parts).reshape(vectors.shape)
+
+    def rotated_back(self, coefficients: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        """Coefficients of the eigenvectors -> weights."""
+        parts = coefficients.reshape(*coefficients.shape[:-1], *self.values.shape)
+        return _einsum_like(coefficients, "ckl,...cl->...kc", self.vectors, parts).reshape(coefficients.shape)
+
+    def divided(self, number: Float[Array, ""]) -> "FilterBlock":
+        """The blocks divided by a positive number."""
+        return self._replace(values=self.values / number)
+
+
+class DiagonalBlock(NamedTuple):
+    """The exact diagonal of a leaf."""
+
+    diagonal: Float[Array, " p"]
+
+    @classmethod
+    def fit(cls, sums: kronecker.DiagonalSums) -> "DiagonalBlock":
+        """Nothing is left to decompose."""
+        return cls(sums.diagonal)
+
+    @property
+    def eigenvalues(self) -> Float[Array, " p"]:
+        """The diagonal."""
+        return self.diagonal
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return self.diagonal.size
+
+    def rotated(self, vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        """The same: weights are the eigenvectors."""
+        return vectors
+
+    def rotated_back(self, coefficients: Float[Array, "... p"]) -> Float[Array, "... p"]:
+        """The same."""
+        return coefficients
+
+    def divided(self, number: Float[Array, ""]) -> "DiagonalBlock":
+        """The diagonal divided by a positive number."""
+        return DiagonalBlock(self.diagonal / number)
+
+
+Block = KroneckerBlock | FilterBlock | DiagonalBlock
+_BY_SUMS = {
+    kronecker.LayerSums: KroneckerBlock,
+    kronecker.FilterSums: FilterBlock,
+    kronecker.DiagonalSums: DiagonalBlock,
+}
+
+
+class KroneckerStructure(NamedTuple):
+    """A block-diagonal G, one block for each leaf of the weights, for a scalar prior precision.
+
+    Memory: I^2 + O^2 numbers for each layer. A covariance of outputs costs I + O multiplications for each number of the
+    Jacobian.
+
+    Attributes
+    ----------
+    blocks
+        In the order of `jax.tree.leaves` of the weights, which is that of the flat vector.
+    """
+
+    blocks: list[Block]
+
+    @classmethod
+    def fit(cls, sums: Sequence[kronecker.LeafSums]) -> "KroneckerStructure":
+        """Decompose what `kronecker.factors` summed; eigenvalues that rounding made negative become zero."""
+        return cls([_BY_SUMS[type(leaf)].fit(leaf) for leaf in sums])
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Any]) -> "KroneckerStructure":
+        """Rebuild from its fields by name, as a checkpoint holds them."""
+        kinds = {frozenset(kind._fields): kind for kind in _BY_SUMS.values()}
+        blocks = (jax.tree.map(jnp.asarray, fields) for fields in arrays["blocks"])
+        return cls([kinds[frozenset(fields)](**fields) for fields in blocks])
+
+    def whitened(self, relative: Float[Array, " L"]) -> "KroneckerStructure":
+        """D^-1/2 G D^-1/2 with one positive number for each leaf in D; nothing is decomposed again."""
+        return KroneckerStructure([block.divided(number) for block, number in zip(self.blocks, relative, strict=True)])
+
+    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+        """log det(I + G / delta), in float64."""
+        ratios = (np.asarray(block.eigenvalues, np.float64) / float(prior_precision) for block in self.blocks)
+        return np.array([sum(np.log1p(ratio).sum() for ratio in ratios)])
+
+    def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+        """Zero: nothing is truncated."""
+        return np.zeros(1)
+
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+        """v' (G + delta I)^-1 v, in float64."""
+        exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), self)
+        return float(
+            sum(
+                np.sum(block.rotated(part) ** 2 / (block.eigenvalues + float(prior_precision)))
+                for block, part in exact._parts(np.asarray(vector, np.float64))
+            )
+        )
+
+    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
+        """Rows V diag((lambda + delta)^-1/2) eps of each block."""
+        dtype = jax.tree.leaves(self)[0].dtype
+        noise = jax.random.normal(key, (num_samples, sum(block.size for block in self.blocks)), dtype)
+        return jnp.concatenate(
+            [
+                block.rotated_back(part / jnp.sqrt(block.eigenvalues + prior_precision))
+                for block, part in self._parts(noise)
+            ],
+            axis=-1,
+        )
+
+    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
+        """J (G + delta I)^-1 J', exactly."""
+        total = jnp.zeros((*jacobian.shape[:2], jacobian.shape[1]), jacobian.dtype)
+        for block, part in self._parts(jacobian):
+            rotated = block.rotated(part)
+            total += einsum("bcp,bdp->bcd", rotated / (block.eigenvalues + prior_precision), rotated)
+        return total
+
+    def _parts(self, vectors: Float[Array, "... P"]) -> Iterator[tuple[Block, Float[Array, "... p"]]]:
+        """Each block with its part of flat vectors."""
+        start = 0
+        for block in self.blocks:
+            yield block, vectors[..., start : start + block.size]
+            start += block.size
+
+
+@partial(jax.jit, static_argnames="microbatch")
+def fit_kronecker(
+    network: Network, likelihood: Likelihood, inputs: PyTree[Float[Array, "N ..."]], scale: float, *, microbatch: int
+) -> KroneckerStructure:
+    """The Kronecker-factored GGN; see `bnnlaplace.curvature.kronecker.factors`."""
+    sums = kronecker.factors(network, likelihood, network.params, inputs, scale=scale, microbatch=microbatch)
+    return KroneckerStructure.fit(sums)
+
+
+def _decomposed(matrix: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
+    values, vectors = jnp.linalg.eigh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)
+    return jnp.maximum(values, 0), vectors
+
+
+def _between(left: Array, matrices: Array, right: Array) -> Array:
+    """left M right for each matrix; on the host for NumPy arrays."""
+    if isinstance(matrices, np.ndarray):
+        return left @ matrices @ right
+    return matmul(matmul(left, matrices), right)
+
+
+def _einsum_like(like: Array, pattern: str, *operands: Array) -> Array:
+    """On the host for NumPy arrays."""
+    return (np.einsum if isinstance(like, np.ndarray) else einsum)(pattern, *operands)
