@@ -192,7 +192,8 @@ def main(
         content[f"classes_{count}"] = {"weights": weights, "images": len(setting.images), "cases": results}
         if evidence_paper.decomp:
             content[f"classes_{count}"]["differences"] = differences(cases)
-            content[f"classes_{count}"]["targets"] = compare(results, steps, count)
+            if not small:  # nothing that matters takes time there
+                content[f"classes_{count}"]["targets"] = compare(results, steps, count)
     console.print(f"written to {write('evidence_small' if small else 'evidence', content)}")
 
 
