@@ -8,19 +8,20 @@ Written like this the null space of G contributes exactly zero to the determinan
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 
+from bnnlaplace import determinant
 from bnnlaplace.curvature import ggn
-from bnnlaplace.krylov import stochastic_lanczos_quadrature
+from bnnlaplace.krylov.derivative_modes import once
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.log_joint import LogJoint
 from bnnlaplace.network import Network
-from bnnlaplace.tree import as_vector, ravel
+from bnnlaplace.tree import as_vector, num_examples, ravel
 from bnnlaplace.types import Estimate
 
 
@@ -44,15 +45,16 @@ def log_marginal_likelihood(
     params: PyTree,
     prior_precision: Float[Array, ""] | Float[Array, " P"] | PyTree,
     batch: tuple[Array, Array],
-    probes: Float[Array, "S V"],
+    probes: Float[Array, "S V"] | Key[Array, ""],
     *,
     network: Network,
     likelihood: Likelihood,
     num_matvecs: int,
+    num_probes: int | None = None,
     scale: float = 1.0,
     prior_mean: Float[Array, ""] | PyTree = 0.0,
-    side: Literal["primal", "dual"] = "primal",
-    gradient: Literal["adjoint", "quadrature", "autodiff"] = "adjoint",
+    side: Literal["auto", "primal", "dual"] = "auto",
+    gradient: Literal["adjoint", "forward", "quadrature", "autodiff"] = "adjoint",
     probe_batch_size: int = 1,
     microbatch: int = 128,
 ) -> Estimate:
@@ -63,29 +65,36 @@ def log_marginal_likelihood(
     params
         theta, the point of expansion.
     prior_precision
-        delta > 0: a scalar, one number per weight, or a pytree like the weights with leaves that broadcast.
+        delta > 0: a scalar, one number per weight, or a pytree like the weights with leaves that broadcast. A scalar
+        takes no part in the products: see Notes.
     batch
         (inputs, targets).
     probes
-        S rows with independent entries of mean 0 and variance 1, normal or Rademacher: of P numbers for "primal", for
-        "dual" of one number per output, the padding of the last microbatch included (`dual_operator(...).size`).
+        A random key, from which `num_probes` Rademacher probes are drawn, the same for the same key. Or S rows with
+        independent entries of mean 0 and variance 1, normal or Rademacher: of P numbers for the primal side, for the
+        dual of one number per output, the padding of the last microbatch included (`dual_operator(...).size`).
     network, likelihood
         The model.
     num_matvecs
         Krylov depth per probe.
+    num_probes
+        S, with a key.
     scale
         (all training examples) / (examples in the batch): multiplies log likelihood and curvature.
     prior_mean
         mu, as `prior_precision`.
     side
         "primal": Lanczos on P numbers. "dual": on outputs, log det(I + B' J P0^-1 J' B), the same value with shorter
-        vectors where there are fewer outputs than weights.
+        vectors where there are fewer outputs than weights. "auto": the one that rows of probes fit, or, with a key, the
+        one with shorter vectors.
     gradient
-        Of the log-determinant, as for `krylov.stochastic_lanczos_quadrature`. "adjoint": that of the value returned, by
-        S K more products and K vector-Jacobian products a probe; "quadrature": an unbiased one by a single
-        vector-Jacobian product a probe, which needs a converged recurrence.
+        Of the log-determinant. "adjoint": that of the value returned, by S K more products and K vector-Jacobian
+        products a probe. "forward": in `prior_precision` alone, from the forward pass; for a scalar the same as
+        "adjoint", for one number per weight an unbiased estimate, whose component along a common factor of all is that
+        of the value returned. "quadrature": in everything, an unbiased one by a single vector-Jacobian product a probe.
+        "autodiff": through the loop. All that is unbiased needs a converged recurrence.
     probe_batch_size
-        Probes at once.
+        Probes at once. More of them cost memory, and pay off only where products gain from batching.
 
     Returns
     -------
@@ -95,36 +104,172 @@ def log_marginal_likelihood(
 
     Notes
     -----
-    Cost: one linearisation, whose outputs serve the log likelihood too, and S K products; about twice that with the
-    gradient. Memory: residuals of the linearisation at the batch, and K vectors. Reference: Krämer et al. 2024, arXiv
-    2405.17277, section 5.
+    Cost: one linearisation, whose outputs serve the log likelihood too, and S K products. Gradients: "forward" costs no
+    product more, but S products for one number per weight on the dual side; the others as said above. With many values
+    of a scalar prior precision and fixed weights take `isotropic`, which computes the products once for all of them.
+    Memory: residuals of the linearisation at the batch, and K vectors of each of `probe_batch_size` probes.
+    Reference: Krämer et al. 2024, arXiv 2405.17277, section 5; `determinant.py` derives "forward".
 
     Raises
     ------
     ValueError
-        If `side` is unknown, or `prior_precision` or `prior_mean` does not fit the weights.
+        If an option is unknown, probes fit no side, or `prior_precision` or `prior_mean` does not fit the weights.
+    TypeError
+        If "forward" is differentiated in something else.
     """
-    inputs, targets = batch
-    delta = as_vector(prior_precision, params)
-    deviation = ravel(params) - as_vector(prior_mean, params)
-    linearised = ggn.linearise(network, params, inputs, microbatch=microbatch)
-    if side == "primal":
-        operator = ggn.ggn_operator(linearised, likelihood, scale=scale)
-        root = jax.lax.rsqrt(delta)
-
-        def matvec(vector: Array) -> Array:
-            return root * operator.matvec(root * vector)
-
-    elif side == "dual":
-        matvec = ggn.dual_operator(linearised, likelihood, scale=scale, prior_precision=delta).matvec
+    caller = "log_marginal_likelihood"
+    if gradient not in ("adjoint", "forward", "quadrature", "autodiff"):
+        raise ValueError(
+            f"{caller}(gradient=...) must be 'adjoint', 'forward', 'quadrature' or 'autodiff'; got {gradient!r}"
+        )
+    options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
+    linearised = ggn.linearise(network, params, batch[0], microbatch=microbatch)
+    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes)
+    vector = as_vector(prior_precision, params)
+    is_scalar = jnp.ndim(prior_precision) == 0 if _is_leaf(prior_precision) else False
+    delta = jnp.asarray(prior_precision, vector.dtype) if is_scalar else vector
+    if gradient != "forward":
+        log_determinant = determinant.estimate(problem, delta, rows, gradient=gradient, **options)
+    elif is_scalar:
+        log_determinant = _of_rules(_fixed_rules(caller, problem, rows, **options), delta)
     else:
-        raise ValueError(f"log_marginal_likelihood(side=...) must be 'primal' or 'dual'; got {side!r}")
-    log_determinant = stochastic_lanczos_quadrature(
-        jnp.log1p, matvec, probes, num_matvecs=num_matvecs, gradient=gradient, probe_batch_size=probe_batch_size
+        log_determinant = determinant.forward_estimate(caller, problem, delta, rows, **options)
+    deviation = ravel(params) - as_vector(prior_mean, params)
+    log_prior = -0.5 * jnp.sum(vector * deviation**2)
+    mean = _log_likelihood(linearised, likelihood, batch, scale) + log_prior - 0.5 * log_determinant.mean
+    return Estimate(mean, 0.5 * log_determinant.sem)
+
+
+class IsotropicEvidence(NamedTuple):
+    """The evidence of one set of weights at every scalar prior precision: a pytree, and a smooth function.
+
+    Attributes
+    ----------
+    log_likelihood
+        scale * sum_n log p(y_n | f_n), in nats.
+    squared_norm
+        |theta - mu|^2.
+    rules
+        The Gauss rule of each probe for G.
+    """
+
+    log_likelihood: Float[Array, ""]
+    squared_norm: Float[Array, ""]
+    rules: determinant.Rules
+
+    def __call__(self, prior_precision: Float[Array, "*shape"] | float) -> Estimate:
+        """Mean and standard error over probes at one prior precision, or at each of an array of them.
+
+        Differentiable to any order; the derivatives are those of the numbers returned. Cost: S K logarithms.
+        """
+        delta = jnp.asarray(prior_precision, self.squared_norm.dtype)
+        found = _of_rules(self.rules, delta)
+        mean = self.log_likelihood - 0.5 * delta * self.squared_norm - 0.5 * found.mean
+        return Estimate(mean, 0.5 * found.sem)
+
+
+def isotropic(
+    params: PyTree,
+    batch: tuple[Array, Array],
+    probes: Float[Array, "S V"] | Key[Array, ""],
+    *,
+    network: Network,
+    likelihood: Likelihood,
+    num_matvecs: int,
+    num_probes: int | None = None,
+    scale: float = 1.0,
+    prior_mean: Float[Array, ""] | PyTree = 0.0,
+    side: Literal["auto", "primal", "dual"] = "auto",
+    probe_batch_size: int = 1,
+    microbatch: int = 128,
+) -> IsotropicEvidence:
+    """The evidence as a function of a scalar prior precision, from one decomposition of each probe.
+
+    A scalar prior precision shifts G, and its Krylov spaces stay what they are. So the products are computed here once,
+    and the value and all derivatives at any prior precision follow without another one: a training loop, an optimiser
+    and a curve call the result as often as they like. Call it inside `jit`.
+
+    Parameters
+    ----------
+    params, batch, probes, network, likelihood, num_matvecs, num_probes, scale, prior_mean, side, probe_batch_size
+        As for `log_marginal_likelihood`, whose values those of the result are.
+
+    Returns
+    -------
+    IsotropicEvidence
+        Not differentiable in the arguments here, but in the prior precision that it is called with.
+
+    Notes
+    -----
+    Cost: one linearisation and S K products. Memory: as for `log_marginal_likelihood`; the result is small.
+
+    Raises
+    ------
+    ValueError
+        As `log_marginal_likelihood`.
+    TypeError
+        If it is differentiated in an argument of this function.
+
+    Examples
+    --------
+    >>> import bnnlaplace
+    >>> network = Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3)))
+    >>> x, y = jnp.ones((5, 2)), jnp.arange(5) % 3
+    >>> options = {"network": network, "likelihood": bnnlaplace.categorical(), "num_matvecs": 2, "num_probes": 4}
+    >>> evidence = isotropic(network.params, (x, y), jax.random.key(0), **options)
+    >>> evidence(jnp.array([0.1, 1.0, 10.0])).mean.shape
+    (3,)
+    """
+    caller = "isotropic"
+    linearised = ggn.linearise(network, params, batch[0], microbatch=microbatch)
+    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes)
+    options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
+    deviation = ravel(params) - as_vector(prior_mean, params)
+    log_likelihood = _log_likelihood(linearised, likelihood, batch, scale)
+    rules = determinant.rules(problem, rows, **options)
+    return once(
+        IsotropicEvidence(log_likelihood, jnp.sum(deviation**2), rules),
+        f"{caller} has derivatives in the prior precision only; in other things take log_marginal_likelihood",
     )
-    log_likelihood = scale * jnp.sum(likelihood.log_prob(linearised.outputs[: len(inputs)], targets))
-    log_prior = -0.5 * jnp.sum(delta * deviation**2)
-    return Estimate(log_likelihood + log_prior - 0.5 * log_determinant.mean, 0.5 * log_determinant.sem)
+
+
+def _problem(
+    caller: str,
+    linearised: ggn.Linearisation,
+    likelihood: Likelihood,
+    scale: float,
+    side: str,
+    probes: Array,
+    num_probes: int | None,
+) -> tuple[determinant.Problem, Float[Array, "S V"]]:
+    """The operator whose determinant is meant, and its probes."""
+    outputs, num_weights = linearised.outputs, linearised.size
+    side = determinant.choose_side(caller, side, probes, num_weights, outputs.size)
+    length = num_weights if side == "primal" else outputs.size
+    rows = determinant.rows_of(caller, probes, num_probes, length, outputs.dtype)
+    return determinant.Problem(linearised, likelihood, scale, side), rows
+
+
+def _fixed_rules(caller: str, *arguments: Any, **options: Any) -> determinant.Rules:
+    message = f"{caller}(gradient='forward') has derivatives in prior_precision and prior_mean only; use 'adjoint'"
+    return once(determinant.rules(*arguments, **options), message)
+
+
+def _of_rules(rules: determinant.Rules, prior_precision: Float[Array, "*shape"]) -> Estimate:
+    """log det(I + G / delta) at each prior precision."""
+    forms = jnp.sum(rules.weights * jnp.log1p(rules.nodes / prior_precision[..., None, None]), axis=-1)
+    return determinant.mean_and_sem(forms)
+
+
+def _log_likelihood(
+    linearised: ggn.Linearisation, likelihood: Likelihood, batch: tuple[Array, Array], scale: float
+) -> Float[Array, ""]:
+    inputs, targets = batch
+    return scale * jnp.sum(likelihood.log_prob(linearised.outputs[: num_examples(inputs)], targets))
+
+
+def _is_leaf(value: PyTree) -> bool:
+    return jax.tree.structure(value) == jax.tree.structure(0)
 
 
 def curve(

@@ -52,8 +52,8 @@ class Laplace:
         Which weights get a posterior, the others being frozen and without a prior: "all"; "last_layer", which is found,
         see `bnnlaplace.subset`; or a function from the path of a weight, such as "Dense_0/kernel", to a bool.
     hessian_structure
-        "lanczos": the whole GGN by block Krylov, matrix-free. "diag": its exact diagonal. "full": dense, for small
-        networks.
+        "lanczos": the whole GGN by block Krylov, matrix-free. "kron": Kronecker factors of each layer (KFAC), see
+        `bnnlaplace.curvature.kronecker`. "diag": the exact diagonal. "full": dense, for small networks.
     prior_precision
         Of the Gaussian prior N(mu, P0^-1), P0 = diag(delta): one number; a dictionary with one for each group of
         weights; one for each weight, as a vector or a pytree like the weights with a posterior.
@@ -99,7 +99,7 @@ class Laplace:
         network: Network,
         likelihood: Likelihood | str = "classification",
         subset_of_weights: subset.Subset = "all",
-        hessian_structure: Literal["lanczos", "diag", "full"] = "lanczos",
+        hessian_structure: Literal["lanczos", "kron", "diag", "full"] = "lanczos",
         prior_precision: priors.Precision = 1.0,
         prior_mean: PyTree = 0.0,
         prior_groups: priors.Groups = priors.by_layer,

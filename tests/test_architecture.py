@@ -26,7 +26,10 @@ ALLOWED = {
     "bnnlaplace.data_terms": {"tree", "network", "likelihood", "curvature"},
     "bnnlaplace.krylov": {"types", "tree", "precise"},
     "bnnlaplace.log_joint": set(),
-    "bnnlaplace.evidence": {"types", "tree", "network", "likelihood", "curvature", "krylov", "log_joint"},
+    "bnnlaplace.determinant": {"types", "precise", "likelihood", "curvature", "krylov"},
+    "bnnlaplace.evidence": {
+        *("types", "tree", "network", "likelihood", "curvature", "krylov", "log_joint", "determinant"),
+    },
     "bnnlaplace.prior": {"tree", "log_joint"},
     "bnnlaplace.structure": {
         *("types", "tree", "precise", "network", "likelihood", "data", "curvature", "krylov", "log_joint", "prior"),

@@ -27,3 +27,13 @@ def test_posterior_benchmark_runs_small():
     case = "mlp 8-6-6, 3 classes, full"
     assert record["time"][case]["ours"]["medians"]["total"] > 0
     assert record["memory"][case]["ours"] > 0
+
+
+def test_evidence_benchmark_runs_small():
+    command = [sys.executable, "benchmarks/evidence.py", "--small"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    cases = json.loads((ROOT / "benchmarks/results/evidence_small.json").read_text())["classes_3"]["cases"]
+    # Derivatives in a scalar prior precision take no memory beyond the value's, since they need no adjoint.
+    assert cases["ours, d delta"]["memory_bytes"] < 1.1 * cases["ours, value"]["memory_bytes"]
+    assert cases["ours, 400 steps"]["seconds"] > 0

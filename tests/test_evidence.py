@@ -8,7 +8,7 @@ from problems import two_layers
 from scipy import stats
 
 import bnnlaplace
-from bnnlaplace import evidence, prior
+from bnnlaplace import evidence, krylov, prior
 from bnnlaplace.curvature import dense
 from bnnlaplace.log_joint import FixedNoise
 from bnnlaplace.structure import DenseStructure
@@ -28,19 +28,18 @@ def exact(params, precision, problem, mean=0.0, scale=1.5):
     return log_likelihood - 0.5 * jnp.sum(delta * deviation**2) - 0.5 * determinant
 
 
-def by_quadrature(params, precision, problem, side, depth, mean=0.0):
+def settings(problem, depth, **options):
+    model = {"network": problem.network, "likelihood": problem.likelihood, "num_matvecs": depth}
+    return model | {"scale": 1.5, "microbatch": 4} | options
+
+
+def by_quadrature(params, precision, problem, side, depth, mean=0.0, **options):
     return evidence.log_marginal_likelihood(
         params,
         precision,
         (problem.inputs, problem.targets),
-        jnp.asarray(PROBES[side]),
-        network=problem.network,
-        likelihood=problem.likelihood,
-        num_matvecs=depth,
-        scale=1.5,
-        prior_mean=mean,
-        side=side,
-        microbatch=4,
+        options.pop("probes") if "probes" in options else jnp.asarray(PROBES[side]),
+        **settings(problem, depth, prior_mean=mean, side=side, **options),
     )
 
 
@@ -69,7 +68,7 @@ def test_wrong_likelihood_changes_the_evidence(classification):
 
 def test_unknown_side(classification):
     PROBES["both"] = PROBES["primal"]
-    with pytest.raises(ValueError, match="'primal' or 'dual'; got 'both'"):
+    with pytest.raises(ValueError, match="'primal', 'dual' or 'auto'; got 'both'"):
         by_quadrature(classification.network.params, 1.0, classification, "both", 3)
 
 
@@ -92,6 +91,117 @@ def test_scalar_gradient_in_the_precision(classification):
 
     expected = jax.grad(exact, 1)(classification.network.params, 0.7, classification)
     np.testing.assert_allclose(jax.jit(jax.grad(ours))(0.7), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["primal", "dual"])
+@pytest.mark.parametrize("precision", [0.7, np.linspace(0.5, 3.0, 43)], ids=["scalar", "each weight"])
+def test_gradient_from_the_forward_pass_at_full_depth(classification, side, precision):
+    params = classification.network.params
+
+    def ours(precision, mean):
+        return by_quadrature(params, precision, classification, side, 30, mean, gradient="forward").mean
+
+    value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1)))(precision, 0.1)
+    expected, expected_gradients = jax.value_and_grad(exact, (1, 3))(params, precision, classification, 0.1)
+    np.testing.assert_allclose(value, expected, rtol=1e-10)
+    for got, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("side", ["primal", "dual"])
+def test_truncated_derivative_in_a_common_factor_is_that_of_the_value(classification, side):
+    # Depth 4 is far from converged; the adjoint and the shift differentiate what was computed, and so must this.
+    params, precision, probes = classification.network.params, jnp.linspace(0.5, 3.0, 43), jax.random.key(2)
+
+    def ours(factor, gradient):
+        delta = factor * precision
+        options = {"gradient": gradient, "probes": probes, "num_probes": 2}
+        return by_quadrature(params, delta, classification, side, 4, **options).mean
+
+    def slope(gradient):
+        return jax.jit(jax.value_and_grad(lambda factor: ours(factor, gradient)))(1.0)
+
+    np.testing.assert_allclose(slope("forward"), slope("adjoint"), rtol=1e-9)
+    assert abs(ours(1.0, "adjoint") - exact(params, precision, classification)) > 1e-3
+
+
+def test_forward_gradient_refuses_weights_and_second_derivatives(classification):
+    params = classification.network.params
+    for precision in (0.7, np.linspace(0.5, 3.0, 43)):
+
+        def ours(params, precision):
+            return by_quadrature(params, precision, classification, "primal", 3, gradient="forward").mean
+
+        with pytest.raises(TypeError, match=r"gradient='forward'\) has derivatives in prior_precision and prior_mean"):
+            jax.grad(ours)(params, precision)
+    with pytest.raises(TypeError, match="first derivatives only"):
+        jax.grad(lambda d: jnp.sum(jax.grad(ours, 1)(params, d)))(precision)
+    with pytest.raises(ValueError, match="'adjoint', 'forward', 'quadrature' or 'autodiff'; got 'backward'"):
+        by_quadrature(params, 0.7, classification, "primal", 3, gradient="backward")
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "forward"])
+def test_derivative_in_the_prior_needs_no_product(classification, gradient):
+    # "adjoint" for a scalar, "forward" for one number per weight; of a loop the compiler counts one turn.
+    precision = 0.7 if gradient == "adjoint" else jnp.linspace(0.5, 3.0, 43)
+
+    def flops(transform, argument):
+        def ours(params, precision):
+            return by_quadrature(params, precision, classification, "primal", 9, gradient=gradient).mean
+
+        compiled = jax.jit(transform(ours, *argument)).lower(classification.network.params, precision).compile()
+        return compiled.cost_analysis()["flops"]
+
+    value = flops(lambda ours: ours, ())
+    assert flops(jax.value_and_grad, (1,)) < 1.25 * value
+    if gradient == "adjoint":
+        assert flops(jax.value_and_grad, (0,)) > 1.5 * value
+
+
+def test_probes_from_a_key(classification):
+    params, key = classification.network.params, jax.random.key(1)
+
+    def ours(side, probes, **options):
+        run = jax.jit(lambda probes: by_quadrature(params, 0.7, classification, side, 2, probes=probes, **options))
+        return run(probes)
+
+    rows = {"primal": krylov.rademacher_probes(key, jnp.ones(43), 3), "dual": jax.random.normal(key, (3, 36))}
+    np.testing.assert_allclose(ours("primal", key, num_probes=3), ours("auto", rows["primal"]), rtol=1e-12)
+    np.testing.assert_array_equal(ours("auto", key, num_probes=3), ours("dual", key, num_probes=3))  # 36 < 43
+    np.testing.assert_array_equal(ours("auto", rows["dual"]), ours("dual", rows["dual"]))
+    with pytest.raises(ValueError, match=r"num_probes=...\) must be given where probes is a random key"):
+        ours("auto", key)
+    with pytest.raises(ValueError, match=r"rows of probes, 3, or left out; got 4"):
+        ours("auto", rows["dual"], num_probes=4)
+    with pytest.raises(ValueError, match=r"rows of 43 \(primal\) or 36 \(dual\) numbers; got shape \(3, 35\)"):
+        ours("auto", rows["dual"][:, :35])
+
+
+@pytest.mark.parametrize("side", ["primal", "dual"])
+def test_isotropic_evidence_at_every_precision(classification, side):
+    batch, params = (classification.inputs, classification.targets), classification.network.params
+    build = jax.jit(
+        lambda probes: evidence.isotropic(params, batch, probes, **settings(classification, 30, prior_mean=0.1))
+    )
+    found = build(jnp.asarray(PROBES[side]))
+    precisions = jnp.array([0.1, 1.0, 10.0])
+    at = jax.jit(lambda d: exact(params, d, classification, 0.1))
+    np.testing.assert_allclose(found(precisions).mean, [at(d) for d in precisions], rtol=1e-10)
+    for order in (jax.grad, lambda f: jax.grad(jax.grad(f))):
+        got = order(lambda d: found(d).mean)(1.3)
+        np.testing.assert_allclose(got, jax.jit(order(at))(1.3), rtol=1e-8)
+    one = by_quadrature(params, 1.0, classification, side, 30, 0.1)
+    np.testing.assert_allclose(found(1.0).sem, one.sem, rtol=1e-8)
+
+
+def test_isotropic_evidence_is_not_differentiated_in_the_weights(classification):
+    def ours(params):
+        batch = classification.inputs, classification.targets
+        options = settings(classification, 3, num_probes=2)
+        return evidence.isotropic(params, batch, jax.random.key(0), **options)(1.0).mean
+
+    with pytest.raises(TypeError, match="isotropic has derivatives in the prior precision only"):
+        jax.grad(ours)(classification.network.params)
 
 
 def test_bayesian_linear_regression(x64):

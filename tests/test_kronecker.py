@@ -11,7 +11,7 @@ import bnnlaplace
 from bnnlaplace import checkpoint
 from bnnlaplace.curvature import dense, kronecker
 from bnnlaplace.structure import CovarianceStructure, DenseStructure
-from bnnlaplace.structure.kronecker import FilterBlock, KroneckerBlock, KroneckerStructure, fit_kronecker
+from bnnlaplace.structure.kronecker import FilterBlock, KroneckerBlock, KroneckerStructure
 from bnnlaplace.tree import leaf_names, ravel
 
 RNG = np.random.default_rng(0)
@@ -26,6 +26,11 @@ LIKELIHOODS = {
 def mlp_network():
     shapes = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "b2": (3,)}
     return bnnlaplace.Network.from_function(two_layers, {k: RNG.normal(size=shape) for k, shape in shapes.items()})
+
+
+def fit_kronecker(network, likelihood, inputs, scale):
+    sums = kronecker.factors(network, likelihood, network.params, inputs, scale=scale, microbatch=8)
+    return KroneckerStructure.fit(sums)
 
 
 def hessians(likelihood, outputs, target):
@@ -182,7 +187,7 @@ def single():
         shapes = {"b1": (5,), "b2": (1, 3), "w1": (4, 5), "w2": (3, 5)}
         network = bnnlaplace.Network.from_function(outputs, {k: RNG.normal(size=shape) for k, shape in shapes.items()})
         inputs, likelihood = RNG.normal(size=(1, 4)), bnnlaplace.categorical()
-        structure = fit_kronecker(network, likelihood, inputs, 2.5, microbatch=8)
+        structure = fit_kronecker(network, likelihood, inputs, 2.5)
         matrix = np.asarray(dense.ggn(network, likelihood, network.params, inputs, scale=2.5))
         # b2 has a block of one number for each last index.
         label = np.repeat([0, 1, 4, 5], [5, 3, 20, 15])
@@ -196,17 +201,30 @@ def test_posterior_of_exact_blocks(single, x64):
     assert isinstance(structure, CovarianceStructure)
     jacobian = dense.jacobian(network, network.params, RNG.normal(size=(2, 4)))
     vector = RNG.normal(size=len(matrix))
-    relative = np.array([0.5, 2.0, 3.0, 0.2])
-    root = np.repeat(relative, [5, 3, 20, 15]) ** -0.5
+    groups = np.repeat([0, 1, 2, 3], [5, 3, 20, 15])
+    relative = np.array([0.5, 2.0, 3.0, 0.2])[groups]
+    root = relative**-0.5
     whitened = DenseStructure.fit(jnp.asarray(root[:, None] * matrix * root))
     for found, expected in ((structure, reference), (structure.whitened(relative), whitened)):
         np.testing.assert_allclose(found.log_determinant(DELTA), expected.log_determinant(DELTA), rtol=1e-10)
         np.testing.assert_allclose(found.truncation(DELTA), [0.0])
         np.testing.assert_allclose(
+            found.effective_parameters(DELTA, groups), expected.effective_parameters(DELTA, groups), rtol=1e-9
+        )
+        np.testing.assert_allclose(found.scaled(2.0).log_determinant(2 * DELTA), found.log_determinant(DELTA))
+        np.testing.assert_allclose(
             found.inverse_quadratic_form(vector, DELTA), expected.inverse_quadratic_form(vector, DELTA), rtol=1e-10
         )
         variance = jax.jit(lambda s, j, d: s.functional_variance(j, d))(found, jacobian, DELTA)
         np.testing.assert_allclose(variance, expected.functional_variance(jacobian, DELTA), rtol=1e-9)
+
+
+def test_precisions_within_an_array_are_refused(single, x64):
+    structure, _, _, _ = single
+    with pytest.raises(ValueError, match="must have one prior precision for all weights of an array"):
+        structure.whitened(jnp.linspace(1, 2, 43))
+    with pytest.raises(ValueError, match="all weights of an array in one group"):
+        structure.effective_parameters(DELTA, np.arange(43))
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -251,6 +269,6 @@ def test_subset_and_single_precision():
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), whole.params)
     network = whole.with_params(params).subset(lambda path: path in ("w2", "b2"))
     x = np.asarray(RNG.normal(size=(5, 4)), np.float32)
-    structure = fit_kronecker(network, bnnlaplace.categorical(), x, 1.0, microbatch=2)
+    structure = fit_kronecker(network, bnnlaplace.categorical(), x, 1.0)
     assert {leaf.dtype for leaf in jax.tree.leaves(structure)} == {jnp.dtype("float32")}
     assert structure.samples(jax.random.key(0), 2, DELTA).shape == (2, ravel(network.params).size)

@@ -485,7 +485,7 @@ def test_bad_input(trained, diagonal):
     network, x, y = trained
     la = bnnlaplace.Laplace(network)
     with pytest.raises(
-        ValueError, match=r"hessian_structure=\.\.\.\) must be one of \['diag', 'full', 'lanczos'\]; got 'kfac'"
+        ValueError, match=r"hessian_structure=\.\.\.\) must be one of \['diag', 'full', 'kron', 'lanczos'\]; got 'kfac'"
     ):
         bnnlaplace.Laplace(network, hessian_structure="kfac")
     with pytest.raises(ValueError, match="prior_precision.*one positive, finite number; got -1"):

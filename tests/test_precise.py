@@ -24,11 +24,15 @@ ROWS = jnp.asarray(RNG.normal(size=(3, 43)), jnp.float32)
 MODEL = NETWORK, bnnlaplace.categorical(), PARAMS, X
 
 
-def log_evidence(params, **options):
+def log_evidence(params, precision=1.0, **options):
     length = 18 if options.get("side") == "dual" else 43
     probes = jnp.ones((2, length), jnp.float32)
     settings = {"network": NETWORK, "likelihood": bnnlaplace.categorical(), "num_matvecs": 3, **options}
-    return evidence.log_marginal_likelihood(params, 1.0, (X, Y), probes, **settings).mean
+    return evidence.log_marginal_likelihood(params, precision, (X, Y), probes, **settings).mean
+
+
+def forward_gradient(side):
+    return jax.value_and_grad(partial(log_evidence, PARAMS, gradient="forward", side=side))(jnp.ones(43, jnp.float32))
 
 
 @cache
@@ -66,6 +70,7 @@ CASES = {
     "evidence, dual": lambda: jax.value_and_grad(partial(log_evidence, side="dual"))(PARAMS),
     "evidence, autodiff": lambda: jax.value_and_grad(partial(log_evidence, gradient="autodiff"))(PARAMS),
     "evidence, quadrature": lambda: jax.value_and_grad(partial(log_evidence, gradient="quadrature"))(PARAMS),
+    "evidence, forward": lambda: [forward_gradient(side) for side in ("primal", "dual")],
     "matrix function": lambda: gradient_of_basis(partial(krylov.matfun_lanczos, jnp.exp)),
     "Arnoldi": lambda: gradient_of_basis(krylov.arnoldi),
     "Arnoldi, single pass": lambda: gradient_of_basis(partial(krylov.arnoldi, reorthogonalise="none")),

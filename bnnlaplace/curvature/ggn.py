@@ -56,7 +56,15 @@ def linearise(
     result. Call it inside `jit`.
     """
     batches = mb.split(inputs, microbatch, ravel(params).dtype)
-    outputs, jvp = jax.linearize(lambda p: jax.lax.map(lambda x: network(p, x), batches.inputs), params)
+    num_batches = len(batches.weights)
+
+    def every_output(params: PyTree) -> Float[Array, "num size ... C"]:
+        if num_batches > 1:
+            return jax.lax.map(lambda x: network(params, x), batches.inputs)
+        # A loop over one microbatch would copy what it saves for the derivative.
+        return network(params, jax.tree.map(lambda leaf: leaf[0], batches.inputs))[None]
+
+    outputs, jvp = jax.linearize(every_output, params)
     transposed = jax.linear_transpose(jvp, params)
     unravel, shape = unraveler(params), outputs.shape
     rows = (shape[0] * shape[1], *shape[2:])
@@ -107,15 +115,27 @@ def dual_operator(
     It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same, with vectors of all outputs instead
     of P numbers; rows of padding are zero. Parameters as for `ggn_operator`.
     """
-    outputs = linearised.outputs
-    root = jnp.sqrt(scale * mb.over_outputs(linearised.weights, outputs))
+    outputs, pull = linearised.outputs, dual_pullback(linearised, likelihood, scale=scale)
+    root = _root_scale(linearised, scale)
 
     def matvec(vector: Float[Array, " V"]) -> Float[Array, " V"]:
-        cotangent = root * likelihood.factor_mv(outputs, vector.reshape(outputs.shape))
-        weighted = linearised.pullback(cotangent) / prior_precision
+        weighted = pull(vector) / prior_precision
         return likelihood.factor_transpose_mv(outputs, root * linearised.pushforward(weighted)).reshape(-1)
 
     return LinearOperator(matvec, outputs.size)
+
+
+def dual_pullback(
+    linearised: Linearisation, likelihood: Likelihood, *, scale: float = 1.0
+) -> Callable[[Float[Array, " V"]], Float[Array, " P"]]:
+    """Return v -> sqrt(scale) J' B v, from stacked outputs to weights: the first half of `dual_operator`."""
+    outputs, root = linearised.outputs, _root_scale(linearised, scale)
+    return lambda vector: linearised.pullback(root * likelihood.factor_mv(outputs, vector.reshape(outputs.shape)))
+
+
+def _root_scale(linearised: Linearisation, scale: float) -> Float[Array, "M ..."]:
+    """sqrt(scale), and zero for padding, shaped so that it multiplies outputs."""
+    return jnp.sqrt(scale * mb.over_outputs(linearised.weights, linearised.outputs))
 
 
 def block_product(

@@ -6,6 +6,7 @@
 
 from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
+from bnnlaplace.structure.kronecker import KroneckerStructure
 from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
 from bnnlaplace.structure.protocol import CovarianceStructure, SampleStructure, Structure
 from bnnlaplace.structure.spectral import SpectralStructure
@@ -13,6 +14,7 @@ from bnnlaplace.structure.spectral import SpectralStructure
 # The `hessian_structure` of Laplace, and what it may be fitted as; the last takes few outputs instead of many products.
 BY_NAME = {
     "diag": (DiagonalStructure,),
+    "kron": (KroneckerStructure,),
     "full": (DenseStructure,),
     "lanczos": (KrylovStructure, SpectralStructure),
 }
@@ -22,6 +24,7 @@ __all__ = [
     "CovarianceStructure",
     "DenseStructure",
     "DiagonalStructure",
+    "KroneckerStructure",
     "KrylovError",
     "KrylovStructure",
     "SampleStructure",

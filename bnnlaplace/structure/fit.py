@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnnlaplace import krylov, prior
-from bnnlaplace.curvature import dense, diagonal, ggn
+from bnnlaplace.curvature import dense, diagonal, ggn, kronecker
 from bnnlaplace.data import Batch, Data
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.log_joint import LogJoint
 from bnnlaplace.network import Network
 from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
+from bnnlaplace.structure.kronecker import KroneckerStructure
 from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
 from bnnlaplace.structure.protocol import Structure
 from bnnlaplace.structure.spectral import SpectralStructure
@@ -28,6 +29,7 @@ from bnnlaplace.tree import ravel, size
 # The curvature of a batch, which adds up over batches, and the structure from the sum.
 EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any], Structure]]] = {
     "diag": (diagonal.ggn_diagonal, DiagonalStructure),
+    "kron": (kronecker.factors, KroneckerStructure.fit),
     "full": (dense.ggn, DenseStructure.fit),
 }
 

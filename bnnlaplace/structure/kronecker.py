@@ -1,18 +1,15 @@
 """A Kronecker-factored GGN by the eigendecompositions of its factors: layer by layer, for networks of any depth."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int
 
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
-from bnnlaplace.likelihood import Likelihood
-from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum, matmul
 
 
@@ -157,7 +154,7 @@ _BY_SUMS = {
 
 
 class KroneckerStructure(NamedTuple):
-    """A block-diagonal G, one block for each leaf of the weights, for a scalar prior precision.
+    """A block-diagonal G, one block for each leaf of the weights.
 
     Memory: I^2 + O^2 numbers for each layer. A covariance of outputs costs I + O multiplications for each number of the
     Jacobian.
@@ -182,9 +179,46 @@ class KroneckerStructure(NamedTuple):
         blocks = (jax.tree.map(jnp.asarray, fields) for fields in arrays["blocks"])
         return cls([kinds[frozenset(fields)](**fields) for fields in blocks])
 
-    def whitened(self, relative: Float[Array, " L"]) -> "KroneckerStructure":
-        """D^-1/2 G D^-1/2 with one positive number for each leaf in D; nothing is decomposed again."""
-        return KroneckerStructure([block.divided(number) for block, number in zip(self.blocks, relative, strict=True)])
+    def whitened(self, relative: Float[Array, " P"]) -> "KroneckerStructure":
+        """D^-1/2 G D^-1/2; nothing is decomposed again.
+
+        Raises
+        ------
+        ValueError
+            If D is not the same for all weights of a leaf: the block would be no Kronecker product.
+        """
+        numbers = []
+        for _, part in self._parts(jnp.asarray(relative)):
+            if not isinstance(part, jax.core.Tracer) and not np.allclose(part, part[0], rtol=1e-6):
+                raise ValueError(
+                    "hessian_structure='kron' must have one prior precision for all weights of an array, as its blocks "
+                    "are Kronecker products; got different ones; try prior_structure='layerwise', or 'diag' or 'full'"
+                )
+            numbers.append(part[0])
+        return KroneckerStructure([block.divided(number) for block, number in zip(self.blocks, numbers, strict=True)])
+
+    def scaled(self, factor: float) -> "KroneckerStructure":
+        """That of factor * G."""
+        return KroneckerStructure([block.divided(1 / factor) for block in self.blocks])
+
+    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
+        """tr_g G (G + delta I)^-1 over the weights of each group.
+
+        Raises
+        ------
+        ValueError
+            If a group holds some weights of a leaf and not the others.
+        """
+        sums = np.zeros(int(groups.max()) + 1)
+        for block, part in self._parts(groups):
+            if part.min() != part.max():
+                raise ValueError(
+                    "hessian_structure='kron' must have all weights of an array in one group; got several; try "
+                    "prior_structure='layerwise', or 'diag' or 'full'"
+                )
+            values = np.asarray(block.eigenvalues, np.float64)
+            sums[part[0]] += (values / (values + float(prior_precision))).sum()
+        return sums[None]
 
     def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
         """log det(I + G / delta), in float64."""
@@ -231,15 +265,6 @@ class KroneckerStructure(NamedTuple):
         for block in self.blocks:
             yield block, vectors[..., start : start + block.size]
             start += block.size
-
-
-@partial(jax.jit, static_argnames="microbatch")
-def fit_kronecker(
-    network: Network, likelihood: Likelihood, inputs: PyTree[Float[Array, "N ..."]], scale: float, *, microbatch: int
-) -> KroneckerStructure:
-    """The Kronecker-factored GGN; see `bnnlaplace.curvature.kronecker.factors`."""
-    sums = kronecker.factors(network, likelihood, network.params, inputs, scale=scale, microbatch=microbatch)
-    return KroneckerStructure.fit(sums)
 
 
 def _decomposed(matrix: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:

@@ -1,0 +1,202 @@
+"""What do the evidence of a VAN and its gradients cost, beside the formulation of the paper's own experiment?
+
+    python benchmarks/evidence.py [--classes 10 1000] [--probes 1] [--rounds 1] [--steps 400] [--small]
+
+For 50 images, 10 Lanczos steps and a scalar prior precision, on the same network with the same probes:
+
+1. The value with its derivative in the prior precision. Ours needs no product beyond those of the value.
+2. The value with the derivatives in the prior precision and in all weights, by the adjoint of Lanczos.
+3. The same as 1 with a precision for each weight, from which those of groups are sums. The peer has none.
+4. An optimiser that takes many steps in the prior precision: one decomposition serves them all. The peer decomposes in
+   each step, so its time is that of 1, times the number of steps: an extrapolation.
+
+The peer is `evidence_paper.py`, the formulation of Krämer et al. 2024 with the adjoint of matfree, `pip install
+matfree==0.6.3`; without it its rows are left out. Both see the same VAN with our depthwise convolution: formulations
+are compared, not layers. Weights and images are random. Cases run in turn in one process; compilation is timed apart,
+and memory is that of arguments, results and temporary arrays as XLA lays them out. Prints tables and writes
+`benchmarks/results/evidence.json`, or with `--small`, which only shows that everything runs, `evidence_small.json`.
+The experiment has 10 probes; one is the default here, since the peer takes minutes for each.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import evidence_paper
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax import Array
+from record import Program, Results, compile_ahead, console, judge, measure, show, write
+
+from bnnlaplace import Network, categorical, evidence
+from bnnlaplace.tree import ravel, size, unraveler
+from training.models.van import VAN, VARIANTS, VANVariant
+
+IMAGES, DEPTH = 50, 10
+STEP_SIZE = 1e-2
+TINY = VANVariant((2,), (1,), (1,), 3, 2, (4, 4, 1))
+
+
+class Setting(NamedTuple):
+    """A network, data, probes of as many numbers as there are weights, and the depth."""
+
+    network: Network
+    images: Array
+    labels: Array
+    probes: Array
+    depth: int
+
+
+def build(classes: int, probes: int, small: bool) -> Setting:
+    """The network for 32 x 32 images away from its initialisation, or one that takes little time to compile."""
+    variant = TINY if small else VARIANTS["cifar"]
+    count, depth = (2, 2) if small else (IMAGES, DEPTH)
+    module = VAN.from_variant(variant, classes)
+    images = jax.random.normal(jax.random.key(0), (count, *variant.image_shape))
+    network = Network.from_linen(module, jax.jit(module.init)(jax.random.key(1), images[:1]), train=False)
+    # At the initialisation layer scales of 0.01 would hide most of the network.
+    weights = ravel(network.params)
+    weights = weights + 0.1 * jax.random.normal(jax.random.key(2), weights.shape)
+    labels = jax.random.randint(jax.random.key(3), (count,), 0, classes)
+    rows = jax.random.rademacher(jax.random.key(4), (probes, len(weights)), jnp.float32)
+    return Setting(network.with_params(unraveler(network.params)(weights)), images, labels, rows, depth)
+
+
+def log_evidence(setting: Setting, gradient: str = "adjoint", *, of_each_weight: bool = False) -> Callable[..., Array]:
+    """(log delta, weights, probes, images, labels) -> ours, of the same numbers as the peer."""
+    unravel = unraveler(setting.network.params)
+
+    def value(log_precision: Array, weights: Array, probes: Array, images: Array, labels: Array) -> Array:
+        precision = jnp.exp(log_precision)
+        return evidence.log_marginal_likelihood(
+            unravel(weights),
+            jnp.broadcast_to(precision, weights.shape) if of_each_weight else precision,
+            (images, labels),
+            probes,
+            network=setting.network,
+            likelihood=categorical(),
+            num_matvecs=setting.depth,
+            gradient=gradient,
+        ).mean
+
+    return value
+
+
+def many_steps(setting: Setting, steps: int) -> Callable[..., tuple[Array, Array]]:
+    """(log delta, ...) -> log delta after RMSprop on the evidence, and the evidence before each step."""
+    unravel = unraveler(setting.network.params)
+
+    def run(log_precision: Array, weights: Array, probes: Array, images: Array, labels: Array) -> tuple[Array, Array]:
+        options = {"network": setting.network, "likelihood": categorical(), "num_matvecs": setting.depth}
+        found = evidence.isotropic(unravel(weights), (images, labels), probes, **options)
+
+        def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
+            position, square = state
+            value, slope = jax.value_and_grad(lambda position: found(jnp.exp(position)).mean)(position)
+            square = 0.9 * square + 0.1 * slope**2
+            return (position + STEP_SIZE * slope / (jnp.sqrt(square) + 1e-8), square), value
+
+        (last, _), values = jax.lax.scan(step, (log_precision, jnp.zeros_like(log_precision)), length=steps)
+        return last, values
+
+    return run
+
+
+def programs(setting: Setting, steps: int) -> dict[str, Program]:
+    """All cases, compiled."""
+    network, images, labels, probes, _ = setting
+    start = jnp.zeros(()), ravel(network.params), probes, images
+    ours = {
+        "ours, value": log_evidence(setting),
+        "ours, d delta": jax.value_and_grad(log_evidence(setting)),
+        "ours, d delta of each weight": jax.value_and_grad(log_evidence(setting, "forward", of_each_weight=True)),
+        "ours, d delta and weights": jax.value_and_grad(log_evidence(setting), (0, 1)),
+        f"ours, {steps} steps": many_steps(setting, steps),
+    }
+    found = {name: compile_ahead(function, *start, labels) for name, function in ours.items()}
+    if evidence_paper.decomp:
+        theirs = evidence_paper.log_evidence(network, setting.depth)
+        targets = jax.nn.one_hot(labels, network(network.params, images[:1]).shape[-1])
+        for name, which in (("paper, d delta", 0), ("paper, d delta and weights", (0, 1))):
+            found[name] = compile_ahead(jax.value_and_grad(theirs, which), *start, targets)
+    return found
+
+
+def differences(cases: dict[str, Program]) -> dict[str, float]:
+    """Between the formulations, relative to the peer's: of the value and of both derivatives."""
+    (value, ours), (expected, theirs) = (cases[f"{who}, d delta and weights"].run() for who in ("ours", "paper"))
+    pairs = {"value": (value, expected), "d delta": (ours[0], theirs[0]), "d weights": (ours[1], theirs[1])}
+    found = {}
+    for name, (a, b) in pairs.items():
+        found[name] = float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
+        console.print(f"  {name}, largest difference between the formulations, relative: {found[name]:.1e}")
+    return found
+
+
+def compare(results: Results, steps: int, classes: int) -> Results:
+    """Print and judge ratios, all of them ours over theirs."""
+
+    def ratio(ours: str, theirs: str, key: str, repeated: int = 1) -> float:
+        return results[f"ours, {ours}"][key] / (repeated * results[f"paper, {theirs}"][key])
+
+    both = "d delta and weights"
+    targets = {
+        "d delta, time": (ratio("d delta", "d delta", "seconds"), 1 / 3),
+        "d delta of each weight, time": (ratio("d delta of each weight", "d delta", "seconds"), 1 / 3),
+        f"{both}, time": (ratio(both, both, "seconds"), 1 / 1.5),
+        f"{steps} steps, time (theirs extrapolated)": (
+            ratio(f"{steps} steps", "d delta", "seconds", steps),
+            1 / 200,
+        ),
+    }
+    memory = {f"{name}, memory": ratio(name, name, "memory_bytes") for name in ("d delta", both)}
+    if classes >= 1000:
+        targets |= {name: (value, 1 / 5) for name, value in memory.items()}
+    else:
+        for name, value in memory.items():
+            console.print(f"  {name}: {value:.3g}")
+    return judge(targets)
+
+
+def main(
+    classes: tuple[int, ...] = (10, 1000), probes: int = 1, rounds: int = 1, steps: int = 400, small: bool = False
+) -> None:
+    """Run, print and write.
+
+    Args:
+        classes: Of the network, each a table of its own.
+        probes: Rademacher probes of the log-determinant. The experiment has 10; both take time in proportion.
+        rounds: Of each timing; the median counts.
+        steps: Of the optimiser.
+        small: A small network and one round, to see that everything runs.
+    """
+    if small:
+        classes, probes, rounds = (3,), 2, 1
+    if not evidence_paper.decomp:
+        console.print("matfree is not installed, and the paper's rows are left out: pip install matfree==0.6.3")
+    content: dict[str, Any] = {
+        "matfree": importlib.metadata.version("matfree") if evidence_paper.decomp else None,
+        "probes": probes,
+        "steps": steps,
+    }
+    for count in classes:
+        setting = build(count, probes, small)
+        weights = size(setting.network.params)
+        cases = programs(setting, steps)
+        results = measure(cases, rounds)
+        title = (
+            f"{len(setting.images)} images, {count} classes, {weights} weights, {probes} probes, {setting.depth} steps"
+        )
+        show(f"Evidence of the same VAN, our depthwise convolution in both: {title}", results)
+        content[f"classes_{count}"] = {"weights": weights, "images": len(setting.images), "cases": results}
+        if evidence_paper.decomp:
+            content[f"classes_{count}"]["differences"] = differences(cases)
+            if not small:  # nothing that matters takes time there
+                content[f"classes_{count}"]["targets"] = compare(results, steps, count)
+    console.print(f"written to {write('evidence_small' if small else 'evidence', content)}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
