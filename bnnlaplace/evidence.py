@@ -66,6 +66,17 @@ def data_terms(
 ) -> DataTerms:
     """The log likelihood of all data at the network's weights and its gradient, times `scale`.
 
+    Parameters
+    ----------
+    network, likelihood
+        The model.
+    inputs, targets
+        All data.
+    scale
+        (all training examples) / N: multiplies both.
+    microbatch
+        Examples at a time; bounds memory.
+
     Raises
     ------
     ValueError
@@ -91,7 +102,19 @@ def log_likelihood_and_gradient(
     *,
     microbatch: int,
 ) -> tuple[Float[Array, ""], Float[Array, " P"]]:
-    """sum_n log p(y_n | f_n) and its gradient in the weights, a microbatch at a time. Call it inside `jit`."""
+    """sum_n log p(y_n | f_n) and its gradient in the weights, a microbatch at a time. Call it inside `jit`.
+
+    Parameters
+    ----------
+    network, likelihood
+        The model.
+    params
+        The weights.
+    inputs, targets
+        All data.
+    microbatch
+        Examples at a time; bounds memory.
+    """
     dtype = ravel(params).dtype
     batches = mb.split(inputs, microbatch, dtype)
     labels = mb.split(targets, microbatch, dtype).inputs
@@ -117,6 +140,13 @@ def log_joint(
     """The terms of the evidence without the determinant, for an isotropic prior: log p(y|f) - delta |theta - mu|^2 / 2.
 
     The prior's normalisation is not part of it: in the evidence it cancels against that of the posterior.
+
+    Parameters
+    ----------
+    log_likelihood, squared_norm
+        log p(y | f) of all data, and |theta - mu|^2.
+    prior_precision
+        delta: one number, or a grid.
     """
     return log_likelihood - 0.5 * prior_precision * squared_norm
 
@@ -167,6 +197,8 @@ def log_marginal_likelihood(
         vector-Jacobian product a probe, which needs a converged recurrence.
     probe_batch_size
         Probes at once.
+    microbatch
+        Examples in one step of the linearisation's inner loop.
 
     Returns
     -------
@@ -214,7 +246,17 @@ def curve(
     squared_norm: float,
     precisions: Float[np.ndarray, " D"],
 ) -> EvidenceCurve:
-    """The evidence at each prior precision from a fitted structure's `log_determinant`: no product is computed."""
+    """The evidence at each prior precision from a fitted structure's `log_determinant`: no product is computed.
+
+    Parameters
+    ----------
+    log_determinant
+        delta -> log det(I + G / delta) for each probe; as the method of a `bnnlaplace.structure.Structure`.
+    log_likelihood, squared_norm
+        As for `log_joint`.
+    precisions
+        The grid.
+    """
     forms = np.stack([log_determinant(delta) for delta in precisions])
     mean = log_joint(log_likelihood, squared_norm, precisions) - 0.5 * forms.mean(axis=1)
     count = forms.shape[1]

@@ -13,6 +13,13 @@ def jacobian(network: Network, params: PyTree, inputs: Float[Array, "N ..."]) ->
     """d f(params, x_n) / d params by reverse mode, one example at a time within one vectorised call.
 
     Memory: P numbers for each output of each example.
+
+    Parameters
+    ----------
+    network, params
+        What is differentiated, and at which weights.
+    inputs
+        All N examples.
     """
     unravel = unraveler(params)
 
@@ -30,7 +37,19 @@ def ggn(
     *,
     scale: float = 1.0,
 ) -> Float[Array, "P P"]:
-    """G = scale * sum_n J_n' Lambda_n J_n as a matrix. Cost: P (C + P) multiplications for each output of each."""
+    """G = scale * sum_n J_n' Lambda_n J_n as a matrix. Cost: P (C + P) multiplications for each output of each.
+
+    Parameters
+    ----------
+    network, likelihood
+        Where f and Lambda come from.
+    params
+        The weights at which the network is linearised.
+    inputs
+        All N examples.
+    scale
+        (all training examples) / N.
+    """
     jac = jacobian(network, params, inputs)
     outputs = network(params, inputs)
     curved = jax.vmap(likelihood.hessian_mv, in_axes=(None, -1), out_axes=-1)(outputs, jac)

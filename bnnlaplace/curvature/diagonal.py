@@ -24,6 +24,19 @@ def ggn_diagonal(
     """diag(G) = scale * sum_n sum_c (J_n' B_n e_c)^2, exactly: one backward pass per example and output.
 
     Memory: `microbatch` gradients of P numbers each. Call it inside `jit`.
+
+    Parameters
+    ----------
+    network, likelihood
+        Where f and Lambda come from.
+    params
+        The weights at which the network is linearised.
+    inputs
+        All N examples.
+    scale
+        (all training examples) / N.
+    microbatch
+        Examples differentiated at a time; bounds memory.
     """
     batches = mb.split(inputs, microbatch, ravel(params).dtype)
 

@@ -14,6 +14,13 @@ def spectrum(ritz_values: Float[np.ndarray, "K"], prior_precisions: Mapping[str,
 
     Directions above a line are determined by the data, those below it by the prior. Ritz values that are not positive
     (rounding) cannot be drawn on the logarithmic axis and are left out.
+
+    Parameters
+    ----------
+    ritz_values
+        In any order.
+    prior_precisions
+        By name, in the order of the legend.
     """
     values = np.sort(np.asarray(ritz_values, np.float64))[::-1]
     values = values[values > 0]

@@ -67,8 +67,9 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
 
     Returns
     -------
-    Three panels over one logarithmic axis. Vertical lines through all of them mark the optimum of the evidence
-    (solid, its error band shaded) and that of the validation NLL (dotted).
+    Figure
+        Three panels over one logarithmic axis. Vertical lines through all of them mark the optimum of the evidence
+        (solid, its error band shaded) and that of the validation NLL (dotted).
     """
     if not curves:
         raise ValueError("curves must hold at least one structure; got none; pass {'diagonal': PrecisionCurve(...)}")

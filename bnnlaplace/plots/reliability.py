@@ -26,8 +26,9 @@ def reliability_diagram(methods: Mapping[str, ReliabilityBins], columns: int = 3
 
     Returns
     -------
-    One diagram per method. Bars are accuracies, their coloured ends the gap to the mean confidence, whiskers 95 %
-    Wilson intervals of the accuracy: a gap that its whisker spans may be chance.
+    Figure
+        One diagram per method. Bars are accuracies, their coloured ends the gap to the mean confidence, whiskers 95 %
+        Wilson intervals of the accuracy: a gap that its whisker spans may be chance.
     """
     if not methods:
         raise ValueError("methods must hold at least one method; got none; pass {'MAP': reliability_bins(...)}")
