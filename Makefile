@@ -1,5 +1,5 @@
-# Two commands: `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests.
-# Both create .venv first. Each of its stages ends with a stamp, so that what an interrupted one leaves is gone over again.
+# `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests; `make docs`
+# builds the documentation into site/. All create .venv first. Each of its stages ends with a stamp, so that what an interrupted one leaves is gone over again.
 
 PYTHON ?= python3
 ARGS ?=
@@ -7,13 +7,16 @@ WORKDIR ?= checkpoints/van_digits
 VENV := .venv/bin
 INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: fit-van test clean
+.PHONY: fit-van test docs clean
 
 fit-van: .venv/installed
 	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
 
 test: .venv/installed-test
 	$(VENV)/python -m pytest $(ARGS)
+
+docs: .venv/installed-docs
+	$(VENV)/python -m mkdocs build --strict
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -29,5 +32,9 @@ test: .venv/installed-test
 	$(INSTALL) '.[test]'
 	@touch $@
 
+.venv/installed-docs: .venv/installed
+	$(INSTALL) '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

@@ -1,4 +1,4 @@
-"""A hook of MkDocs: every script in `tutorials` becomes a page.
+"""A hook of MkDocs: every script in `tutorials` and `how_to` becomes a page, and Pygments gives the colours of code.
 
 The docstring is the title and the introduction. A comment block that starts with `# %%` is text under that heading,
 everything else code. The scripts themselves are copied beside the pages.
@@ -8,21 +8,26 @@ import ast
 from pathlib import Path
 
 from mkdocs.structure.files import File
+from pygments.formatters import HtmlFormatter
 
 
 def on_files(files, config):
-    """Add a generated page for each script."""
-    for script in sorted(Path(config.docs_dir, "tutorials").glob("*.py")):
-        page = f"tutorials/{script.stem}.md"
-        files.append(File.generated(config, page, content=markdown(script.name, script.read_text(encoding="utf-8"))))
+    """Add a generated page for each script, and a style sheet."""
+    colours = HtmlFormatter(style="friendly").get_style_defs(".highlight")
+    files.append(File.generated(config, "css/highlight.css", content=colours))
+    for folder in ("tutorials", "how_to"):
+        for script in sorted(Path(config.docs_dir, folder).glob("*.py")):
+            content = markdown(f"docs/{folder}/{script.name}", script.read_text(encoding="utf-8"))
+            files.append(File.generated(config, f"{folder}/{script.stem}.md", content=content))
     return files
 
 
-def markdown(name: str, source: str) -> str:
+def markdown(path: str, source: str) -> str:
     """The page of one script."""
     first = ast.parse(source).body[0]
     title, _, introduction = ast.get_docstring(ast.parse(source)).partition("\n")
-    note = f"The code on this page is one script, [{name}]({name}): `python docs/tutorials/{name}` runs it."
+    name = path.rpartition("/")[2]
+    note = f"The code on this page is one script, [{name}]({name}): `python {path}` runs it."
     parts = [f"# {title.removesuffix('.')}", introduction.strip(), note]
     code: list[str] = []
     lines = iter(source.splitlines()[first.end_lineno :])
