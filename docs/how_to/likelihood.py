@@ -1,7 +1,7 @@
 """Add a likelihood.
 
-A likelihood is a record of functions of outputs and targets. It knows nothing of weights, so that a new one is a few lines,
-and works with every structure. Here: counts, from a Poisson distribution whose logarithm of the rate is the output.
+A likelihood is a record of functions of outputs and targets. It knows nothing of weights, so that a new one is a few
+lines, and works with every structure. Here: counts, from a Poisson distribution. The output is the log of its rate.
 """
 
 from math import prod
@@ -26,8 +26,8 @@ from bnnlaplace import Likelihood
 #
 # For counts -log p = sum_c [exp(f_c) - y_c f_c + log(y_c!)], so Lambda = diag(exp f) and B = diag(exp(f / 2)).
 #
-# Lambda must be positive semidefinite, and must not depend on y. Where the Hessian of -log p is neither, its expectation
-# under p(y | f), the Fisher information, is both, and is what belongs here.
+# Lambda must be positive semidefinite, and must not depend on y. Where the Hessian of -log p is neither, its
+# expectation under p(y | f), the Fisher information, is both, and is what belongs here.
 
 
 def poisson_log_prob(f, y):
@@ -56,9 +56,10 @@ def poisson() -> Likelihood:
 
 
 # %% Parameters of a likelihood
-# A number that a likelihood depends on goes into the `Partial`s, `Partial(scaled_log_prob, scale)`, and becomes the first
-# argument of each function. It is then a leaf of the record, which is a pytree: it can be traced, and differentiated, as
-# the noise is on the page [The evidence in a training loop of your own](../tutorials/training_loop.md).
+# A number that a likelihood depends on goes into the `Partial`s, `Partial(scaled_log_prob, scale)`, and becomes the
+# first argument of each function. It is then a leaf of the record, which is a pytree: it can be traced, and
+# differentiated, as the noise is on the page [The evidence in a training loop of your
+# own](../tutorials/training_loop.md).
 
 # %% Check it
 # Against automatic differentiation, at one example: this finds a wrong sign and a missing factor of two.
@@ -113,8 +114,8 @@ la = la.optimize_prior_precision()
 print(f"prior precision {la.prior_precision:.2g}, log evidence {la.log_marginal_likelihood().mean:.1f} nats")
 
 # %% Predictions
-# The probit link is made for sigmoid and softmax. For a mean of any other form ask for samples, `link_approx="mc"`: the mean
-# of `likelihood.mean` over the posterior of the outputs.
+# The probit link is made for sigmoid and softmax. For a mean of any other form ask for samples, `link_approx="mc"`:
+# the mean of `likelihood.mean` over the posterior of the outputs.
 
 points = np.linspace(-2, 2, 41, dtype=np.float32)[:, None]
 rate = la.predictive(points, link_approx="mc", key=jax.random.key(0), num_samples=2000)
@@ -122,7 +123,9 @@ variance = la.functional_variance(points)[..., 0]
 analytic = jnp.exp(network(network.params, points) + variance / 2)  # the mean of a log-normal distribution
 relative = float(jnp.max(jnp.abs(rate / analytic - 1)))
 error = float(jnp.sqrt(jnp.mean((jnp.log(rate) - 1 - jnp.sin(2 * points)) ** 2)))
-print(f"largest relative difference to the exact mean {relative:.3f}; log rates are off by {error:.2f} (root mean square)")
+print(
+    f"largest relative difference to the exact mean {relative:.3f}; log rates are off by {error:.2f} (root mean square)"
+)
 
 # %% On disk
 # A likelihood of your own is passed to `Laplace.load(path, network, likelihood=poisson())` again: functions are not
