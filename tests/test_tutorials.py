@@ -1,9 +1,11 @@
 """The scripts of the documentation run as they stand, and find what their text says."""
 
+import dataclasses
 import runpy
 import warnings
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -32,3 +34,14 @@ def test_script(script, capsys):
         warnings.simplefilter("error")
         runpy.run_path(str(DOCS / script), run_name="__main__")
     assert STATED[script] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("field", ["hessian_mv", "factor_mv", "factor_transpose_mv"])
+def test_the_check_of_a_likelihood_finds_what_is_wrong(field):
+    names = {}
+    source, _, _ = (DOCS / "how_to" / "likelihood.py").read_text(encoding="utf-8").partition("# %% Use it")
+    exec(compile(source, "likelihood.py", "exec"), names)
+    right = names["poisson"]()
+    wrong = dataclasses.replace(right, **{field: lambda f, v: 2 * getattr(right, field)(f, v)})
+    with pytest.raises(AssertionError):
+        names["check"](wrong, jnp.array([0.3, -1.2]), jnp.array([1, 4]))

@@ -5,6 +5,7 @@ prior precision by the evidence, and see what the posterior does to predictions.
 """
 
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -33,7 +34,7 @@ class Classifier(nn.Module):
 
 
 model = Classifier()
-variables = model.init(jax.random.key(0), x_train[:1], train=False)
+variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x_train[:1])
 
 # %% Training, in two phases
 # A Laplace approximation expands the log joint log p(D, theta) at a mode. So the loss is that log joint, negated: the
