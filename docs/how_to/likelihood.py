@@ -26,8 +26,8 @@ from bnnlaplace import Likelihood
 #
 # For counts -log p = sum_c [exp(f_c) - y_c f_c + log(y_c!)], so Lambda = diag(exp f) and B = diag(exp(f / 2)).
 #
-# Lambda must be positive semidefinite, and must not depend on y. Where the Hessian of -log p is neither, its
-# expectation under p(y | f), the Fisher information, is both, and is what belongs here.
+# Lambda must be positive semidefinite, and must not depend on y. Where the Hessian of -log p is not, its
+# expectation under p(y | f), the Fisher information, is, and is what belongs here.
 
 
 def poisson_log_prob(f, y):
