@@ -1,6 +1,6 @@
-# Two commands: `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests.
-# `make test-peers` compares with other packages, which it installs.
-# Both create .venv first. Each of its stages ends with a stamp, so that what an interrupted one leaves is gone over again.
+# `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests; `make test-peers`
+# compares with other packages, which it installs; `make docs` builds the documentation into site/. All create .venv first.
+# Each of its stages ends with a stamp, so that what an interrupted one leaves is gone over again.
 
 PYTHON ?= python3
 ARGS ?=
@@ -8,7 +8,7 @@ WORKDIR ?= checkpoints/van_digits
 VENV := .venv/bin
 INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: fit-van test test-peers clean
+.PHONY: fit-van test test-peers docs clean
 
 fit-van: .venv/installed
 	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
@@ -18,6 +18,9 @@ test: .venv/installed-test
 
 test-peers: .venv/installed-peers
 	$(VENV)/python -m pytest tests/peers $(ARGS)
+
+docs: .venv/installed-docs
+	$(VENV)/python -m mkdocs build --strict
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -38,5 +41,9 @@ test-peers: .venv/installed-peers
 	$(VENV)/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision  # of another build: torch breaks
 	@touch $@
 
+.venv/installed-docs: .venv/installed
+	$(INSTALL) '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build site *.egg-info

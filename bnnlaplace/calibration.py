@@ -23,7 +23,17 @@ _BIASED_UPWARDS = ("ece", "ece_equal_mass")  # |mean gap| per bin: sampling nois
 
 
 class ReliabilityBins(NamedTuple):
-    """Examples grouped by confidence; `confidence` and `accuracy` are NaN in an empty bin."""
+    """Examples grouped by confidence.
+
+    Attributes
+    ----------
+    edges
+        Of the B bins, ascending.
+    counts
+        Examples in each bin.
+    confidence, accuracy
+        Their means; NaN in an empty bin.
+    """
 
     edges: Float[np.ndarray, "B+1"]
     counts: Int[np.ndarray, "B"]
@@ -35,12 +45,24 @@ class ReliabilityBins(NamedTuple):
 
 
 def accuracy(probs: Probs, labels: Labels) -> float:
-    """Fraction of examples whose most probable class is the label (the first of equal ones counts)."""
+    """Fraction of examples whose most probable class is the label (the first of equal ones counts).
+
+    Parameters
+    ----------
+    probs, labels
+        (N, C) class probabilities and (N,) integer classes.
+    """
     return float(_per_example(*checked(probs, labels))["accuracy"].mean())
 
 
 def mean_confidence(probs: Probs) -> float:
-    """Mean over examples of the largest probability; above the accuracy, the predictions are overconfident."""
+    """Mean over examples of the largest probability; above the accuracy, the predictions are overconfident.
+
+    Parameters
+    ----------
+    probs
+        (N, C) class probabilities.
+    """
     return float(checked_probs("probs", probs).max(axis=1).mean())
 
 
@@ -56,8 +78,9 @@ def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
 
     Returns
     -------
-    The mean negative log-likelihood. A label that was given probability exactly 0 makes it `inf`: that is the value
-    of the score, and no floor hides it.
+    float
+        A label that was given probability exactly 0 makes it `inf`: that is the value of the score, and no floor hides
+        it.
 
     Raises
     ------
@@ -68,7 +91,13 @@ def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
 
 
 def brier_score(probs: Probs, labels: Labels) -> float:
-    """Mean over examples of sum_c (p_c - [c = label])^2: in [0, 2], 0 is perfect (Brier 1950)."""
+    """Mean over examples of sum_c (p_c - [c = label])^2: in [0, 2], 0 is perfect (Brier 1950).
+
+    Parameters
+    ----------
+    probs, labels
+        (N, C) class probabilities and (N,) integer classes.
+    """
     return float(_per_example(*checked(probs, labels))["brier"].mean())
 
 
@@ -76,6 +105,9 @@ def expected_calibration_error(
     probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
 ) -> float:
     """Top-label calibration error, sum_b (n_b / N) |accuracy_b - confidence_b|, in [0, 1].
+
+    Source: Guo et al., "On calibration of modern neural networks", ICML 2017, equation 3. The estimate is biased
+    upwards: perfectly calibrated predictions get a positive value of order sqrt(B / N).
 
     Parameters
     ----------
@@ -87,9 +119,6 @@ def expected_calibration_error(
         `equal_width`: bins (k/B, (k+1)/B], so that a confidence exactly on an edge belongs to the bin below and the
         last bin holds 1. `equal_mass`: bins [lower, upper) between quantiles of the confidences, the last one
         closed; examples of equal confidence are never parted, so the result does not depend on their order.
-
-    Source: Guo et al., "On calibration of modern neural networks", ICML 2017, equation 3. The estimate is biased
-    upwards: perfectly calibrated predictions get a positive value of order sqrt(B / N).
     """
     probs, labels = checked(probs, labels)
     columns = _per_example(probs, labels)
@@ -100,7 +129,13 @@ def expected_calibration_error(
 def reliability_bins(
     probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
 ) -> ReliabilityBins:
-    """Counts, mean confidence and accuracy in the bins of `expected_calibration_error`: for a reliability diagram."""
+    """Counts, mean confidence and accuracy in the bins of `expected_calibration_error`: for a reliability diagram.
+
+    Parameters
+    ----------
+    probs, labels, num_bins, binning
+        As for `expected_calibration_error`.
+    """
     columns = _per_example(*checked(probs, labels))
     edges, index = _binned(columns["confidence"], num_bins, binning)
     counts = np.bincount(index, minlength=num_bins)
@@ -140,8 +175,9 @@ def bootstrap(
 
     Returns
     -------
-    Values and replicates of accuracy, nll, ece, ece_equal_mass, brier, confidence and, with `probs_ood`, auroc and
-    fpr95; for `intervals` and `paired_differences`. Time O(R (N B + M)).
+    Bootstrap
+        Values and replicates of accuracy, nll, ece, ece_equal_mass, brier, confidence and, with `probs_ood`, auroc and
+        fpr95; for `intervals` and `paired_differences`. Time O(R (N B + M)).
 
     Raises
     ------
@@ -174,8 +210,15 @@ def evaluate(
     num_bins: int = 15,
     resamples: int = 1000,
 ) -> dict[str, Interval]:
-    """All metrics with 95 % bootstrap intervals: `intervals(bootstrap(...))`, whose parameters these are.
+    """All metrics with 95 % bootstrap intervals: `intervals(bootstrap(...))`.
 
+    Parameters
+    ----------
+    probs, labels, probs_ood, seed, num_bins, resamples
+        As for `bootstrap`.
+
+    Examples
+    --------
     >>> probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     >>> round(evaluate(probs, np.array([0, 1, 1]), seed=0)["brier"].value, 4)
     0.2733

@@ -1,7 +1,7 @@
 """Pytrees of arrays on disk, complete or not there at all, and verified before they are believed.
 
 Orbax writes the arrays. What it does not do is notice a flipped bit, which it restores without a word, so every
-file is listed with its SHA-256 in a manifest that is written last and checked before Orbax reads a byte::
+file is listed with its SHA-256 in a manifest that is written last and checked before Orbax reads a byte:
 
     path/
       arrays/         Orbax (OCDBT); one entry per leaf, named by the leaf's path in the pytree
@@ -94,7 +94,8 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
 
     Returns
     -------
-    tree, metadata
+    tuple[Any, dict[str, Any]]
+        The pytree and the metadata.
 
     Raises
     ------
@@ -130,10 +131,19 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
 def restructure(path: Path, stored: Any, like: Any) -> Any:
     """Give a part of what `load_pytree` read without `like` the structure of `like`, after checking that it fits.
 
+    Parameters
+    ----------
+    path
+        Which checkpoint; for messages.
+    stored
+        The part.
+    like
+        As for `load_pytree`.
+
     Raises
     ------
     CheckpointError
-        Names the first leaf that differs in path, shape or dtype, with both sides; `path` says which checkpoint.
+        Names the first leaf that differs in path, shape or dtype, with both sides.
     """
     arrays = {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stored)[0]}
     records = [{"path": name, "shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()]
@@ -144,10 +154,16 @@ def restructure(path: Path, stored: Any, like: Any) -> Any:
 def find_damage(path: Path) -> str | None:
     """Check every file of a checkpoint against its manifest.
 
+    Parameters
+    ----------
+    path
+        The directory.
+
     Returns
     -------
-    None if all are as they were saved; otherwise a clause that names the first file that is missing, truncated,
-    changed, or not listed.
+    str | None
+        None if all are as they were saved; otherwise a clause that names the first file that is missing, truncated,
+        changed, or not listed.
     """
     path = Path(path)
     manifest = path / _MANIFEST

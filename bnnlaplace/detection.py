@@ -17,6 +17,11 @@ def auroc(scores_in: Scores, scores_out: Scores) -> float:
     """Area under the ROC curve: P(score_in > score_out) + P(equal) / 2, by ranks in O((N + M) log(N + M)).
 
     Higher scores mean in-distribution, e.g. the largest class probability. 0.5 is chance, 1 is perfect.
+
+    Parameters
+    ----------
+    scores_in, scores_out
+        Of examples in and out of distribution, (N,) and (M,).
     """
     return _detection_of_all(scores_in, scores_out)["auroc"]
 
@@ -26,6 +31,11 @@ def fpr_at_95_tpr(scores_in: Scores, scores_out: Scores) -> float:
 
     An example is accepted when its score is at least the threshold, so that ties with it are accepted on both sides.
     Lower is better.
+
+    Parameters
+    ----------
+    scores_in, scores_out
+        Of examples in and out of distribution, (N,) and (M,).
     """
     return _detection_of_all(scores_in, scores_out)["fpr95"]
 
@@ -33,7 +43,13 @@ def fpr_at_95_tpr(scores_in: Scores, scores_out: Scores) -> float:
 def weighted_detection(
     scores_in: np.ndarray, scores_out: np.ndarray
 ) -> Callable[[np.ndarray, np.ndarray], dict[str, np.ndarray]]:
-    """Map weights (R, N) and (R, M) to the R values of AUROC and FPR95; everything is sorted once, here."""
+    """Map weights (R, N) and (R, M) to the R values of AUROC and FPR95; everything is sorted once, here.
+
+    Parameters
+    ----------
+    scores_in, scores_out
+        Of examples in and out of distribution, (N,) and (M,).
+    """
     descending = np.argsort(-scores_in, kind="stable")
     ascending = np.argsort(scores_out, kind="stable")
     below = np.searchsorted(scores_out[ascending], scores_in[descending], side="left")

@@ -82,6 +82,11 @@ def gaussian(sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
     """Gaussian likelihood with independent noise of standard deviation `sigma_noise`, one for all outputs or (C,).
 
     log p(y | f) = -sum_c [(y_c - f_c)^2 / (2 sigma_c^2) + log(sigma_c sqrt(2 pi))]; Lambda = diag(1 / sigma^2).
+
+    Parameters
+    ----------
+    sigma_noise
+        sigma: one positive number, or one for each output. Traced ones are differentiated.
     """
     sigma = jnp.asarray(sigma_noise)
     return Likelihood(

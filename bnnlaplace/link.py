@@ -10,7 +10,17 @@ from bnnlaplace.likelihood import Likelihood
 def monte_carlo(
     likelihood: Likelihood, mean: Float[Array, "B ... C"], deviations: Float[Array, "S B ... C"]
 ) -> Float[Array, "B ... C"]:
-    """The mean over samples of E[y | f + J (theta - theta*)]: probabilities are averaged, not their logarithms."""
+    """The mean over samples of E[y | f + J (theta - theta*)]: probabilities are averaged, not their logarithms.
+
+    Parameters
+    ----------
+    likelihood
+        Where E[y | f] comes from.
+    mean
+        f(x; theta*).
+    deviations
+        S samples of J (theta - theta*).
+    """
     return jnp.mean(likelihood.mean(mean + deviations), axis=0)
 
 
@@ -20,6 +30,13 @@ def probit(
     """E[y | f / sqrt(1 + pi/8 var f)]: MacKay's approximation with the marginal variance of each output.
 
     Source: MacKay 1992 for the binary case; per logit for several classes, as Lu, Ie and Sha (2021) and laplace-torch.
+
+    Parameters
+    ----------
+    likelihood
+        Where E[y | f] comes from.
+    mean, variance
+        Of each output.
     """
     return likelihood.mean(mean / jnp.sqrt(1 + jnp.pi / 8 * variance))
 
@@ -34,6 +51,11 @@ def bridge(mean: Float[Array, "B ... C"], covariance: Float[Array, "B ... C C"])
     It needs no samples, and gives a Dirichlet distribution rather than its mean alone; the mean is less accurate than
     `probit` where the logits differ in variance. Source: MacKay 1998; Hobbhahn, Kristiadi and Hennig 2022, who
     condition on 1'f = 0 where this projects, so that their result depends on the shift.
+
+    Parameters
+    ----------
+    mean, covariance
+        Of the logits of each example.
     """
     count = mean.shape[-1]
     mean = mean - mean.mean(axis=-1, keepdims=True)

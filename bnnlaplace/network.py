@@ -114,6 +114,13 @@ class Network:
 
         Pass the same function object each time: compiled code is kept per function.
 
+        Parameters
+        ----------
+        function
+            Deterministic, of one example at a time: outputs of a row of x depend on that row alone.
+        params
+            Its weights, any pytree of arrays.
+
         Examples
         --------
         >>> import jax.numpy as jnp
@@ -124,7 +131,13 @@ class Network:
         return cls(_PlainForward(function), _as_arrays(params), {})
 
     def with_params(self, params: PyTree) -> "Network":
-        """The same network at other weights."""
+        """The same network at other weights.
+
+        Parameters
+        ----------
+        params
+            Weights of the same structure.
+        """
         return Network(self.forward, params, self.frozen)
 
     def subset(self, selected: Callable[[str], bool]) -> "Network":
@@ -179,7 +192,13 @@ class Network:
         return isinstance(self.forward, _LinearisedForward)
 
     def full_params(self, params: PyTree) -> PyTree:
-        """All weights, with `params` in the places of those that have a posterior: as the user's model holds them."""
+        """All weights, with `params` in the places of those that have a posterior: as the user's model holds them.
+
+        Parameters
+        ----------
+        params
+            A pytree like `self.params`, such as one posterior sample.
+        """
         forward, frozen = self.forward, self.frozen
         while isinstance(forward, (_SubsetForward, _LinearisedForward)):
             if isinstance(forward, _SubsetForward):

@@ -17,7 +17,15 @@ _CHUNK_ELEMENTS = 2**21  # weights held at a time: 16 MiB an array, about 100 Mi
 
 
 class Interval(NamedTuple):
-    """A value with the ends of its 95 % interval."""
+    """A value with the ends of its 95 % interval.
+
+    Attributes
+    ----------
+    value
+        On the data.
+    low, high
+        The ends.
+    """
 
     value: float
     low: float
@@ -25,7 +33,17 @@ class Interval(NamedTuple):
 
 
 class Bootstrap(NamedTuple):
-    """Metrics on the data and on R resamples of it; in `biased_upwards`, those that resampling inflates."""
+    """Metrics on the data and on R resamples of it.
+
+    Attributes
+    ----------
+    values
+        Of each metric on the data, by name.
+    replicates
+        Of each metric on the R resamples.
+    biased_upwards
+        Names of the metrics that resampling inflates.
+    """
 
     values: dict[str, float]
     replicates: dict[str, Float[np.ndarray, "R"]]
@@ -58,7 +76,8 @@ def resample(
 
     Returns
     -------
-    Values and replicates. Memory is bounded by chunks of resamples, whose size does not change the result.
+    Bootstrap
+        Memory is bounded by chunks of resamples, whose size does not change the result.
 
     Raises
     ------
@@ -89,6 +108,11 @@ def intervals(result: Bootstrap) -> dict[str, Interval]:
     simulates both).
 
     A metric that is at its limit on every example (accuracy 1) gets an interval of no width.
+
+    Parameters
+    ----------
+    result
+        From `bootstrap` or `resample`.
     """
     found = {}
     for name, value in result.values.items():
@@ -104,6 +128,11 @@ def paired_differences(result: Bootstrap, reference: Bootstrap) -> dict[str, Int
 
     Both must come from the same examples, seed and number of resamples. Much narrower than the two intervals
     suggest: most of the uncertainty is in the examples, which both have in common. NaN where both are infinite.
+
+    Parameters
+    ----------
+    result, reference
+        Of the two methods.
 
     Raises
     ------

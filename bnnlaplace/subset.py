@@ -34,6 +34,13 @@ def last_layer(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> froze
 
     It is the weight of two dimensions or more that is the last to enter the forward pass, with those that enter after
     it and those beside it in the same module. A weight that an earlier layer shares enters there.
+
+    Parameters
+    ----------
+    network
+        Whose forward pass is traced.
+    inputs
+        Examples; the first one is traced.
     """
     equations = trace(network, examples(inputs, slice(1)))
     entered: dict[object, int] = {}

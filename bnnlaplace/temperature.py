@@ -10,7 +10,17 @@ from bnnlaplace.metric_inputs import Labels, checked_labels, described
 
 
 class Temperature(NamedTuple):
-    """A fitted temperature, the NLL there (nats per example), and whether the search stopped at a bound."""
+    """A fitted temperature.
+
+    Attributes
+    ----------
+    temperature
+        T.
+    nll
+        The NLL at T, in nats per example.
+    at_bound
+        Whether the search stopped at one of its bounds.
+    """
 
     temperature: float
     nll: float
@@ -26,12 +36,19 @@ def fit_temperature(
     log T. Logits that classify every example correctly have their optimum at T = 0, logits worse than chance at
     T = infinity; the result is then the bound, with `at_bound` true.
 
+    Source: Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2.
+
+    Parameters
+    ----------
+    logits, labels
+        (N, C) outputs before the softmax and (N,) integer classes, both held out.
+    bounds
+        The smallest and the largest T.
+
     Raises
     ------
     ValueError
         Wrong shapes, non-finite logits, labels outside the classes, bounds that are not 0 < low < high.
-
-    Source: Guo et al., "On calibration of modern neural networks", ICML 2017, section 4.2.
     """
     logits = np.asarray(logits, np.float64)
     if logits.ndim != 2 or 0 in logits.shape or not np.isfinite(logits).all():

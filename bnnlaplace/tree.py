@@ -73,7 +73,13 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
 
 
 def leaf_names(tree: PyTree) -> list[str]:
-    """The path of each leaf, in the order of `jax.tree.leaves`: ``layer/kernel``."""
+    """The path of each leaf, in the order of `jax.tree.leaves`: ``layer/kernel``.
+
+    Parameters
+    ----------
+    tree
+        Any pytree, such as `network.params`.
+    """
     return [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 

@@ -35,7 +35,9 @@ def make(tmp_path):
             ["make", target, f"PYTHON={python}"], cwd=tmp_path, env=environment, capture_output=True, timeout=60
         )
         ran = [
-            stage for stage in stages.read_text().split("\n") if stage in ("venv", "pip", "training.fit_van", "pytest")
+            stage
+            for stage in stages.read_text().split("\n")
+            if stage in ("venv", "pip", "training.fit_van", "pytest", "mkdocs")
         ]
         return done.returncode, ran
 
@@ -55,6 +57,7 @@ def test_a_complete_environment_is_used_as_it_is(make):
     assert make() == (0, ["training.fit_van"])
     assert make("test") == (0, ["pip", "pytest"])  # with what the tests need
     assert make("test") == (0, ["pytest"])
+    assert make("docs") == (0, ["pip", "mkdocs"])
 
 
 def test_changed_dependencies_are_installed(make, tmp_path):

@@ -27,7 +27,7 @@ from training.batches import Plan, fixed_order, weighted_batches
 from training.config import Config
 from training.data import ImageData, Split, augment, normalise
 from training.errors import Interrupted, UserError
-from training.objective import Batches, JointGradient, Network, evaluate, joint_gradient, make_network
+from training.objective import Batches, JointGradient, Passes, evaluate, joint_gradient, make_passes
 from training.record import (
     Journal,
     TrainResult,
@@ -59,7 +59,7 @@ class _Run(NamedTuple):
     config: Config
     data: ImageData
     plan: Plan
-    network: Network
+    passes: Passes
     steps: Steps
     moments: Callable[..., Any]
     key_init: jax.Array
@@ -168,14 +168,14 @@ def _prepare(
     def prepare(images: Any) -> Any:
         return normalise(images, data.mean, data.std)
 
-    network = make_network(module, prepare)
+    passes = make_passes(module, prepare)
     key_init, key_drop_path = jax.random.split(jax.random.key(config.seed))
     return _Run(
         config=config,
         data=data,
         plan=plan,
-        network=network,
-        steps=make_steps(network, optimizer, plan),
+        passes=passes,
+        steps=make_steps(passes, optimizer, plan),
         moments=make_moments(module, prepare),
         key_init=key_init,
         key_drop_path=key_drop_path,
@@ -186,7 +186,7 @@ def _prepare(
 
 
 def _initial_state(run: _Run) -> TrainState:
-    params, batch_stats = run.network.initialise(run.key_init, run.data.train.images[:1])
+    params, batch_stats = run.passes.initialise(run.key_init, run.data.train.images[:1])
     return initial_state(params, batch_stats, run.config.optimizer, run.config.prior.precision)
 
 
@@ -246,7 +246,7 @@ def _end_epoch(run: _Run, state: TrainState, journal: Journal) -> TrainState:
     loss, correct, steps = (np.asarray(total).item() for total in state.sums)
     if epoch == run.plan.epochs:
         state = _freeze(run, state)
-    nll, accuracy = evaluate(run.network, state.params, state.batch_stats, _batches(run, run.data.validation))
+    nll, accuracy = evaluate(run.passes, state.params, state.batch_stats, _batches(run, run.data.validation))
     gradient_norm = None
     if end_of_phase:
         gradient_norm, journal.prior_gradient_norm = _joint_gradient(run, state)
@@ -299,7 +299,7 @@ def _batches(run: _Run, split: Split) -> Batches:
 
 def _joint_gradient(run: _Run, state: TrainState) -> JointGradient:
     batches = _batches(run, run.data.train)
-    return joint_gradient(run.network, state.params, state.batch_stats, float(state.prior_precision), batches)
+    return joint_gradient(run.passes, state.params, state.batch_stats, float(state.prior_precision), batches)
 
 
 def _require_finite(run: _Run, state: TrainState) -> None:

@@ -21,7 +21,7 @@ Totals = tuple[jax.Array, jax.Array]
 """Negative log-likelihood in nats and number of correct predictions, summed over a batch."""
 
 
-class Network(NamedTuple):
+class Passes(NamedTuple):
     """The passes over one batch; each compiles at its first call and only then."""
 
     initialise: Callable[[jax.Array, Any], tuple[Any, Any]]
@@ -43,8 +43,8 @@ class JointGradient(NamedTuple):
     """Of the prior's part of it, prior_precision * |theta|."""
 
 
-def make_network(module: nn.Module, prepare: Callable[[Any], Any]) -> Network:
-    """Build the passes of a network.
+def make_passes(module: nn.Module, prepare: Callable[[Any], Any]) -> Passes:
+    """Build the passes of a Flax module.
 
     Parameters
     ----------
@@ -77,7 +77,7 @@ def make_network(module: nn.Module, prepare: Callable[[Any], Any]) -> Network:
         logits = module.apply({"params": params, "batch_stats": batch_stats}, prepare(images), train=False)
         return _totals(logits, labels, mask)
 
-    return Network(
+    return Passes(
         initialise=jax.jit(initialise),
         live_gradient=jax.value_and_grad(live_totals, has_aux=True),
         frozen_gradient=jax.jit(jax.value_and_grad(frozen_totals, has_aux=True)),
@@ -91,17 +91,17 @@ def _totals(logits: jax.Array, labels: Any, mask: Any) -> Totals:
     return jnp.where(mask, nll, 0.0).sum(), (mask & correct).sum(dtype=jnp.int32)
 
 
-def evaluate(network: Network, params: Any, batch_stats: Any, batches: Batches) -> tuple[float, float]:
+def evaluate(passes: Passes, params: Any, batch_stats: Any, batches: Batches) -> tuple[float, float]:
     """Mean negative log-likelihood (nats) and accuracy of the frozen network."""
     nll = correct = count = 0.0
     for images, labels, mask in batches:
-        batch_nll, batch_correct = network.frozen_totals(params, batch_stats, images, labels, mask)
+        batch_nll, batch_correct = passes.frozen_totals(params, batch_stats, images, labels, mask)
         nll, correct, count = nll + float(batch_nll), correct + int(batch_correct), count + int(mask.sum())
     return nll / count, correct / count
 
 
 def joint_gradient(
-    network: Network, params: Any, batch_stats: Any, prior_precision: float, batches: Batches
+    passes: Passes, params: Any, batch_stats: Any, prior_precision: float, batches: Batches
 ) -> JointGradient:
     """Measure how far the frozen network is from a mode of the log joint, over the whole training set.
 
@@ -114,7 +114,7 @@ def joint_gradient(
     total = [prior_precision * leaf for leaf in leaves]
     prior_norm = _norm(total)
     for images, labels, mask in batches:
-        _, gradient = network.frozen_gradient(params, batch_stats, images, labels, mask)
+        _, gradient = passes.frozen_gradient(params, batch_stats, images, labels, mask)
         terms = jax.tree.leaves(gradient)
         total = [one + np.asarray(other, np.float64) for one, other in zip(total, terms, strict=True)]
     return JointGradient(_norm(total), prior_norm)

@@ -19,7 +19,7 @@ import optax
 
 from training.batches import Plan
 from training.config import Optimizer
-from training.objective import Network
+from training.objective import Passes
 
 
 class EpochSums(NamedTuple):
@@ -54,7 +54,7 @@ class Steps(NamedTuple):
     """The rate of a step."""
 
 
-def make_steps(network: Network, config: Optimizer, plan: Plan) -> Steps:
+def make_steps(passes: Passes, config: Optimizer, plan: Plan) -> Steps:
     """Build the steps of both phases."""
     schedule = _schedule(config, plan)
     optimizer = _optimizer(config)
@@ -75,7 +75,7 @@ def make_steps(network: Network, config: Optimizer, plan: Plan) -> Steps:
         )
 
     def train(state: TrainState, images: Any, labels: Any, key: jax.Array) -> TrainState:
-        (nll, (correct, batch_stats)), gradient = network.live_gradient(
+        (nll, (correct, batch_stats)), gradient = passes.live_gradient(
             state.params, state.batch_stats, images, labels, jax.random.fold_in(key, state.step)
         )
         return update(state._replace(batch_stats=batch_stats), nll, correct, gradient)
@@ -86,7 +86,7 @@ def make_steps(network: Network, config: Optimizer, plan: Plan) -> Steps:
 
     def polish(state: TrainState, images: Any, labels: Any, key: jax.Array) -> TrainState:
         del key
-        (nll, correct), gradient = network.frozen_gradient(state.params, state.batch_stats, images, labels, everything)
+        (nll, correct), gradient = passes.frozen_gradient(state.params, state.batch_stats, images, labels, everything)
         return compiled_update(state, nll, correct, gradient)
 
     return Steps(jax.jit(train), polish, lambda step: float(schedule(step)))

@@ -20,6 +20,13 @@ def jacobian(network: Network, params: PyTree, inputs: PyTree[Float[Array, "N ..
     """d f(params, x_n) / d params by reverse mode, one example at a time within one vectorised call.
 
     Memory: P numbers for each output of each example.
+
+    Parameters
+    ----------
+    network, params
+        What is differentiated, and at which weights.
+    inputs
+        All N examples.
     """
     unravel = unraveler(params)
 

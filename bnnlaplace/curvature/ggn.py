@@ -54,6 +54,15 @@ def linearise(
 
     Cost: a forward pass and what its derivative saves; memory: those residuals at all N examples, kept as long as the
     result. Call it inside `jit`.
+
+    Parameters
+    ----------
+    network, params
+        What is linearised, and at which weights.
+    inputs
+        All N examples.
+    microbatch
+        Examples in one step of the inner loop.
     """
     batches = mb.split(inputs, microbatch, ravel(params).dtype)
     num_batches = len(batches.weights)
@@ -113,7 +122,14 @@ def dual_operator(
     """The operator scale * B' J P0^-1 J' B on stacked outputs.
 
     It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same, with vectors of all outputs instead
-    of P numbers; rows of padding are zero. Parameters as for `ggn_operator`.
+    of P numbers; rows of padding are zero.
+
+    Parameters
+    ----------
+    linearised, likelihood, scale
+        As for `ggn_operator`.
+    prior_precision
+        The diagonal of P0: one number, or one for each weight.
     """
     outputs, pull = linearised.outputs, dual_pullback(linearised, likelihood, scale=scale)
     root = _root_scale(linearised, scale)
@@ -153,6 +169,21 @@ def block_product(
 
     Arithmetic: one forward pass and S GGN products. Memory: residuals of one microbatch, and `vectors_at_once` times
     its activations.
+
+    Parameters
+    ----------
+    network, likelihood
+        Where f and Lambda come from.
+    params
+        The weights at which the network is linearised.
+    inputs
+        All N examples.
+    scale
+        (all training examples) / N.
+    microbatch
+        Examples linearised at a time; bounds memory.
+    vectors_at_once
+        Vectors pushed through a microbatch at a time; bounds memory, too.
     """
     unravel = unraveler(params)
     batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)

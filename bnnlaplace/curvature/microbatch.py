@@ -12,14 +12,30 @@ from bnnlaplace.tree import num_examples
 
 
 class Microbatches(NamedTuple):
-    """Inputs of shape (num, size, ...), or a pytree of them, and a weight per example; zero for padding."""
+    """Examples in microbatches of equal size.
+
+    Attributes
+    ----------
+    inputs
+        (num, size, ...), or a pytree of such arrays.
+    weights
+        One for each example; zero for padding.
+    """
 
     inputs: PyTree[Float[Array, "num size ..."]]
     weights: Float[Array, "num size"]
 
 
 def over_outputs(weights: Float[Array, " M"], outputs: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
-    """Weights of examples, shaped so that they multiply outputs or what is computed from each of them."""
+    """Weights of examples, shaped so that they multiply outputs or what is computed from each of them.
+
+    Parameters
+    ----------
+    weights
+        One for each of M examples.
+    outputs
+        Whose number of dimensions the result is to have.
+    """
     return weights.reshape(-1, *[1] * (outputs.ndim - 1))
 
 
@@ -35,6 +51,10 @@ def split(
     ----------
     inputs
         An array, or a pytree of arrays, with examples along the leading axis.
+    size
+        The largest number of examples in a microbatch.
+    dtype
+        Of the weights.
     weights
         Of the examples: one, or zero for those that do not count; by default all ones.
 

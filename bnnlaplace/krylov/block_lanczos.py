@@ -145,7 +145,15 @@ def block_lanczos(
 
 
 def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
-    """Diagonalise T in float64. `positive`: A is positive semidefinite, so negative Ritz values are rounding."""
+    """Diagonalise T in float64. `positive`: A is positive semidefinite, so negative Ritz values are rounding.
+
+    Parameters
+    ----------
+    decomposition
+        What `block_lanczos` yields.
+    positive
+        A is positive semidefinite: negative Ritz values are set to zero.
+    """
     values, vectors = np.linalg.eigh(decomposition.tridiagonal)
     if positive:
         values = np.maximum(values, 0.0)

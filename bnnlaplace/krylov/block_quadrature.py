@@ -25,6 +25,16 @@ def trace_forms(
     A block of S probes finds at most S vectors of an eigenspace. So S or more converged values that `tolerance` does
     not tell apart may stand for an eigenspace with more dimensions than were found: they stay with the rest, where a
     probe sees all of the space.
+
+    Parameters
+    ----------
+    ritz
+        `ritz(decomposition)`.
+    function
+        f, elementwise on an array of Ritz values, with f(0) = 0.
+    tolerance
+        The residual, relative to theta, below which a Ritz pair counts as an eigenpair, and the relative distance below
+        which two values count as equal. Zero leaves everything to the probes.
     """
     values = function(ritz.values)
     exact = summed_exactly(ritz, tolerance=tolerance)
@@ -50,6 +60,13 @@ def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarr
     For functions such as log1p, whose derivatives alternate in sign, the block Gauss rule (Ritz values and weights)
     lies above z' f(A) z and this rule below, both monotonically in depth: together they bracket it (Golub and Meurant
     1994; for blocks Zimmerling, Druskin and Simoncini 2024).
+
+    Parameters
+    ----------
+    decomposition
+        K blocks of a positive semidefinite A.
+    ritz
+        `ritz(decomposition)`.
 
     Returns
     -------

@@ -12,6 +12,13 @@ def inverse_sqrt_coefficients(ritz: Ritz, shift: float) -> Float[np.ndarray, "S 
     One decomposition serves every shift, since the Krylov space does not depend on it. Each probe lies in the first
     block, so its part outside the leading eigenspace is in the basis too and keeps its scale shift^{-1/2}.
 
+    Parameters
+    ----------
+    ritz
+        `bnnlaplace.krylov.ritz(decomposition)` of a positive semidefinite A.
+    shift
+        s > 0.
+
     Raises
     ------
     ValueError
@@ -36,6 +43,13 @@ def inverse_sqrt_error(ritz: Ritz, shift: float) -> Float[np.ndarray, " S"]:
     Compare it with sqrt(n), the size of the exact vector in this norm, or, for posterior samples, with
     sqrt(tr A (A + shift I)^{-1}), the part that the data determine. Source: the residual bounds of Frommer and
     Simoncini (2009) for Stieltjes functions, taken in the energy norm.
+
+    Parameters
+    ----------
+    ritz
+        `bnnlaplace.krylov.ritz(decomposition)` of a positive semidefinite A.
+    shift
+        s > 0.
     """
     root = np.sqrt(shift)
     # The residual is flat below t = sqrt(shift) / 1000 and, beyond the spectrum, falls faster than 1 / t^2.

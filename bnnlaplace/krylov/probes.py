@@ -14,6 +14,15 @@ def rademacher_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
     Each leaf of the result is like that of `like`, with the probes along a new leading axis. Of all distributions with
     independent entries this has the smallest variance of z' A z, 2 (|A|_F^2 - sum_i A_ii^2) (Hutchinson 1990).
 
+    Parameters
+    ----------
+    key
+        Seeds them.
+    like
+        An array or a pytree of arrays, such as the vector that an operator takes; only shapes and dtype are used.
+    num_probes
+        How many.
+
     Raises
     ------
     ValueError
@@ -29,6 +38,15 @@ def normal_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
 
     Each leaf of the result is like that of `like`, with the probes along a new leading axis. The variance of z' A z is
     2 |A|_F^2; posterior samples start from such probes.
+
+    Parameters
+    ----------
+    key
+        Seeds them.
+    like
+        An array or a pytree of arrays, such as the vector that an operator takes; only shapes and dtype are used.
+    num_probes
+        How many.
 
     Raises
     ------

@@ -14,7 +14,13 @@ from bnnlaplace.precise import matmul
 
 
 def tridiagonal_matrix(diagonal: Float[Array, " K"], off_diagonal: Float[Array, " K-1"]) -> Float[Array, "K K"]:
-    """T as a dense matrix."""
+    """T as a dense matrix.
+
+    Parameters
+    ----------
+    diagonal, off_diagonal
+        As `lanczos` returns them.
+    """
     return jnp.diag(diagonal) + jnp.diag(off_diagonal, 1) + jnp.diag(off_diagonal, -1)
 
 

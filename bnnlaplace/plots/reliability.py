@@ -1,0 +1,91 @@
+"""Accuracy against confidence, bin by bin."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter
+
+from bnnlaplace.calibration import ReliabilityBins
+from bnnlaplace.plots.style import FONT, GREEN, GREY, VERMILLION, finish, new_figure, tick
+
+_REACHED = "#A6C8E0"  # a tint of the blue: bars that carry the two colours of a gap on top
+
+
+def reliability_diagram(methods: Mapping[str, ReliabilityBins], columns: int = 3) -> Figure:
+    """Small multiples: accuracy against confidence, the gap to the diagonal, and below it how many images lie where.
+
+    Parameters
+    ----------
+    methods
+        Bins by name of the method; see `bnnlaplace.calibration.reliability_bins`.
+    columns
+        Diagrams side by side.
+
+    Returns
+    -------
+    Figure
+        One diagram per method. Bars are accuracies, their coloured ends the gap to the mean confidence, whiskers 95 %
+        Wilson intervals of the accuracy: a gap that its whisker spans may be chance.
+    """
+    if not methods:
+        raise ValueError("methods must hold at least one method; got none; pass {'MAP': reliability_bins(...)}")
+    columns = min(columns, len(methods))
+    rows = -(-len(methods) // columns)
+    # Positions in inches: an automatic layout would make the first column, which has the labels, narrower.
+    side, step_x, step_y, below, top = 1.95, 2.2, 3.4, 1.15, 0.5
+    width, height = max(3.7, 0.9 + step_x * columns), top + step_y * rows
+    figure = new_figure(width, height, layout="none")
+
+    def place(row: int, column: int, bottom: float, tall: float) -> Axes:
+        low = height - top - step_y * (row + 1) + bottom
+        return figure.add_axes(((0.85 + step_x * column) / width, low / height, side / width, tall / height))
+
+    for position, (name, bins) in enumerate(methods.items()):
+        row, column = divmod(position, columns)
+        diagram, histogram = place(row, column, below, side - 0.1), place(row, column, below - 0.65, 0.5)
+        error = _reliability_bars(diagram, bins)
+        share = bins.counts / bins.counts.sum()
+        histogram.bar(bins.edges[:-1], share, np.diff(bins.edges), align="edge", color=GREY, edgecolor="white", lw=0.5)
+        diagram.set_title(f"{name}\nECE {error:.3f}", fontsize=FONT)
+        finish(diagram, "accuracy" if column == 0 else "")
+        finish(histogram, "share of\nimages" if column == 0 else "", "confidence")
+        diagram.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(0, 1), yticks=(0, 0.5, 1))
+        histogram.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(0, 1), yticks=(0, 1))
+        diagram.tick_params(labelbottom=False)
+        for panel in (diagram, histogram):
+            panel.yaxis.set_major_formatter(FuncFormatter(tick))
+            panel.xaxis.set_major_formatter(FuncFormatter(tick))
+            panel.yaxis.set_label_coords(-0.45 / side, 0.5)
+            panel.tick_params(labelleft=column == 0)
+    handles = [
+        Line2D([], [], color=_REACHED, lw=7, label="accuracy"),
+        Line2D([], [], color=VERMILLION, lw=7, alpha=0.6, label="gap: overconfident"),
+        Line2D([], [], color=GREEN, lw=7, alpha=0.6, label="gap: underconfident"),
+        Line2D([], [], color="black", marker="|", ms=9, ls="none", label="95 % interval"),
+    ]
+    figure.legend(handles=handles, loc="upper center", ncols=2, fontsize=FONT, frameon=False)
+    return figure
+
+
+def _reliability_bars(panel: Axes, bins: ReliabilityBins) -> float:
+    """Draw one diagram; return the calibration error of these bins."""
+    full = bins.counts > 0
+    left, width = bins.edges[:-1][full], np.diff(bins.edges)[full]
+    accuracy, confidence, count = bins.accuracy[full], bins.confidence[full], bins.counts[full]
+    panel.bar(left, np.minimum(accuracy, confidence), width, align="edge", color=_REACHED, edgecolor="white", lw=0.5)
+    for sign, colour in ((-1, VERMILLION), (1, GREEN)):
+        gap = np.where(sign * (accuracy - confidence) > 0, np.abs(accuracy - confidence), 0)
+        panel.bar(
+            left, gap, width, bottom=np.minimum(accuracy, confidence), align="edge",
+            color=colour, alpha=0.6, edgecolor="white", lw=0.5,
+        )  # fmt: skip
+    # Wilson's interval: unlike the normal one it has a width at accuracy 0 and 1.
+    square = 1.96**2
+    centre = (accuracy + square / (2 * count)) / (1 + square / count)
+    half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / count + square / (4 * count**2)) / (1 + square / count)
+    panel.vlines(left + width / 2, centre - half, centre + half, color="black", lw=0.9)
+    panel.plot([0, 1], [0, 1], color="black", lw=0.8, ls=(0, (4, 3)))
+    return float(np.sum(count * np.abs(accuracy - confidence)) / count.sum())
