@@ -14,7 +14,7 @@ fit-van: .venv/installed
 	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
 
 test: .venv/installed-test
-	$(VENV)/python -m pytest $(ARGS)
+	$(VENV)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
 
 test-peers: .venv/installed-peers
 	$(VENV)/python -m pytest tests/peers $(ARGS)

@@ -49,8 +49,8 @@ class Data:
     ----------
     pairs
         The user's (x, y) batches.
-    size
-        Examples in a batch; shorter ones are padded.
+    head
+        The first of them, already read; its length is that to which shorter ones are padded.
     check
         Called with inputs and targets of each batch of the first pass.
     """
@@ -58,17 +58,17 @@ class Data:
     def __init__(
         self,
         pairs: Iterable[tuple[Inputs, Array]],
-        size: int,
+        head: tuple[Inputs, Array],
         once: bool = False,
         check: Callable[[Inputs, Array], None] | None = None,
     ) -> None:
         self.once = once
-        self._pairs, self._size, self._check = pairs, size, check
+        self._pairs, self._head, self._check = pairs, head, check
         self._count: int | None = None
 
     def checked(self, check: Callable[[Inputs, Array], None]) -> "Data":
         """The same data, checked while they are read for the first time."""
-        return Data(self._pairs, self._size, self.once, check)
+        return Data(self._pairs, self._head, self.once, check)
 
     def __iter__(self) -> Iterator[Batch]:
         """Read all batches.
@@ -90,7 +90,7 @@ class Data:
             expected, count = found, count + len(y)
             if self._check is not None and self._count is None:
                 self._check(x, y)
-            yield _padded(x, y, self._size)
+            yield _padded(x, y, len(self._head[1]))
         if self._count not in (None, count):
             raise ValueError(
                 f"fit(data=...) must give the same batches in every pass; the first gave {self._count} examples, a "
@@ -105,15 +105,15 @@ class Data:
             raise RuntimeError("the number of examples is known after a pass")
         return self._count
 
+    @property
     def first(self) -> Inputs:
         """The inputs of the first batch; no pass is used up."""
-        pairs = self._pairs.peek() if isinstance(self._pairs, _Once) else self._pairs
-        return _as_pair(next(iter(pairs)))[0]
+        return self._head[0]
 
     def mapped(self, function: Callable[[Inputs], Inputs]) -> "Data":
         """Other inputs in place of these, computed batch by batch in one pass now, and kept in memory."""
         pairs = [_without_padding(batch._replace(inputs=function(batch.inputs))) for batch in self]
-        found = Data(pairs, self._size)
+        found = Data(pairs, pairs[0])
         found._count = self._count
         return found
 
@@ -128,17 +128,17 @@ def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data
     """
     if _is_pair_of_arrays(data):
         pair = _as_pair(data)
-        return Data([pair], len(pair[1]))
+        return Data([pair], pair)
     try:
         iterator = iter(data)
     except TypeError:
         raise _no_pair(data) from None
-    once = iterator is data
-    head = list(itertools.islice(iterator, 1))
-    if not head:
+    found = list(itertools.islice(iterator, 1))
+    if not found:
         raise ValueError("fit(data=...) must hold at least one batch; got none; an iterator may be used up already")
-    size = len(_as_pair(head[0])[1])
-    return Data(_Once(head, iterator), size, True) if once else Data(data, size)
+    head = _as_pair(found[0])
+    once = iterator is data
+    return Data(itertools.chain(found, iterator) if once else data, head, once)
 
 
 def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: Array) -> None:
@@ -181,19 +181,6 @@ def check_inputs(inputs: Inputs) -> None:
                 f"inputs to predict at must be finite; got NaN or infinite values in {len(rows)} of {len(leaf)} of "
                 f"them, first in number {rows[0]}; remove or mend them"
             )
-
-
-class _Once:
-    """An iterator whose first element has been looked at."""
-
-    def __init__(self, head: list[Any], rest: Iterator[Any]) -> None:
-        self._head, self._rest = head, rest
-
-    def peek(self) -> list[Any]:
-        return self._head
-
-    def __iter__(self) -> Iterator[Any]:
-        return itertools.chain(self._head, self._rest)
 
 
 def _is_pair_of_arrays(data: Any) -> bool:

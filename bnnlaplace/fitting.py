@@ -73,7 +73,7 @@ def prepare(
         If the network is not deterministic, no weight is selected, or, while data are read for the first time, they do
         not fit.
     """
-    first = data.first()
+    first = data.first
     check_deterministic(network, first)
     data = data.checked(partial(check_fits_model, network, likelihood))
     chosen = subset.select(network, selection, first)
@@ -160,7 +160,7 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
             "posterior with subset_of_weights"
         )
         return memory.MemoryEstimate(one * max_vectors, free, shrink)
-    first = examples(model.data.first(), slice(1))
+    first = examples(model.data.first, slice(1))
     batch = Batch(first, None, jnp.ones(1))
     result = jax.eval_shape(
         partial(structure_fit.batch_curvature, hessian_structure, microbatch=1), model.head, model.likelihood, batch
@@ -176,8 +176,8 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
 
 
 def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, microbatch: int) -> Fit:
-    # Gradients of single examples are alive: a quarter of the examples of other passes keeps memory level.
-    few = max(1, microbatch // 4)
+    # Derivatives of single examples are alive: half of the examples of other passes keeps memory level.
+    few = max(1, microbatch // 2)
 
     def step(batch: Batch) -> tuple[DataTerms, Any]:
         curvature = structure_fit.batch_curvature(name, model.head, model.likelihood, batch, microbatch=few)

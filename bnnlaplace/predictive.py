@@ -14,8 +14,11 @@ from bnnlaplace.curvature import dense
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum
-from bnnlaplace.structure import CovarianceStructure, SampleStructure, Structure
+from bnnlaplace.structure import CovarianceStructure, JacobianRoot, SampleStructure, Structure
 from bnnlaplace.tree import examples, num_examples, ravel, unraveler
+
+# Jacobians of outputs that are in memory at a time.
+JACOBIAN_BYTES = 2**28
 
 
 class FunctionalPosterior(NamedTuple):
@@ -111,15 +114,20 @@ def functional_variance(
     prior_precision: float,
     *,
     microbatch: int = 64,
-) -> Float[Array, "B ... C C"]:
-    """The covariance J (G + delta I)^-1 J' of the linearised outputs; from all samples of a `SampleStructure`."""
+    marginal: bool = False,
+) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"]:
+    """The covariance J (G + delta I)^-1 J' of the linearised outputs; from all samples of a `SampleStructure`.
+
+    `marginal`: its diagonal alone, the variance of each output.
+    """
     if isinstance(structure, SampleStructure):
         push = partial(pushforward, network, inputs, microbatch=microbatch)
         # All samples are used, so that the key only orders them.
         key, count = jax.random.key(0), structure.num_probes
         (deviations,) = structure.function_samples(push, key, count, [prior_precision])
-        return sample_variance(deviations)
-    return structured_variance(network, inputs, structure, [prior_precision], microbatch=microbatch)[0]
+        return jnp.mean(deviations**2, axis=0) if marginal else sample_variance(deviations)
+    options = {"microbatch": microbatch, "marginal": marginal}
+    return structured_variance(network, inputs, structure, [prior_precision], **options)[0]
 
 
 def predictions(
@@ -189,11 +197,12 @@ def predictions(
         (found,) = functional_posteriors(network, structure, inputs, [prior_precision], **draw)
         return link.monte_carlo(likelihood, found.mean, found.deviations)
     mean = outputs(network, inputs, microbatch=microbatch)
-    covariance = functional_variance(network, structure, inputs, prior_precision, microbatch=microbatch)
-    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1)
+    variance_of = partial(functional_variance, network, structure, inputs, prior_precision, microbatch=microbatch)
     if is_regression:
-        return mean, variance + noise
-    return link.bridge(mean, covariance) if link_approx == "bridge" else link.probit(likelihood, mean, variance)
+        return mean, variance_of(marginal=True) + noise
+    if link_approx == "bridge":
+        return link.bridge(mean, variance_of())
+    return link.probit(likelihood, mean, variance_of(marginal=True))
 
 
 def _of_weight_samples(
@@ -226,15 +235,27 @@ def structured_variance(
     precisions: Sequence[float],
     *,
     microbatch: int = 64,
-) -> Float[Array, "D B ... C C"]:
-    """J Sigma J' at every prior precision, from `structure.functional_variance`.
+    marginal: bool = False,
+) -> Float[Array, "D B ... C C"] | Float[Array, "D B ... C"]:
+    """J Sigma J' at every prior precision, or its diagonal alone, from `structure.covariance_root`.
 
-    One Jacobian per input serves all precisions; those of a quarter of a microbatch are in memory at a time, as one is
-    C gradients of P numbers.
+    One Jacobian per input serves all precisions. As one is C gradients of P numbers, at most `JACOBIAN_BYTES` of them
+    are in memory at a time, but for one input at least; and of a quarter of a microbatch at most.
     """
-    grid = jnp.asarray(precisions, jax.tree.leaves(network.params)[0].dtype)
-    found = _by_microbatch(partial(_structured_variance, network, structure, grid), inputs, max(1, microbatch // 4))
-    return jnp.swapaxes(found, 0, 1)
+    roots = [structure.covariance_root(precision) for precision in precisions]
+    few = min(max(1, microbatch // 4), _inputs_at_once(network, inputs))
+
+    def of_microbatch(x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m D ..."]:
+        jacobian = _jacobian(network, x)
+        return jnp.stack([_inner_products(root, jacobian, marginal=marginal) for root in roots], axis=1)
+
+    return jnp.swapaxes(_by_microbatch(of_microbatch, inputs, few), 0, 1)
+
+
+def _inputs_at_once(network: Network, inputs: PyTree[Float[Array, "B ..."]]) -> int:
+    outputs = jax.eval_shape(network, network.params, jax.tree.map(_one_example, inputs))
+    bytes_each = outputs.size * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
+    return max(1, JACOBIAN_BYTES // bytes_each)
 
 
 def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:
@@ -268,14 +289,16 @@ def _pushforward(
 
 
 @jax.jit
-def _structured_variance(
-    network: Network, structure: CovarianceStructure, precisions: Float[Array, " D"], x: PyTree[Float[Array, "m ..."]]
-) -> Float[Array, "m D ... C C"]:
-    jacobian = dense.jacobian(network, network.params, x)
-    positions = jacobian.reshape(-1, *jacobian.shape[-2:])
-    found = jax.lax.map(lambda precision: structure.functional_variance(positions, precision), precisions)
-    classes = found.shape[-1]
-    return jnp.swapaxes(found.reshape(len(precisions), *jacobian.shape[:-1], classes), 0, 1)
+def _jacobian(network: Network, x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m ... C P"]:
+    return dense.jacobian(network, network.params, x)
+
+
+@partial(jax.jit, static_argnames="marginal")
+def _inner_products(root: JacobianRoot, jacobian: Float[Array, "m ... C P"], *, marginal: bool) -> Array:
+    rows = root(jacobian)
+    if marginal:
+        return jnp.sum(rows**2, axis=-1)
+    return einsum("...cr,...dr->...cd", rows, rows)
 
 
 def _by_microbatch(

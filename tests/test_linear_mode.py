@@ -124,7 +124,7 @@ def test_memory_is_known_beforehand(problem, structure, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda: 300)
     assert la.memory_estimate(data).free == 300
     hint = "max_vectors" if structure == "lanczos" else "subset_of_weights"
-    with pytest.raises(MemoryError, match=f"needs about .*B of memory and 300 bytes are free; .*{hint}"):
+    with pytest.raises(MemoryError, match=f"needs about .* of memory and 300 bytes are free; .*{hint}"):
         la.fit(data, **OPTIONS)
 
 

@@ -12,7 +12,7 @@ from problems import two_layers
 import bnnlaplace
 from bnnlaplace import evidence, krylov, predictive
 from bnnlaplace.curvature import dense, diagonal, ggn, kronecker
-from bnnlaplace.structure import DenseStructure, DiagonalStructure, KrylovStructure
+from bnnlaplace.structure import DenseStructure, DiagonalStructure, KrylovStructure, SpectralStructure
 from bnnlaplace.structure.kronecker import KroneckerStructure
 
 SHAPES = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "b2": (3,)}
@@ -62,6 +62,14 @@ def gradient_of_convolution():
     return jax.grad(lambda params: jnp.sum(network(params, images) ** 2))(network.params)
 
 
+dense_structure = DenseStructure(jnp.eye(43))
+
+
+def inner_products(structure):
+    root = structure.covariance_root(1.0)
+    return predictive._inner_products(root, jnp.ones((2, 3, 43)), marginal=False)
+
+
 CASES = {
     "block product": lambda: ggn.block_product(*MODEL)(ROWS),
     "diagonal": lambda: diagonal.ggn_diagonal(*MODEL),
@@ -78,14 +86,15 @@ CASES = {
     "pushforward": lambda: predictive.pushforward(NETWORK, X, ROWS),
     "samples at each input": lambda: predictive.marginal_samples(jax.random.key(0), jnp.ones((2, 3, 3)), 4),
     "variance from samples": lambda: predictive.sample_variance(jnp.ones((4, 2, 3))),
-    "diagonal variance": lambda: DiagonalStructure(ROWS[0]).functional_variance(jnp.ones((2, 3, 43)), 1.0),
-    "dense variance": lambda: DenseStructure(ROWS[0], jnp.eye(43)).functional_variance(jnp.ones((2, 3, 43)), 1.0),
-    "dense samples": lambda: DenseStructure(ROWS[0], jnp.eye(43)).samples(jax.random.key(0), 2, 1.0),
+    "diagonal variance": lambda: inner_products(DiagonalStructure(ROWS[0])),
+    "dense variance at many precisions": lambda: [inner_products(dense_structure) for _ in range(3)],
+    "spectral variance": lambda: inner_products(SpectralStructure(ROWS[0, :3], ROWS[:3])),
+    "spectral samples": lambda: SpectralStructure(ROWS[0, :3], ROWS[:3]).samples(jax.random.key(0), 2, 1.0),
     "Krylov samples": lambda: structure().samples(jax.random.key(0), 2, 1.0),
     "Krylov outputs from the basis": lambda: function_samples(2),
     "Krylov outputs from samples": lambda: function_samples(1),
     "Kronecker factors": lambda: kronecker.factors(*MODEL),
-    "Kronecker variance": lambda: kronecker_structure().functional_variance(jnp.ones((2, 3, 43)), 1.0),
+    "Kronecker variance": lambda: inner_products(kronecker_structure()),
     "Kronecker samples": lambda: kronecker_structure().samples(jax.random.key(0), 2, 1.0),
     "convolution": gradient_of_convolution,
 }

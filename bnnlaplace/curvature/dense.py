@@ -1,19 +1,20 @@
 """The dense GGN: exact, for small networks, and the oracle that every matrix-free path is tested against."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.curvature import microbatch as mb
+from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature.layers import Weights, find
+from bnnlaplace.curvature.layout import Layout, from_matrix
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.precise import matmul
+from bnnlaplace.precise import einsum
 from bnnlaplace.tree import examples, ravel, size, unraveler
-
-# Strips of the upper triangle: 5/8 of the multiplications of the whole matrix. More of them are too thin to be fast.
-STRIPS = 4
 
 
 def jacobian(network: Network, params: PyTree, inputs: PyTree[Float[Array, "N ..."]]) -> Float[Array, "N ... C P"]:
@@ -68,35 +69,138 @@ def ggn(
 ) -> Float[Array, "P P"]:
     """G = scale * sum_n w_n J_n' Lambda_n J_n as a matrix.
 
+    A row of B' J is a kron g for a dense layer with inputs a, g being the derivative with respect to its outputs. So
+    two such layers have the block sum_n (a_n a_n'') kron (sum_c g_nc g_nc''). The columns of the likelihood's factor
+    are summed before anything as large as the block is computed, so that there is one multiplication for each entry
+    and example, whatever the number of outputs.
+
     Parameters
     ----------
+    network, likelihood
+        Where f and Lambda come from.
+    params
+        The weights at which the network is linearised.
+    inputs
+        All N examples.
+    scale
+        (all training examples) / N.
     weights
         w_n >= 0; by default ones.
     microbatch
-        Examples whose rows are in memory at a time.
+        Examples in one step of the inner loop.
 
     Notes
     -----
-    Cost: for each output of each example a backward pass and about 5/8 P^2 multiplications, since only strips of the
-    upper triangle are computed. Memory: about 2 P^2 numbers, and P for each output of the examples of a microbatch,
-    whatever N is. Call it inside `jit`.
+    Cost: for each output of each example a backward pass; for each example P^2 / 2 multiplications, and C times as many
+    where weights are of no layer or their layer has several positions. Memory: about 2 P^2 numbers, and for each
+    example of a microbatch and each output the derivatives with respect to the outputs of layers and to all other
+    weights. Call it inside `jit`.
     """
-    dtype, count = ravel(params).dtype, size(params)
-    strips = _strips(count)
+    batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
+
+    def of_batch(batch: mb.Microbatches) -> list[Float[Array, "p q"]]:
+        parts = _parts(network, likelihood, params, batch.inputs)
+        ones = list(enumerate(parts))
+        return [_block(one, other, batch.weights) for i, one in ones for _, other in ones[i:]]
 
     def add(totals: list[Array], batch: mb.Microbatches) -> tuple[list[Array], None]:
-        rows = factor_rows(network, likelihood, params, *batch)
-        parts = [matmul(rows[:, start:stop].T, rows[:, start:]) for start, stop in strips]
-        return jax.tree.map(jnp.add, totals, parts), None
+        return jax.tree.map(jnp.add, totals, of_batch(batch)), None
 
-    zeros = [jnp.zeros((stop - start, count - start), dtype) for start, stop in strips]
-    totals, _ = jax.lax.scan(add, zeros, mb.split(inputs, microbatch, dtype, weights))
-    whole = [jnp.pad(part, ((0, 0), (start, 0))) for part, (start, _) in zip(totals, strips, strict=True)]
-    upper = jnp.triu(jnp.concatenate(whole))
-    return scale * (upper + jnp.triu(upper, 1).T)
+    shapes = jax.eval_shape(of_batch, jax.tree.map(lambda leaf: leaf[0], batches))
+    blocks, _ = jax.lax.scan(add, [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes], batches)
+    places = _places(find(network, jax.tree.map(lambda leaf: leaf[0], batches.inputs)), params)
+    return scale * _assembled(blocks, places)
 
 
-def _strips(count: int) -> list[tuple[int, int]]:
-    """First and last row, exclusive, of each strip of a matrix with `count` rows."""
-    height = math.ceil(count / STRIPS)
-    return [(start, min(start + height, count)) for start in range(0, count, height)]
+class _Part(NamedTuple):
+    """Some of the columns of B' J: inputs kron derivatives for a dense layer, else the derivatives alone.
+
+    Attributes
+    ----------
+    inputs
+        a of each example, (M, I), or None.
+    derivatives
+        For each output, example, and output of the layer or weight, (K, M, O).
+    layout
+        How the layer's numbers form a matrix.
+    """
+
+    inputs: Float[Array, "M I"] | None
+    derivatives: Float[Array, "K M O"]
+    layout: Layout | None
+
+
+def _parts(
+    network: Network, likelihood: Likelihood, params: PyTree, inputs: PyTree[Float[Array, "M ..."]]
+) -> list[_Part]:
+    """One for each layer of one position, and a last one for all other weights."""
+    passed = tapped.forward(network, params, inputs)
+    shape = passed.outputs.shape
+    columns = jnp.eye(math.prod(shape[1:]), dtype=passed.outputs.dtype).reshape(-1, 1, *shape[1:])
+
+    def of_column(column: Array) -> dict[int, Array]:
+        spread = jnp.broadcast_to(column, shape)
+        return passed.gradients(likelihood.factor_mv(passed.outputs, spread))
+
+    found = jax.vmap(of_column)(columns)
+    layers = passed.weights.layers
+    single, others = [], []
+    for leaf in sorted(found):
+        layer = layers.get(leaf)
+        if layer is not None and layer.positions == 1:
+            single.append(_Part(passed.layer_inputs[leaf][:, 0], found[leaf][:, :, 0], layer.layout))
+        elif layer is not None:
+            matrices = einsum("mti,kmto->kmio", passed.layer_inputs[leaf], found[leaf])
+            others.append(from_matrix(matrices, layer.layout.segments))
+        else:
+            others.append(found[leaf].reshape(*found[leaf].shape[:2], -1))
+    return [*single, _Part(None, jnp.concatenate(others, axis=-1), None)] if others else single
+
+
+def _block(one: _Part, other: _Part, weights: Float[Array, " M"]) -> Float[Array, "p q"]:
+    """sum_m w_m (rows of one)' (rows of other), its rows and columns in the order of the weights."""
+    left = one.derivatives * weights[:, None]
+    if one.inputs is None:  # then the other one is the same, as it is the last
+        return einsum("kmp,kmq->pq", left, other.derivatives)
+    moments = einsum("kmo,kmq->moq", left, other.derivatives)
+    if other.inputs is None:
+        block = einsum("mi,moq->ioq", one.inputs, moments)
+        return from_matrix(jnp.moveaxis(block, 2, 0), one.layout.segments).T
+    products = one.inputs[:, :, None] * other.inputs[:, None, :]
+    block = jnp.swapaxes(einsum("mij,moq->ijoq", products, moments), 1, 2)
+    columns = from_matrix(block, other.layout.segments)
+    return from_matrix(jnp.moveaxis(columns, 2, 0), one.layout.segments).T
+
+
+class _Place(NamedTuple):
+    """Where a leaf is among the parts: which one, and which of its numbers."""
+
+    part: int
+    numbers: slice
+
+
+def _places(weights: Weights, params: PyTree) -> list[_Place]:
+    """Of each leaf, as `_parts` orders them."""
+    single = [leaf for leaf in sorted(weights.layers) if weights.layers[leaf].positions == 1]
+    places, start = [], 0
+    for number, leaf in enumerate(jax.tree.leaves(params)):
+        if number in single:
+            places.append(_Place(single.index(number), slice(0, leaf.size)))
+        else:
+            places.append(_Place(len(single), slice(start, start + leaf.size)))
+            start += leaf.size
+    return places
+
+
+def _assembled(blocks: list[Float[Array, "p q"]], places: list[_Place]) -> Float[Array, "P P"]:
+    """The whole matrix from the blocks of each part with itself and the later ones."""
+    count = 1 + max(place.part for place in places)
+    pairs = [(i, j) for i in range(count) for j in range(i, count)]
+    known = dict(zip(pairs, blocks, strict=True))
+
+    def block(one: _Place, other: _Place) -> Float[Array, "p q"]:
+        i, j = one.part, other.part
+        whole = known[i, j] if i <= j else known[j, i].T
+        return whole[one.numbers, other.numbers]
+
+    return jnp.block([[block(one, other) for other in places] for one in places])

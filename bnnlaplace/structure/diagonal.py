@@ -5,10 +5,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from bnnlaplace.precise import einsum
 from bnnlaplace.structure.groups import group_sums
+from bnnlaplace.structure.protocol import JacobianRoot
 
 
 class DiagonalStructure(NamedTuple):
@@ -57,7 +58,6 @@ class DiagonalStructure(NamedTuple):
         noise = jax.random.normal(key, (num_samples, self.diagonal.size), self.diagonal.dtype)
         return noise / jnp.sqrt(self.diagonal + prior_precision)
 
-    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
-        """J diag(1 / (diag(G) + delta)) J', exactly."""
-        scaled = jacobian / (self.diagonal + prior_precision)
-        return einsum("bcp,bdp->bcd", scaled, jacobian)
+    def covariance_root(self, prior_precision: float) -> JacobianRoot:
+        """J -> J diag(diag(G) + delta)^-1/2."""
+        return Partial(jnp.multiply, jax.lax.rsqrt(self.diagonal + prior_precision))

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
 from bnnlaplace.precise import einsum, matmul
+from bnnlaplace.structure.protocol import JacobianRoot
 
 
 class KroneckerBlock(NamedTuple):
@@ -251,13 +253,9 @@ class KroneckerStructure(NamedTuple):
             axis=-1,
         )
 
-    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
-        """J (G + delta I)^-1 J', exactly."""
-        total = jnp.zeros((*jacobian.shape[:2], jacobian.shape[1]), jacobian.dtype)
-        for block, part in self._parts(jacobian):
-            rotated = block.rotated(part)
-            total += einsum("bcp,bdp->bcd", rotated / (block.eigenvalues + prior_precision), rotated)
-        return total
+    def covariance_root(self, prior_precision: float) -> JacobianRoot:
+        """J -> J V (lambda + delta)^-1/2, block by block."""
+        return Partial(_rotated, self, prior_precision)
 
     def _parts(self, vectors: Float[Array, "... P"]) -> Iterator[tuple[Block, Float[Array, "... p"]]]:
         """Each block with its part of flat vectors."""
@@ -265,6 +263,16 @@ class KroneckerStructure(NamedTuple):
         for block in self.blocks:
             yield block, vectors[..., start : start + block.size]
             start += block.size
+
+
+def _rotated(
+    structure: KroneckerStructure, prior_precision: float, jacobian: Float[Array, "... P"]
+) -> Float[Array, "... P"]:
+    parts = [
+        block.rotated(part) * jax.lax.rsqrt(block.eigenvalues + prior_precision)
+        for block, part in structure._parts(jacobian)
+    ]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def _decomposed(matrix: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:

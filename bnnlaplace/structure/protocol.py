@@ -55,12 +55,19 @@ class Structure(Protocol):
         ...
 
 
+# J -> rows whose inner products are those of J (G + delta I)^-1 J'; a pytree, to be an argument of compiled functions.
+JacobianRoot = Callable[[Float[Array, "... C P"]], Float[Array, "... C R"]]
+
+
 @runtime_checkable
 class CovarianceStructure(Structure, Protocol):
     """A structure that maps Jacobians to covariances."""
 
-    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
-        """J (G + delta I)^-1 J'; traceable, with `prior_precision` traced too."""
+    def covariance_root(self, prior_precision: float) -> JacobianRoot:
+        """J -> J S with S S' = (G + delta I)^-1: what covariances and variances of outputs are made of.
+
+        A `jax.tree_util.Partial`. Traceable, with `prior_precision` traced too.
+        """
         ...
 
 

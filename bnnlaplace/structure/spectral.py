@@ -5,10 +5,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
-from bnnlaplace.precise import einsum, matmul
+from bnnlaplace.precise import matmul
 from bnnlaplace.structure.groups import group_sums
+from bnnlaplace.structure.protocol import JacobianRoot
 
 
 class SpectralStructure(NamedTuple):
@@ -77,13 +79,19 @@ class SpectralStructure(NamedTuple):
         change = 1 / jnp.sqrt(self.eigenvalues + prior_precision) - 1 / jnp.sqrt(prior_precision)
         return noise / jnp.sqrt(prior_precision) + matmul(matmul(noise, vectors.T) * change, vectors)
 
-    def functional_variance(self, jacobian: Float[Array, "B C P"], prior_precision: float) -> Float[Array, "B C C"]:
-        """J (G + delta I)^-1 J' = [J J' - J V' lambda / (lambda + delta) V J'] / delta, as a sum of squares.
+    def covariance_root(self, prior_precision: float) -> JacobianRoot:
+        """J -> (J V' (lambda + delta)^-1/2, (J - J V' V) delta^-1/2): inside of V, and the prior's outside.
 
-        The part of J outside of V is formed before it is squared: as a difference of two squares it would be rounding
-        where the data leave next to nothing open.
+        The part of J outside is formed before it is squared: as a difference of two squares it would be rounding where
+        the data leave next to nothing open.
         """
-        inside = matmul(jacobian, self.eigenvectors.T)
-        outside = jacobian - matmul(inside, self.eigenvectors)
-        known = einsum("bcr,bdr->bcd", inside / (self.eigenvalues + prior_precision), inside)
-        return known + einsum("bcp,bdp->bcd", outside, outside) / prior_precision
+        return Partial(_inside_and_outside, self, prior_precision)
+
+
+def _inside_and_outside(
+    structure: SpectralStructure, prior_precision: float, jacobian: Float[Array, "... P"]
+) -> Float[Array, "... r+P"]:
+    inside = matmul(jacobian, structure.eigenvectors.T)
+    outside = jacobian - matmul(inside, structure.eigenvectors)
+    scaled = inside * jax.lax.rsqrt(structure.eigenvalues + prior_precision)
+    return jnp.concatenate([scaled, outside / jnp.sqrt(prior_precision)], axis=-1)

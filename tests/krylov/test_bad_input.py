@@ -84,7 +84,9 @@ COUNTS = {
 
 
 @pytest.mark.parametrize(
-    ("function", "argument"), [(f, a) for f, names in COUNTS.items() for a in names], ids=lambda x: str(x).split()[-1]
+    ("function", "argument"),
+    [(f, a) for f, names in COUNTS.items() for a in names],
+    ids=lambda x: getattr(x, "__name__", x),
 )
 def test_counts(function, argument):
     for value in (2.0, True, "2", None, np.array([1, 2])):
