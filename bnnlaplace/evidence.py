@@ -95,6 +95,8 @@ def log_marginal_likelihood(
         "autodiff": through the loop. All that is unbiased needs a converged recurrence.
     probe_batch_size
         Probes at once. More of them cost memory, and pay off only where products gain from batching.
+    microbatch
+        Examples in one step of the inner loop of a product.
 
     Returns
     -------
@@ -191,8 +193,10 @@ def isotropic(
 
     Parameters
     ----------
-    params, batch, probes, network, likelihood, num_matvecs, num_probes, scale, prior_mean, side, probe_batch_size
+    params, batch, probes, network, likelihood, num_matvecs, num_probes, scale, prior_mean, side
         As for `log_marginal_likelihood`, whose values those of the result are.
+    probe_batch_size, microbatch
+        The same: they bound memory.
 
     Returns
     -------

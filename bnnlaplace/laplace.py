@@ -237,6 +237,11 @@ class Laplace:
         """What `fit` with the same arguments takes at its peak, beside the activations of a microbatch; it is not run.
 
         Of `data` a few examples are used, to find the shapes and the weights with a posterior.
+
+        Parameters
+        ----------
+        data, max_vectors, microbatch
+            As for `fit`.
         """
         few = next(iter(as_data(data)))
         model = self._model((few.inputs, few.targets), linear=False, microbatch=microbatch)
@@ -254,6 +259,11 @@ class Laplace:
 
         `sem` is the standard error over the probes, 0 where the evidence is exact. What stopping the recurrence costs
         is no part of it: it lowers the mean by at most half of `krylov_error().log_determinant`.
+
+        Parameters
+        ----------
+        prior_precision
+            As `Laplace` takes it; for "lanczos" with the ratios that it was fitted at. Here and below.
         """
         la = self._at(prior_precision)
         la._usable_structure()
@@ -263,7 +273,10 @@ class Laplace:
     def evidence_curve(self, precisions: Iterable[float]) -> evidence.EvidenceCurve:
         """The log evidence at many prior precisions, from the curvature already computed.
 
-        Of a prior that is not isotropic these are geometric means over the weights, at the ratios that it has.
+        Parameters
+        ----------
+        precisions
+            Numbers; of a prior that is not isotropic geometric means over the weights, at the ratios that it has.
         """
         structure, fitted = self._require_fit()
         grid = priors.checked_grid(list(precisions), "evidence_curve(precisions=...)")
@@ -302,7 +315,8 @@ class Laplace:
         ----------
         method
             "marglik": maximise the evidence. Warns where the optimum is at an end of the search range. "gridsearch":
-            try `precisions`, in one pass for all of them, and choose among those where "lanczos" has converged.
+            try `precisions`, in one pass for all of them, and choose among those where "lanczos" has converged; of a
+            prior that is not isotropic they are as for `evidence_curve`.
         prior_structure
             What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
             ("layerwise"), for each weight ("diag"); None keeps the ratios of the precisions and chooses a common
@@ -337,7 +351,19 @@ class Laplace:
     def validation_curve(
         self, x: Inputs, y: Array, precisions: Iterable[float], *, key: Array, num_samples: int, microbatch: int = 64
     ) -> validation.ValidationCurve:
-        """NLL and ECE of the predictive at many prior precisions; see `bnnlaplace.validation`."""
+        """NLL and ECE of the predictive at many prior precisions; see `bnnlaplace.validation`.
+
+        Parameters
+        ----------
+        x, y
+            Validation data.
+        precisions
+            As for `evidence_curve`.
+        key, num_samples
+            Of the samples, the same at every prior precision; at most as many as "lanczos" has probes.
+        microbatch
+            Inputs differentiated at a time; bounds memory.
+        """
         structure, _ = self._require_fit()
         check_inputs(x)
         options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
@@ -345,6 +371,11 @@ class Laplace:
 
     def with_prior_precision(self, prior_precision: priors.Precision) -> "Laplace":
         """The same posterior at another prior precision.
+
+        Parameters
+        ----------
+        prior_precision
+            As `Laplace` takes it.
 
         Raises
         ------
@@ -362,6 +393,11 @@ class Laplace:
 
     def with_sigma_noise(self, sigma_noise: float | Float[Array, "*C"]) -> "Laplace":
         """The same posterior of a regression at another noise; no curvature is computed again.
+
+        Parameters
+        ----------
+        sigma_noise
+            One standard deviation or one for each output, all changed by the same factor.
 
         Raises
         ------
@@ -425,7 +461,13 @@ class Laplace:
         """Posterior samples of the weights, a pytree like `network.params` with a leading axis of `num_samples`.
 
         `network.full_params` puts one sample of a subset in its place among all weights.
-        Lanczos gives at most one sample per probe, and draws among those.
+
+        Parameters
+        ----------
+        key
+            Of the noise; for "lanczos" of the choice among its samples and of their signs.
+        num_samples
+            For "lanczos" at most the number of probes.
         """
         structure = self._usable_structure()
         deviations = self.prior.whiten(structure.samples(key, num_samples, self.prior.precision))
@@ -439,6 +481,17 @@ class Laplace:
         The network is differentiated once for all of them. For "diag" and "full" the samples are drawn at each input
         from its exact covariance; for "lanczos" they are weight samples pushed through the Jacobian, at most one per
         probe, and the covariance is estimated from them. See `bnnlaplace.predictive.functional_posteriors`.
+
+        Parameters
+        ----------
+        x
+            Inputs (B, ...).
+        precisions
+            As for `evidence_curve`.
+        key, num_samples
+            Of the samples.
+        microbatch
+            Inputs differentiated at a time; bounds memory.
         """
         structure, _ = self._require_fit()
         check_inputs(x)
@@ -447,7 +500,15 @@ class Laplace:
         )
 
     def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
-        """Covariance J (G + P0)^-1 J' of the linearised outputs; for "lanczos" from all its samples."""
+        """Covariance J (G + P0)^-1 J' of the linearised outputs; for "lanczos" from all its samples.
+
+        Parameters
+        ----------
+        x
+            Inputs (B, ...).
+        microbatch
+            Inputs differentiated at a time; bounds memory.
+        """
         structure = self._usable_structure()
         check_inputs(x)
         return predictive.functional_variance(self._white(), structure, x, self.prior.precision, microbatch=microbatch)
@@ -479,10 +540,13 @@ class Laplace:
             For regression: add the variance of the noise to that of the outputs.
         key, num_samples
             For "mc" and "nn"; by default as many samples as "lanczos" has probes, otherwise 100.
+        microbatch
+            Inputs at a time; bounds memory.
 
         Returns
         -------
-        Class probabilities (B, ..., C); for regression (mean, variance), (B, ..., C) each. For no inputs no rows.
+        Array or (Array, Array)
+            Class probabilities (B, ..., C); for regression (mean, variance), (B, ..., C) each. For no inputs no rows.
 
         Raises
         ------
@@ -508,7 +572,13 @@ class Laplace:
     # --- on disk ----------------------------------------------------------------------------------------------------
 
     def save(self, path: Path | str) -> None:
-        """Write everything but the user's module, atomically and with a SHA-256 manifest."""
+        """Write everything but the user's module, atomically and with a SHA-256 manifest.
+
+        Parameters
+        ----------
+        path
+            The directory to create; a checkpoint there is replaced.
+        """
         self._require_fit()
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del parts["subset_of_weights"]  # the network is that of the subset
@@ -516,11 +586,17 @@ class Laplace:
 
     @classmethod
     def load(cls, path: Path | str, network: Network, likelihood: Likelihood | None = None) -> "Laplace":
-        """Read what `save` wrote, for a network of the same structure; its weights are replaced by the saved ones.
+        """Read what `save` wrote.
 
-        Where only some weights have a posterior `network` is that of all of them, as it was given to `Laplace`.
-
-        A likelihood of one's own must be passed again; its leaves are replaced by the saved ones.
+        Parameters
+        ----------
+        path
+            The directory.
+        network
+            One of the same structure, whose weights are replaced by the saved ones. Where only some weights have a
+            posterior, that of all of them, as it was given to `Laplace`.
+        likelihood
+            One of one's own must be passed again; its leaves are replaced by the saved ones.
 
         Raises
         ------

@@ -42,7 +42,17 @@ class FunctionalPosterior(NamedTuple):
 def outputs(
     network: Network, inputs: PyTree[Float[Array, "B ..."]], *, microbatch: int = 64
 ) -> Float[Array, "B ... C"]:
-    """f(x; theta*), one microbatch at a time; for no inputs no rows, here and below."""
+    """f(x; theta*), one microbatch at a time; for no inputs no rows, here and below.
+
+    Parameters
+    ----------
+    network
+        At its own weights.
+    inputs
+        (B, ...).
+    microbatch
+        Inputs at a time; bounds memory.
+    """
     return _by_microbatch(partial(_outputs, network), inputs, microbatch)
 
 
@@ -58,6 +68,15 @@ def pushforward(
 
     Memory: `vectors_at_once` times the activations of a microbatch, and the result. Any number of inputs and rows
     shares one program.
+
+    Parameters
+    ----------
+    network, inputs
+        What is differentiated, and where.
+    directions
+        R vectors in the space of the weights.
+    microbatch, vectors_at_once
+        Inputs and vectors at a time; they bound memory.
     """
     images = []
     for start in range(0, len(directions), vectors_at_once):
@@ -118,7 +137,14 @@ def functional_variance(
 ) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"]:
     """The covariance J (G + delta I)^-1 J' of the linearised outputs; from all samples of a `SampleStructure`.
 
-    `marginal`: its diagonal alone, the variance of each output.
+    Parameters
+    ----------
+    network, structure, inputs, microbatch
+        As for `functional_posteriors`.
+    prior_precision
+        delta.
+    marginal
+        Its diagonal alone, the variance of each output.
     """
     if isinstance(structure, SampleStructure):
         push = partial(pushforward, network, inputs, microbatch=microbatch)
@@ -241,8 +267,18 @@ def structured_variance(
 
     One Jacobian per input serves all precisions. As one is C gradients of P numbers, at most `JACOBIAN_BYTES` of them
     are in memory at a time, but for one input at least; and of a quarter of a microbatch at most.
+
+    Parameters
+    ----------
+    network, inputs, precisions, microbatch
+        As for `functional_posteriors`.
+    structure
+        One that gives covariances.
+    marginal
+        The diagonal alone.
     """
-    roots = [structure.covariance_root(precision) for precision in precisions]
+    dtype = ravel(network.params).dtype
+    roots = [structure.covariance_root(jnp.asarray(precision, dtype)) for precision in precisions]
     few = min(max(1, microbatch // 4), _inputs_at_once(network, inputs))
 
     def of_microbatch(x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m D ..."]:
@@ -262,6 +298,15 @@ def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_sample
     """Draws from N(0, variance) at each input and output position, independent between them.
 
     Averages over samples at one position do not see that.
+
+    Parameters
+    ----------
+    key
+        Of the noise, the same for every call with that key.
+    variance
+        A covariance at each input and position.
+    num_samples
+        S.
     """
     values, vectors = jnp.linalg.eigh(variance)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
@@ -270,7 +315,13 @@ def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_sample
 
 
 def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
-    """Functional variance from samples whose mean is known to be zero; relative standard error sqrt(2 / S)."""
+    """Functional variance from samples whose mean is known to be zero; relative standard error sqrt(2 / S).
+
+    Parameters
+    ----------
+    deviations
+        Samples of J (theta - theta*).
+    """
     return einsum("s...c,s...d->...cd", deviations, deviations) / len(deviations)
 
 

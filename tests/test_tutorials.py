@@ -18,6 +18,8 @@ STATED = {
     "tutorials/last_layer.py": "650 of 8,970 weights: ['head/bias', 'head/kernel']",
     "tutorials/training_loop.py": "the data were made with 0.3",
     "how_to/likelihood.py": "31 weights, squared distance to the mode",
+    "how_to/prior.py": "NotAModeWarning: the weights are no mode of the log joint at prior precision 1",
+    "how_to/data.py": "largest difference to the evidence from one array",
     "how_to/errors.py": "with 32 basis vectors: the Krylov decomposition has not converged",
 }
 

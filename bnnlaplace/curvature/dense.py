@@ -47,6 +47,17 @@ def factor_rows(
     """The rows sqrt(w_n) (J_n' B_n e_c)', one for each output of each example: R' R = sum_n w_n J_n' Lambda_n J_n.
 
     Cost: one forward pass, and one backward pass for each output. Memory: R P numbers.
+
+    Parameters
+    ----------
+    network, likelihood
+        Where f and Lambda come from.
+    params
+        The weights at which the network is differentiated.
+    inputs
+        m examples.
+    weights
+        w_n >= 0.
     """
 
     def example(x: PyTree, weight: Array) -> Float[Array, "K P"]:

@@ -30,6 +30,12 @@ def ggn_diagonal(
 
     Parameters
     ----------
+    network, likelihood
+        Where f and Lambda come from.
+    params
+        The weights at which the network is differentiated.
+    inputs
+        All N examples.
     weights
         w, by default all ones. Zero for examples that do not count.
     scale

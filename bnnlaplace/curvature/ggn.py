@@ -144,7 +144,13 @@ def dual_operator(
 def dual_pullback(
     linearised: Linearisation, likelihood: Likelihood, *, scale: float = 1.0
 ) -> Callable[[Float[Array, " V"]], Float[Array, " P"]]:
-    """Return v -> sqrt(scale) J' B v, from stacked outputs to weights: the first half of `dual_operator`."""
+    """Return v -> sqrt(scale) J' B v, from stacked outputs to weights: the first half of `dual_operator`.
+
+    Parameters
+    ----------
+    linearised, likelihood, scale
+        As for `ggn_operator`.
+    """
     outputs, root = linearised.outputs, _root_scale(linearised, scale)
     return lambda vector: linearised.pullback(root * likelihood.factor_mv(outputs, vector.reshape(outputs.shape)))
 
@@ -178,6 +184,8 @@ def block_product(
         The weights at which the network is linearised.
     inputs
         All N examples.
+    weights
+        One for each example; zero for those that do not count. By default all ones.
     scale
         (all training examples) / N.
     microbatch

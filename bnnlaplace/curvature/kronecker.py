@@ -49,16 +49,27 @@ class LayerSums:
 
 
 class FilterSums(NamedTuple):
-    """The exact blocks of a leaf of shape (..., C), each of all weights with the same last index: (C, K, K).
+    """The exact blocks of a leaf of shape (..., C), each of all weights with the same last index.
 
     A vector is one filter.
+
+    Attributes
+    ----------
+    blocks
+        (C, K, K), scale included.
     """
 
     blocks: Float[Array, "C K K"]
 
 
 class DiagonalSums(NamedTuple):
-    """The exact diagonal of a leaf, flat."""
+    """The exact diagonal of a leaf.
+
+    Attributes
+    ----------
+    diagonal
+        Flat, scale included.
+    """
 
     diagonal: Float[Array, " p"]
 
@@ -91,6 +102,12 @@ def factors(
 
     Parameters
     ----------
+    network, likelihood
+        Where f and Lambda come from.
+    params
+        The weights at which the network is differentiated.
+    inputs
+        All N examples.
     weights
         Of the examples: one, or zero for those that do not count.
     scale

@@ -94,6 +94,13 @@ def find(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Weights:
     know are entries.
 
     Cost: three traces of the forward pass, and no arithmetic.
+
+    Parameters
+    ----------
+    network
+        Whose `params` are looked for.
+    inputs
+        Examples along the leading axis.
     """
     small, large = (trace(network, _examples(inputs, count)) for count in (2, 3))
     equations = trace(network, jax.tree.map(_shape_of, inputs))
@@ -118,7 +125,15 @@ def find(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Weights:
 
 
 def at_one_example(equation: JaxprEqn, axes: Sequence[int]) -> JaxprEqn:
-    """The equation for a single example, where the number of examples is written into it."""
+    """The equation for a single example, where the number of examples is written into it.
+
+    Parameters
+    ----------
+    equation
+        One of an `Entry`.
+    axes
+        The axis of examples of each of its results.
+    """
     if equation.primitive.name != "broadcast_in_dim":
         return equation
     shape = list(equation.params["shape"])
@@ -127,7 +142,13 @@ def at_one_example(equation: JaxprEqn, axes: Sequence[int]) -> JaxprEqn:
 
 
 def convolved_axes(equation: JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which axes of a convolution's kernel are summed over, input channels first, and which one is left."""
+    """Which axes of a convolution's kernel are summed over, input channels first, and which one is left.
+
+    Parameters
+    ----------
+    equation
+        The convolution.
+    """
     out_channels, in_channels, *window = equation.params["dimension_numbers"].rhs_spec
     return (in_channels, *window), (out_channels,)
 

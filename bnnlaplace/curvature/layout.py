@@ -44,7 +44,15 @@ class Layout(NamedTuple):
 
 
 def from_matrix(matrix: Float[Array, "... I O"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... P"]:
-    """Matrices of rows and columns -> the numbers of the weight in their own order; NumPy arrays remain such."""
+    """Matrices of rows and columns -> the numbers of the weight in their own order; NumPy arrays remain such.
+
+    Parameters
+    ----------
+    matrix
+        One or several.
+    segments
+        Those of the `Layout`.
+    """
     lead = matrix.shape[:-2]
     order = _matrix_order(segments)
     shape = [segments[index][0] for index in order]
@@ -55,7 +63,15 @@ def from_matrix(matrix: Float[Array, "... I O"], segments: Sequence[tuple[int, b
 
 
 def as_matrix(flat: Float[Array, "... P"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... I O"]:
-    """The numbers of the weight in their own order -> matrices of rows and columns; NumPy arrays remain such."""
+    """The numbers of the weight in their own order -> matrices of rows and columns; NumPy arrays remain such.
+
+    Parameters
+    ----------
+    flat
+        One weight or several.
+    segments
+        Those of the `Layout`.
+    """
     lead = flat.shape[:-1]
     parts = flat.reshape(*lead, *(size for size, _ in segments))
     order = _matrix_order(segments)

@@ -53,6 +53,13 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
     Cost: a forward pass, and for each call of `gradients` a backward pass that stops at activations. Weights of
     `Weights.rest` take another forward and backward pass for each call. Memory: activations of M examples, the patches
     of convolutions, and with each call M derivatives of the weights that are no layers.
+
+    Parameters
+    ----------
+    network, params
+        What is run, and at which weights.
+    inputs
+        M examples.
     """
     weights = find(network, inputs)
     equations = weights.equations
@@ -100,7 +107,15 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
 
 
 def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs: Float[Array, "M ... C"]) -> PyTree:
-    """The sum of `function` over the unit vectors of one example's outputs, each given for all examples at once."""
+    """The sum of `function` over the unit vectors of one example's outputs, each given for all examples at once.
+
+    Parameters
+    ----------
+    function
+        From a cotangent of the outputs to a pytree.
+    outputs
+        Of which shape and dtype are used.
+    """
     shape = outputs.shape[1:]
     columns = jnp.eye(math.prod(shape), dtype=outputs.dtype).reshape(-1, *shape)
 

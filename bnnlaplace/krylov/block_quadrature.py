@@ -42,7 +42,13 @@ def trace_forms(
 
 
 def summed_exactly(ritz: Ritz, *, tolerance: float = 1e-2) -> Bool[np.ndarray, " m"]:
-    """Which Ritz pairs `trace_forms` takes for eigenpairs."""
+    """Which Ritz pairs `trace_forms` takes for eigenpairs.
+
+    Parameters
+    ----------
+    ritz, tolerance
+        As for `trace_forms`.
+    """
     exact = ritz.couplings <= tolerance * ritz.values
     exact[exact] = ~_in_long_chain(ritz.values[exact], ritz.weights.shape[1], tolerance)
     return exact

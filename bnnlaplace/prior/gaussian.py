@@ -56,17 +56,37 @@ class Prior(NamedTuple):
 
 
 def by_layer(path: str) -> str:
-    """The group of a weight: the module that holds it, so that kernel and bias of a layer share a prior precision."""
+    """The group of a weight: the module that holds it, so that kernel and bias of a layer share a prior precision.
+
+    Parameters
+    ----------
+    path
+        Such as "Dense_0/kernel".
+    """
     return path.rpartition("/")[0] or path
 
 
 def group_names(params: PyTree, groups: Groups) -> list[str]:
-    """The names of the groups, in the order of their first weights."""
+    """The names of the groups, in the order of their first weights.
+
+    Parameters
+    ----------
+    params
+        The weights.
+    groups
+        From the path of a weight to the name of its group.
+    """
     return list(dict.fromkeys(groups(name) for name in leaf_names(params)))
 
 
 def group_numbers(params: PyTree, groups: Groups) -> Int[np.ndarray, " P"]:
-    """For each weight the position of its group in `group_names`."""
+    """For each weight the position of its group in `group_names`.
+
+    Parameters
+    ----------
+    params, groups
+        As for `group_names`.
+    """
     numbers = {name: number for number, name in enumerate(group_names(params, groups))}
     own = [numbers[groups(name)] for name in leaf_names(params)]
     return np.repeat(own, [leaf.size for leaf in jax.tree.leaves(params)])
@@ -118,17 +138,30 @@ def resolve(
 
 
 def is_scalar(precision: Precision) -> bool:
-    """Whether it is one number for all weights."""
+    """Whether it is one number for all weights.
+
+    Parameters
+    ----------
+    precision
+        As a user states it.
+    """
     return not isinstance(precision, (Mapping, tuple, list, str)) and np.ndim(precision) == 0
 
 
 def check(precision: float | Float[Array, ""], where: str) -> None:
     """Check a scalar prior precision; of a traced one, its shape alone.
 
+    Parameters
+    ----------
+    precision
+        The number.
+    where
+        The name of the argument, for the message.
+
     Raises
     ------
     ValueError
-        If it is not one positive, finite number; `where` names the argument in the message.
+        If it is not one positive, finite number.
     """
     if isinstance(precision, jax.core.Tracer) and precision.shape == ():
         return
@@ -139,7 +172,15 @@ def check(precision: float | Float[Array, ""], where: str) -> None:
 
 
 def is_by_group(precision: Precision, params: PyTree, groups: Groups) -> bool:
-    """Whether it is a dictionary with one number for each group."""
+    """Whether it is a dictionary with one number for each group.
+
+    Parameters
+    ----------
+    precision
+        As a user states it.
+    params, groups
+        As for `group_names`.
+    """
     if not isinstance(precision, Mapping) or set(precision) != set(group_names(params, groups)):
         return False
     return all(map(is_scalar, precision.values()))

@@ -115,6 +115,13 @@ def accelerated(
     The fixed point contracts slowly where the data determine a group in part. The ratio of its last two moves in
     log delta is the rate r, and the limit lies (1 - r)^-1 times as far as the next move: Aitken's extrapolation, at
     most four times.
+
+    Parameters
+    ----------
+    precisions, proposed
+        delta, and what one step of the fixed point makes of it.
+    before
+        The same two of the step before; None at the first step.
     """
     if before is None:
         return proposed
@@ -139,6 +146,8 @@ def fixed_point_step(
     ----------
     effective_parameters
         gamma as each probe estimates it, at `precisions`; see `Structure.effective_parameters`.
+    log_joint, squares, groups, search_range
+        As for `grouped_optimum`.
     precisions
         Those at which it was computed.
     """

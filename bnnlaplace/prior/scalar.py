@@ -88,23 +88,41 @@ def maximiser(
     """The delta of `optimum`, without its interval.
 
     A grid of 8 points a decade finds the highest of several maxima; Brent's method refines it.
+
+    Parameters
+    ----------
+    log_determinant, log_joint, squared_norm, search_range
+        As for `optimum`.
     """
     negative = _negative_evidence(log_determinant, log_joint, squared_norm)
     return float(np.exp(_log_maximiser(negative, np.log(search_range))))
 
 
 def bracket(log_determinant: LogDeterminant, truncation: LogDeterminant) -> tuple[LogDeterminant, LogDeterminant]:
-    """The log-determinant as a truncated recurrence gives it, which is an upper bound, and the lower bound."""
+    """The log-determinant as a truncated recurrence gives it, which is an upper bound, and the lower bound.
+
+    Parameters
+    ----------
+    log_determinant, truncation
+        As for `optimum`.
+    """
     return log_determinant, lambda delta: log_determinant(delta) - truncation(delta)
 
 
 def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
     """The index of the smallest value, those that are not a number passed over.
 
+    Parameters
+    ----------
+    values
+        One for each prior precision.
+    what
+        What they are, for the message.
+
     Raises
     ------
     ValueError
-        If none is a number; `what` says in the message what they are.
+        If none is a number.
     """
     if np.isnan(values).all():
         raise ValueError(
@@ -117,10 +135,17 @@ def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
 def checked_grid(precisions: Float[np.ndarray, " D"], where: str) -> Float[np.ndarray, " D"]:
     """Several prior precisions as an array.
 
+    Parameters
+    ----------
+    precisions
+        The numbers.
+    where
+        The name of the argument, for the message.
+
     Raises
     ------
     ValueError
-        If there are none, or one is not positive and finite; `where` names the argument in the message.
+        If there are none, or one is not positive and finite.
     """
     grid = np.asarray(precisions, np.float64)
     if grid.ndim != 1 or grid.size == 0 or not ((grid > 0) & np.isfinite(grid)).all():
