@@ -34,10 +34,10 @@ from bnnlaplace.types import Estimate
 class Laplace:
     """A Laplace approximation N(theta*, (G + P0)^-1) around the weights of a network, P0 the precision of the prior.
 
-    Immutable: every method returns a new object. A pytree. With "diag" and "full" it can be an argument of jitted
-    functions that call `predictive`, `functional_variance`, `sample` or `mode_gradient`. With "lanczos" it cannot, as
-    the small matrices of the decomposition are on the host: close over the object, or call it outside `jit`. Fitting,
-    the evidence, the choice of the prior precision and saving are for outside `jit` with every structure;
+    Immutable: every method returns a new object. A pytree. With "diag", "kron" and "full" it can be an argument of
+    jitted functions that call `predictive`, `functional_variance`, `sample` or `mode_gradient`. With "lanczos" it
+    cannot where the small matrices of a decomposition are on the host: close over the object, or call it outside `jit`.
+    Fitting, the evidence, the choice of the prior precision and saving are for outside `jit` with every structure;
     `bnnlaplace.evidence.log_marginal_likelihood` is the traceable evidence.
 
     Parameters
@@ -478,8 +478,8 @@ class Laplace:
     ) -> Iterator[predictive.FunctionalPosterior]:
         """Mean, covariance and samples of the linearised outputs at each input, for each of several prior precisions.
 
-        The network is differentiated once for all of them. For "diag" and "full" the samples are drawn at each input
-        from its exact covariance; for "lanczos" they are weight samples pushed through the Jacobian, at most one per
+        The network is differentiated once for all of them. Where variances are exact samples are drawn at each input
+        from its covariance; for "lanczos" they are weight samples pushed through the Jacobian, at most one per
         probe, and the covariance is estimated from them. See `bnnlaplace.predictive.functional_posteriors`.
 
         Parameters

@@ -81,7 +81,7 @@ def ggn(
     """G = scale * sum_n w_n J_n' Lambda_n J_n as a matrix.
 
     A row of B' J is a kron g for a dense layer with inputs a, g being the derivative with respect to its outputs. So
-    two such layers have the block sum_n (a_n a_n'') kron (sum_c g_nc g_nc''). The columns of the likelihood's factor
+    two such layers have the block sum_n (a_n a_n') kron (sum_c g_nc g_nc'). The columns of the likelihood's factor
     are summed before anything as large as the block is computed, so that there is one multiplication for each entry
     and example, whatever the number of outputs.
 
