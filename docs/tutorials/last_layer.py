@@ -111,7 +111,7 @@ def with_base(lora):
 
 
 before = float(jnp.mean(adapted(with_base(lora), shifted).argmax(-1) == y_train))
-lora = fit(lambda lora: negative_log_joint(lora, adapted(with_base(lora), shifted)), lora, 300, 1e-2)
+lora = fit(lambda lora: negative_log_joint(lora, adapted(with_base(lora), shifted)), lora, 1500, 1e-2)
 after = float(jnp.mean(adapted(with_base(lora), shifted).argmax(-1) == y_train))
 adapter = bnnlaplace.Laplace(
     bnnlaplace.Network.from_function(adapted, with_base(lora)), subset_of_weights=lambda path: "lora" in path

@@ -78,8 +78,9 @@ network = bnnlaplace.Network.from_nnx(model)
 la = bnnlaplace.Laplace(network, likelihood="binary", hessian_structure="full", prior_precision=0.1)
 la = la.fit((x_train, y_train))
 print(f"squared distance to the mode: {la.mode_decrement():.2g}")
-krylov = bnnlaplace.Laplace(network, likelihood="binary").fit((x_train, y_train), key=jax.random.key(0))
-exact, estimate = la.log_marginal_likelihood(0.1), krylov.log_marginal_likelihood(0.1)
+krylov = bnnlaplace.Laplace(network, likelihood="binary", prior_precision=0.1)
+krylov = krylov.fit((x_train, y_train), key=jax.random.key(0))
+exact, estimate = la.log_marginal_likelihood(), krylov.log_marginal_likelihood()
 print(f"log evidence: full {exact.mean:.2f}, lanczos {estimate.mean:.2f} +- {estimate.sem:.2f} nats")
 
 # %% Doubt where there were no data

@@ -60,12 +60,14 @@ def mode(params, sigma, prior_precision):
 
 # %% The noise by the evidence
 # For every noise level: a mode, a posterior, and the best prior precision there. 61 weights: the dense structure,
-# whose evidence has no standard error.
+# whose evidence has no standard error. (From one set of weights, `optimize_prior_precision(optimize_sigma_noise=True)`
+# finds the best noise at once; see [Choose a prior](../how_to/prior.md).)
 
+options = {"likelihood": "regression", "hessian_structure": "full", "prior_precision": 0.3}
 fitted = {}
 for sigma in (0.1, 0.15, 0.2, 0.25, 0.3):
     network = bnnlaplace.Network.from_function(outputs, mode(start, sigma, 0.3))
-    la = bnnlaplace.Laplace(network, likelihood="regression", hessian_structure="full", sigma_noise=sigma)
+    la = bnnlaplace.Laplace(network, sigma_noise=sigma, **options)
     fitted[sigma] = la.fit((x_train, y_train)).optimize_prior_precision()
     evidence = fitted[sigma].log_marginal_likelihood().mean
     print(f"noise {sigma:.2f}: prior precision {fitted[sigma].prior_precision:.3g}, log evidence {evidence:.1f} nats")
