@@ -48,14 +48,14 @@ def mode(params, sigma, prior_precision):
         fit = likelihood.log_prob(outputs(params, x_train), y_train).sum()
         return 0.5 * prior_precision * optax.tree.norm(params, squared=True) - fit
 
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, 4000))
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-2, 20_000))
 
     def step(carry, _):
         params, state = carry
         updates, state = optimizer.update(jax.grad(negative_log_joint)(params), state)
         return (optax.apply_updates(params, updates), state), None
 
-    return jax.lax.scan(step, (params, optimizer.init(params)), length=4000)[0][0]
+    return jax.lax.scan(step, (params, optimizer.init(params)), length=20_000)[0][0]
 
 
 # %% The noise by the evidence
