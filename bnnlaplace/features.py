@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,74 +16,101 @@ from bnnlaplace.tree import examples
 
 
 class Head(NamedTuple):
-    """A network cut in two, so that network(params, x) = head(params, features(x)).
+    """A network cut in two, so that whole(params, x) = network(params, features(x)).
 
     Attributes
     ----------
-    features
-        x -> what enters the head: one array, examples along its leading axis. Call it inside `jit`.
+    whole
+        The network that was cut.
     network
-        The head: a network with the same weights and these inputs.
+        The head: a network with the same weights, whose inputs are features.
     """
 
-    features: Callable[[PyTree[Float[Array, "B ..."]]], Float[Array, "B ..."]]
+    whole: Network
     network: Network
+
+    def features(self, inputs: PyTree[Float[Array, "B ..."]]) -> Float[Array, "B ..."]:
+        """What enters the head: one array, examples along its leading axis. Call it inside `jit`."""
+        equations = trace(self.whole, inputs)
+        parts = _cut(equations)
+        given = zip(equations.inputs, jax.tree.leaves(inputs), strict=True)
+        known = _known(equations, frozen=self.whole.frozen) | dict(given)
+        return run(equations, parts.before, known, parts.features)[0]
 
 
 def cut(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Head | None:
     """Cut a network where its weights enter, so that what comes before is computed once for all uses.
 
+    Parameters
+    ----------
+    network
+        One of whose weights some are frozen.
+    inputs
+        Of these shape and dtype are used alone.
+
     Returns
     -------
     Head or None
         None where nothing comes before, more than one array crosses the cut, or one that does not belong to single
-        examples. Of `inputs` shape and dtype are used alone.
+        examples.
     """
     example = _Example.of(inputs)
-    crossing = [_cut(trace(network, example.batch(size))) for size in (2, 3)]
-    if any(len(parts.features) != 1 or not parts.before for parts in crossing):
+    if not _can_be_cut(network.forward, _Example.of((network.params, network.frozen), batched=False), example):
         return None
-    small, large = (parts.features[0].aval.shape for parts in crossing)
-    if small[:1] != (2,) or large[:1] != (3,) or small[1:] != large[1:]:
-        return None
-
-    def features(inputs: PyTree[Float[Array, "B ..."]]) -> Float[Array, "B ..."]:
-        equations = trace(network, inputs)
-        parts = _cut(equations)
-        given = zip(equations.inputs, jax.tree.leaves(inputs), strict=True)
-        known = _known(equations, frozen=network.frozen) | dict(given)
-        return run(equations, parts.before, known, parts.features)[0]
-
-    return Head(features, Network(_HeadForward(network.forward, example), network.params, network.frozen))
+    return Head(network, Network(_HeadForward(network.forward, example), network.params, network.frozen))
 
 
-def compiled(head: Head, *, microbatch: int) -> Callable[[PyTree[Float[Array, "N ..."]]], Float[Array, "N ..."]]:
-    """The features of many inputs, compiled once a shape.
+@partial(jax.jit, static_argnames="microbatch")
+def compute(head: Head, inputs: PyTree[Float[Array, "N ..."]], *, microbatch: int) -> Float[Array, "N ..."]:
+    """The features of many inputs; two heads that are cut from the same network at other weights share a program.
 
     Cost: one forward pass. Memory: the activations of a microbatch, and the result.
+
+    Parameters
+    ----------
+    head
+        From `cut`.
+    inputs
+        All N examples.
+    microbatch
+        Examples at a time.
     """
+    return jax.lax.map(lambda one: head.features(examples(one, None))[0], inputs, batch_size=microbatch)
 
-    @jax.jit
-    def features(inputs: PyTree[Float[Array, "N ..."]]) -> Float[Array, "N ..."]:
-        return jax.lax.map(lambda one: head.features(examples(one, None))[0], inputs, batch_size=microbatch)
 
-    return features
+@lru_cache(maxsize=8)
+def _can_be_cut(forward: Callable[[PyTree, PyTree, Array], Array], arrays: "_Example", example: "_Example") -> bool:
+    """Whether one array that belongs to single examples crosses the cut; the traces that tell are made once."""
+    network = Network(forward, *arrays.whole())
+    crossing = [_cut(trace(network, example.batch(size))) for size in (2, 3)]
+    if any(len(parts.features) != 1 or not parts.before for parts in crossing):
+        return False
+    small, large = (parts.features[0].aval.shape for parts in crossing)
+    return small[:1] == (2,) and large[:1] == (3,) and small[1:] == large[1:]
 
 
 @dataclass(frozen=True)
 class _Example:
-    """Shapes and types of the inputs of one example; compared by value."""
+    """Shapes and types of the arrays of one example, or of whole arrays; compared by value."""
 
     structure: Any
     leaves: tuple[tuple[tuple[int, ...], Any], ...]
 
     @classmethod
-    def of(cls, inputs: PyTree[Float[Array, "N ..."]]) -> "_Example":
-        leaves, structure = jax.tree.flatten(inputs)
-        return cls(structure, tuple((tuple(leaf.shape[1:]), jnp.result_type(leaf)) for leaf in leaves))
+    def of(cls, arrays: PyTree[Array], *, batched: bool = True) -> "_Example":
+        leaves, structure = jax.tree.flatten(arrays)
+        return cls(structure, tuple((tuple(leaf.shape[int(batched) :]), _dtype(leaf)) for leaf in leaves))
+
+    def whole(self) -> PyTree[jax.ShapeDtypeStruct]:
+        return self.structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
 
     def batch(self, size: int) -> PyTree[jax.ShapeDtypeStruct]:
         return self.structure.unflatten([jax.ShapeDtypeStruct((size, *shape), dtype) for shape, dtype in self.leaves])
+
+
+def _dtype(leaf: Array) -> Any:
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return leaf.dtype if is_key else jnp.result_type(leaf)
 
 
 class _Parts(NamedTuple):

@@ -83,7 +83,7 @@ def prepare(
     if linear and not chosen.is_linearised:
         chosen, head = chosen.linearised(), head.linearised()
     if cut is not None:
-        data = data.mapped(features.compiled(cut, microbatch=microbatch))
+        data = data.mapped(partial(features.compute, cut, microbatch=microbatch))
     return Model(chosen, head, likelihood, data)
 
 

@@ -22,6 +22,10 @@ def trace_forms(
     probe sees of the rest: tr f(A) = sum_conv f(theta_j) + E sum_other f(theta_j) (z' x_j)^2. The mean over probes is
     the estimate, their spread its error.
 
+    Which pairs have converged depends a little on the probes: those along which they are large converge first. So with
+    few probes, fewer than about 16, the estimate is somewhat low and its spread understates its error. Leaving each
+    probe out of the choice for itself would mend that, and make the error several times larger.
+
     A block of S probes finds at most S vectors of an eigenspace. So S or more converged values that `tolerance` does
     not tell apart may stand for an eigenspace with more dimensions than were found: they stay with the rest, where a
     probe sees all of the space.
