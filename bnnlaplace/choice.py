@@ -10,6 +10,7 @@ import numpy as np
 
 from bnnlaplace import prior
 from bnnlaplace.log_joint import BestNoise, FixedNoise, LogJoint
+from bnnlaplace.mode import NotAModeWarning
 
 PriorStructure = Literal["scalar", "layerwise", "diag"]
 
@@ -168,7 +169,10 @@ def _at(la: Any, prior_precision: Any, refit: Callable[[Any], Any] | None) -> An
             "optimize_prior_precision(refit=...) must be given for 'lanczos' where ratios of prior precisions change, "
             "as its space depends on them; pass refit=lambda la: la.fit(data, key=key), or use 'diag', 'kron' or 'full'"
         )
-    return refit(dataclasses.replace(la, prior_precision=prior_precision, structure=None, fitted=None))
+    with warnings.catch_warnings():
+        # Moving the prior precision at fixed weights is what was asked for.
+        warnings.simplefilter("ignore", NotAModeWarning)
+        return refit(dataclasses.replace(la, prior_precision=prior_precision, structure=None, fitted=None))
 
 
 def _report_bounds(found: prior.GroupedOptimum, grouping: _Grouping) -> None:

@@ -167,10 +167,9 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
     )
     # The sum over batches, a batch's share of it, and what an eigendecomposition takes besides.
     copies = 2 if hessian_structure == "diag" else 4
-    smaller = "'lanczos' or 'diag'" if hessian_structure == "full" else "'diag'"
-    shrink = f"use hessian_structure={smaller}, or give fewer weights a posterior with subset_of_weights"
-    if hessian_structure == "diag":
-        shrink = "give fewer weights a posterior with subset_of_weights"
+    shrink = "give fewer weights a posterior with subset_of_weights"
+    if hessian_structure != "diag":
+        shrink = f"use hessian_structure='diag', or 'lanczos' with few max_vectors, or {shrink}"
     needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result))
     return memory.MemoryEstimate(needed, memory.free_bytes(), shrink)
 

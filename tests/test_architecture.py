@@ -40,7 +40,7 @@ ALLOWED = {
         *("tree", "memory", "network", "deterministic", "subset", "features", "likelihood", "data", "data_terms"),
         *("log_joint", "prior", "linear_mode", "structure"),
     },
-    "bnnlaplace.choice": {"log_joint", "prior"},
+    "bnnlaplace.choice": {"log_joint", "mode", "prior"},
     "bnnlaplace.link": {"likelihood"},
     "bnnlaplace.predictive": {"types", "tree", "precise", "network", "likelihood", "curvature", "structure", "link"},
     "bnnlaplace.metric_inputs": set(),
