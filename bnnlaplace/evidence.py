@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from bnnlaplace import determinant
 from bnnlaplace.curvature import ggn
 from bnnlaplace.krylov.derivative_modes import once
-from bnnlaplace.likelihood import Likelihood
+from bnnlaplace.likelihood import Likelihood, check_target_shape
 from bnnlaplace.log_joint import LogJoint
 from bnnlaplace.network import Network
 from bnnlaplace.tree import as_vector, num_examples, ravel
@@ -269,7 +269,9 @@ def _log_likelihood(
     linearised: ggn.Linearisation, likelihood: Likelihood, batch: tuple[Array, Array], scale: float
 ) -> Float[Array, ""]:
     inputs, targets = batch
-    return scale * jnp.sum(likelihood.log_prob(linearised.outputs[: num_examples(inputs)], targets))
+    outputs = linearised.outputs[: num_examples(inputs)]
+    check_target_shape(likelihood, outputs.shape, targets, "log_marginal_likelihood(batch=(x, y))")
+    return scale * jnp.sum(likelihood.log_prob(outputs, targets))
 
 
 def _is_leaf(value: PyTree) -> bool:

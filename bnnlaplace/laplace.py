@@ -23,6 +23,7 @@ from bnnlaplace.mode import warn_unless_mode
 from bnnlaplace.network import Network
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
 from bnnlaplace.tree import ravel, register_unchecked, unraveler
+from bnnlaplace.tree import size as tree_size
 from bnnlaplace.types import Estimate
 
 
@@ -30,7 +31,7 @@ from bnnlaplace.types import Estimate
     ("network", "likelihood", "prior_precision", "prior_mean", "structure", "fitted"),
     ("subset_of_weights", "hessian_structure", "prior_groups"),
 )
-@dataclass(frozen=True, init=False)
+@dataclass(frozen=True, init=False, repr=False)
 class Laplace:
     """A Laplace approximation N(theta*, (G + P0)^-1) around the weights of a network, P0 the precision of the prior.
 
@@ -135,6 +136,16 @@ class Laplace:
         if subset_of_weights == "all":  # otherwise the weights are known once there are data
             _ = self.prior
 
+    def __repr__(self) -> str:
+        state = "not fitted" if self.structure is None else f"fitted as {type(self.structure).__name__}"
+        precision = self.prior_precision
+        if not priors.is_scalar(precision):
+            precision = f"{len(precision)} groups" if isinstance(precision, dict) else "one for each weight"
+        return (
+            f"Laplace({self.likelihood.name!r}, {self.hessian_structure!r}, {tree_size(self.network.params)} weights, "
+            f"prior_precision={precision}, {state})"
+        )
+
     @property
     def sigma_noise(self) -> Float[Array, "*C"] | None:
         """Standard deviation of a regression's noise, read from the likelihood; None where it has none."""
@@ -232,7 +243,11 @@ class Laplace:
         return la
 
     def memory_estimate(
-        self, data: tuple[Inputs, Array], *, max_vectors: int = 512, microbatch: int = 64
+        self,
+        data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]],
+        *,
+        max_vectors: int = 512,
+        microbatch: int = 64,
     ) -> MemoryEstimate:
         """What `fit` with the same arguments takes at its peak, beside the activations of a microbatch; it is not run.
 

@@ -89,6 +89,8 @@ def gaussian(sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
         sigma: one positive number, or one for each output. Traced ones are differentiated.
     """
     sigma = jnp.asarray(sigma_noise)
+    if not isinstance(sigma, jax.core.Tracer) and not _all_positive(np.asarray(sigma)):
+        raise ValueError(f"gaussian(sigma_noise=...) must be positive and finite; got {sigma_noise}; try 1.0")
     return Likelihood(
         "regression",
         "array",
@@ -147,6 +149,35 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, "*C"] | floa
             "build your own with bnnlaplace.Likelihood"
         )
     return known[likelihood]()
+
+
+def check_target_shape(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Array, where: str) -> None:
+    """Check targets, traced ones too, against the shape (N, ..., C) of the outputs: others would broadcast in silence.
+
+    Parameters
+    ----------
+    likelihood
+        Which says what targets are.
+    outputs_shape
+        (N, ..., C).
+    targets
+        Labels (N, ...), or arrays shaped like the outputs.
+    where
+        Who asks, in the message.
+
+    Raises
+    ------
+    ValueError
+        If they have another shape.
+    """
+    shape, wanted = jnp.shape(targets), [outputs_shape]
+    if likelihood.target_kind == "label":
+        wanted = [outputs_shape[:-1], outputs_shape]
+    if shape not in wanted:
+        shapes = " or ".join(map(str, wanted))
+        raise ValueError(
+            f"{where}: targets of {likelihood.name!r} must have the shape {shapes}; got {shape}; reshape them"
+        )
 
 
 def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Int[Array, "..."]) -> None:

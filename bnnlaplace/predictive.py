@@ -17,6 +17,8 @@ from bnnlaplace.precise import einsum
 from bnnlaplace.structure import CovarianceStructure, JacobianRoot, SampleStructure, Structure
 from bnnlaplace.tree import examples, num_examples, ravel, unraveler
 
+# Likelihoods whose mean is a softmax, a sigmoid, or the output itself.
+PROBIT = ("classification", "binary", "regression")
 # Jacobians of outputs that are in memory at a time.
 JACOBIAN_BYTES = 2**28
 
@@ -204,6 +206,11 @@ def predictions(
     if link_approx == "bridge" and likelihood.name != "classification":
         raise ValueError(
             f"predictive(link_approx='bridge') must be asked of 'classification'; got {likelihood.name!r}; try 'probit'"
+        )
+    if link_approx == "probit" and pred_type == "glm" and likelihood.name not in PROBIT:
+        raise ValueError(
+            f"predictive(link_approx='probit') must be asked of one of {PROBIT}, being made for softmax and sigmoid; "
+            f"got {likelihood.name!r}; use link_approx='mc' with key=..."
         )
     if with_noise and likelihood.sigma_noise is None:
         raise ValueError(

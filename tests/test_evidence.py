@@ -274,3 +274,17 @@ def test_optimum_outside_the_range_says_so():
     # Weights at zero: the evidence rises with the precision without end.
     found = prior.optimum(lambda delta: np.array([1 / delta]), FixedNoise(0.0), 0.0)
     assert found.at_bound
+
+
+def test_targets_of_another_shape_do_not_broadcast(x64):
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
+    x, y = jnp.ones((3, 2)), jnp.ones(3)
+    options = {"network": network, "likelihood": bnnlaplace.gaussian(0.5), "num_matvecs": 2, "num_probes": 2}
+    with pytest.raises(ValueError, match=r"targets of 'regression' must have the shape \(3, 1\); got \(3,\)"):
+        evidence.log_marginal_likelihood(network.params, 1.0, (x, y), jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("sigma", [-1.0, 0.0, np.nan, [1.0, np.inf]])
+def test_the_noise_is_positive(sigma):
+    with pytest.raises(ValueError, match=r"gaussian\(sigma_noise=\.\.\.\) must be positive and finite"):
+        bnnlaplace.gaussian(jnp.asarray(sigma))

@@ -533,3 +533,17 @@ def test_bad_input(trained, diagonal):
 def test_more_samples_than_probes(lanczos):
     with pytest.raises(ValueError, match="num_samples must be at most 32; got 33; fit with num_probes=33"):
         lanczos.sample(jax.random.key(0), 33)
+
+
+def test_a_short_description(diagonal, lanczos):
+    assert repr(diagonal).startswith("Laplace('classification', 'diag', 602 weights, prior_precision=")
+    assert repr(diagonal).endswith("fitted as DiagonalStructure)")
+    assert "fitted as KrylovStructure" in repr(lanczos)
+    groups = bnnlaplace.Laplace(diagonal.network, prior_precision={"w1": 1.0, "w2": 2.0, "b2": 3.0})
+    assert repr(groups).endswith("prior_precision=3 groups, not fitted)")
+
+
+def test_the_probit_link_is_for_what_it_approximates(diagonal, trained):
+    own = dataclasses.replace(diagonal.likelihood, name="poisson")
+    with pytest.raises(ValueError, match="made for softmax and sigmoid; got 'poisson'; use link_approx='mc'"):
+        dataclasses.replace(diagonal, likelihood=own).predictive(trained[1][:3])

@@ -12,7 +12,6 @@ import torch
 from laplace.utils import Kron
 from peers.pairs import PRIOR_PRECISION, SIGMA_NOISE, TRAIN, build
 
-from bnnlaplace import structure
 from bnnlaplace.curvature import dense
 
 pytestmark = [
@@ -21,9 +20,8 @@ pytestmark = [
 ]
 MODELS = [("mlp", "classification"), ("mlp", "regression"), ("cnn", "classification"), ("cnn", "regression")]
 RELATIVE = 1e-4  # What parity means; they agree to 1e-10 when this is written.
-KRON = pytest.mark.skipif("kron" not in structure.BY_NAME, reason='needs hessian_structure="kron"')
 SHARED = [("all", "full"), ("all", "diag"), ("last_layer", "full"), ("last_layer", "diag")]
-KRONECKER = [pytest.param(subset, "kron", marks=KRON) for subset in ("all", "last_layer")]
+KRONECKER = [("all", "kron"), ("last_layer", "kron")]
 
 
 def peer_variance(pair, fitted, subset):
@@ -61,7 +59,6 @@ def test_posteriors_agree(kind, likelihood, subset, hessian_structure):
     assert_same(pair, pair.ours(subset, hessian_structure), pair.peer(subset, hessian_structure), subset)
 
 
-@KRON
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_bias_of_a_convolution(likelihood):
     """Kernels as the peer's; the block of a bias is exact here, and there a sum over positions of outer products.
