@@ -68,13 +68,9 @@ class DenseStructure:
     def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
         """tr_g G (G + delta I)^-1 = sum_g 1 - delta [(G + delta I)^-1]_ii over the weights of each group."""
         delta = float(prior_precision)
-        if groups.max() == 0:
-            values = self._eigenvalues()
-            return np.array([[(values / (values + delta)).sum()]])
-        inverse, failed = scipy.linalg.lapack.dpotri(self._cholesky(delta), lower=True)
-        if failed:
-            raise FloatingPointError("G + delta I is singular to rounding; look for weights that are not finite")
-        return group_sums(1 - delta * np.diagonal(inverse), groups)[None]
+        # With G + delta I = L L' the diagonal of its inverse holds the squared norms of the columns of L^-1.
+        inverse, _ = scipy.linalg.lapack.dtrtri(self._cholesky(delta), lower=True)
+        return group_sums(1 - delta * np.sum(inverse**2, axis=0), groups)[None]
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v, in float64."""
@@ -115,15 +111,10 @@ class DenseStructure:
         return self.__dict__["_vectors"]
 
     def _cholesky(self, delta: float) -> Float[np.ndarray, "P P"]:
-        """The lower factor of G + delta I in float64; rounding of G in its own precision can cost definiteness."""
-        matrix = np.asarray(self.matrix, np.float64)
-        shifted = matrix + delta * np.eye(len(matrix))
-        try:
-            return scipy.linalg.cholesky(shifted, lower=True)
-        except scipy.linalg.LinAlgError:
-            values, vectors = scipy.linalg.eigh(matrix)
-            positive = (vectors * np.maximum(values, 0)) @ vectors.T
-            return scipy.linalg.cholesky(positive + delta * np.eye(len(matrix)), lower=True)
+        """The lower factor of G + delta I in float64, the last one remembered."""
+        if self.__dict__.get("_factor", (None,))[0] != delta:
+            self.__dict__["_factor"] = delta, _shifted_cholesky(np.asarray(self.matrix, np.float64), delta)
+        return self.__dict__["_factor"][1]
 
     def _root(self, prior_precision: float) -> Float[Array, "P P"]:
         """The lower factor on the device: from float64 on the host, or traced."""
