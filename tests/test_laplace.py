@@ -547,3 +547,22 @@ def test_the_probit_link_is_for_what_it_approximates(diagonal, trained):
     own = dataclasses.replace(diagonal.likelihood, name="poisson")
     with pytest.raises(ValueError, match="made for softmax and sigmoid; got 'poisson'; use link_approx='mc'"):
         dataclasses.replace(diagonal, likelihood=own).predictive(trained[1][:3])
+
+
+def test_what_a_trace_asks_for_is_remembered_beyond_it(full, trained):
+    """A dense structure decomposes itself when it is asked often; inside of a trace, too."""
+    x = jnp.asarray(trained[1][:3])
+    fresh = dataclasses.replace(full, structure=bnnlaplace.structure.DenseStructure(full.structure.matrix))
+    expected = fresh.functional_variance(x)
+    for _ in range(4):
+        inside = jax.jit(lambda x: fresh.functional_variance(x))(x)
+        np.testing.assert_allclose(inside, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(fresh.functional_variance(x), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dense_matrix_that_rounding_made_indefinite():
+    values = jnp.array([-1e-3, 0.0, 1.0, 1e4])
+    structure = bnnlaplace.structure.DenseStructure(jnp.diag(values))
+    expected = np.log1p(np.array([0.0, 0.0, 1.0, 1e4]) / 1e-4).sum()
+    for _ in range(4):
+        np.testing.assert_allclose(structure.log_determinant(1e-4), expected, rtol=1e-6)

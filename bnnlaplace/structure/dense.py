@@ -106,8 +106,10 @@ class DenseStructure:
 
     def _eigenvectors(self) -> tuple[Float[Array, " P"], Float[Array, "P P"]]:
         if "_vectors" not in self.__dict__:
-            values, vectors = jnp.linalg.eigh(self.matrix)
-            self.__dict__["_vectors"] = jnp.maximum(values, 0), vectors
+            with jax.ensure_compile_time_eval():  # what a traced function asks for is remembered beyond its trace
+                values, vectors = jnp.linalg.eigh(self.matrix)
+                values = jnp.maximum(values, 0)
+            self.__dict__["_vectors"] = values, vectors
         return self.__dict__["_vectors"]
 
     def _cholesky(self, delta: float) -> Float[np.ndarray, "P P"]:
@@ -121,6 +123,16 @@ class DenseStructure:
         if isinstance(prior_precision, jax.core.Tracer) or isinstance(self.matrix, jax.core.Tracer):
             return jnp.linalg.cholesky(self.matrix + prior_precision * jnp.eye(len(self.matrix)))
         return jnp.asarray(self._cholesky(float(prior_precision)), self.matrix.dtype)
+
+
+def _shifted_cholesky(matrix: Float[np.ndarray, "P P"], delta: float) -> Float[np.ndarray, "P P"]:
+    """The lower factor of G + delta I; rounding of G in its own precision, which costs definiteness, is removed."""
+    identity = np.eye(len(matrix))
+    try:
+        return scipy.linalg.cholesky(matrix + delta * identity, lower=True)
+    except scipy.linalg.LinAlgError:
+        values, vectors = scipy.linalg.eigh(matrix)
+        return scipy.linalg.cholesky((vectors * np.maximum(values, 0)) @ vectors.T + delta * identity, lower=True)
 
 
 def _solved(
