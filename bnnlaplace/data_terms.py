@@ -66,10 +66,8 @@ def data_terms(
         count = jnp.sum(batch.weights) * (outputs.size // len(outputs))
         return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob), count
 
-    def add(total: DataTerms, part: tuple[mb.Microbatches, Array]) -> tuple[DataTerms, None]:
+    def of_batch(part: tuple[mb.Microbatches, Array]) -> DataTerms:
         (log_likelihood, count), gradient = jax.value_and_grad(value, has_aux=True)(params, *part)
-        return jax.tree.map(jnp.add, total, DataTerms(log_likelihood, ravel(gradient), count)), None
+        return DataTerms(log_likelihood, ravel(gradient), count)
 
-    zero = jnp.zeros((), dtype)
-    total, _ = jax.lax.scan(add, DataTerms(zero, jnp.zeros_like(ravel(params)), zero), (batches, labels))
-    return jax.tree.map(lambda part: scale * part, total)
+    return jax.tree.map(lambda part: scale * part, mb.summed(of_batch, (batches, labels)))

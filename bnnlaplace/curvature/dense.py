@@ -114,13 +114,8 @@ def ggn(
         ones = list(enumerate(parts))
         return [_block(one, other, batch.weights) for i, one in ones for _, other in ones[i:]]
 
-    def add(totals: list[Array], batch: mb.Microbatches) -> tuple[list[Array], None]:
-        return jax.tree.map(jnp.add, totals, of_batch(batch)), None
-
-    shapes = jax.eval_shape(of_batch, jax.tree.map(lambda leaf: leaf[0], batches))
-    blocks, _ = jax.lax.scan(add, [jnp.zeros(leaf.shape, leaf.dtype) for leaf in shapes], batches)
-    places = _places(find(network, jax.tree.map(lambda leaf: leaf[0], batches.inputs)), params)
-    return scale * _assembled(blocks, places)
+    places = _places(find(network, examples(batches.inputs, 0)), params)
+    return scale * _assembled(mb.summed(of_batch, batches), places)
 
 
 class _Part(NamedTuple):

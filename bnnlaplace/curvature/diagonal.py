@@ -51,7 +51,7 @@ def ggn_diagonal(
     batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
     leaves = jax.tree.leaves(params)
 
-    def add(total: list[Array], batch: mb.Microbatches) -> tuple[list[Array], None]:
+    def of_batch(batch: mb.Microbatches) -> list[Array]:
         passed = tapped.forward(network, params, batch.inputs)
         single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
 
@@ -67,10 +67,9 @@ def ggn_diagonal(
             weighted = mb.over_outputs(batch.weights, added[leaf]) * added[leaf]
             matrix = einsum("mi,mo->io", passed.layer_inputs[leaf][:, 0] ** 2, weighted)
             added[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
-        return jax.tree.map(jnp.add, total, added), None
+        return added
 
-    zeros = [jnp.zeros(leaf.size, leaf.dtype) for leaf in leaves]
-    return scale * jnp.concatenate(jax.lax.scan(add, zeros, batches)[0])
+    return scale * jnp.concatenate(mb.summed(of_batch, batches))
 
 
 def _squared(passed: tapped.Pass, leaf: int, found: Array, weights: Float[Array, " M"]) -> Float[Array, " p"]:

@@ -150,12 +150,7 @@ def factors(
                 sums.append((FilterSums if summed.ndim == 3 else DiagonalSums)(scale * summed))
         return sums
 
-    def add(total: list[LeafSums], batch: mb.Microbatches) -> tuple[list[LeafSums], None]:
-        return jax.tree.map(jnp.add, total, of_batch(batch)), None
-
-    shapes = jax.eval_shape(of_batch, jax.tree.map(lambda leaf: leaf[0], batches))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return jax.lax.scan(add, zeros, batches)[0]
+    return mb.summed(of_batch, batches)
 
 
 def _second_moment(rows: Float[Array, "M T D"], weights: Float[Array, " M"]) -> Float[Array, "D D"]:

@@ -1,14 +1,15 @@
 """Data cut into equal microbatches, so that a scan over them compiles once and bounds memory."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.tree import num_examples
+from bnnlaplace.tree import examples, num_examples
 
 
 class Microbatches(NamedTuple):
@@ -37,6 +38,26 @@ def over_outputs(weights: Float[Array, " M"], outputs: Float[Array, "M ..."]) ->
         Whose number of dimensions the result is to have.
     """
     return weights.reshape(-1, *[1] * (outputs.ndim - 1))
+
+
+def summed(function: Callable[[Any], PyTree], parts: PyTree[Float[Array, "num ..."]]) -> PyTree:
+    """The sum of `function` over parts along the leading axis, one after another. Call it inside `jit`.
+
+    Memory: the sum, and what `function` takes for one part.
+
+    Parameters
+    ----------
+    function
+        One part -> a pytree of arrays.
+    parts
+        A pytree of arrays, of equal length along the leading axis; microbatches, for instance.
+    """
+
+    def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    shapes = jax.eval_shape(function, examples(parts, 0))
+    return jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), parts)[0]
 
 
 def split(

@@ -17,9 +17,11 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import precise
+from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.layers import Entry, Layer, Weights, at_one_example, find
 from bnnlaplace.equations import run
 from bnnlaplace.network import Network
+from bnnlaplace.tree import examples
 
 
 class Pass(NamedTuple):
@@ -119,11 +121,7 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
     shape = outputs.shape[1:]
     columns = jnp.eye(math.prod(shape), dtype=outputs.dtype).reshape(-1, *shape)
 
-    def add(total: PyTree, column: Array) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, function(jnp.broadcast_to(column, outputs.shape))), None
-
-    sums = jax.eval_shape(function, outputs)
-    return lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), sums), columns)[0]
+    return mb.summed(lambda column: function(jnp.broadcast_to(column, outputs.shape)), columns)
 
 
 def _all_entries(weights: Weights) -> list[Entry]:
@@ -256,7 +254,7 @@ def _by_whole_network(
             filled = list(leaves)
             for number, leaf in zip(numbers, some, strict=True):
                 filled[number] = leaf
-            return network(jax.tree.unflatten(structure, filled), jax.tree.map(lambda x: x[None], example))[0]
+            return network(jax.tree.unflatten(structure, filled), examples(example, None))[0]
 
         return jax.vjp(outputs, [leaves[number] for number in numbers])[1](cotangent)[0]
 
