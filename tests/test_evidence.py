@@ -1,11 +1,10 @@
-"""The evidence against dense determinants, their gradients, and Bayesian linear regression in closed form."""
+"""The evidence against dense determinants, and their gradients."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import two_layers
-from scipy import stats
 
 import bnnlaplace
 from bnnlaplace import evidence, krylov, prior
@@ -202,25 +201,6 @@ def test_isotropic_evidence_is_not_differentiated_in_the_weights(classification)
 
     with pytest.raises(TypeError, match="isotropic has derivatives in the prior precision only"):
         jax.grad(ours)(classification.network.params)
-
-
-def test_bayesian_linear_regression(x64):
-    rng = np.random.default_rng(0)
-    features, targets = rng.normal(size=(9, 4)), rng.normal(size=(9, 1))
-    sigma, precision = 0.6, 1.7
-    posterior = features.T @ features / sigma**2 + precision * np.eye(4)
-    weights = np.linalg.solve(posterior, features.T @ targets / sigma**2)
-    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.asarray(weights))
-    la = bnnlaplace.Laplace(
-        network, "regression", hessian_structure="full", prior_precision=precision, sigma_noise=sigma
-    ).fit((features, targets))
-    covariance = features @ features.T / precision + sigma**2 * np.eye(9)
-    expected = stats.multivariate_normal.logpdf(targets[:, 0], np.zeros(9), covariance)
-    np.testing.assert_allclose(la.log_marginal_likelihood().mean, expected, rtol=1e-10)
-    np.testing.assert_allclose(np.linalg.norm(la.mode_gradient()), 0, atol=1e-10)
-    mean, variance = la.predictive(features)
-    np.testing.assert_allclose(mean, features @ weights, rtol=1e-10)
-    np.testing.assert_allclose(variance[:, 0], np.einsum("nd,de,ne->n", features, np.linalg.inv(posterior), features))
 
 
 @pytest.fixture
