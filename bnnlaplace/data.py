@@ -166,11 +166,16 @@ def check_inputs(inputs: Inputs) -> None:
     Raises
     ------
     ValueError
-        If a number among them is not finite.
+        If they are no arrays of numbers, or a number among them is not finite.
     """
     for leaf in jax.tree.leaves(inputs):
         if isinstance(leaf, jax.core.Tracer):
             continue
+        if np.ndim(leaf) == 0 or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"inputs to predict at must be arrays with inputs along the first axis; got a {type(leaf).__name__}; "
+                "pass jnp.asarray(x)"
+            )
         # Where the inputs are: images on the host need no second copy on the device.
         with jax.ensure_compile_time_eval():  # inputs that a traced function closes over
             finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)

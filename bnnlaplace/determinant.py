@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
@@ -35,6 +36,7 @@ from bnnlaplace.krylov.derivative_modes import once
 from bnnlaplace.krylov.tridiagonal import reached_eigenpairs
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.precise import matmul
+from bnnlaplace.random_key import is_key
 from bnnlaplace.types import Estimate
 
 Side = Literal["primal", "dual"]
@@ -94,11 +96,11 @@ def choose_side(caller: str, side: str, probes: Array, num_weights: int, num_out
         raise ValueError(f"{caller}(side=...) must be 'primal', 'dual' or 'auto'; got {side!r}")
     if is_key(probes):
         return min(lengths, key=lengths.__getitem__) if side == "auto" else side
-    fitting = [name for name, length in lengths.items() if probes.shape[1:] == (length,) and side in (name, "auto")]
+    fitting = [name for name, length in lengths.items() if np.shape(probes)[1:] == (length,) and side in (name, "auto")]
     if not fitting:
         wanted = " or ".join(f"{lengths[name]} ({name})" for name in lengths if side in (name, "auto"))
         raise ValueError(
-            f"{caller}(probes=...) must be a random key or have rows of {wanted} numbers; got shape {probes.shape}; "
+            f"{caller}(probes=...) must be a random key or have rows of {wanted} numbers; got {_described(probes)}; "
             "try a key with num_probes=10"
         )
     return fitting[0]
@@ -122,11 +124,6 @@ def rows_of(caller: str, probes: Array, num_probes: int | None, size: int, dtype
             f"{num_probes}; pass a random key to have them drawn"
         )
     return probes
-
-
-def is_key(probes: Array) -> bool:
-    """Whether it is a random key of `jax.random.key`."""
-    return jnp.issubdtype(jnp.asarray(probes).dtype, jax.dtypes.prng_key)
 
 
 def estimate(
@@ -216,6 +213,10 @@ def mean_and_sem(forms: Float[Array, "*shape S"]) -> Estimate:
     mean = jnp.mean(forms, axis=-1)
     sem = jnp.std(fixed, axis=-1, ddof=1) / count**0.5 if count > 1 else jnp.full_like(mean, jnp.inf)
     return Estimate(mean, jax.lax.stop_gradient(sem))
+
+
+def _described(probes: Any) -> str:
+    return f"shape {probes.shape}" if hasattr(probes, "shape") else repr(probes)
 
 
 def _batches(rows: Float[Array, "S V"], most: int) -> Float[Array, "num size V"]:

@@ -18,6 +18,7 @@ from bnnlaplace.linear_mode import linear_mode
 from bnnlaplace.log_joint import FixedNoise
 from bnnlaplace.network import Network
 from bnnlaplace.prior import Prior
+from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import Structure
 from bnnlaplace.structure import fit as structure_fit
 from bnnlaplace.tree import examples, ravel, size, unraveler
@@ -199,8 +200,7 @@ def _fit_products(
     arguments = (white.head, model.likelihood, model.data, scale)
     if int(terms.num_outputs / scale) <= max_vectors:
         return Fit(model.network, structure_fit.fit_spectral(*arguments), terms)
-    if krylov_options["key"] is None:
-        raise ValueError("fit(key=...) must seed the probes of 'lanczos'; got None; pass jax.random.key(0)")
+    check_key(krylov_options["key"], "fit(key=...), which seeds the probes of 'lanczos',")
     structure = structure_fit.fit_krylov(
         *arguments,
         log_joint=FixedNoise(float(terms.log_likelihood)),

@@ -21,6 +21,7 @@ from bnnlaplace.log_joint import BestNoise, FixedNoise
 from bnnlaplace.memory import MemoryEstimate
 from bnnlaplace.mode import warn_unless_mode
 from bnnlaplace.network import Network
+from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
 from bnnlaplace.tree import ravel, register_unchecked, unraveler
 from bnnlaplace.tree import size as tree_size
@@ -70,6 +71,8 @@ class Laplace:
     ------
     ValueError
         If a name is unknown, a number is not positive and finite, or `sigma_noise` is given to another likelihood.
+    TypeError
+        If `network` is a model that is not wrapped.
 
     Examples
     --------
@@ -108,6 +111,11 @@ class Laplace:
         fitted: DataTerms | None = None,
         sigma_noise: float | Float[Array, "*C"] = 1.0,
     ) -> None:
+        if not isinstance(network, Network):
+            raise TypeError(
+                f"Laplace(network=...) must be a bnnlaplace.Network; got {type(network).__name__}; wrap a Flax model "
+                "by Network.from_linen(module, variables) or Network.from_nnx(model), a function by from_function"
+            )
         if hessian_structure not in BY_NAME:
             raise ValueError(
                 f"Laplace(hessian_structure=...) must be one of {sorted(BY_NAME)}; got {hessian_structure!r}"
@@ -356,8 +364,8 @@ class Laplace:
             return choice.by_evidence(self, prior_structure, **options)
         if method != "gridsearch":
             raise ValueError(f"optimize_prior_precision(method=...) must be 'marglik' or 'gridsearch'; got {method!r}")
-        if validation is None or key is None:
-            raise ValueError("optimize_prior_precision('gridsearch') must be given validation=(x, y) and key=...")
+        if validation is None:
+            raise ValueError("optimize_prior_precision('gridsearch') must be given validation=(x, y), and key=...")
         grid = np.geomspace(1e-2, 1e4, 25) if precisions is None else precisions
         curve = self.validation_curve(*validation, grid, key=key, num_samples=num_samples)
         factor = curve.best_precision / self.prior.precision
@@ -381,6 +389,7 @@ class Laplace:
         """
         structure, _ = self._require_fit()
         check_inputs(x)
+        check_key(key, "validation_curve(key=...)")
         options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         return validation.validation_curve(self._white(), self.likelihood, structure, x, y, precisions, **options)
 
@@ -431,10 +440,9 @@ class Laplace:
             )
         factor = float(factors[0])
         noise = BestNoise.of(float(fitted.log_likelihood), float(fitted.num_outputs), self.sigma_noise)
-        value = noise.constant - 0.5 * (noise.squared_residuals / factor + noise.num_outputs * np.log(factor))
-        dtype = fitted.log_likelihood.dtype
         terms = fitted._replace(
-            log_likelihood=jnp.asarray(value, dtype), log_likelihood_gradient=fitted.log_likelihood_gradient / factor
+            log_likelihood=jnp.asarray(noise.log_likelihood(factor), fitted.log_likelihood.dtype),
+            log_likelihood_gradient=fitted.log_likelihood_gradient / factor,
         )
         likelihood = gaussian(jnp.asarray(new.sigma_noise, self.sigma_noise.dtype))
         return dataclasses.replace(
@@ -485,6 +493,9 @@ class Laplace:
             For "lanczos" at most the number of probes.
         """
         structure = self._usable_structure()
+        check_key(key, "sample(key=...)")
+        if num_samples < 0:
+            raise ValueError(f"sample(num_samples=...) must be at least 0; got {num_samples}")
         deviations = self.prior.whiten(structure.samples(key, num_samples, self.prior.precision))
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 
@@ -510,6 +521,7 @@ class Laplace:
         """
         structure, _ = self._require_fit()
         check_inputs(x)
+        check_key(key, "functional_posteriors(key=...)")
         return predictive.functional_posteriors(
             self._white(), structure, x, precisions, key=key, num_samples=num_samples, microbatch=microbatch
         )

@@ -75,6 +75,10 @@ class BestNoise(NamedTuple):
         """s: the best noise variance over that of the likelihood."""
         return (self.squared_residuals + q) / self.num_outputs
 
+    def log_likelihood(self, factor: float) -> float:
+        """log p(y | f) with the noise variance multiplied by `factor`."""
+        return self.constant - 0.5 * (self.squared_residuals / factor + self.num_outputs * math.log(factor))
+
     def __call__(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
         """The value at s."""
         return self.constant - 0.5 * self.num_outputs * (1 + np.log(self.factor(q)))

@@ -94,6 +94,11 @@ class Network:
         call_arguments
             Keyword arguments of every call.
 
+        Raises
+        ------
+        TypeError
+            If `model` is no such module.
+
         Examples
         --------
         >>> import jax.numpy as jnp
@@ -104,6 +109,11 @@ class Network:
         """
         from flax import nnx
 
+        if not isinstance(model, nnx.Module):
+            raise TypeError(
+                f"from_nnx(model=...) must be a flax.nnx.Module; got {type(model).__name__}; a Linen module is wrapped "
+                "by Network.from_linen(module, variables)"
+            )
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         forward = _NNXForward(graph, tuple(sorted(call_arguments.items())))
         return cls(forward, _as_arrays(nnx.to_pure_dict(params)), _as_arrays(nnx.to_pure_dict(rest)))

@@ -14,6 +14,7 @@ from bnnlaplace.curvature import dense
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum
+from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import CovarianceStructure, JacobianRoot, SampleStructure, Structure
 from bnnlaplace.tree import examples, num_examples, ravel, unraveler
 
@@ -219,8 +220,7 @@ def predictions(
     noise = likelihood.sigma_noise**2 if with_noise else 0.0
     if pred_type == "nn" or (link_approx == "mc" and not is_regression):
         which = "pred_type='nn'" if pred_type == "nn" else "link_approx='mc'"
-        if key is None:
-            raise ValueError(f"predictive({which}) must be given key=...; pass jax.random.key(0)")
+        check_key(key, f"predictive({which}, key=...)")
         if num_samples is None:
             num_samples = structure.num_probes if isinstance(structure, SampleStructure) else 100
         draw = {"key": key, "num_samples": num_samples, "microbatch": microbatch}

@@ -15,6 +15,7 @@ ALLOWED = {
     "bnnlaplace.tree": set(),
     "bnnlaplace.precise": set(),
     "bnnlaplace.memory": set(),
+    "bnnlaplace.random_key": set(),
     "bnnlaplace.network": {"types", "tree", "precise"},
     "bnnlaplace.deterministic": {"tree", "network"},
     "bnnlaplace.equations": {"network"},
@@ -26,7 +27,7 @@ ALLOWED = {
     "bnnlaplace.data_terms": {"tree", "network", "likelihood", "curvature"},
     "bnnlaplace.krylov": {"types", "tree", "precise"},
     "bnnlaplace.log_joint": set(),
-    "bnnlaplace.determinant": {"types", "precise", "likelihood", "curvature", "krylov"},
+    "bnnlaplace.determinant": {"types", "precise", "random_key", "likelihood", "curvature", "krylov"},
     "bnnlaplace.evidence": {
         *("types", "tree", "network", "likelihood", "curvature", "krylov", "log_joint", "determinant"),
     },
@@ -38,11 +39,13 @@ ALLOWED = {
     "bnnlaplace.mode": {"structure"},
     "bnnlaplace.fitting": {
         *("tree", "memory", "network", "deterministic", "subset", "features", "likelihood", "data", "data_terms"),
-        *("log_joint", "prior", "linear_mode", "structure"),
+        *("log_joint", "prior", "linear_mode", "structure", "random_key"),
     },
     "bnnlaplace.choice": {"log_joint", "mode", "prior"},
     "bnnlaplace.link": {"likelihood"},
-    "bnnlaplace.predictive": {"types", "tree", "precise", "network", "likelihood", "curvature", "structure", "link"},
+    "bnnlaplace.predictive": {
+        *("types", "tree", "precise", "random_key", "network", "likelihood", "curvature", "structure", "link"),
+    },
     "bnnlaplace.metric_inputs": set(),
     "bnnlaplace.resampling": set(),
     "bnnlaplace.detection": {"metric_inputs"},

@@ -71,6 +71,12 @@ def test_unknown_side(classification):
         by_quadrature(classification.network.params, 1.0, classification, "both", 3)
 
 
+@pytest.mark.parametrize("precision", [-1.0, 0.0, np.nan, np.linspace(-1, 2, 43)])
+def test_the_precision_is_positive(classification, precision):
+    with pytest.raises(ValueError, match=r"prior_precision=...\) must be positive and finite; got"):
+        by_quadrature(classification.network.params, precision, classification, "primal", 3)
+
+
 @pytest.mark.parametrize("side", ["primal", "dual"])
 def test_the_linearisation_is_the_only_forward_pass(classification, side):
     seen = []
@@ -168,6 +174,10 @@ def test_probes_from_a_key(classification):
     np.testing.assert_allclose(ours("primal", key, num_probes=3), ours("auto", rows["primal"]), rtol=1e-12)
     np.testing.assert_array_equal(ours("auto", key, num_probes=3), ours("dual", key, num_probes=3))  # 36 < 43
     np.testing.assert_array_equal(ours("auto", rows["dual"]), ours("dual", rows["dual"]))
+    raw = jax.random.PRNGKey(1)
+    np.testing.assert_array_equal(ours("dual", raw, num_probes=3), ours("dual", key, num_probes=3))
+    with pytest.raises(ValueError, match=r"must be a random key or have rows .*; got 0"):
+        by_quadrature(params, 0.7, classification, "auto", 2, probes=0)
     with pytest.raises(ValueError, match=r"num_probes=...\) must be given where probes is a random key"):
         ours("auto", key)
     with pytest.raises(ValueError, match=r"rows of probes, 3, or left out; got 4"):

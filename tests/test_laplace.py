@@ -492,8 +492,9 @@ def test_bad_input(trained, diagonal):
         bnnlaplace.Laplace(network, prior_precision=-1)
     with pytest.raises(ValueError, match="call la = la.fit"):
         la.log_marginal_likelihood()
-    with pytest.raises(ValueError, match="fit\\(key=...\\) must seed"):
-        la.fit((x, y))
+    for key in (None, 0, np.zeros(2)):
+        with pytest.raises(ValueError, match=r"fit\(key=...\).* must be one random key; got .*; pass jax.random.key"):
+            la.fit((x, y), key=key)
     with pytest.raises(ValueError, match="must hold at least one batch"):
         la.fit([], key=jax.random.key(0))
     with pytest.raises(ValueError, match="as many targets as inputs"):
@@ -519,8 +520,20 @@ def test_bad_input(trained, diagonal):
     with pytest.raises(ValueError, match="'glm' or 'nn'; got 'bnn'"):
         diagonal.predictive(x[:3], pred_type="bnn")
     for options in ({"link_approx": "mc"}, {"pred_type": "nn"}):
-        with pytest.raises(ValueError, match="must be given key"):
-            diagonal.predictive(x[:3], **options)
+        for key in (None, 0):
+            with pytest.raises(ValueError, match="key=...\\) must be one random key; got"):
+                diagonal.predictive(x[:3], key=key, **options)
+    with pytest.raises(ValueError, match=r"sample\(key=...\) must be one random key; got 1"):
+        diagonal.sample(1, 2)
+    with pytest.raises(ValueError, match=r"sample\(num_samples=...\) must be at least 0; got -1"):
+        diagonal.sample(jax.random.key(0), -1)
+    for inputs in (x[:3].tolist(), "abc", 1.0):
+        with pytest.raises(ValueError, match="inputs to predict at must be arrays.*pass jnp.asarray"):
+            diagonal.predictive(inputs)
+    with pytest.raises(TypeError, match=r"must be a bnnlaplace.Network; got Dense; wrap a Flax model"):
+        bnnlaplace.Laplace(nn.Dense(3))
+    with pytest.raises(TypeError, match=r"must be a flax.nnx.Module; got Dense; .*from_linen"):
+        bnnlaplace.Network.from_nnx(nn.Dense(3))
     with pytest.raises(ValueError, match="with_noise=True.*of a regression with sigma_noise; got 'classification'"):
         diagonal.predictive(x[:3], with_noise=True)
     with pytest.raises(ValueError, match=r"fit\(target_precision=...\) must be one positive, finite number; got 0"):
