@@ -9,7 +9,6 @@ writes `benchmarks/results/block_krylov.json`. About two minutes on 2 cores.
 
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -19,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bnnlaplace import categorical, krylov
+from bnnlaplace.curvature import streamed
 from bnnlaplace.structure import KrylovStructure
-from bnnlaplace.structure.fit import block_product
 from bnnlaplace.tree import size
 from training import config_io, loop, posteriors
 from training.data import load, normalise
@@ -39,7 +38,7 @@ def main(workdir: Path) -> None:
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     precision = posteriors.load(workdir, network)["Lanczos"].evidence_optimum().prior_precision
     images = normalise(data.train.images, data.mean, data.std)
-    product = partial(block_product, network, categorical(), images, 1.0, microbatch=64)
+    product = streamed.operator(network, categorical(), (images, data.train.labels), side="primal").matvec
 
     table = Table(
         "probes in a block", "products a block", f"products for {SAMPLES} samples", "seconds", title_justify="left"

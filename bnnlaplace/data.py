@@ -119,13 +119,15 @@ class Data:
 
 
 def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data:
-    """Arrays (x, y), x possibly a pytree, or an iterable of such batches, as `Data`.
+    """Arrays (x, y), x possibly a pytree, or an iterable of such batches, as `Data`; what is that already, as it is.
 
     Raises
     ------
     ValueError
         If there are no batches or no examples, a batch is no pair, or there are not as many targets as inputs.
     """
+    if isinstance(data, Data):
+        return data
     if _is_pair_of_arrays(data):
         pair = _as_pair(data)
         return Data([pair], pair)
@@ -139,6 +141,15 @@ def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data
     head = _as_pair(found[0])
     once = iterator is data
     return Data(itertools.chain(found, iterator) if once else data, head, once)
+
+
+def accumulate(data: Data, step: Callable[[Batch], Any]) -> Any:
+    """The sum over batches of a pytree computed from each; one pass."""
+    total = None
+    for batch in data:
+        found = step(batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    return total
 
 
 def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: Array) -> None:

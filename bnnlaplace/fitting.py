@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import features, memory, subset
-from bnnlaplace.data import Batch, Data, check_fits_model
+from bnnlaplace.curvature import streamed
+from bnnlaplace.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.data_terms import DataTerms, data_terms
 from bnnlaplace.deterministic import check_deterministic
 from bnnlaplace.likelihood import Likelihood
@@ -183,7 +184,7 @@ def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, m
         curvature = structure_fit.batch_curvature(name, model.head, model.likelihood, batch, microbatch=few)
         return _batch_terms(model, batch, microbatch=microbatch), curvature
 
-    terms, curvature = structure_fit.accumulate(model.data, step)
+    terms, curvature = accumulate(model.data, step)
     scale = scale_of(model.data, num_data)
     structure = jax.jit(structure_fit.EXACT[name][1])(jax.tree.map(lambda part: scale * part, curvature))
     if prior.relative is not None:
@@ -221,7 +222,7 @@ def _whitened(model: Model, prior: Prior) -> Model:
 
 
 def _terms(model: Model, num_data: int | None, *, microbatch: int) -> DataTerms:
-    found = structure_fit.accumulate(model.data, partial(_batch_terms, model, microbatch=microbatch))
+    found = accumulate(model.data, partial(_batch_terms, model, microbatch=microbatch))
     return _scaled(found, scale_of(model.data, num_data))
 
 
@@ -235,4 +236,4 @@ def _scaled(terms: DataTerms, scale: float) -> DataTerms:
 
 def _product(model: Model, num_data: int | None, *, microbatch: int) -> Callable[[Array], Array]:
     scale = scale_of(model.data, num_data)
-    return structure_fit.streamed_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)
+    return streamed.primal_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)

@@ -23,7 +23,7 @@ ALLOWED = {
     "bnnlaplace.subset": {"tree", "network", "equations"},
     "bnnlaplace.likelihood": {"types", "tree"},
     "bnnlaplace.data": {"tree", "network", "likelihood"},
-    "bnnlaplace.curvature": {"types", "tree", "precise", "network", "likelihood", "equations"},
+    "bnnlaplace.curvature": {"types", "tree", "precise", "network", "likelihood", "data", "equations"},
     "bnnlaplace.data_terms": {"tree", "network", "likelihood", "curvature"},
     "bnnlaplace.krylov": {"types", "tree", "precise"},
     "bnnlaplace.log_joint": set(),
@@ -39,7 +39,7 @@ ALLOWED = {
     "bnnlaplace.mode": {"structure"},
     "bnnlaplace.fitting": {
         *("tree", "memory", "network", "deterministic", "subset", "features", "likelihood", "data", "data_terms"),
-        *("log_joint", "prior", "linear_mode", "structure", "random_key"),
+        *("curvature", "log_joint", "prior", "linear_mode", "structure", "random_key"),
     },
     "bnnlaplace.choice": {"log_joint", "mode", "prior"},
     "bnnlaplace.link": {"likelihood"},

@@ -7,7 +7,7 @@ import pytest
 from problems import random_problem
 
 import bnnlaplace
-from bnnlaplace.curvature import dense, diagonal, ggn, microbatch
+from bnnlaplace.curvature import dense, diagonal, ggn, microbatch, streamed
 from bnnlaplace.tree import ravel
 
 SCALE = 2.5
@@ -96,6 +96,41 @@ def test_dual_has_the_same_nonzero_spectrum(problem):
     count = np.linalg.matrix_rank(primal)
     np.testing.assert_allclose(gram, gram.T, atol=1e-10)
     np.testing.assert_allclose(np.linalg.eigvalsh(gram)[-count:], np.linalg.eigvalsh(primal)[-count:], atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(11,), (4, 4, 3)])
+def test_streamed_products_of_both_sides(problem, sizes):
+    """Batches of which the last is shorter, in microbatches with padding; one vector, or rows at once."""
+    network, likelihood, inputs, targets, matrix = problem
+    ends = np.cumsum(sizes)
+    batches = [(inputs[end - size : end], targets[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    delta = np.linspace(0.5, 3.0, 43)
+    options = {"prior_precision": delta, "scale": SCALE, "microbatch": 3}
+    primal, dual = (
+        streamed.operator(network, likelihood, batches, side=side, **options) for side in ("primal", "dual")
+    )
+    whitened = SCALE * matrix / np.sqrt(np.outer(delta, delta))
+    assert (primal.size, dual.size) == (43, 33)
+    np.testing.assert_allclose(primal.matvec(np.eye(43)), whitened, atol=1e-10)
+    np.testing.assert_allclose(primal.matvec(np.eye(43)[4]), whitened[4], atol=1e-10)
+    small = dual.matvec(np.eye(33))
+    np.testing.assert_allclose(dual.matvec(np.eye(33)[4]), small[4], atol=1e-10)
+    # On outputs one after another, as B' J has its rows.
+    ones = jnp.ones(len(inputs))
+    rows = np.sqrt(SCALE) * dense.factor_rows(network, likelihood, network.params, inputs, ones) / np.sqrt(delta)
+    np.testing.assert_allclose(small, rows @ rows.T, atol=1e-10)
+    assert streamed.operator(network, likelihood, batches).size == 33
+    assert streamed.operator(network, likelihood, 2 * batches[:1] + batches).size == 43
+
+
+def test_bad_streams(problem):
+    network, likelihood, inputs, targets, _ = problem
+    with pytest.raises(ValueError, match="'auto', 'primal' or 'dual'; got 'both'"):
+        streamed.operator(network, likelihood, (inputs, targets), side="both")
+    with pytest.raises(ValueError, match="readable several times"):
+        streamed.operator(network, likelihood, ((inputs, targets) for _ in range(2)))
+    with pytest.raises(ValueError, match="targets|labels"):
+        streamed.operator(network, likelihood, (inputs, targets[:, None]))
 
 
 def test_microbatches_are_even_and_complete():

@@ -13,10 +13,9 @@ from sklearn.datasets import load_digits
 import bnnlaplace
 from bnnlaplace import krylov, predictive, prior
 from bnnlaplace.checkpoint import CheckpointError
-from bnnlaplace.curvature import dense
+from bnnlaplace.curvature import dense, streamed
 from bnnlaplace.log_joint import FixedNoise
 from bnnlaplace.structure import KrylovStructure
-from bnnlaplace.structure import fit as structure_fit
 from bnnlaplace.tree import ravel, squared_norm
 from bnnlaplace.validation import ValidationCurve
 
@@ -297,12 +296,12 @@ def test_save_and_load(name, request, tmp_path):
 
 def test_compiles_once_per_shape(trained):
     network, x, y = trained
-    products = structure_fit.block_product._cache_size()
+    products = streamed.batch_product._cache_size()
     for seed in (11, 12):
         la = bnnlaplace.Laplace(network.with_params(jax.tree.map(lambda leaf: leaf * 1.01, network.params)))
         with pytest.warns(UserWarning, match="not converged"):
             la.fit((x[:90], y[:90]), key=jax.random.key(seed), num_probes=4, max_vectors=12).predictive(x[:7])
-    assert structure_fit.block_product._cache_size() == products + 1
+    assert streamed.batch_product._cache_size() == products + 1
 
 
 @pytest.mark.parametrize("enabled", [False, True])

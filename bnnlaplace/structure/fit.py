@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from bnnlaplace import krylov, prior
-from bnnlaplace.curvature import dense, diagonal, ggn, kronecker
+from bnnlaplace.curvature import dense, diagonal, kronecker, streamed
 from bnnlaplace.data import Batch, Data
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.log_joint import LogJoint
@@ -34,44 +34,12 @@ EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any], Structure]]] = {
 }
 
 
-def accumulate(data: Data, step: Callable[[Batch], Any]) -> Any:
-    """The sum over batches of a pytree computed from each; one pass."""
-    total = None
-    for batch in data:
-        found = step(batch)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-    return total
-
-
 @partial(jax.jit, static_argnames=("name", "microbatch"))
 def batch_curvature(name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int) -> Any:
     """The curvature of one batch for the structure `name` of `EXACT`, compiled once per shape."""
     function, _ = EXACT[name]
     options = {"weights": batch.weights, "microbatch": microbatch}
     return function(network, likelihood, network.params, batch.inputs, **options)
-
-
-@partial(jax.jit, static_argnames="microbatch")
-def block_product(
-    network: Network,
-    likelihood: Likelihood,
-    batch: Batch,
-    scale: float,
-    vectors: Float[Array, "S P"],
-    *,
-    microbatch: int,
-) -> Float[Array, "S P"]:
-    """V G for a block of rows and one batch, compiled once per shape; see `curvature.ggn.block_product`."""
-    options = {"weights": batch.weights, "scale": scale, "microbatch": microbatch}
-    return ggn.block_product(network, likelihood, network.params, batch.inputs, **options)(vectors)
-
-
-def streamed_product(
-    network: Network, likelihood: Likelihood, data: Data, scale: float, *, microbatch: int
-) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
-    """V -> V G for S rows at once; each product is a pass over the data."""
-    product = partial(block_product, network, likelihood, microbatch=microbatch)
-    return lambda vectors: accumulate(data, lambda batch: product(batch, scale, vectors))
 
 
 def fit_spectral(network: Network, likelihood: Likelihood, data: Data, scale: float) -> SpectralStructure:
@@ -144,7 +112,7 @@ def fit_krylov(
     probes = jax.random.normal(key, (min(num_probes, dimension), dimension), ravel(network.params).dtype)
     if target_precision is not None:
         prior.check(target_precision, "fit(target_precision=...)")
-    product = streamed_product(network, likelihood, data, scale, microbatch=microbatch)
+    product = streamed.primal_product(network, likelihood, data, scale, microbatch=microbatch)
     for decomposition in krylov.block_lanczos(product, probes, max_vectors=max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition, tolerance)
         target = target_precision

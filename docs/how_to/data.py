@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 import bnnlaplace
+from bnnlaplace import krylov
 
 # %% Inputs of several parts
 # x may be any pytree of arrays with examples along the leading axis: here images and a number for each of them. The
@@ -97,6 +98,16 @@ part = rng.choice(NUM, 600, replace=False)
 some = bnnlaplace.Laplace(network, hessian_structure="diag")
 some = some.fit((jax.tree.map(lambda leaf: leaf[part], x), y[part]), num_data=NUM)
 print(f"half of the data: log evidence {some.log_marginal_likelihood().mean:.1f} nats")
+
+# %% Products alone
+# The GGN of such data is also there as products, of weights or of outputs, whichever are fewer: for eigenvalues by
+# `scipy.sparse.linalg`, or for a trace by `krylov.block_lanczos`, here log det(I + G / 10).
+
+operator = bnnlaplace.curvature.streamed.operator(network, bnnlaplace.categorical(), files, prior_precision=10.0)
+probes = krylov.normal_probes(jax.random.key(1), jnp.ones(operator.size), 16)
+*_, decomposition = krylov.block_lanczos(operator.matvec, probes, max_vectors=128)
+forms = krylov.trace_forms(krylov.ritz(decomposition), np.log1p)
+print(f"log det of {operator.size} weights: {forms.mean():.1f} +- {forms.std(ddof=1) / len(forms) ** 0.5:.1f} nats")
 
 # %% How much memory
 # Beside a batch there is the curvature, and the activations of a microbatch (`fit(microbatch=...)`). `memory_estimate`
