@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.likelihood import Likelihood, check_targets
 from bnnlaplace.network import Network
+from bnnlaplace.outline import output_shape
 from bnnlaplace.tree import examples, num_examples
 
 Inputs = PyTree[Float[Array, "B ..."]]
@@ -161,12 +162,11 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
         If outputs are not (N, ..., C), or targets do not fit them; see `likelihood.check_targets`.
     """
     count = num_examples(inputs)
-    found = jax.eval_shape(network, network.params, inputs)
-    shape = getattr(found, "shape", None)
-    if shape is None or len(shape) < 2 or shape[0] != count:
+    shape = output_shape(network, inputs)
+    if isinstance(shape, str) or len(shape) < 2 or shape[0] != count:
         raise ValueError(
             "a network's outputs must be one array of shape (B, C), or (B, ..., C) with several positions; got "
-            f"{type(found).__name__ if shape is None else shape} for {count} examples"
+            f"{shape} for {count} examples"
         )
     check_targets(likelihood, shape, targets)
 

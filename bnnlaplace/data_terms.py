@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.tree import ravel
+from bnnlaplace.tree import number_type, ravel
 
 
 class DataTerms(NamedTuple):
@@ -56,7 +56,7 @@ def data_terms(
 
     Cost: one gradient of the batch. Memory: the activations of a microbatch.
     """
-    dtype = ravel(params).dtype
+    dtype = number_type(params)
     batches = mb.split(inputs, microbatch, dtype, weights)
     labels = mb.split(targets, microbatch, dtype).inputs
 

@@ -3,15 +3,15 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.equations import Equations, run, trace
 from bnnlaplace.network import Network
+from bnnlaplace.outline import Outline, Shapes
 from bnnlaplace.tree import examples
 
 
@@ -54,10 +54,10 @@ def cut(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Head | None:
         None where nothing comes before, more than one array crosses the cut, or one that does not belong to single
         examples.
     """
-    example = _Example.of(inputs)
-    if not _can_be_cut(network.forward, _Example.of((network.params, network.frozen), batched=False), example):
+    outline = Outline.of(network, inputs)
+    if not _can_be_cut(outline):
         return None
-    return Head(network, Network(_HeadForward(network.forward, example), network.params, network.frozen))
+    return Head(network, Network(_HeadForward(network.forward, outline.example), network.params, network.frozen))
 
 
 @partial(jax.jit, static_argnames="microbatch")
@@ -78,39 +78,14 @@ def compute(head: Head, inputs: PyTree[Float[Array, "N ..."]], *, microbatch: in
     return jax.lax.map(lambda one: head.features(examples(one, None))[0], inputs, batch_size=microbatch)
 
 
-@lru_cache(maxsize=8)
-def _can_be_cut(forward: Callable[[PyTree, PyTree, Array], Array], arrays: "_Example", example: "_Example") -> bool:
-    """Whether one array that belongs to single examples crosses the cut; the traces that tell are made once."""
-    network = Network(forward, *arrays.whole())
-    crossing = [_cut(trace(network, example.batch(size))) for size in (2, 3)]
+@lru_cache(maxsize=64)
+def _can_be_cut(outline: Outline) -> bool:
+    """Whether one array that belongs to single examples crosses the cut."""
+    crossing = [_cut(trace(outline.network(), outline.example.batch(size))) for size in (2, 3)]
     if any(len(parts.features) != 1 or not parts.before for parts in crossing):
         return False
     small, large = (parts.features[0].aval.shape for parts in crossing)
     return small[:1] == (2,) and large[:1] == (3,) and small[1:] == large[1:]
-
-
-@dataclass(frozen=True)
-class _Example:
-    """Shapes and types of the arrays of one example, or of whole arrays; compared by value."""
-
-    structure: Any
-    leaves: tuple[tuple[tuple[int, ...], Any], ...]
-
-    @classmethod
-    def of(cls, arrays: PyTree[Array], *, batched: bool = True) -> "_Example":
-        leaves, structure = jax.tree.flatten(arrays)
-        return cls(structure, tuple((tuple(leaf.shape[int(batched) :]), _dtype(leaf)) for leaf in leaves))
-
-    def whole(self) -> PyTree[jax.ShapeDtypeStruct]:
-        return self.structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
-
-    def batch(self, size: int) -> PyTree[jax.ShapeDtypeStruct]:
-        return self.structure.unflatten([jax.ShapeDtypeStruct((size, *shape), dtype) for shape, dtype in self.leaves])
-
-
-def _dtype(leaf: Array) -> Any:
-    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return leaf.dtype if is_key else jnp.result_type(leaf)
 
 
 class _Parts(NamedTuple):
@@ -152,7 +127,7 @@ class _HeadForward:
     """Runs what follows the cut; equal where the forward pass that was cut is, so compiled code is shared."""
 
     forward: Callable[[PyTree, PyTree, Array], Array]
-    example: _Example
+    example: Shapes
 
     def __call__(self, frozen: PyTree, params: PyTree, features: Array) -> Array:
         equations = trace(Network(self.forward, params, frozen), self.example.batch(len(features)))

@@ -22,7 +22,7 @@ from bnnlaplace.prior import Prior
 from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import Structure
 from bnnlaplace.structure import fit as structure_fit
-from bnnlaplace.tree import examples, ravel, size, unraveler
+from bnnlaplace.tree import examples, number_type, ravel, size, unraveler
 
 
 class Model(NamedTuple):
@@ -127,7 +127,7 @@ def at_linear_mode(model: Model, prior: Prior, num_data: int | None, *, microbat
     """The linearised network at the mode of its log joint; see `bnnlaplace.linear_mode`."""
     white = _whitened(model, prior)
     unravel = unraveler(white.head.params)
-    dtype = ravel(white.head.params).dtype
+    dtype = number_type(white.head.params)
     whitened_mean = None if prior.mean is None else np.asarray(prior.mean / prior.whiten(jnp.ones_like(prior.mean)))
 
     def terms(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
@@ -152,7 +152,7 @@ def at_linear_mode(model: Model, prior: Prior, num_data: int | None, *, microbat
 
 def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch: int) -> memory.MemoryEstimate:
     """What `fit` needs at its peak; nothing is computed."""
-    count, itemsize = size(model.head.params), ravel(model.head.params).dtype.itemsize
+    count, itemsize = size(model.head.params), number_type(model.head.params).itemsize
     if hessian_structure == "lanczos":
         one = 2 * count * itemsize
         free = memory.free_bytes()

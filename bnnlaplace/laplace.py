@@ -470,7 +470,7 @@ class Laplace:
     def effective_parameters(self, prior_precision: priors.Precision | None = None) -> float:
         """tr G (G + P0)^-1: the number of directions that the data determine rather than the prior."""
         la = self._at(prior_precision)
-        groups = np.zeros(ravel(la.network.params).size, int)
+        groups = np.zeros(tree_size(la.network.params), int)
         return float(la.structure.effective_parameters(float(la.prior.precision), groups).mean())
 
     def krylov_error(self) -> KrylovError | None:

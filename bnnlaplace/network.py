@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import precise
-from bnnlaplace.tree import leaf_names, ravel, unraveler
+from bnnlaplace.tree import leaf_names, ravel, size, unraveler
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Network:
     """A deterministic function of weights and inputs, and the weights at which it is expanded.
 
@@ -34,6 +34,10 @@ class Network:
     forward: Callable[[PyTree, PyTree, Array], Array]
     params: PyTree
     frozen: PyTree
+
+    def __repr__(self) -> str:
+        # JAX prints what it traces, and the numbers would have to come from the device for that.
+        return f"Network({type(self.forward).__name__.strip('_')}, {size(self.params)} weights)"
 
     def __call__(self, params: PyTree, x: Float[Array, "B ..."]) -> Float[Array, "B ... C"]:
         """Outputs (logits, or means of a regression) at `params` for a batch of inputs.

@@ -1,5 +1,6 @@
 """Predictions under the posterior: of the linearised network f(x; theta*) + J(x) (theta - theta*), or of samples."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace import link
+from bnnlaplace import features, link
 from bnnlaplace.curvature import dense
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
+from bnnlaplace.outline import output_shape
 from bnnlaplace.precise import einsum
 from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import CovarianceStructure, JacobianRoot, SampleStructure, Structure
-from bnnlaplace.tree import examples, num_examples, ravel, unraveler
+from bnnlaplace.tree import num_examples, number_type, ravel, unraveler
 
 # Likelihoods whose mean is a softmax, a sigmoid, or the output itself.
 PROBIT = ("classification", "binary", "regression")
@@ -119,6 +121,7 @@ def functional_posteriors(
     microbatch
         Inputs differentiated at a time; bounds memory.
     """
+    network, inputs = _head(network, inputs, microbatch=microbatch)
     mean = outputs(network, inputs, microbatch=microbatch)
     if isinstance(structure, SampleStructure):
         push = partial(pushforward, network, inputs, microbatch=microbatch)
@@ -149,6 +152,19 @@ def functional_variance(
     marginal
         Its diagonal alone, the variance of each output.
     """
+    head = _head(network, inputs, microbatch=microbatch)
+    return _functional_variance(*head, structure, prior_precision, microbatch=microbatch, marginal=marginal)
+
+
+def _functional_variance(
+    network: Network,
+    inputs: PyTree[Float[Array, "B ..."]],
+    structure: Structure,
+    prior_precision: float,
+    *,
+    microbatch: int,
+    marginal: bool,
+) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"]:
     if isinstance(structure, SampleStructure):
         push = partial(pushforward, network, inputs, microbatch=microbatch)
         # All samples are used, so that the key only orders them.
@@ -218,6 +234,7 @@ def predictions(
             f"predictive(with_noise=True) must be asked of a regression with sigma_noise; got {likelihood.name!r}"
         )
     noise = likelihood.sigma_noise**2 if with_noise else 0.0
+    network, inputs = _head(network, inputs, microbatch=microbatch)
     if pred_type == "nn" or (link_approx == "mc" and not is_regression):
         which = "pred_type='nn'" if pred_type == "nn" else "link_approx='mc'"
         check_key(key, f"predictive({which}, key=...)")
@@ -230,12 +247,22 @@ def predictions(
         (found,) = functional_posteriors(network, structure, inputs, [prior_precision], **draw)
         return link.monte_carlo(likelihood, found.mean, found.deviations)
     mean = outputs(network, inputs, microbatch=microbatch)
-    variance_of = partial(functional_variance, network, structure, inputs, prior_precision, microbatch=microbatch)
+    variance_of = partial(_functional_variance, network, inputs, structure, prior_precision, microbatch=microbatch)
     if is_regression:
         return mean, variance_of(marginal=True) + noise
     if link_approx == "bridge":
-        return link.bridge(mean, variance_of())
+        return link.bridge(mean, variance_of(marginal=False))
     return link.probit(likelihood, mean, variance_of(marginal=True))
+
+
+def _head(
+    network: Network, inputs: PyTree[Float[Array, "B ..."]], *, microbatch: int
+) -> tuple[Network, PyTree[Float[Array, "B ..."]]]:
+    """What follows the features of a network, and those of all inputs, computed once; itself where there are none."""
+    cut = features.cut(network, inputs)
+    if cut is None:
+        return network, inputs
+    return cut.network, _by_microbatch(partial(_features, cut), inputs, microbatch)
 
 
 def _of_weight_samples(
@@ -284,7 +311,7 @@ def structured_variance(
     marginal
         The diagonal alone.
     """
-    dtype = ravel(network.params).dtype
+    dtype = number_type(network.params)
     roots = [structure.covariance_root(jnp.asarray(precision, dtype)) for precision in precisions]
     few = min(max(1, microbatch // 4), _inputs_at_once(network, inputs))
 
@@ -296,8 +323,8 @@ def structured_variance(
 
 
 def _inputs_at_once(network: Network, inputs: PyTree[Float[Array, "B ..."]]) -> int:
-    outputs = jax.eval_shape(network, network.params, jax.tree.map(_one_example, inputs))
-    bytes_each = outputs.size * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
+    num_outputs = math.prod(output_shape(network, inputs)[1:])
+    bytes_each = num_outputs * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
     return max(1, JACOBIAN_BYTES // bytes_each)
 
 
@@ -330,6 +357,11 @@ def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ..
         Samples of J (theta - theta*).
     """
     return einsum("s...c,s...d->...cd", deviations, deviations) / len(deviations)
+
+
+@jax.jit
+def _features(head: features.Head, x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m ..."]:
+    return head.features(x)
 
 
 @jax.jit
@@ -376,8 +408,18 @@ def _by_microbatch(
     found = []
     for start in range(0, count, microbatch):
         index = np.minimum(np.arange(start, start + microbatch), count - 1)
-        found.append(function(examples(inputs, index)))
+        found.append(function(jax.tree.map(partial(_rows, index), inputs)))
     return jnp.concatenate(found)[:count]
+
+
+def _rows(index: np.ndarray, leaf: Array) -> Array:
+    """Of an array on the host there; of one on the device by a compiled gather, as indexing takes a millisecond."""
+    return leaf[index] if isinstance(leaf, np.ndarray) else _gathered(leaf, index)
+
+
+@jax.jit
+def _gathered(leaf: Array, index: Array) -> Array:
+    return jnp.take(leaf, index, axis=0)
 
 
 def _one_example(leaf: Array) -> jax.ShapeDtypeStruct:

@@ -1,12 +1,14 @@
 """Which weights get a posterior: all, those of the last layer, or those whose paths a predicate selects."""
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.equations import trace
 from bnnlaplace.network import Network
-from bnnlaplace.tree import examples, leaf_names
+from bnnlaplace.outline import Outline
+from bnnlaplace.tree import leaf_names
 
 Subset = str | Callable[[str], bool]
 
@@ -38,11 +40,17 @@ def last_layer(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> froze
     Parameters
     ----------
     network
-        Whose forward pass is traced.
+        Whose forward pass is traced, the first time.
     inputs
-        Examples; the first one is traced.
+        Examples, of which the shapes are used.
     """
-    equations = trace(network, examples(inputs, slice(1)))
+    return _last_layer(Outline.of(network, inputs))
+
+
+@lru_cache(maxsize=64)
+def _last_layer(outline: Outline) -> frozenset[str]:
+    network = outline.network()
+    equations = trace(network, outline.example.batch(1))
     entered: dict[object, int] = {}
     for position, equation in enumerate(equations.steps):
         for atom in equation.invars:

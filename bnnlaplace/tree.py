@@ -36,6 +36,11 @@ def unraveler(tree: PyTree) -> Callable[[Float[Array, " P"]], Any]:
     return unravel
 
 
+def number_type(tree: PyTree) -> jnp.dtype:
+    """The type that `ravel` gives, without making the vector."""
+    return jnp.result_type(*jax.tree.leaves(tree))
+
+
 def size(tree: PyTree) -> int:
     """Count the numbers in all leaves."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))

@@ -14,7 +14,7 @@ from bnnlaplace.curvature.layout import Layout, from_matrix
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum
-from bnnlaplace.tree import examples, ravel, size, unraveler
+from bnnlaplace.tree import examples, number_type, ravel, size, unraveler
 
 
 def jacobian(network: Network, params: PyTree, inputs: PyTree[Float[Array, "N ..."]]) -> Float[Array, "N ... C P"]:
@@ -107,7 +107,7 @@ def ggn(
     example of a microbatch and each output the derivatives with respect to the outputs of layers and to all other
     weights. Call it inside `jit`.
     """
-    batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def of_batch(batch: mb.Microbatches) -> list[Float[Array, "p q"]]:
         parts = _parts(network, likelihood, params, batch.inputs)

@@ -9,7 +9,7 @@ from bnnlaplace.curvature import tapped
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum
-from bnnlaplace.tree import ravel
+from bnnlaplace.tree import number_type
 
 
 def ggn_diagonal(
@@ -48,7 +48,7 @@ def ggn_diagonal(
     Cost: a backward pass for each example and output, without the gradients of matrices that have one position. Memory:
     the activations of `microbatch` examples and their gradients of all other weights. Call it inside `jit`.
     """
-    batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights)
     leaves = jax.tree.leaves(params)
 
     def of_batch(batch: mb.Microbatches) -> list[Array]:

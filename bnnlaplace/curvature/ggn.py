@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.tree import ravel, size, unraveler
+from bnnlaplace.tree import number_type, ravel, size, unraveler
 from bnnlaplace.types import LinearOperator
 
 
@@ -64,7 +64,7 @@ def linearise(
     microbatch
         Examples in one step of the inner loop.
     """
-    batches = mb.split(inputs, microbatch, ravel(params).dtype)
+    batches = mb.split(inputs, microbatch, number_type(params))
     num_batches = len(batches.weights)
 
     def every_output(params: PyTree) -> Float[Array, "num size ... C"]:
@@ -194,7 +194,7 @@ def block_product(
         Vectors pushed through a microbatch at a time; bounds memory, too.
     """
     unravel = unraveler(params)
-    batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def product(vectors: Float[Array, "S P"]) -> Float[Array, "S P"]:
         def add(total: Array, batch: mb.Microbatches) -> tuple[Array, None]:

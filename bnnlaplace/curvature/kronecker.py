@@ -19,7 +19,7 @@ from bnnlaplace.curvature import tapped
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
 from bnnlaplace.precise import einsum
-from bnnlaplace.tree import ravel
+from bnnlaplace.tree import number_type
 
 # Exact blocks: the longest vector and the largest filter that get one, and the most numbers that those of a leaf hold.
 MAX_VECTOR, MAX_FILTER, MAX_NUMBERS = 1024, 512, 2**24
@@ -127,7 +127,7 @@ def factors(
     example and position once. Memory: the sums; the activations and patches of `microbatch` examples; their gradients
     of weights that are no layers. Call it inside `jit`.
     """
-    batches = mb.split(inputs, microbatch, ravel(params).dtype, weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def of_batch(batch: mb.Microbatches) -> list[LeafSums]:
         passed = tapped.forward(network, params, batch.inputs)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.curvature.layout import Layout, find_layout
 from bnnlaplace.equations import Equations, trace
 from bnnlaplace.network import Network
+from bnnlaplace.outline import Shapes
 
 
 class Entry(NamedTuple):
@@ -102,7 +103,8 @@ def find(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Weights:
     inputs
         Examples along the leading axis.
     """
-    small, large = (trace(network, _examples(inputs, count)) for count in (2, 3))
+    example = Shapes.of_example(inputs)
+    small, large = (trace(network, example.batch(count)) for count in (2, 3))
     equations = trace(network, jax.tree.map(_shape_of, inputs))
     count = len(equations.params)
     if not (_same_steps(small, large) and _same_steps(small, equations)):
@@ -162,10 +164,6 @@ STATIC, MIXED = -1, -2
 
 def _shape_of(leaf: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf))
-
-
-def _examples(inputs: PyTree[Array], count: int) -> PyTree[jax.ShapeDtypeStruct]:
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape[1:]), jnp.result_type(leaf)), inputs)
 
 
 def _same_steps(one: Equations, other: Equations) -> bool:

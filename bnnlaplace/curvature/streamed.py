@@ -18,7 +18,8 @@ from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.data import Batch, Data, Inputs, accumulate, as_data, check_fits_model
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.tree import as_vector, ravel, size, unraveler
+from bnnlaplace.outline import output_shape
+from bnnlaplace.tree import as_vector, number_type, ravel, size, unraveler
 from bnnlaplace.types import LinearOperator
 
 VECTORS_AT_ONCE = 8
@@ -87,7 +88,7 @@ def operator(
     found = found.checked(partial(check_fits_model, network, likelihood))
     for _ in found:  # it counts, and checks
         pass
-    outputs = math.prod(_output_shape(network, found)) * found.num_examples
+    outputs = math.prod(output_shape(network, found.first)[1:]) * found.num_examples
     options = {"prior_precision": prior_precision, "scale": scale, "microbatch": microbatch}
     if side == "dual" or (side == "auto" and outputs < size(network.params)):
         return LinearOperator(_dual(network, likelihood, found, **options), outputs)
@@ -125,7 +126,7 @@ def _dual(
     microbatch: int,
 ) -> Callable[[Float[Array, "*S V"]], Float[Array, "*S V"]]:
     model, options = (network, likelihood), {"microbatch": microbatch}
-    delta, shape = as_vector(prior_precision, network.params), _output_shape(network, data)
+    delta, shape = as_vector(prior_precision, network.params), output_shape(network, data.first)[1:]
     width = math.prod(shape)
 
     def matvec(vectors: Float[Array, "*S V"]) -> Float[Array, "*S V"]:
@@ -146,11 +147,6 @@ def _dual(
 def _count(batch: Batch) -> int:
     """Examples that are no padding; padding comes last."""
     return int(batch.weights.sum())
-
-
-def _output_shape(network: Network, data: Data) -> tuple[int, ...]:
-    """(..., C): of one example."""
-    return jax.eval_shape(network, network.params, data.first).shape[1:]
 
 
 @partial(jax.jit, static_argnames="microbatch")
@@ -184,7 +180,7 @@ def _pull(
 ) -> Float[Array, "S P"]:
     """Rows u -> J' B u, summed over the batch."""
     params = network.params
-    split = mb.split((batch.inputs, jnp.swapaxes(rows, 0, 1)), microbatch, ravel(params).dtype, batch.weights)
+    split = mb.split((batch.inputs, jnp.swapaxes(rows, 0, 1)), microbatch, number_type(params), batch.weights)
 
     def of_microbatch(part: mb.Microbatches) -> Float[Array, "S P"]:
         inputs, columns = part.inputs
@@ -215,7 +211,7 @@ def _push(
 
         return jax.lax.map(one, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
 
-    found = jax.lax.map(of_microbatch, mb.split(batch.inputs, microbatch, ravel(params).dtype, batch.weights))
+    found = jax.lax.map(of_microbatch, mb.split(batch.inputs, microbatch, number_type(params), batch.weights))
     # (microbatches, S, m, ...) -> (S, examples, ...)
     joined = jnp.moveaxis(found, 0, 1)
     return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, : len(batch.weights)]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from bnnlaplace.tree import as_vector, leaf_names, ravel, size
+from bnnlaplace.tree import as_vector, leaf_names, number_type, ravel, size
 
 Precision = float | Array | Mapping[str, Any] | PyTree
 Groups = Callable[[str], str]
@@ -134,7 +134,7 @@ def resolve(
         return Prior(factor, vector / factor, prior_mean)
     exact = np.asarray(vector, np.float64)
     factor = float(np.exp(np.log(exact).mean()))
-    return Prior(factor, jnp.asarray(exact / factor, ravel(params).dtype), prior_mean)
+    return Prior(factor, jnp.asarray(exact / factor, number_type(params)), prior_mean)
 
 
 def is_scalar(precision: Precision) -> bool:

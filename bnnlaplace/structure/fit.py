@@ -24,7 +24,7 @@ from bnnlaplace.structure.kronecker import KroneckerStructure
 from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
 from bnnlaplace.structure.protocol import Structure
 from bnnlaplace.structure.spectral import SpectralStructure
-from bnnlaplace.tree import ravel, size
+from bnnlaplace.tree import number_type, size
 
 # The curvature of a batch, which adds up over batches, and the structure from the sum.
 EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any], Structure]]] = {
@@ -109,7 +109,7 @@ def fit_krylov(
         raise ValueError(
             f"fit(num_probes=...) must be at least 2, as their spread is the error of the evidence; got {num_probes}"
         )
-    probes = jax.random.normal(key, (min(num_probes, dimension), dimension), ravel(network.params).dtype)
+    probes = jax.random.normal(key, (min(num_probes, dimension), dimension), number_type(network.params))
     if target_precision is not None:
         prior.check(target_precision, "fit(target_precision=...)")
     product = streamed.primal_product(network, likelihood, data, scale, microbatch=microbatch)
