@@ -4,7 +4,9 @@ JAX traces Linen and NNX modules and plain functions to the same equations. So w
 computed before any weight with a posterior enters, is found there, and no module has to announce its layers.
 """
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.network import Network
+from bnnlaplace.outline import Outline
 
 # Calls whose equations are put in their place; others, such as loops and functions with derivatives of their own, stay.
 CALLS = ("jit", "pjit", "closed_call", "core_call")
@@ -78,6 +81,13 @@ def trace(network: Network, inputs: PyTree[Float[Array, "B ..."] | jax.ShapeDtyp
     ends = len(jax.tree.leaves(network.params)), len(variables) - len(jax.tree.leaves(inputs))
     arguments = variables[: ends[0]], variables[ends[0] : ends[1]], variables[ends[1] :]
     return Equations(equations, *arguments, constants, outputs, closed.jaxpr.debug_info)
+
+
+@lru_cache(maxsize=64)
+def numbers_of_example(outline: Outline) -> int:
+    """How many numbers the forward pass of one example computes, of which some are alive at a time."""
+    steps = trace(outline.network(), outline.example.batch(1)).steps
+    return sum(math.prod(variable.aval.shape) for step in steps for variable in step.outvars)
 
 
 def run(equations: Equations, part: list[JaxprEqn], known: dict[Var, Array], wanted: Sequence[Var | Literal]) -> list:

@@ -177,8 +177,9 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
 
 
 def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, microbatch: int) -> Fit:
-    # Derivatives of single examples are alive: half of the examples of other passes keeps memory level.
-    few = max(1, microbatch // 2)
+    # Derivatives of single examples are alive: half of the examples of other passes keeps memory level, but where the
+    # matrix is larger than they are.
+    few = microbatch if name == "full" else max(1, microbatch // 2)
 
     def step(batch: Batch) -> tuple[DataTerms, Any]:
         curvature = structure_fit.batch_curvature(name, model.head, model.likelihood, batch, microbatch=few)
@@ -186,7 +187,7 @@ def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, m
 
     terms, curvature = accumulate(model.data, step)
     scale = scale_of(model.data, num_data)
-    structure = jax.jit(structure_fit.EXACT[name][1])(jax.tree.map(lambda part: scale * part, curvature))
+    structure = structure_fit.exact_structure(name, curvature, scale)
     if prior.relative is not None:
         structure = structure.whitened(prior.relative)
     return Fit(model.network, structure, _scaled(terms, scale).check())

@@ -94,8 +94,12 @@ def output_shape(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> tup
 
 @lru_cache(maxsize=64)
 def _output_shape(outline: Outline, count: int) -> tuple[int, ...] | str:
-    network = outline.network()
-    found = jax.eval_shape(network, network.params, outline.example.batch(count))
+    params, frozen = outline.weights.arrays()
+
+    def outputs(params: PyTree, frozen: PyTree, inputs: PyTree) -> Any:
+        return Network(outline.forward, params, frozen)(params, inputs)
+
+    found = jax.eval_shape(outputs, params, frozen, outline.example.batch(count))
     return getattr(found, "shape", type(found).__name__)
 
 

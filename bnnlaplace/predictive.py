@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import features, link
 from bnnlaplace.curvature import dense
+from bnnlaplace.equations import numbers_of_example
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.outline import output_shape
+from bnnlaplace.outline import Outline, output_shape
 from bnnlaplace.precise import einsum
 from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import CovarianceStructure, JacobianRoot, SampleStructure, Structure
@@ -300,7 +301,8 @@ def structured_variance(
     """J Sigma J' at every prior precision, or its diagonal alone, from `structure.covariance_root`.
 
     One Jacobian per input serves all precisions. As one is C gradients of P numbers, at most `JACOBIAN_BYTES` of them
-    are in memory at a time, but for one input at least; and of a quarter of a microbatch at most.
+    are in memory at a time, but for one input at least; and of more than a quarter of a microbatch only where what a
+    backward pass for each output computes fits in there, too.
 
     Parameters
     ----------
@@ -313,7 +315,7 @@ def structured_variance(
     """
     dtype = number_type(network.params)
     roots = [structure.covariance_root(jnp.asarray(precision, dtype)) for precision in precisions]
-    few = min(max(1, microbatch // 4), _inputs_at_once(network, inputs))
+    few = _inputs_at_once(network, inputs, microbatch)
 
     def of_microbatch(x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m D ..."]:
         jacobian = _jacobian(network, x)
@@ -322,10 +324,13 @@ def structured_variance(
     return jnp.swapaxes(_by_microbatch(of_microbatch, inputs, few), 0, 1)
 
 
-def _inputs_at_once(network: Network, inputs: PyTree[Float[Array, "B ..."]]) -> int:
+def _inputs_at_once(network: Network, inputs: PyTree[Float[Array, "B ..."]], microbatch: int) -> int:
     num_outputs = math.prod(output_shape(network, inputs)[1:])
-    bytes_each = num_outputs * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
-    return max(1, JACOBIAN_BYTES // bytes_each)
+    row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
+    most = max(1, JACOBIAN_BYTES // (num_outputs * row_bytes))
+    passed_bytes = number_type(network.params).itemsize * numbers_of_example(Outline.of(network, inputs))
+    surely = JACOBIAN_BYTES // (num_outputs * (row_bytes + passed_bytes))
+    return min(microbatch, most, max(1, microbatch // 4, surely))
 
 
 def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.curvature import microbatch as mb
@@ -109,13 +110,14 @@ def ggn(
     """
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
-    def of_batch(batch: mb.Microbatches) -> list[Float[Array, "p q"]]:
+    def of_batch(batch: mb.Microbatches) -> list[Array]:
         parts = _parts(network, likelihood, params, batch.inputs)
-        ones = list(enumerate(parts))
-        return [_block(one, other, batch.weights) for i, one in ones for _, other in ones[i:]]
+        return [_summed(parts[i], parts[j], batch.weights) for i, j in _pairs(len(parts))]
 
-    places = _places(find(network, examples(batches.inputs, 0)), params)
-    return scale * _assembled(mb.summed(of_batch, batches), places)
+    weights = find(network, examples(batches.inputs, 0))
+    sums, layouts = mb.summed(of_batch, batches), _layouts(weights)
+    blocks = [_block(layouts[i], layouts[j], part) for (i, j), part in zip(_pairs(len(layouts)), sums, strict=True)]
+    return scale * _assembled(blocks, _places(weights, params))
 
 
 class _Part(NamedTuple):
@@ -163,19 +165,57 @@ def _parts(
     return [*single, _Part(None, jnp.concatenate(others, axis=-1), None)] if others else single
 
 
-def _block(one: _Part, other: _Part, weights: Float[Array, " M"]) -> Float[Array, "p q"]:
-    """sum_m w_m (rows of one)' (rows of other), its rows and columns in the order of the weights."""
-    left = one.derivatives * weights[:, None]
+def _pairs(count: int) -> list[tuple[int, int]]:
+    return [(i, j) for i in range(count) for j in range(i, count)]
+
+
+def _summed(one: _Part, other: _Part, weights: Float[Array, " M"]) -> Array:
+    """sum_m w_m (a_m a'_m) kron (sum_k d_km d'_km) over inputs a and derivatives d, as far as there are inputs.
+
+    Of a part with itself both factors are symmetric, and each is packed into its lower triangle.
+    """
+    moments = einsum("kmo,kmq->moq", one.derivatives * weights[:, None], other.derivatives)
     if one.inputs is None:  # then the other one is the same, as it is the last
-        return einsum("kmp,kmq->pq", left, other.derivatives)
-    moments = einsum("kmo,kmq->moq", left, other.derivatives)
+        return jnp.sum(moments, axis=0)
     if other.inputs is None:
-        block = einsum("mi,moq->ioq", one.inputs, moments)
-        return from_matrix(jnp.moveaxis(block, 2, 0), one.layout.segments).T
+        return einsum("mi,moq->ioq", one.inputs, moments)
     products = one.inputs[:, :, None] * other.inputs[:, None, :]
-    block = jnp.swapaxes(einsum("mij,moq->ijoq", products, moments), 1, 2)
-    columns = from_matrix(block, other.layout.segments)
-    return from_matrix(jnp.moveaxis(columns, 2, 0), one.layout.segments).T
+    if one is other:
+        return einsum("mi,mo->io", _packed(products), _packed(moments))
+    return einsum("mij,moq->ijoq", products, moments)
+
+
+def _packed(symmetric: Float[Array, "M n n"]) -> Float[Array, "M t"]:
+    """The lower triangle of each matrix, row by row."""
+    rows, columns = np.tril_indices(symmetric.shape[-1])
+    return symmetric[:, rows, columns]
+
+
+def _unpacked(packed: Array, axis: int) -> Array:
+    """The inverse of `_packed` along an axis, which becomes two."""
+    number = math.isqrt(2 * packed.shape[axis])
+    place = np.zeros((number, number), int)
+    place[np.tril_indices(number)] = np.arange(packed.shape[axis])
+    return jnp.take(packed, np.maximum(place, place.T), axis=axis)
+
+
+def _block(one: Layout | None, other: Layout | None, sums: Array) -> Float[Array, "p q"]:
+    """What `_summed` gives as a matrix, its rows and columns in the order of the weights."""
+    if one is None:
+        return sums
+    if other is None:
+        return from_matrix(jnp.moveaxis(sums, 2, 0), one.segments).T
+    if sums.ndim == 2:
+        sums = _unpacked(_unpacked(sums, 1), 0)
+    columns = from_matrix(jnp.swapaxes(sums, 1, 2), other.segments)
+    return from_matrix(jnp.moveaxis(columns, 2, 0), one.segments).T
+
+
+def _layouts(weights: Weights) -> list[Layout | None]:
+    """Of each part, as `_parts` orders them; None for weights of no layer."""
+    single = [weights.layers[leaf] for leaf in sorted(weights.layers) if weights.layers[leaf].positions == 1]
+    others = weights.entries or weights.rest or len(single) < len(weights.layers)
+    return [*(layer.layout for layer in single), *([None] if others else [])]
 
 
 class _Place(NamedTuple):
@@ -200,9 +240,7 @@ def _places(weights: Weights, params: PyTree) -> list[_Place]:
 
 def _assembled(blocks: list[Float[Array, "p q"]], places: list[_Place]) -> Float[Array, "P P"]:
     """The whole matrix from the blocks of each part with itself and the later ones."""
-    count = 1 + max(place.part for place in places)
-    pairs = [(i, j) for i in range(count) for j in range(i, count)]
-    known = dict(zip(pairs, blocks, strict=True))
+    known = dict(zip(_pairs(1 + max(place.part for place in places)), blocks, strict=True))
 
     def block(one: _Place, other: _Place) -> Float[Array, "p q"]:
         i, j = one.part, other.part

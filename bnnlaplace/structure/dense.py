@@ -20,8 +20,9 @@ from bnnlaplace.structure.protocol import JacobianRoot
 class DenseStructure:
     """G as a matrix.
 
-    At one prior precision or two a Cholesky factorisation answers. From the third on G is decomposed into eigenvectors,
-    once, and serves them all; that is remembered with the object, and found again after it has crossed `jit`.
+    At a few prior precisions the inverse of a Cholesky factor answers, the last one being remembered. From the sixth on
+    G is decomposed into eigenvectors, once, and serves them all. What is remembered stays with the object, and is found
+    again after that has crossed `jit`.
 
     Attributes
     ----------
@@ -56,9 +57,12 @@ class DenseStructure:
     def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
         """log det(I + G / delta), in float64."""
         delta = float(prior_precision)
-        if self._many("determinants"):
+        if self._is_known(delta):
+            diagonal = 1 / np.diagonal(self._inverse_factor(delta))
+        elif self._many("determinants"):
             return np.log1p(self._eigenvalues() / delta).sum(keepdims=True)
-        diagonal = np.diagonal(self._cholesky(delta))
+        else:
+            diagonal = np.diagonal(_shifted_cholesky(self.matrix, delta))
         return 2 * np.log(diagonal / np.sqrt(delta)).sum(keepdims=True)
 
     def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
@@ -67,35 +71,41 @@ class DenseStructure:
 
     def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
         """tr_g G (G + delta I)^-1 = sum_g 1 - delta [(G + delta I)^-1]_ii over the weights of each group."""
-        delta = float(prior_precision)
+        delta, inverse = float(prior_precision), self._inverse_factor(float(prior_precision))
         # With G + delta I = L L' the diagonal of its inverse holds the squared norms of the columns of L^-1.
-        inverse, _ = scipy.linalg.lapack.dtrtri(self._cholesky(delta), lower=True)
-        return group_sums(1 - delta * np.sum(inverse**2, axis=0), groups)[None]
+        return group_sums(1 - delta * np.einsum("ij,ij->j", inverse, inverse), groups)[None]
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v, in float64."""
-        whitened = scipy.linalg.solve_triangular(self._cholesky(float(prior_precision)), vector, lower=True)
+        whitened = self._inverse_factor(float(prior_precision)) @ vector
         return float(whitened @ whitened)
 
     def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
         """Rows L'^-1 eps, with the Cholesky factor L of G + delta I."""
         noise = jax.random.normal(key, (num_samples, len(self.matrix)), self.matrix.dtype)
-        return _solved(self._root(prior_precision), noise, transposed=True)
+        if self._is_traced(prior_precision):
+            return _solved(self._traced_factor(prior_precision), noise, transposed=True)
+        return matmul(noise, self._root(float(prior_precision)).T)
 
     def covariance_root(self, prior_precision: float) -> JacobianRoot:
         """J -> J L'^-1, or J V (lambda + delta)^-1/2 where many precisions are asked for."""
+        is_traced = self._is_traced(prior_precision)
+        if not is_traced and self._is_known(float(prior_precision)):
+            return Partial(_times, self._root(float(prior_precision)))
         if not isinstance(self.matrix, jax.core.Tracer) and self._many("covariances"):
             values, vectors = self._eigenvectors()
             return Partial(_scaled_rotation, vectors, jax.lax.rsqrt(values + prior_precision))
-        return Partial(_solved, self._root(prior_precision))
+        if is_traced:
+            return Partial(_solved, self._traced_factor(prior_precision))
+        return Partial(_times, self._root(float(prior_precision)))
 
     # What is remembered lives beside the fields, so that neither a copy nor a checkpoint holds it.
 
     def _many(self, what: str) -> bool:
-        """Whether this has been asked more than twice."""
+        """Whether this has been asked more than five times."""
         asked = self.__dict__.setdefault("_asked", {})
         asked[what] = asked.get(what, 0) + 1
-        return asked[what] > 2
+        return asked[what] > 5
 
     def _eigenvalues(self) -> Float[np.ndarray, " P"]:
         """Of the matrix in float64, where rounding makes none negative that matters; others become zero."""
@@ -112,27 +122,49 @@ class DenseStructure:
             self.__dict__["_vectors"] = values, vectors
         return self.__dict__["_vectors"]
 
-    def _cholesky(self, delta: float) -> Float[np.ndarray, "P P"]:
-        """The lower factor of G + delta I in float64, the last one remembered."""
-        if self.__dict__.get("_factor", (None,))[0] != delta:
-            self.__dict__["_factor"] = delta, _shifted_cholesky(np.asarray(self.matrix, np.float64), delta)
-        return self.__dict__["_factor"][1]
+    def _is_known(self, delta: float) -> bool:
+        return self.__dict__.get("_inverse", (None,))[0] == delta
 
-    def _root(self, prior_precision: float) -> Float[Array, "P P"]:
-        """The lower factor on the device: from float64 on the host, or traced."""
-        if isinstance(prior_precision, jax.core.Tracer) or isinstance(self.matrix, jax.core.Tracer):
-            return jnp.linalg.cholesky(self.matrix + prior_precision * jnp.eye(len(self.matrix)))
-        return jnp.asarray(self._cholesky(float(prior_precision)), self.matrix.dtype)
+    def _inverse_factor(self, delta: float) -> Float[np.ndarray, "P P"]:
+        """L^-1 in float64, with G + delta I = L L'; the last one is remembered."""
+        if not self._is_known(delta):
+            self.__dict__.pop("_device_root", None)
+            inverse, _ = scipy.linalg.lapack.dtrtri(_shifted_cholesky(self.matrix, delta), lower=True, overwrite_c=True)
+            self.__dict__["_inverse"] = delta, inverse
+        return self.__dict__["_inverse"][1]
+
+    def _root(self, delta: float) -> Float[Array, "P P"]:
+        """L'^-1, on the device."""
+        inverse = self._inverse_factor(delta)
+        if "_device_root" not in self.__dict__:
+            with jax.ensure_compile_time_eval():
+                self.__dict__["_device_root"] = jnp.asarray(inverse.T, self.matrix.dtype)
+        return self.__dict__["_device_root"]
+
+    def _is_traced(self, prior_precision: float) -> bool:
+        return isinstance(prior_precision, jax.core.Tracer) or isinstance(self.matrix, jax.core.Tracer)
+
+    def _traced_factor(self, prior_precision: float) -> Float[Array, "P P"]:
+        return jnp.linalg.cholesky(self.matrix + prior_precision * jnp.eye(len(self.matrix)))
 
 
-def _shifted_cholesky(matrix: Float[np.ndarray, "P P"], delta: float) -> Float[np.ndarray, "P P"]:
-    """The lower factor of G + delta I; rounding of G in its own precision, which costs definiteness, is removed."""
-    identity = np.eye(len(matrix))
+def _shifted_cholesky(matrix: Float[Array, "P P"], delta: float) -> Float[np.ndarray, "P P"]:
+    """The lower factor of G + delta I in float64; rounding of G that costs definiteness is removed."""
+
+    def factor(symmetric: Float[np.ndarray, "P P"]) -> Float[np.ndarray, "P P"]:
+        np.fill_diagonal(symmetric, np.diagonal(symmetric) + delta)
+        # Its transpose, the same matrix, lies in memory as LAPACK wants it.
+        return scipy.linalg.cholesky(symmetric.T, lower=True, overwrite_a=True, check_finite=False)
+
     try:
-        return scipy.linalg.cholesky(matrix + delta * identity, lower=True)
+        return factor(np.array(matrix, np.float64))
     except scipy.linalg.LinAlgError:
-        values, vectors = scipy.linalg.eigh(matrix)
-        return scipy.linalg.cholesky((vectors * np.maximum(values, 0)) @ vectors.T + delta * identity, lower=True)
+        values, vectors = scipy.linalg.eigh(np.asarray(matrix, np.float64))
+        return factor((vectors * np.maximum(values, 0)) @ vectors.T)
+
+
+def _times(root: Float[Array, "P P"], rows: Float[Array, "... P"]) -> Float[Array, "... P"]:
+    return matmul(rows, root)
 
 
 def _solved(

@@ -42,6 +42,12 @@ def batch_curvature(name: str, network: Network, likelihood: Likelihood, batch: 
     return function(network, likelihood, network.params, batch.inputs, **options)
 
 
+@partial(jax.jit, static_argnames="name")
+def exact_structure(name: str, curvature: Any, scale: float) -> Structure:
+    """The structure `name` of `EXACT` from the sum over batches, times `scale`."""
+    return EXACT[name][1](jax.tree.map(lambda part: scale * part, curvature))
+
+
 def fit_spectral(network: Network, likelihood: Likelihood, data: Data, scale: float) -> SpectralStructure:
     """All eigenpairs of G by its factor B' J, one row for each output: for data with few outputs.
 
