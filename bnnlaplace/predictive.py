@@ -23,8 +23,8 @@ from bnnlaplace.tree import num_examples, number_type, ravel, unraveler
 
 # Likelihoods whose mean is a softmax, a sigmoid, or the output itself.
 PROBIT = ("classification", "binary", "regression")
-# Jacobians of outputs that are in memory at a time.
-JACOBIAN_BYTES = 2**28
+# Jacobians of outputs that are in memory at a time, at most; and those that a cache holds, so that more at a time pay.
+JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**24
 
 
 class FunctionalPosterior(NamedTuple):
@@ -301,8 +301,8 @@ def structured_variance(
     """J Sigma J' at every prior precision, or its diagonal alone, from `structure.covariance_root`.
 
     One Jacobian per input serves all precisions. As one is C gradients of P numbers, at most `JACOBIAN_BYTES` of them
-    are in memory at a time, but for one input at least; and of more than a quarter of a microbatch only where what a
-    backward pass for each output computes fits in there, too.
+    are in memory at a time, but for one input at least; and of more than a quarter of a microbatch only where they and
+    what a backward pass for each output computes are small.
 
     Parameters
     ----------
@@ -329,8 +329,8 @@ def _inputs_at_once(network: Network, inputs: PyTree[Float[Array, "B ..."]], mic
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
     most = max(1, JACOBIAN_BYTES // (num_outputs * row_bytes))
     passed_bytes = number_type(network.params).itemsize * numbers_of_example(Outline.of(network, inputs))
-    surely = JACOBIAN_BYTES // (num_outputs * (row_bytes + passed_bytes))
-    return min(microbatch, most, max(1, microbatch // 4, surely))
+    cached = CACHED_BYTES // (num_outputs * (row_bytes + passed_bytes))
+    return min(microbatch, most, max(1, microbatch // 4, cached))
 
 
 def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:

@@ -13,6 +13,7 @@ from bnnlaplace.curvature import dense
 from bnnlaplace.deterministic import check_deterministic
 from bnnlaplace.features import cut
 from bnnlaplace.subset import last_layer
+from bnnlaplace.tree import size
 
 X = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
 
@@ -169,3 +170,28 @@ def test_what_is_no_function_of_one_example_is_refused(case):
 @every_kind
 def test_what_is_one_passes(kind):
     check_deterministic(NETWORKS[kind](), X)
+
+
+def test_prints_without_its_numbers():
+    """JAX prints a function that it traces; the numbers would have to come from the device for that."""
+    network = linen_network()
+    printed = repr(network)
+    assert printed == f"Network(LinenForward, {size(network.params)} weights)"
+
+
+def test_is_called_to_be_checked_once():
+    calls = []
+
+    def counted(params, x):
+        calls.append(len(x))
+        return x @ params
+
+    network = bnnlaplace.Network.from_function(counted, jnp.ones((2, 3)))
+    check_deterministic(network, jnp.ones((5, 2)))
+    assert calls == [5, 5, 1]
+    check_deterministic(network.with_params(jnp.zeros((2, 3))), jnp.ones((5, 2)))
+    assert calls == [5, 5, 1]
+    broken = bnnlaplace.Network.from_function(lambda w, x: x @ w * np.random.default_rng().normal(), jnp.ones((2, 3)))
+    for _ in range(2):  # what has not passed is not remembered
+        with pytest.raises(ValueError, match="same outputs at every call"):
+            check_deterministic(broken, jnp.ones((5, 2)))

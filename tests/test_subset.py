@@ -84,8 +84,14 @@ def test_features_are_computed_once(network):
         jax.effects_barrier()
         return len(passes)
 
+    passes_of("last_layer", 4)  # the first fit also calls the network to check it
     assert passes_of("last_layer", 4) == passes_of("last_layer", 8)
     assert passes_of("all", 4) < passes_of("all", 8)
+    la = fit(counting, "diag", "last_layer")
+    passes.clear()
+    la.predictive(X, microbatch=10)
+    jax.effects_barrier()
+    assert len(passes) == 4  # for mean and variance together
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
