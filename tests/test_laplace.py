@@ -40,7 +40,8 @@ def trained():
         return -jnp.sum(log_probs[jnp.arange(len(y)), y]) + 0.5 * vector @ vector
 
     vector, unravel = jax.flatten_util.ravel_pytree(params)
-    vector = jax.jit(lambda v: descend(negative_log_joint, v))(vector)
+    with jax.default_matmul_precision("highest"):  # that of accelerators would leave it beside the mode
+        vector = jax.jit(lambda v: descend(negative_log_joint, v))(vector)
     network = bnnlaplace.Network.from_function(network_outputs, unravel(vector))
     return network, np.asarray(x), np.asarray(y)
 
