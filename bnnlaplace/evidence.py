@@ -129,8 +129,12 @@ def log_marginal_likelihood(
     linearised = ggn.linearise(network, params, batch[0], microbatch=microbatch)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes)
     vector = as_vector(prior_precision, params)
-    if not isinstance(vector, jax.core.Tracer) and not bool(jnp.all((vector > 0) & jnp.isfinite(vector))):
-        raise ValueError(f"{caller}(prior_precision=...) must be positive and finite; got {prior_precision}; try 1.0")
+    if not isinstance(vector, jax.core.Tracer):
+        numbers = np.asarray(vector)  # operations of JAX would be traced inside `jit`
+        if not np.all((numbers > 0) & np.isfinite(numbers)):
+            raise ValueError(
+                f"{caller}(prior_precision=...) must be positive and finite; got {prior_precision}; try 1.0"
+            )
     is_scalar = jnp.ndim(prior_precision) == 0 if _is_leaf(prior_precision) else False
     delta = jnp.asarray(prior_precision, vector.dtype) if is_scalar else vector
     if gradient != "forward":

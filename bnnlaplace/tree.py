@@ -64,17 +64,19 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
     ValueError
         If `value` has neither no dimension, nor one number per weight, nor the structure of `like`.
     """
-    count = size(like)
-    if jax.tree.structure(value) == jax.tree.structure(like) and not isinstance(value, (int, float)):
-        filled = jax.tree.map(lambda part, leaf: jnp.broadcast_to(part, leaf.shape), value, like)
-        return ravel(filled)
-    vector = jnp.asarray(value)
-    if vector.shape not in ((), (count,)):
-        raise ValueError(
-            f"a value per weight must be a scalar, a vector of {count} numbers or a pytree like the weights; "
-            f"got shape {vector.shape}; try a scalar"
-        )
-    return jnp.broadcast_to(vector, (count,))
+    count, structure = size(like), jax.tree.structure(value)
+    if structure == jax.tree.structure(0) and jnp.shape(value) in ((), (count,)):
+        return jnp.broadcast_to(jnp.asarray(value), (count,))
+    if structure == jax.tree.structure(like):
+        try:
+            return ravel(jax.tree.map(lambda part, leaf: jnp.broadcast_to(part, leaf.shape), value, like))
+        except ValueError:  # of leaves that do not broadcast
+            pass
+    got = f"shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.80}"
+    raise ValueError(
+        f"a value per weight must be a scalar, a vector of {count} numbers or a pytree like the weights; got {got}; "
+        "try a scalar"
+    )
 
 
 def leaf_names(tree: PyTree) -> list[str]:

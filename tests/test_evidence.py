@@ -278,3 +278,16 @@ def test_targets_of_another_shape_do_not_broadcast(x64):
 def test_the_noise_is_positive(sigma):
     with pytest.raises(ValueError, match=r"gaussian\(sigma_noise=\.\.\.\) must be positive and finite"):
         bnnlaplace.gaussian(jnp.asarray(sigma))
+
+
+@pytest.mark.parametrize("precision", [jnp.arange(1.0, 7.0), np.arange(1.0, 7.0), np.arange(1.0, 7.0).reshape(2, 3)])
+def test_precisions_of_weights_in_one_array_that_a_trace_closes_over(precision):
+    x, y = np.eye(4, 2, dtype=np.float32), np.arange(4) % 3
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3)))
+
+    def ours(weights):
+        options = {"network": network, "likelihood": bnnlaplace.categorical(), "num_matvecs": 6, "side": "primal"}
+        return evidence.log_marginal_likelihood(weights, precision, (x, y), jnp.sqrt(6.0) * jnp.eye(6), **options).mean
+
+    la = bnnlaplace.Laplace(network, hessian_structure="full", prior_precision=precision).fit((x, y))
+    np.testing.assert_allclose(jax.jit(ours)(network.params), la.log_marginal_likelihood().mean, rtol=1e-5)

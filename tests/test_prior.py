@@ -200,6 +200,15 @@ def test_the_mean_of_a_subset_is_taken_from_that_of_all(problem):
     assert whole.log_marginal_likelihood() == same.log_marginal_likelihood()
 
 
+@pytest.mark.parametrize("structure", ["full", "diag"])
+def test_vectors_that_a_trace_closes_over(problem, structure):
+    la = fitted(problem, structure, jnp.asarray(DELTA), jnp.asarray(MEAN))
+    x = problem.inputs[:3]
+    np.testing.assert_allclose(jax.jit(lambda x: la.predictive(x))(x), la.predictive(x), rtol=1e-12)
+    with pytest.raises(ValueError, match="prior_precision=.* must be positive and finite for every weight"):
+        jax.jit(lambda x: fitted(problem, structure, -jnp.asarray(DELTA)).predictive(x))(x)
+
+
 def test_traced_precisions_of_groups(problem):
     la = fitted(problem, "diag")
     inside = jax.jit(lambda la, x: la.predictive(x))(la, problem.inputs)

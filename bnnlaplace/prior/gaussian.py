@@ -121,18 +121,17 @@ def resolve(
         check(precision, f"{where}(prior_precision=...)")
         return Prior(precision, None, prior_mean)
     vector = _per_weight(precision, params, groups, where)
-    traced = isinstance(vector, jax.core.Tracer)
-    if not traced and not bool(jnp.all((vector > 0) & jnp.isfinite(vector))):
-        raise ValueError(
-            f"{where}(prior_precision=...) must be positive and finite for every weight; got numbers from "
-            f"{float(vector.min()):.3g} to {float(vector.max()):.3g}; try 1.0"
-        )
-    if not traced and bool(jnp.all(vector == vector[0])):
-        return Prior(float(vector[0]), None, prior_mean)
-    if traced:
+    if isinstance(vector, jax.core.Tracer):
         factor = jnp.exp(jnp.mean(jnp.log(vector)))
         return Prior(factor, vector / factor, prior_mean)
-    exact = np.asarray(vector, np.float64)
+    exact = np.asarray(vector, np.float64)  # operations of JAX would be traced inside `jit`
+    if not np.all((exact > 0) & np.isfinite(exact)):
+        raise ValueError(
+            f"{where}(prior_precision=...) must be positive and finite for every weight; got numbers from "
+            f"{exact.min():.3g} to {exact.max():.3g}; try 1.0"
+        )
+    if np.all(exact == exact[0]):
+        return Prior(float(exact[0]), None, prior_mean)
     factor = float(np.exp(np.log(exact).mean()))
     return Prior(factor, jnp.asarray(exact / factor, number_type(params)), prior_mean)
 
@@ -215,7 +214,7 @@ def _mean(mean: PyTree, params: PyTree, where: str) -> Float[Array, " P"] | None
             f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "
             f"{_described(mean)}"
         ) from None
-    if not isinstance(vector, jax.core.Tracer) and not bool(jnp.isfinite(vector).all()):
+    if not isinstance(vector, jax.core.Tracer) and not np.isfinite(np.asarray(vector)).all():
         raise ValueError(f"{where}(prior_mean=...) must be finite; got NaN or infinite values")
     return vector
 
