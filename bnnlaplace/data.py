@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.likelihood import Likelihood, check_targets
 from bnnlaplace.network import Network
-from bnnlaplace.outline import output_shape
+from bnnlaplace.outline import check_outputs, output_shape
 from bnnlaplace.tree import examples, num_examples
 
 Inputs = PyTree[Float[Array, "B ..."]]
@@ -45,6 +45,8 @@ class Data:
     ----------
     once
         They can be read a single time.
+    length
+        The number of examples, where it is known before they are read.
 
     Parameters
     ----------
@@ -62,14 +64,15 @@ class Data:
         head: tuple[Inputs, Array],
         once: bool = False,
         check: Callable[[Inputs, Array], None] | None = None,
+        length: int | None = None,
     ) -> None:
-        self.once = once
+        self.once, self.length = once, length
         self._pairs, self._head, self._check = pairs, head, check
         self._count: int | None = None
 
     def checked(self, check: Callable[[Inputs, Array], None]) -> "Data":
         """The same data, checked while they are read for the first time."""
-        return Data(self._pairs, self._head, self.once, check)
+        return Data(self._pairs, self._head, self.once, check, self.length)
 
     def __iter__(self) -> Iterator[Batch]:
         """Read all batches.
@@ -111,12 +114,39 @@ class Data:
         """The inputs of the first batch; no pass is used up."""
         return self._head[0]
 
-    def mapped(self, function: Callable[[Inputs], Inputs]) -> "Data":
-        """Other inputs in place of these, computed batch by batch in one pass now, and kept in memory."""
-        pairs = [_without_padding(batch._replace(inputs=function(batch.inputs))) for batch in self]
-        found = Data(pairs, pairs[0])
-        found._count = self._count
-        return found
+    def mapped(self, function: Callable[[Inputs], Inputs], most_bytes: int) -> "Data":
+        """Other inputs in place of these: computed once and kept, or, of more than `most_bytes`, in each pass.
+
+        Of data that can be read once they are computed now, and kept in any case.
+        """
+        first = function(self._head[0]), self._head[1]
+        pairs = _Mapped(self, function, most_bytes)
+        return Data(list(pairs) if self.once else pairs, first, length=self.length)
+
+
+class _Mapped:
+    """Pairs of mapped inputs and targets, which are remembered after the first pass if they are small."""
+
+    def __init__(self, data: Data, function: Callable[[Inputs], Inputs], most_bytes: int) -> None:
+        self._data, self._function, self._most_bytes = data, function, most_bytes
+        self._kept: list[tuple[Inputs, Array]] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Inputs, Array]]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[tuple[Inputs, Array]] = []
+        held = 0
+        for batch in self._data:
+            pair = _without_padding(batch._replace(inputs=self._function(batch.inputs)))
+            held += sum(leaf.nbytes for leaf in jax.tree.leaves(pair))
+            if held <= self._most_bytes:
+                kept.append(pair)
+            else:
+                kept.clear()
+            yield pair
+        if held <= self._most_bytes:
+            self._kept = kept
 
 
 def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data:
@@ -131,7 +161,7 @@ def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data
         return data
     if _is_pair_of_arrays(data):
         pair = _as_pair(data)
-        return Data([pair], pair)
+        return Data([pair], pair, length=len(pair[1]))
     try:
         iterator = iter(data)
     except TypeError:
@@ -163,11 +193,7 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
     """
     count = num_examples(inputs)
     shape = output_shape(network, inputs)
-    if isinstance(shape, str) or len(shape) < 2 or shape[0] != count:
-        raise ValueError(
-            "a network's outputs must be one array of shape (B, C), or (B, ..., C) with several positions; got "
-            f"{shape} for {count} examples"
-        )
+    check_outputs(shape, count)
     check_targets(likelihood, shape, targets)
 
 

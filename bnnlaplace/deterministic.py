@@ -4,14 +4,13 @@ import inspect
 from functools import lru_cache, partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.network import Network
-from bnnlaplace.outline import Outline
-from bnnlaplace.tree import examples
+from bnnlaplace.outline import Outline, check_outputs
+from bnnlaplace.tree import examples, num_examples, number_type
 
 # Names that modules give to the switch between training and evaluation.
 SWITCHES = ("train", "training", "is_training", "deterministic", "use_running_average")
@@ -25,8 +24,8 @@ def check_deterministic(network: Network, inputs: PyTree[Float[Array, "N ..."]])
     Raises
     ------
     ValueError
-        If outputs differ, as with dropout that is live or batch statistics computed from the batch, or a Linen module
-        asks for a random key or writes its statistics; the message says how to mend it.
+        If outputs are not (N, ..., C), or differ, as with dropout that is live or batch statistics computed from the
+        batch, or a Linen module asks for a random key or writes its statistics; the message says how to mend it.
     """
     from flax.errors import InvalidRngError, ModifyScopeVariableError  # a user of plain functions needs no Flax
 
@@ -44,10 +43,10 @@ def check_deterministic(network: Network, inputs: PyTree[Float[Array, "N ..."]])
             f"a network must be deterministic; the module raised {type(error).__name__}, as dropout that is live or "
             f"batch normalisation in training mode does; {_fix(forward)}"
         ) from error
+    check_outputs(getattr(first, "shape", type(first).__name__), num_examples(few))
+    precision = max((first.dtype, number_type(network.params)), key=lambda dtype: jnp.finfo(dtype).eps)
     first, second, alone = (np.asarray(outputs, np.float64) for outputs in (first, second, alone))
-    negligible = (
-        float(jnp.finfo(jnp.result_type(*jax.tree.leaves((network.params, 0.0)))).eps) ** 0.5 * np.abs(first).max()
-    )
+    negligible = float(jnp.finfo(precision).eps) ** 0.5 * np.abs(first).max()
     # Outputs that are not finite pass: they are found elsewhere.
     if (difference := np.abs(second - first).max()) > negligible:
         raise ValueError(
@@ -59,8 +58,8 @@ def check_deterministic(network: Network, inputs: PyTree[Float[Array, "N ..."]])
             "a network must give the same outputs for an example whatever else is in its batch; alone it gets others, "
             f"by {difference:.2g}, as with batch normalisation in training mode; {_fix(forward)}"
         )
-
-    if np.isfinite(first).all():
+    # Where all examples have the same outputs nothing could have been found.
+    if np.isfinite(first).all() and np.abs(first - first[:1]).max() > negligible:
         known.add(PASSED)
 
 

@@ -17,7 +17,7 @@ from bnnlaplace.network import Network
 from bnnlaplace.outline import Outline
 
 # Calls whose equations are put in their place; others, such as loops and functions with derivatives of their own, stay.
-CALLS = ("jit", "pjit", "closed_call", "core_call")
+CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 
 
 class Equations(NamedTuple):
@@ -70,7 +70,8 @@ def trace(network: Network, inputs: PyTree[Float[Array, "B ..."] | jax.ShapeDtyp
         for equation in closed.jaxpr.eqns:
             taken = [read(atom) for atom in equation.invars]
             if equation.primitive.name in CALLS:
-                results = inline(equation.params["jaxpr"], taken)
+                inner = equation.params["jaxpr"]
+                results = inline(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), taken)
             else:
                 results = [Var(variable.aval) for variable in equation.outvars]
                 equations.append(equation.replace(invars=taken, outvars=results))

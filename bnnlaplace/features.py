@@ -1,5 +1,6 @@
 """The features of a network: what enters the part of it that depends on the weights with a posterior."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -55,7 +56,7 @@ def cut(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Head | None:
         examples.
     """
     outline = Outline.of(network, inputs)
-    if not _can_be_cut(outline):
+    if _crossing(outline) is None:
         return None
     return Head(network, Network(_HeadForward(network.forward, outline.example), network.params, network.frozen))
 
@@ -78,14 +79,27 @@ def compute(head: Head, inputs: PyTree[Float[Array, "N ..."]], *, microbatch: in
     return jax.lax.map(lambda one: head.features(examples(one, None))[0], inputs, batch_size=microbatch)
 
 
+def bytes_each(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> int:
+    """Of the features of one example; 0 where a network cannot be cut.
+
+    Parameters
+    ----------
+    network, inputs
+        As for `cut`.
+    """
+    found = _crossing(Outline.of(network, inputs))
+    return 0 if found is None else math.prod(found.shape) * found.dtype.itemsize
+
+
 @lru_cache(maxsize=64)
-def _can_be_cut(outline: Outline) -> bool:
-    """Whether one array that belongs to single examples crosses the cut."""
+def _crossing(outline: Outline) -> jax.ShapeDtypeStruct | None:
+    """What crosses the cut of one example; None where that is not one array that belongs to single examples."""
     crossing = [_cut(trace(outline.network(), outline.example.batch(size))) for size in (2, 3)]
     if any(len(parts.features) != 1 or not parts.before for parts in crossing):
-        return False
-    small, large = (parts.features[0].aval.shape for parts in crossing)
-    return small[:1] == (2,) and large[:1] == (3,) and small[1:] == large[1:]
+        return None
+    small, large = (parts.features[0].aval for parts in crossing)
+    belongs = small.shape[:1] == (2,) and large.shape[:1] == (3,) and small.shape[1:] == large.shape[1:]
+    return jax.ShapeDtypeStruct(small.shape[1:], small.dtype) if belongs else None
 
 
 class _Parts(NamedTuple):

@@ -1,5 +1,6 @@
 """From a network, a likelihood and data to what a fitted Laplace holds: the data's way through the stages."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -18,11 +19,15 @@ from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.linear_mode import linear_mode
 from bnnlaplace.log_joint import FixedNoise
 from bnnlaplace.network import Network
+from bnnlaplace.outline import output_shape
 from bnnlaplace.prior import Prior
 from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import Structure
 from bnnlaplace.structure import fit as structure_fit
 from bnnlaplace.tree import examples, number_type, ravel, size, unraveler
+
+# Features that are kept where the free memory is not known.
+FEATURE_BYTES = 2**30
 
 
 class Model(NamedTuple):
@@ -85,7 +90,8 @@ def prepare(
     if linear and not chosen.is_linearised:
         chosen, head = chosen.linearised(), head.linearised()
     if cut is not None:
-        data = data.mapped(partial(features.compute, cut, microbatch=microbatch))
+        most = (memory.free_bytes() or 4 * FEATURE_BYTES) // 4
+        data = data.mapped(partial(features.compute, cut, microbatch=microbatch), most)
     return Model(chosen, head, likelihood, data)
 
 
@@ -120,6 +126,11 @@ def fit(
 
 def scale_of(data: Data, num_data: int | None) -> float:
     """(all training examples) / (examples seen), once the data have been read."""
+    if num_data is not None and num_data < data.num_examples:
+        raise ValueError(
+            "fit(num_data=...) must be the size of the whole training set, so at least that of data, "
+            f"{data.num_examples}; got {num_data}"
+        )
     return 1.0 if num_data is None else num_data / data.num_examples
 
 
@@ -155,6 +166,9 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
     count, itemsize = size(model.head.params), number_type(model.head.params).itemsize
     if hessian_structure == "lanczos":
         one = 2 * count * itemsize
+        if model.data.length is not None:  # of few outputs all rows of B' J are the basis
+            outputs = model.data.length * math.prod(output_shape(model.head, model.data.first)[1:])
+            max_vectors = min(max_vectors, outputs)
         free = memory.free_bytes()
         fits = f" (at most {free // one} fit)" if free is not None and free // one < max_vectors else ""
         shrink = (

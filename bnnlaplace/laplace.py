@@ -293,15 +293,18 @@ class Laplace:
         point = la.evidence_curve([float(la.prior.precision)]).log_marginal_likelihood
         return Estimate(float(point.mean[0]), float(point.sem[0]))
 
-    def evidence_curve(self, precisions: Iterable[float]) -> evidence.EvidenceCurve:
+    def evidence_curve(self, precisions: Iterable[float] | None = None) -> evidence.EvidenceCurve:
         """The log evidence at many prior precisions, from the curvature already computed.
 
         Parameters
         ----------
         precisions
-            Numbers; of a prior that is not isotropic geometric means over the weights, at the ratios that it has.
+            Numbers; of a prior that is not isotropic geometric means over the weights, at the ratios that it has. By
+            default 61 over six decades around the maximum, from the same decomposition.
         """
         structure, fitted = self._require_fit()
+        if precisions is None:
+            precisions = self.evidence_optimum().prior_precision * np.geomspace(1e-3, 1e3, 61)
         grid = priors.checked_grid(list(precisions), "evidence_curve(precisions=...)")
         squared = self.prior.squared_distance(self.network.params)
         return evidence.curve(structure.log_determinant, FixedNoise(float(fitted.log_likelihood)), squared, grid)
@@ -390,6 +393,7 @@ class Laplace:
         structure, _ = self._require_fit()
         check_inputs(x)
         check_key(key, "validation_curve(key=...)")
+        predictive.check_num_samples(num_samples, "validation_curve(num_samples=...)")
         options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         return validation.validation_curve(self._white(), self.likelihood, structure, x, y, precisions, **options)
 
@@ -522,6 +526,7 @@ class Laplace:
         structure, _ = self._require_fit()
         check_inputs(x)
         check_key(key, "functional_posteriors(key=...)")
+        predictive.check_num_samples(num_samples, "functional_posteriors(num_samples=...)")
         return predictive.functional_posteriors(
             self._white(), structure, x, precisions, key=key, num_samples=num_samples, microbatch=microbatch
         )
@@ -630,6 +635,8 @@ class Laplace:
         bnnlaplace.checkpoint.CheckpointError
             If a file is damaged, or the network has another structure: the message names the file or the leaf.
         """
+        if not isinstance(network, Network):
+            raise TypeError(f"load(network=...) must be a bnnlaplace.Network; got {type(network).__name__}")
         return cls(**saved.load(Path(path), network, likelihood))
 
     # --- internals --------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.tree import summed_type
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -89,6 +91,7 @@ def gaussian(sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
         sigma: one positive number, or one for each output. Traced ones are differentiated.
     """
     sigma = jnp.asarray(sigma_noise)
+    sigma = sigma.astype(summed_type(sigma.dtype))
     if not isinstance(sigma, jax.core.Tracer) and not _all_positive(np.asarray(sigma)):
         raise ValueError(f"gaussian(sigma_noise=...) must be positive and finite; got {sigma_noise}; try 1.0")
     return Likelihood(
@@ -116,6 +119,18 @@ def bernoulli() -> Likelihood:
         Partial(_bernoulli_factor_mv),
         Partial(jax.nn.sigmoid),
     )
+
+
+def is_ours(likelihood: Likelihood) -> bool:
+    """Whether it is one of the package's: the functions are compared.
+
+    Parameters
+    ----------
+    likelihood
+        Any.
+    """
+    known = (categorical(), gaussian(), bernoulli())
+    return jax.tree.structure(likelihood) in map(jax.tree.structure, known)
 
 
 def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:

@@ -69,6 +69,8 @@ def _host_available() -> int | None:
 def _control_group_available() -> int | None:
     group = Path("/sys/fs/cgroup")
     try:
-        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        free = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return free + int(counts.get("inactive_file", 0))  # cached files make room
     except (OSError, ValueError):  # not there, or "max"
         return None

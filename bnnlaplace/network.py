@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import precise
-from bnnlaplace.tree import leaf_names, ravel, size, unraveler
+from bnnlaplace.tree import leaf_names, ravel, size, summed_type, unraveler
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
@@ -43,10 +43,13 @@ class Network:
         """Outputs (logits, or means of a regression) at `params` for a batch of inputs.
 
         Matrix products and convolutions that state no precision of their own are computed in full precision, and so are
-        their derivatives, of which the curvature is made (`bnnlaplace.precise` says why).
+        their derivatives, of which the curvature is made (`bnnlaplace.precise` says why). The outputs of a model that
+        computes in fewer bits are float32.
         """
         with precise.all_products():
-            return self.forward(self.frozen, params, x)
+            outputs = self.forward(self.frozen, params, x)
+        is_short = hasattr(outputs, "dtype") and jnp.issubdtype(outputs.dtype, jnp.floating)
+        return outputs.astype(summed_type(outputs.dtype)) if is_short else outputs
 
     @classmethod
     def from_linen(cls, module: Any, variables: Mapping[str, PyTree], **call_arguments: Any) -> "Network":
@@ -83,7 +86,8 @@ class Network:
             )
         frozen = {name: collection for name, collection in variables.items() if name != "params"}
         forward = _LinenForward(module, tuple(sorted(call_arguments.items())))
-        return cls(forward, _as_arrays(variables["params"]), _as_arrays(frozen))
+        _check_hashable(forward, "from_linen")
+        return cls(forward, _as_weights(variables["params"], "from_linen(variables=...)"), _as_arrays(frozen))
 
     @classmethod
     def from_nnx(cls, model: Any, **call_arguments: Any) -> "Network":
@@ -120,13 +124,16 @@ class Network:
             )
         graph, params, rest = nnx.split(model, nnx.Param, ...)
         forward = _NNXForward(graph, tuple(sorted(call_arguments.items())))
-        return cls(forward, _as_arrays(nnx.to_pure_dict(params)), _as_arrays(nnx.to_pure_dict(rest)))
+        _check_hashable(forward, "from_nnx")
+        weights = _as_weights(nnx.to_pure_dict(params), "from_nnx(model=...)")
+        return cls(forward, weights, _as_arrays(nnx.to_pure_dict(rest)))
 
     @classmethod
     def from_function(cls, function: Callable[[PyTree, Array], Array], params: PyTree) -> "Network":
         """Wrap a plain function `f(params, x) -> outputs` of shape (B, ..., C).
 
-        Pass the same function object each time: compiled code is kept per function.
+        Pass the same function object each time: compiled code is kept per function. So it must not read anything that
+        changes, but for its arguments.
 
         Parameters
         ----------
@@ -142,7 +149,7 @@ class Network:
         >>> network(network.params, jnp.ones((5, 2))).shape
         (5, 3)
         """
-        return cls(_PlainForward(function), _as_arrays(params), {})
+        return cls(_PlainForward(function), _as_weights(params, "from_function(params=...)"), {})
 
     def with_params(self, params: PyTree) -> "Network":
         """The same network at other weights.
@@ -199,6 +206,16 @@ class Network:
         Its Jacobian is this one's at `params`, wherever theta is.
         """
         return Network(_LinearisedForward(self.forward), self.params, {"frozen": self.frozen, "centre": self.params})
+
+    @property
+    def is_subset(self) -> bool:
+        """Whether some weights of the user's model are frozen."""
+        forward = self.forward
+        while not isinstance(forward, _SubsetForward):
+            if not hasattr(forward, "forward"):
+                return False
+            forward = forward.forward
+        return True
 
     @property
     def is_linearised(self) -> bool:
@@ -288,6 +305,27 @@ class _LinearisedForward:
 def _merged(some: PyTree, others: PyTree) -> PyTree:
     """Two trees that hold None in each other's places, as one."""
     return jax.tree.map(lambda a, b: b if a is None else a, some, others, is_leaf=lambda leaf: leaf is None)
+
+
+def _check_hashable(forward: Any, where: str) -> None:
+    try:
+        hash(forward)
+    except TypeError as error:
+        raise ValueError(
+            f"{where}: the module and its call arguments must be hashable, as compiled code is kept by them; {error}; "
+            "make arrays among them tuples, variables of the module, or a part of the inputs"
+        ) from None
+
+
+def _as_weights(tree: PyTree, where: str) -> PyTree:
+    """Arrays, of which there is at least one, and all can be differentiated in."""
+    found = _as_arrays(tree)
+    numbers = zip(leaf_names(found), jax.tree.leaves(found), strict=True)
+    wrong = [f"{name} ({leaf.dtype})" for name, leaf in numbers if not jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if wrong or not jax.tree.leaves(found):
+        got = f"{', '.join(wrong)}; keep those out of the weights" if wrong else "none"
+        raise ValueError(f"the weights of {where} must be arrays of real floating-point numbers; got {got}")
+    return found
 
 
 def _as_arrays(tree: PyTree) -> PyTree:

@@ -92,6 +92,21 @@ def output_shape(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> tup
     return _output_shape(Outline.of(network, inputs), num_examples(inputs))
 
 
+def check_outputs(shape: tuple[int, ...] | str, count: int) -> None:
+    """Check the shape of the outputs of `count` examples, as `output_shape` says it.
+
+    Raises
+    ------
+    ValueError
+        If it is not (count, ..., C).
+    """
+    if isinstance(shape, str) or len(shape) < 2 or shape[0] != count:
+        raise ValueError(
+            "a network's outputs must be one array of shape (B, C), or (B, ..., C) with several positions; got "
+            f"{shape} for {count} examples"
+        )
+
+
 @lru_cache(maxsize=64)
 def _output_shape(outline: Outline, count: int) -> tuple[int, ...] | str:
     params, frozen = outline.weights.arrays()

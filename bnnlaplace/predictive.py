@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bnnlaplace import features, link
 from bnnlaplace.curvature import dense
@@ -25,6 +25,8 @@ from bnnlaplace.tree import num_examples, number_type, ravel, unraveler
 PROBIT = ("classification", "binary", "regression")
 # Jacobians of outputs that are in memory at a time, at most; and those that a cache holds, so that more at a time pay.
 JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**24
+# Features of all inputs that are kept for the mean and the variance; where there are more they are computed twice.
+FEATURE_BYTES = 2**30
 
 
 class FunctionalPosterior(NamedTuple):
@@ -241,6 +243,7 @@ def predictions(
         check_key(key, f"predictive({which}, key=...)")
         if num_samples is None:
             num_samples = structure.num_probes if isinstance(structure, SampleStructure) else 100
+        check_num_samples(num_samples, f"predictive({which}, num_samples=...)")
         draw = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         if pred_type == "nn":
             mean, variance = _of_weight_samples(network, likelihood, structure, inputs, prior_precision, **draw)
@@ -260,8 +263,8 @@ def _head(
     network: Network, inputs: PyTree[Float[Array, "B ..."]], *, microbatch: int
 ) -> tuple[Network, PyTree[Float[Array, "B ..."]]]:
     """What follows the features of a network, and those of all inputs, computed once; itself where there are none."""
-    cut = features.cut(network, inputs)
-    if cut is None:
+    cut = features.cut(network, inputs) if network.is_subset else None
+    if cut is None or num_examples(inputs) * features.bytes_each(network, inputs) > FEATURE_BYTES:
         return network, inputs
     return cut.network, _by_microbatch(partial(_features, cut), inputs, microbatch)
 
@@ -301,8 +304,9 @@ def structured_variance(
     """J Sigma J' at every prior precision, or its diagonal alone, from `structure.covariance_root`.
 
     One Jacobian per input serves all precisions. As one is C gradients of P numbers, at most `JACOBIAN_BYTES` of them
-    are in memory at a time, but for one input at least; and of more than a quarter of a microbatch only where they and
-    what a backward pass for each output computes are small.
+    are in memory at a time; and of more than a quarter of a microbatch only where they and what a backward pass for
+    each output computes are small. Where one input has more, its outputs are taken in parts: single ones for the
+    diagonal, the C of one position at least for covariances.
 
     Parameters
     ----------
@@ -313,9 +317,11 @@ def structured_variance(
     marginal
         The diagonal alone.
     """
-    dtype = number_type(network.params)
-    roots = [structure.covariance_root(jnp.asarray(precision, dtype)) for precision in precisions]
-    few = _inputs_at_once(network, inputs, microbatch)
+    roots = [structure.covariance_root(precision) for precision in precisions]
+    few, outputs_at_once = _at_once(network, inputs, microbatch, marginal=marginal)
+    if outputs_at_once is not None:
+        found = _by_microbatch(partial(_by_outputs, network, roots, outputs_at_once, marginal), inputs, 1)
+        return jnp.swapaxes(found, 0, 1)
 
     def of_microbatch(x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m D ..."]:
         jacobian = _jacobian(network, x)
@@ -324,13 +330,47 @@ def structured_variance(
     return jnp.swapaxes(_by_microbatch(of_microbatch, inputs, few), 0, 1)
 
 
-def _inputs_at_once(network: Network, inputs: PyTree[Float[Array, "B ..."]], microbatch: int) -> int:
-    num_outputs = math.prod(output_shape(network, inputs)[1:])
+def _at_once(
+    network: Network, inputs: PyTree[Float[Array, "B ..."]], microbatch: int, *, marginal: bool
+) -> tuple[int, int | None]:
+    """How many inputs are differentiated at a time; if the Jacobian of one is too large, how many of its outputs."""
+    shape = output_shape(network, inputs)[1:]
+    num_outputs = math.prod(shape)
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
+    unit = 1 if marginal else shape[-1]
+    if num_outputs > unit and num_outputs * row_bytes > JACOBIAN_BYTES:
+        return 1, unit * max(1, JACOBIAN_BYTES // (unit * row_bytes))
     most = max(1, JACOBIAN_BYTES // (num_outputs * row_bytes))
     passed_bytes = number_type(network.params).itemsize * numbers_of_example(Outline.of(network, inputs))
     cached = CACHED_BYTES // (num_outputs * (row_bytes + passed_bytes))
-    return min(microbatch, most, max(1, microbatch // 4, cached))
+    return min(microbatch, most, max(1, microbatch // 4, cached)), None
+
+
+def _by_outputs(
+    network: Network, roots: Sequence[JacobianRoot], at_once: int, marginal: bool, x: PyTree[Float[Array, "1 ..."]]
+) -> Float[Array, "1 D ..."]:
+    """The (co)variances of one input, some of its outputs at a time."""
+    shape = output_shape(network, x)[1:]
+    count, unit = math.prod(shape), 1 if marginal else shape[-1]
+    found = []
+    for start in range(0, count, at_once):
+        rows = _some_rows(network, x, jnp.minimum(start + jnp.arange(at_once), count - 1))
+        parts = rows.reshape(-1, unit, rows.shape[-1])
+        found.append(jnp.stack([_inner_products(root, parts, marginal=marginal) for root in roots]))
+    joined = jnp.concatenate(found, axis=1)[:, : count // unit]
+    return joined.reshape(1, len(roots), *shape, *([] if marginal else [unit]))
+
+
+def check_num_samples(num_samples: int, where: str) -> None:
+    """Check that there is a sample to average over.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    if num_samples < 1:
+        raise ValueError(f"{where} must be at least 1; got {num_samples}; try 32")
 
 
 def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:
@@ -386,6 +426,18 @@ def _pushforward(
 @jax.jit
 def _jacobian(network: Network, x: PyTree[Float[Array, "m ..."]]) -> Float[Array, "m ... C P"]:
     return dense.jacobian(network, network.params, x)
+
+
+@jax.jit
+def _some_rows(network: Network, x: PyTree[Float[Array, "1 ..."]], numbers: Int[Array, " r"]) -> Float[Array, "r P"]:
+    """The gradients of some of the outputs of one input."""
+    outputs, pullback = jax.vjp(lambda p: network(p, x), network.params)
+
+    def row(number: Int[Array, ""]) -> Float[Array, " P"]:
+        cotangent = jax.nn.one_hot(number, outputs.size, dtype=outputs.dtype).reshape(outputs.shape)
+        return ravel(pullback(cotangent)[0])
+
+    return jax.lax.map(row, numbers, batch_size=min(8, len(numbers)))
 
 
 @partial(jax.jit, static_argnames="marginal")

@@ -19,7 +19,7 @@ def is_key(value: Any) -> bool:
         return False
     if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return shape == ()
-    return dtype == np.uint32 and len(shape) == 1
+    return dtype == np.uint32 and shape in ((2,), (4,))
 
 
 def check_key(value: Any, where: str) -> None:

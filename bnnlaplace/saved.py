@@ -11,8 +11,9 @@ from jaxtyping import PyTree
 
 from bnnlaplace import checkpoint
 from bnnlaplace import prior as priors
+from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.data_terms import DataTerms
-from bnnlaplace.likelihood import Likelihood, resolve
+from bnnlaplace.likelihood import Likelihood, is_ours, resolve
 from bnnlaplace.network import Network
 from bnnlaplace.structure import BY_NAME, Structure
 from bnnlaplace.tree import leaf_names
@@ -61,6 +62,7 @@ def save(
         "hessian_structure": hessian_structure,
         "structure": type(structure).__name__,
         "likelihood": likelihood.name,
+        "likelihood_is_ours": is_ours(likelihood),
         "weights": names,
         "linearised": network.is_linearised,
         "groups": {name: prior_groups(name) for name in names},
@@ -85,7 +87,8 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
     Raises
     ------
     CheckpointError
-        If a file is damaged, or the network has another structure: the message names the file or the leaf.
+        If a file is damaged, the likelihood is missing, or the network has another structure: the message names the
+        file or the leaf.
     """
     stored, metadata = checkpoint.load_pytree(path)
     with_posterior = set(metadata.get("weights", ())) & set(leaf_names(network.params))
@@ -95,7 +98,13 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
         network = network.linearised()
     here = {"params": network.params, "frozen": network.frozen}
     there = checkpoint.restructure(path, stored["network"], here)
-    likelihood = likelihood or resolve(metadata["likelihood"])
+    if likelihood is None:
+        if not metadata.get("likelihood_is_ours", True):
+            raise CheckpointError(
+                f"{path} was fitted with the likelihood {metadata['likelihood']!r} of your own; pass it: "
+                "Laplace.load(path, network, likelihood)"
+            )
+        likelihood = resolve(metadata["likelihood"])
     leaves = [jnp.asarray(leaf) for leaf in stored.get("likelihood", [])]
     known = {cls.__name__: cls for cls in BY_NAME[metadata["hessian_structure"]]}
     structure = known[metadata.get("structure", next(iter(known)))]

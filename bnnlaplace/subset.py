@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import lru_cache
 
+import jax
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.equations import trace
@@ -43,6 +44,11 @@ def last_layer(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> froze
         Whose forward pass is traced, the first time.
     inputs
         Examples, of which the shapes are used.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be told from others, as in a scan over layers.
     """
     return _last_layer(Outline.of(network, inputs))
 
@@ -60,8 +66,16 @@ def _last_layer(outline: Outline) -> frozenset[str]:
     matrices = [i for i, variable in enumerate(equations.params) if len(variable.aval.shape) >= 2]
     last = max(matrices or range(len(names)), key=first.__getitem__)
     module = names[last].rpartition("/")[0]
+    beside = [names[i] for i in matrices if first[i] == first[last] and not _is_in(names[i], module) and i != last]
+    if beside and jax.core.jaxprs_in_params(equations.steps[first[last]].params):
+        raise ValueError(
+            f"subset_of_weights='last_layer' cannot tell {names[last]!r} from {beside}, which enter the same loop or "
+            f"function with derivatives of its own; pass a predicate, such as lambda path: path == {names[last]!r}"
+        )
     return frozenset(
-        name
-        for name, position in zip(names, first, strict=True)
-        if position >= first[last] or (module and name.rpartition("/")[0] == module)
+        name for name, position in zip(names, first, strict=True) if position >= first[last] or _is_in(name, module)
     )
+
+
+def _is_in(name: str, module: str) -> bool:
+    return bool(module) and name.rpartition("/")[0] == module

@@ -13,9 +13,15 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Float, PyTree
 
 
+def summed_type(dtype: Any) -> Any:
+    """What numbers of a type are summed in: float32 at least, as the sums of this package are long."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
 def ravel(tree: PyTree) -> Float[Array, " P"]:
-    """Concatenate all leaves, in the order of `jax.tree.leaves`, into one vector."""
-    return ravel_pytree(tree)[0]
+    """Concatenate all leaves, in the order of `jax.tree.leaves`, into one vector, in float32 at least."""
+    vector = ravel_pytree(tree)[0]
+    return vector.astype(summed_type(vector.dtype))
 
 
 def unraveler(tree: PyTree) -> Callable[[Float[Array, " P"]], Any]:
@@ -38,7 +44,7 @@ def unraveler(tree: PyTree) -> Callable[[Float[Array, " P"]], Any]:
 
 def number_type(tree: PyTree) -> jnp.dtype:
     """The type that `ravel` gives, without making the vector."""
-    return jnp.result_type(*jax.tree.leaves(tree))
+    return summed_type(jnp.result_type(*jax.tree.leaves(tree)))
 
 
 def size(tree: PyTree) -> int:

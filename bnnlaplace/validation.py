@@ -67,9 +67,9 @@ def validation_curve(
 ) -> ValidationCurve:
     """NLL and ECE of the predictive at many prior precisions.
 
-    Of class labels by Monte Carlo, probabilities averaged over samples. Of a regression the Gaussian of each output is
-    known: its variance is that of the linearised output and of the noise. Of any other likelihood the mean of
-    p(y | f) over samples.
+    Of class labels by Monte Carlo, probabilities averaged over samples; of soft targets the cross-entropy, and no ECE.
+    Of a regression the Gaussian of each output is known: its variance is that of the linearised output and of the
+    noise. Of any other likelihood the mean of p(y | f) over samples.
 
     Parameters
     ----------
@@ -110,6 +110,10 @@ def _label_scores(
     likelihood: Likelihood, found: predictive.FunctionalPosterior, labels: Int[Array, "N ..."]
 ) -> tuple[float, float]:
     probs = np.asarray(link.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
+    if np.shape(labels) == probs.shape and np.issubdtype(np.asarray(labels).dtype, np.floating):  # soft targets
+        with np.errstate(divide="ignore", invalid="ignore"):
+            terms = np.where(np.asarray(labels) > 0, labels * np.log(probs), 0.0)
+        return -float(terms.sum(axis=-1).mean()), np.nan
     probs, labels = probs.reshape(-1, probs.shape[-1]), np.reshape(labels, -1)
     nll = calibration.negative_log_likelihood(probs, labels)
     return nll, calibration.expected_calibration_error(probs, labels)

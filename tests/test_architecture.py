@@ -40,7 +40,7 @@ ALLOWED = {
     "bnnlaplace.mode": {"structure"},
     "bnnlaplace.fitting": {
         *("tree", "memory", "network", "deterministic", "subset", "features", "likelihood", "data", "data_terms"),
-        *("curvature", "log_joint", "prior", "linear_mode", "structure", "random_key"),
+        *("curvature", "log_joint", "prior", "linear_mode", "structure", "random_key", "outline"),
     },
     "bnnlaplace.choice": {"log_joint", "mode", "prior"},
     "bnnlaplace.link": {"likelihood"},

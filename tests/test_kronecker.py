@@ -274,3 +274,13 @@ def test_subset_and_single_precision():
     structure = fit_kronecker(network, bnnlaplace.categorical(), x, 1.0)
     assert {leaf.dtype for leaf in jax.tree.leaves(structure)} == {jnp.dtype("float32")}
     assert structure.samples(jax.random.key(0), 2, DELTA).shape == (2, ravel(network.params).size)
+
+
+def test_kernels_of_one_number():
+    shapes = {"a": (3, 1), "b": (1, 1), "c": (1, 3)}
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    network = bnnlaplace.Network.from_function(lambda p, x: jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"], params)
+    x, y = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32), np.arange(9) % 3
+    found = {s: bnnlaplace.Laplace(network, hessian_structure=s).fit((x, y)) for s in ("kron", "diag")}
+    # The block of one number is its entry of the diagonal.
+    assert found["kron"].structure.blocks[1].eigenvalues == pytest.approx(found["diag"].structure.diagonal[3], rel=1e-4)

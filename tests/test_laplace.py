@@ -1,7 +1,9 @@
 """The front object: every structure against the dense posterior, predictions, bad input, one compilation per shape."""
 
 import dataclasses
+import pickle
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import flax.linen as nn
 import jax
@@ -16,6 +18,7 @@ from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.curvature import dense, streamed
 from bnnlaplace.log_joint import FixedNoise
 from bnnlaplace.structure import KrylovStructure
+from bnnlaplace.structure import dense as structure_dense
 from bnnlaplace.tree import ravel, squared_norm
 from bnnlaplace.validation import ValidationCurve
 
@@ -579,3 +582,96 @@ def test_a_dense_matrix_that_rounding_made_indefinite():
     expected = np.log1p(np.array([0.0, 0.0, 1.0, 1e4]) / 1e-4).sum()
     for _ in range(4):
         np.testing.assert_allclose(structure.log_determinant(1e-4), expected, rtol=1e-6)
+
+
+def test_a_trace_of_a_dense_matrix_that_rounding_made_indefinite():
+    x = (255 * np.random.default_rng(0).uniform(size=(10, 40))).astype(np.float32)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((40, 1)) / 40)
+    options = {"hessian_structure": "full", "sigma_noise": 0.1, "prior_precision": 0.01}
+    la = bnnlaplace.Laplace(network, "regression", **options).fit((x, x[:, :1]))
+    traced = jax.jit(lambda la, x: la.predictive(x)[1])(la, x[:2])
+    np.testing.assert_allclose(traced, la.predictive(x[:2])[1], rtol=0.05)
+    assert np.isfinite(jax.jit(lambda la, key: la.sample(key, 2))(la, jax.random.key(0))).all()
+
+
+def test_threads_at_different_precisions(full, trained):
+    _, x, _ = trained
+    expected = {delta: full.with_prior_precision(delta).functional_variance(x[:3]) for delta in (1.0, 100.0)}
+
+    def ask(number):
+        delta = (1.0, 100.0)[number % 2]
+        return delta, full.with_prior_precision(delta).functional_variance(x[:3])
+
+    with ThreadPoolExecutor(4) as pool:
+        for delta, found in pool.map(ask, range(40)):
+            np.testing.assert_allclose(found, expected[delta], rtol=1e-3)
+
+
+def test_a_pickled_structure_holds_its_matrix_alone(full, trained):
+    full.predictive(trained[1][:2])
+    again = pickle.loads(pickle.dumps(full.structure))
+    assert set(vars(again)) == {"matrix"}
+    np.testing.assert_array_equal(again.matrix, full.structure.matrix)
+
+
+def test_a_precision_that_float32_does_not_have_is_factorised_once(trained, monkeypatch):
+    network, x, y = trained
+    calls = []
+    factorise = structure_dense._shifted_cholesky
+    monkeypatch.setattr(structure_dense, "_shifted_cholesky", lambda *args: calls.append(args) or factorise(*args))
+    la = bnnlaplace.Laplace(network, hessian_structure="full", prior_precision=0.1).fit((x, y))
+    la.predictive(x[:3])
+    la.log_marginal_likelihood()
+    la.predictive(x[:3])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("num_samples", [0, -1])
+def test_averages_need_a_sample(diagonal, trained, num_samples):
+    _, x, y = trained
+    options = {"key": jax.random.key(0), "num_samples": num_samples}
+    for call in (
+        lambda: diagonal.predictive(x[:2], link_approx="mc", **options),
+        lambda: diagonal.predictive(x[:2], pred_type="nn", **options),
+        lambda: diagonal.functional_posteriors(x[:2], [1.0], **options),
+        lambda: diagonal.validation_curve(x[:2], y[:2], [1.0], **options),
+    ):
+        with pytest.raises(ValueError, match=r"num_samples=...\) must be at least 1; got"):
+            call()
+
+
+def test_the_whole_curve_of_the_evidence(full):
+    curve = full.evidence_curve()
+    best = curve.prior_precision[np.argmax(curve.log_marginal_likelihood.mean)]
+    np.testing.assert_allclose(best, full.prior_precision, rtol=0.15)  # to the step of the grid
+    assert curve.prior_precision[0] < 1e-2 * best < 1e2 * best < curve.prior_precision[-1]
+
+
+def test_soft_targets_choose_by_their_cross_entropy(diagonal, trained):
+    _, x, y = trained
+    options = {"key": jax.random.key(0), "num_samples": 8}
+    hard = diagonal.validation_curve(x[:20], y[:20], [1.0, 100.0], **options)
+    soft = diagonal.validation_curve(x[:20], np.eye(10)[y[:20]], [1.0, 100.0], **options)
+    np.testing.assert_allclose(soft.nll, hard.nll, rtol=1e-6)
+    assert np.isnan(soft.ece).all()
+
+
+def test_a_likelihood_of_ones_own_is_not_taken_for_the_package_s(trained, tmp_path):
+    network, x, y = trained
+    tempered = dataclasses.replace(
+        bnnlaplace.categorical(), mean=jax.tree_util.Partial(lambda f: jax.nn.softmax(f / 10, axis=-1))
+    )
+    la = bnnlaplace.Laplace(network, tempered, hessian_structure="diag").fit((x, y))
+    la.save(tmp_path / "posterior")
+    with pytest.raises(CheckpointError, match="with the likelihood 'classification' of your own; pass it"):
+        bnnlaplace.Laplace.load(tmp_path / "posterior", network)
+    again = bnnlaplace.Laplace.load(tmp_path / "posterior", network, tempered)
+    np.testing.assert_array_equal(again.predictive(x[:3]), la.predictive(x[:3]))
+    with pytest.raises(TypeError, match=r"load\(network=...\) must be a bnnlaplace.Network; got dict"):
+        bnnlaplace.Laplace.load(tmp_path / "posterior", {"w": 1})
+
+
+def test_the_training_set_is_no_smaller_than_what_is_seen_of_it(trained):
+    network, x, y = trained
+    with pytest.raises(ValueError, match=r"num_data=...\) must be the size .* at least that of data, 400; got 399"):
+        bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y), num_data=399)

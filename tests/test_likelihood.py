@@ -133,3 +133,11 @@ def test_sigma_noise_is_for_regression_by_name(likelihood):
 def test_unknown_name():
     with pytest.raises(ValueError, match=r"\['binary', 'classification', 'regression'\].*got 'poisson'"):
         resolve("poisson")
+
+
+def test_noise_that_is_an_integer_is_a_real_number():
+    assert bnnlaplace.gaussian(2).sigma_noise.dtype == jnp.float32
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
+    x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    la = bnnlaplace.Laplace(network, "regression", sigma_noise=1, hessian_structure="full").fit((x, 3 * x[:, :1]))
+    np.testing.assert_allclose(la.with_sigma_noise(1.7).sigma_noise, 1.7)

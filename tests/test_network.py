@@ -195,3 +195,31 @@ def test_is_called_to_be_checked_once():
     for _ in range(2):  # what has not passed is not remembered
         with pytest.raises(ValueError, match="same outputs at every call"):
             check_deterministic(broken, jnp.ones((5, 2)))
+
+
+def test_what_could_not_be_found_out_is_not_remembered():
+    """Of one example, or of equal ones, nothing else in the batch can be seen."""
+    network = bnnlaplace.Network.from_function(lambda w, x: (x - x.mean(axis=0)) @ w + 1, jnp.ones((2, 3)))
+    for inputs in (X[:1, :2], np.ones((5, 2), np.float32)):
+        check_deterministic(network, inputs)
+    with pytest.raises(ValueError, match="whatever else is in its batch"):
+        check_deterministic(network, X[:, :2])
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [lambda w, x: (x @ w, x), lambda w, x: {"logits": x @ w}, lambda w, x: (x @ w).sum(), lambda w, x: (x @ w).T],
+)
+def test_outputs_of_another_shape(outputs):
+    network = bnnlaplace.Network.from_function(outputs, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"outputs must be one array of shape \(B, C\), .*; got"):
+        bnnlaplace.Laplace(network, hessian_structure="diag").fit((X[:, :2], np.arange(5) % 3))
+
+
+def test_weights_and_modules_that_cannot_serve():
+    with pytest.raises(ValueError, match=r"weights of from_function.* must be arrays .* got step \(int32\); keep"):
+        Network.from_function(lambda w, x: x @ w["w"], {"w": jnp.ones((2, 3)), "step": jnp.zeros((), jnp.int32)})
+    with pytest.raises(ValueError, match="must be arrays .* got none"):
+        Network.from_function(lambda w, x: x, {})
+    with pytest.raises(ValueError, match="from_linen: the module and its call arguments must be hashable"):
+        Network.from_linen(nn.Dense(3), {"params": {"kernel": jnp.ones((2, 3))}}, mask=jnp.ones(3))

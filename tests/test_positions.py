@@ -6,7 +6,7 @@ import pytest
 from problems import random_problem
 
 import bnnlaplace
-from bnnlaplace import evidence
+from bnnlaplace import evidence, predictive
 from bnnlaplace.curvature import dense, diagonal, ggn
 
 COUNT, POSITIONS = 5, (2, 3)
@@ -87,3 +87,18 @@ def test_targets_need_a_label_for_each_position(problem):
         ValueError, match=r"labels must be integers of shape \(5, 2, 3\), .* got int64 of shape \(5, 2\)"
     ):
         bnnlaplace.Laplace(network).fit((with_positions(inputs), with_positions(targets)[..., 0]))
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_outputs_of_one_input_in_parts(problem, structure, monkeypatch):
+    """Where the Jacobian of one input is too large; with parts that do not divide the number of outputs."""
+    network, likelihood, inputs, targets, _ = problem
+    images, labels = with_positions(inputs), with_positions(targets)
+    la = bnnlaplace.Laplace(network, likelihood, hessian_structure=structure).fit((images, labels))
+    variance, probs = la.functional_variance(images), la.predictive(images)
+    row_bytes = 43 * 8
+    monkeypatch.setattr(predictive, "JACOBIAN_BYTES", 13 * row_bytes)  # four positions of three outputs
+    np.testing.assert_allclose(la.functional_variance(images), variance, rtol=1e-10)
+    monkeypatch.setattr(predictive, "JACOBIAN_BYTES", 5 * row_bytes)
+    np.testing.assert_allclose(la.predictive(images), probs, rtol=1e-10)
+    assert la.predictive(images[:0]).shape == (0, *POSITIONS, 3)

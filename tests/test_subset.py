@@ -8,6 +8,8 @@ import pytest
 import bnnlaplace
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.curvature import dense
+from bnnlaplace.data import as_data
+from bnnlaplace.subset import last_layer
 from bnnlaplace.tree import ravel
 
 RNG = np.random.default_rng(0)
@@ -111,3 +113,45 @@ def test_what_is_refused(network):
         bnnlaplace.Laplace(network, subset_of_weights="first")
     with pytest.raises(ValueError, match=r"must match at least one of the paths \['head/b', .*; it matches none"):
         fit(network, "diag", lambda path: "kernel" in path)
+
+
+def test_last_layer_behind_rematerialisation():
+    shapes = {"a": (4, 6), "b": (6, 3)}
+    params = {name: np.random.default_rng(0).normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    remat = jax.checkpoint(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
+    plain = bnnlaplace.Network.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    network = bnnlaplace.Network.from_function(lambda p, x: remat(p, x), params)
+    assert last_layer(network, X) == {"b"}
+    la, reference = (
+        bnnlaplace.Laplace(n, hessian_structure="diag", subset_of_weights="last_layer").fit((X.astype(np.float32), Y))
+        for n in (network, plain)
+    )
+    np.testing.assert_allclose(la.predictive(X[:3]), reference.predictive(X[:3]), rtol=1e-5)
+
+
+def test_last_layer_of_a_loop_is_not_guessed():
+    def scanned(params, x):
+        step = lambda h, w: (jnp.tanh(h @ w["first"] @ w["second"]), None)  # noqa: E731
+        return jax.lax.scan(step, x, params)[0]
+
+    network = bnnlaplace.Network.from_function(scanned, {"first": jnp.ones((2, 4, 4)), "second": jnp.ones((2, 4, 4))})
+    with pytest.raises(ValueError, match="'last_layer' cannot tell .* pass a predicate"):
+        last_layer(network, X)
+
+
+@pytest.mark.parametrize("most_bytes", [0, 10**6])
+def test_features_of_a_stream_are_kept_where_they_are_small(most_bytes):
+    calls = []
+
+    def double(x):
+        calls.append(len(x))
+        return 2 * x
+
+    pairs = [(X[:16], Y[:16]), (X[16:32], Y[16:32]), (X[32:], Y[32:])]
+    mapped = as_data(pairs).mapped(double, most_bytes)
+    for _ in range(2):
+        found = list(mapped)
+        assert [int(batch.weights.sum()) for batch in found] == [16, 16, 8]
+        np.testing.assert_array_equal(found[1].inputs, 2 * X[16:32])
+    assert len(calls) == 1 + (3 if most_bytes else 6)  # one for the shapes
+    assert mapped.num_examples == 40

@@ -58,8 +58,8 @@ def from_matrix(matrix: Float[Array, "... I O"], segments: Sequence[tuple[int, b
     shape = [segments[index][0] for index in order]
     # The inverse of a permutation sorts it.
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    parts = matrix.reshape(*lead, *shape)
-    return parts.transpose(*range(len(lead)), *(len(lead) + index for index in inverse)).reshape(*lead, -1)
+    parts = matrix.reshape((*lead, *shape))
+    return parts.transpose((*range(len(lead)), *(len(lead) + index for index in inverse))).reshape((*lead, -1))
 
 
 def as_matrix(flat: Float[Array, "... P"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... I O"]:
@@ -73,10 +73,10 @@ def as_matrix(flat: Float[Array, "... P"], segments: Sequence[tuple[int, bool]])
         Those of the `Layout`.
     """
     lead = flat.shape[:-1]
-    parts = flat.reshape(*lead, *(size for size, _ in segments))
+    parts = flat.reshape((*lead, *(size for size, _ in segments)))
     order = _matrix_order(segments)
-    moved = parts.transpose(*range(len(lead)), *(len(lead) + index for index in order))
-    return moved.reshape(*lead, math.prod(size for size, is_row in segments if is_row), -1)
+    moved = parts.transpose((*range(len(lead)), *(len(lead) + index for index in order)))
+    return moved.reshape((*lead, math.prod(size for size, is_row in segments if is_row), -1))
 
 
 def find_layout(

@@ -11,6 +11,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace.curvature import ggn
@@ -61,7 +62,8 @@ def operator(
     Raises
     ------
     ValueError
-        If `side` is unknown, or data are empty, do not fit the network, or can be read once only.
+        If `side` is unknown, a precision or the scale is not positive, or data are empty, do not fit the network, or
+        can be read once only.
 
     Examples
     --------
@@ -85,18 +87,23 @@ def operator(
             "operator(data=...) must be readable several times; got an iterator that can be read once; pass a list of "
             "batches, or an object whose __iter__ starts anew"
         )
+    delta = as_vector(prior_precision, network.params)
+    if not np.all(np.asarray(delta) > 0) or not scale > 0:
+        raise ValueError(
+            f"operator(prior_precision=..., scale=...) must be positive; got {prior_precision} and {scale}; try 1.0"
+        )
     found = found.checked(partial(check_fits_model, network, likelihood))
     for _ in found:  # it counts, and checks
         pass
     outputs = math.prod(output_shape(network, found.first)[1:]) * found.num_examples
-    options = {"prior_precision": prior_precision, "scale": scale, "microbatch": microbatch}
+    options = {"prior_precision": delta, "scale": scale, "microbatch": microbatch}
     if side == "dual" or (side == "auto" and outputs < size(network.params)):
         return LinearOperator(_dual(network, likelihood, found, **options), outputs)
-    root = jax.lax.rsqrt(as_vector(prior_precision, network.params))
+    root = jax.lax.rsqrt(delta)
     product = primal_product(network, likelihood, found, scale, microbatch=microbatch)
 
     def matvec(vectors: Float[Array, "*S P"]) -> Float[Array, "*S P"]:
-        rows = jnp.atleast_2d(jnp.asarray(vectors, root.dtype))
+        rows = _as_rows(vectors, root.size, root.dtype)
         return (root * product(root * rows)).reshape(vectors.shape)
 
     return LinearOperator(matvec, size(network.params))
@@ -121,27 +128,33 @@ def _dual(
     likelihood: Likelihood,
     data: Data,
     *,
-    prior_precision: Float[Array, ""] | Float[Array, " P"],
+    prior_precision: Float[Array, " P"],
     scale: float,
     microbatch: int,
 ) -> Callable[[Float[Array, "*S V"]], Float[Array, "*S V"]]:
     model, options = (network, likelihood), {"microbatch": microbatch}
-    delta, shape = as_vector(prior_precision, network.params), output_shape(network, data.first)[1:]
+    shape = output_shape(network, data.first)[1:]
     width = math.prod(shape)
 
     def matvec(vectors: Float[Array, "*S V"]) -> Float[Array, "*S V"]:
-        rows = jnp.atleast_2d(jnp.asarray(vectors, delta.dtype))
+        rows = _as_rows(vectors, data.num_examples * width, prior_precision.dtype)
         parts = rows.reshape(len(rows), -1, *shape)
         start, pulled = 0, 0.0
         for batch in data:
             count, padding = _count(batch), [(0, 0)] * len(shape)
             part = jnp.pad(parts[:, start : start + count], [(0, 0), (0, len(batch.weights) - count), *padding])
             pulled, start = pulled + _pull(*model, batch, part, **options), start + count
-        weighted = scale * pulled / delta
+        weighted = scale * pulled / prior_precision
         pushed = [_push(*model, batch, weighted, **options)[:, : _count(batch)] for batch in data]
         return jnp.concatenate(pushed, axis=1).reshape(len(rows), -1, width).reshape(vectors.shape)
 
     return matvec
+
+
+def _as_rows(vectors: Float[Array, "*S V"], size: int, dtype: jnp.dtype) -> Float[Array, "S V"]:
+    if np.ndim(vectors) not in (1, 2) or np.shape(vectors)[-1] != size:
+        raise ValueError(f"matvec takes a vector of {size} numbers, or rows of them; got shape {np.shape(vectors)}")
+    return jnp.atleast_2d(jnp.asarray(vectors, dtype))
 
 
 def _count(batch: Batch) -> int:

@@ -21,7 +21,7 @@ from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.layers import Entry, Layer, Weights, at_one_example, find
 from bnnlaplace.equations import run
 from bnnlaplace.network import Network
-from bnnlaplace.tree import examples
+from bnnlaplace.tree import examples, summed_type
 
 
 class Pass(NamedTuple):
@@ -99,10 +99,10 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
                 derivatives[leaf] = sum(parts, zero)
             if weights.rest:
                 derivatives |= _by_whole_network(network, params, inputs, weights.rest, cotangent)
-        return {leaf: derivatives[leaf].astype(leaves[leaf].dtype) for leaf in sorted(derivatives)}
+        return {leaf: derivatives[leaf].astype(summed_type(leaves[leaf].dtype)) for leaf in sorted(derivatives)}
 
     layer_inputs = {
-        leaf: _as_rows(layer, equations.steps[layer.entry.step], value_of).astype(leaves[leaf].dtype)
+        leaf: _as_rows(layer, equations.steps[layer.entry.step], value_of).astype(summed_type(leaves[leaf].dtype))
         for leaf, layer in weights.layers.items()
     }
     return Pass(weights, outputs, layer_inputs, gradients)
@@ -119,9 +119,13 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
         Of which shape and dtype are used.
     """
     shape = outputs.shape[1:]
-    columns = jnp.eye(math.prod(shape), dtype=outputs.dtype).reshape(-1, *shape)
+    count = math.prod(shape)
 
-    return mb.summed(lambda column: function(jnp.broadcast_to(column, outputs.shape)), columns)
+    def of_column(number: Array) -> PyTree:
+        column = jax.nn.one_hot(number, count, dtype=outputs.dtype).reshape(shape)
+        return function(jnp.broadcast_to(column, outputs.shape))
+
+    return mb.summed(of_column, jnp.arange(count))
 
 
 def _all_entries(weights: Weights) -> list[Entry]:

@@ -91,8 +91,10 @@ def grouped_optimum(
         delta = np.exp(log_delta)
         whitened = structure.whitened(jnp.asarray(delta[groups]))
         q = float(delta @ sums)
+        # First what needs more: a structure may remember for the second what it found for the first.
+        effective = whitened.effective_parameters(1.0, groups).mean(axis=0)
         value = log_joint(q) - 0.5 * float(whitened.log_determinant(1.0).mean())
-        slope = 0.5 * whitened.effective_parameters(1.0, groups).mean(axis=0) + log_joint.slope(q) * delta * sums
+        slope = 0.5 * effective + log_joint.slope(q) * delta * sums
         return -value, -slope
 
     bounds = np.log(search_range)

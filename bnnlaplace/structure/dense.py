@@ -1,7 +1,8 @@
 """The full GGN as a matrix: exact, for small networks, and the oracle of the others."""
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ class DenseStructure:
         """log det(I + G / delta), in float64."""
         delta = float(prior_precision)
         if self._is_known(delta):
-            diagonal = 1 / np.diagonal(self._inverse_factor(delta))
+            diagonal = 1 / np.diagonal(self._remembered(delta).factor)
         elif self._many("determinants"):
             return np.log1p(self._eigenvalues() / delta).sum(keepdims=True)
         else:
@@ -71,35 +72,40 @@ class DenseStructure:
 
     def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
         """tr_g G (G + delta I)^-1 = sum_g 1 - delta [(G + delta I)^-1]_ii over the weights of each group."""
-        delta, inverse = float(prior_precision), self._inverse_factor(float(prior_precision))
+        delta, inverse = float(prior_precision), self._remembered(float(prior_precision)).factor
         # With G + delta I = L L' the diagonal of its inverse holds the squared norms of the columns of L^-1.
         return group_sums(1 - delta * np.einsum("ij,ij->j", inverse, inverse), groups)[None]
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
         """v' (G + delta I)^-1 v, in float64."""
-        whitened = self._inverse_factor(float(prior_precision)) @ vector
+        whitened = self._remembered(float(prior_precision)).factor @ vector
         return float(whitened @ whitened)
 
     def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
-        """Rows L'^-1 eps, with the Cholesky factor L of G + delta I."""
+        """Rows S eps with S S' = (G + delta I)^-1, S being L'^-1 for the Cholesky factor L of G + delta I."""
         noise = jax.random.normal(key, (num_samples, len(self.matrix)), self.matrix.dtype)
         if self._is_traced(prior_precision):
-            return _solved(self._traced_factor(prior_precision), noise, transposed=True)
-        return matmul(noise, self._root(float(prior_precision)).T)
+            return matmul(noise, _traced_root(self.matrix, prior_precision).T)
+        return matmul(noise, self._remembered(float(prior_precision)).root.T)
 
     def covariance_root(self, prior_precision: float) -> JacobianRoot:
         """J -> J L'^-1, or J V (lambda + delta)^-1/2 where many precisions are asked for."""
+        if isinstance(self.matrix, jax.core.Tracer):
+            return Partial(_times, _traced_root(self.matrix, prior_precision))
         is_traced = self._is_traced(prior_precision)
         if not is_traced and self._is_known(float(prior_precision)):
-            return Partial(_times_triangle, self._root(float(prior_precision)))
-        if not isinstance(self.matrix, jax.core.Tracer) and self._many("covariances"):
+            return Partial(_times_triangle, self._remembered(float(prior_precision)).root)
+        if self._many("covariances"):
             values, vectors = self._eigenvectors()
             return Partial(_scaled_rotation, vectors, jax.lax.rsqrt(values + prior_precision))
         if is_traced:
-            return Partial(_solved, self._traced_factor(prior_precision))
-        return Partial(_times_triangle, self._root(float(prior_precision)))
+            return Partial(_times, _traced_root(self.matrix, prior_precision))
+        return Partial(_times_triangle, self._remembered(float(prior_precision)).root)
 
-    # What is remembered lives beside the fields, so that neither a copy nor a checkpoint holds it.
+    # What is remembered lives beside the fields, so that no checkpoint holds it, nor a pickled copy.
+
+    def __getstate__(self) -> dict[str, Array]:
+        return {"matrix": self.matrix}
 
     def _many(self, what: str) -> bool:
         """Whether this has been asked more than five times."""
@@ -123,29 +129,56 @@ class DenseStructure:
         return self.__dict__["_vectors"]
 
     def _is_known(self, delta: float) -> bool:
-        return self.__dict__.get("_inverse", (None,))[0] == delta
+        last = self.__dict__.get("_last")
+        return last is not None and last.delta == delta
 
-    def _inverse_factor(self, delta: float) -> Float[np.ndarray, "P P"]:
-        """L^-1 in float64, with G + delta I = L L'; the last one is remembered."""
-        if not self._is_known(delta):
-            self.__dict__.pop("_device_root", None)
+    def _remembered(self, delta: float) -> "_Inverse":
+        """The inverse factor at delta; the last one is kept, as one record, so that threads do not mix two of them."""
+        last = self.__dict__.get("_last")
+        if last is None or last.delta != delta:
             inverse, _ = scipy.linalg.lapack.dtrtri(_shifted_cholesky(self.matrix, delta), lower=True, overwrite_c=True)
-            self.__dict__["_inverse"] = delta, inverse
-        return self.__dict__["_inverse"][1]
-
-    def _root(self, delta: float) -> Float[Array, "P P"]:
-        """L'^-1, on the device."""
-        inverse = self._inverse_factor(delta)
-        if "_device_root" not in self.__dict__:
-            with jax.ensure_compile_time_eval():
-                self.__dict__["_device_root"] = jnp.asarray(inverse.T, self.matrix.dtype)
-        return self.__dict__["_device_root"]
+            last = _Inverse(delta, inverse, self.matrix.dtype)
+            self.__dict__["_last"] = last
+        return last
 
     def _is_traced(self, prior_precision: float) -> bool:
         return isinstance(prior_precision, jax.core.Tracer) or isinstance(self.matrix, jax.core.Tracer)
 
-    def _traced_factor(self, prior_precision: float) -> Float[Array, "P P"]:
-        return jnp.linalg.cholesky(self.matrix + prior_precision * jnp.eye(len(self.matrix)))
+
+class _Inverse:
+    """L^-1 with G + delta I = L L'.
+
+    Attributes
+    ----------
+    delta
+        The prior precision.
+    factor
+        In float64, on the host.
+    """
+
+    def __init__(self, delta: float, factor: Float[np.ndarray, "P P"], dtype: Any) -> None:
+        self.delta, self.factor, self._dtype = delta, factor, dtype
+
+    @cached_property
+    def root(self) -> Float[Array, "P P"]:
+        """L'^-1, on the device."""
+        with jax.ensure_compile_time_eval():  # what a traced function asks for is remembered beyond its trace
+            return jnp.asarray(self.factor.T, self._dtype)
+
+
+def _traced_root(matrix: Float[Array, "P P"], delta: float) -> Float[Array, "P P"]:
+    """S with S S' = (G + delta I)^-1; from eigenvectors where rounding of G costs definiteness."""
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
+    lower = jnp.linalg.cholesky(matrix + delta * identity)
+
+    def from_cholesky() -> Float[Array, "P P"]:
+        return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).T
+
+    def from_eigenvectors() -> Float[Array, "P P"]:
+        values, vectors = jnp.linalg.eigh(matrix)
+        return vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta)
+
+    return jax.lax.cond(jnp.isfinite(lower).all(), from_cholesky, from_eigenvectors)
 
 
 def _shifted_cholesky(matrix: Float[Array, "P P"], delta: float) -> Float[np.ndarray, "P P"]:
@@ -163,20 +196,15 @@ def _shifted_cholesky(matrix: Float[Array, "P P"], delta: float) -> Float[np.nda
         return factor((vectors * np.maximum(values, 0)) @ vectors.T)
 
 
+def _times(root: Float[Array, "P P"], rows: Float[Array, "... P"]) -> Float[Array, "... P"]:
+    return matmul(rows, root)
+
+
 def _times_triangle(root: Float[Array, "P P"], rows: Float[Array, "... P"]) -> Float[Array, "... P"]:
     """rows @ root for an upper triangular root, in four blocks of columns: most of its zeros are left out."""
     ends = np.linspace(0, len(root), 5).astype(int)
     blocks = zip(ends[:-1], ends[1:], strict=True)
     return jnp.concatenate([matmul(rows[..., :end], root[:end, start:end]) for start, end in blocks], axis=-1)
-
-
-def _solved(
-    root: Float[Array, "P P"], rows: Float[Array, "... P"], *, transposed: bool = False
-) -> Float[Array, "... P"]:
-    """rows L'^-1, or rows L^-1."""
-    flat = rows.reshape(-1, rows.shape[-1])
-    solved = jax.scipy.linalg.solve_triangular(root, flat.T, lower=True, trans=int(transposed))
-    return solved.T.reshape(rows.shape)
 
 
 def _scaled_rotation(

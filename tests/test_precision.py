@@ -1,0 +1,83 @@
+"""Models that compute in fewer bits, or hold their weights in fewer: all sums are float32."""
+
+from functools import lru_cache
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnnlaplace
+from bnnlaplace import evidence
+from bnnlaplace.curvature import streamed
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(60, 4)).astype(np.float32), RNG.integers(0, 3, 60)
+
+
+class Model(nn.Module):
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return nn.Dense(3, **options)(nn.tanh(nn.Dense(5, **options)(x)))
+
+
+def network(dtype, param_dtype):
+    params = Model(jnp.float32, jnp.float32).init(jax.random.key(0), X)["params"]
+    # As bfloat16 has them, so that all networks are the same function but for rounding.
+    params = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(param_dtype), params)
+    return bnnlaplace.Network.from_linen(Model(dtype, param_dtype), {"params": params})
+
+
+@pytest.fixture(scope="module", params=[jnp.float32, jnp.bfloat16], ids=["weights float32", "weights bfloat16"])
+def short(request):
+    return network(jnp.bfloat16, request.param)
+
+
+@pytest.fixture(scope="module")
+def exact():
+    return network(jnp.float32, jnp.float32)
+
+
+def fitted(network, structure):
+    la = bnnlaplace.Laplace(network, hessian_structure=structure)
+    return la.fit((X, Y), key=jax.random.key(0), num_probes=38, max_vectors=76, tolerance=0.1)
+
+
+@lru_cache
+def reference_of(structure):
+    return fitted(network(jnp.float32, jnp.float32), structure)
+
+
+@pytest.mark.parametrize("structure", ["full", "kron", "diag", "lanczos"])
+def test_every_structure(short, structure):
+    la, reference = fitted(short, structure), reference_of(structure)
+    assert la.fitted.num_outputs == 180
+    np.testing.assert_allclose(la.fitted.log_likelihood, reference.fitted.log_likelihood, rtol=5e-3)
+    found, expected = la.log_marginal_likelihood(), reference.log_marginal_likelihood()
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-2)
+    assert isinstance(found.mean, float)
+    np.testing.assert_allclose(la.predictive(X[:5]), reference.predictive(X[:5]), atol=2e-2)
+    sample = la.sample(jax.random.key(1), 2)
+    assert jax.tree.map(lambda w: w.dtype, sample) == jax.tree.map(lambda w: w.dtype, short.params)
+
+
+def test_products_and_gradients(short, exact):
+    options = {"likelihood": bnnlaplace.categorical(), "num_matvecs": 5, "num_probes": 4, "side": "primal"}
+
+    def value(params, network):
+        return evidence.log_marginal_likelihood(params, 1.0, (X, Y), jax.random.key(0), network=network, **options).mean
+
+    (found, slope), (expected, reference) = (
+        jax.jit(jax.value_and_grad(lambda p, n=n: value(p, n)))(n.params) for n in (short, exact)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-2)
+    for ours, theirs in zip(jax.tree.leaves(slope), jax.tree.leaves(reference), strict=True):
+        np.testing.assert_allclose(np.asarray(ours, float), theirs, atol=0.05 * np.abs(theirs).max())
+    rows = RNG.normal(size=(2, 180)).astype(np.float32)
+    pair = [streamed.operator(n, bnnlaplace.categorical(), (X, Y), side="dual").matvec(rows) for n in (short, exact)]
+    np.testing.assert_allclose(*pair, atol=0.05 * np.abs(pair[1]).max())
