@@ -23,8 +23,9 @@ from bnnlaplace.tree import num_examples, number_type, ravel, unraveler
 
 # Likelihoods whose mean is a softmax, a sigmoid, or the output itself.
 PROBIT = ("classification", "binary", "regression")
-# Jacobians of outputs that are in memory at a time, at most; and those that a cache holds, so that more at a time pay.
-JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**24
+# Jacobians of outputs that are in memory at a time, at most; on CPU fewer, as larger ones gain nothing there; and those
+# that a cache holds, so that more inputs at a time pay.
+JACOBIAN_BYTES, CPU_JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**25, 2**24
 # Features of all inputs that are kept for the mean and the variance; where there are more they are computed twice.
 FEATURE_BYTES = 2**30
 
@@ -338,9 +339,10 @@ def _at_once(
     num_outputs = math.prod(shape)
     row_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(network.params))
     unit = 1 if marginal else shape[-1]
-    if num_outputs > unit and num_outputs * row_bytes > JACOBIAN_BYTES:
-        return 1, unit * max(1, JACOBIAN_BYTES // (unit * row_bytes))
-    most = max(1, JACOBIAN_BYTES // (num_outputs * row_bytes))
+    most_bytes = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
+    if num_outputs > unit and num_outputs * row_bytes > most_bytes:
+        return 1, unit * max(1, most_bytes // (unit * row_bytes))
+    most = max(1, most_bytes // (num_outputs * row_bytes))
     passed_bytes = number_type(network.params).itemsize * numbers_of_example(Outline.of(network, inputs))
     cached = CACHED_BYTES // (num_outputs * (row_bytes + passed_bytes))
     return min(microbatch, most, max(1, microbatch // 4, cached)), None
@@ -388,7 +390,8 @@ def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_sample
         S.
     """
     values, vectors = jnp.linalg.eigh(variance)
-    root = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
+    # The symmetric root, which changes little where the variance does; eigenvectors may change their signs.
+    root = einsum("...ck,...k,...dk->...cd", vectors, jnp.sqrt(jnp.maximum(values, 0)), vectors)
     noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)
     return einsum("...cd,s...d->s...c", root, noise)
 

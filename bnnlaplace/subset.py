@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.equations import trace
@@ -67,7 +68,7 @@ def _last_layer(outline: Outline) -> frozenset[str]:
     last = max(matrices or range(len(names)), key=first.__getitem__)
     module = names[last].rpartition("/")[0]
     beside = [names[i] for i in matrices if first[i] == first[last] and not _is_in(names[i], module) and i != last]
-    if beside and jax.core.jaxprs_in_params(equations.steps[first[last]].params):
+    if beside and _runs_others(equations.steps[first[last]]):
         raise ValueError(
             f"subset_of_weights='last_layer' cannot tell {names[last]!r} from {beside}, which enter the same loop or "
             f"function with derivatives of its own; pass a predicate, such as lambda path: path == {names[last]!r}"
@@ -75,6 +76,11 @@ def _last_layer(outline: Outline) -> frozenset[str]:
     return frozenset(
         name for name, position in zip(names, first, strict=True) if position >= first[last] or _is_in(name, module)
     )
+
+
+def _runs_others(equation: JaxprEqn) -> bool:
+    """Whether it has equations of its own, as a loop does."""
+    return any(isinstance(leaf, (Jaxpr, ClosedJaxpr)) for leaf in jax.tree.leaves(equation.params))
 
 
 def _is_in(name: str, module: str) -> bool:

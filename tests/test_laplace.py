@@ -652,8 +652,8 @@ def test_soft_targets_choose_by_their_cross_entropy(diagonal, trained):
     options = {"key": jax.random.key(0), "num_samples": 8}
     hard = diagonal.validation_curve(x[:20], y[:20], [1.0, 100.0], **options)
     soft = diagonal.validation_curve(x[:20], np.eye(10)[y[:20]], [1.0, 100.0], **options)
-    np.testing.assert_allclose(soft.nll, hard.nll, rtol=1e-6)
-    assert np.isnan(soft.ece).all()
+    np.testing.assert_allclose(soft.negative_log_likelihood, hard.negative_log_likelihood, rtol=1e-6)
+    assert np.isnan(soft.expected_calibration_error).all()
 
 
 def test_a_likelihood_of_ones_own_is_not_taken_for_the_package_s(trained, tmp_path):
