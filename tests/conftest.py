@@ -1,4 +1,4 @@
-"""Shared fixtures: double precision on request, and one small classification problem with its exact GGN."""
+"""Shared fixtures: memory of compiled programs, double precision on request, and a small problem with its exact GGN."""
 
 import jax
 import numpy as np
@@ -6,6 +6,13 @@ import pytest
 from problems import Problem, random_problem
 
 import bnnlaplace
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_freed():
+    """What one module compiled serves no other one, and thousands of programs take gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
