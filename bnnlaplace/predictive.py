@@ -366,6 +366,13 @@ def _by_outputs(
 def check_num_samples(num_samples: int, where: str) -> None:
     """Check that there is a sample to average over.
 
+    Parameters
+    ----------
+    num_samples
+        How many are asked for.
+    where
+        The name of the argument, for the message.
+
     Raises
     ------
     ValueError
