@@ -18,9 +18,14 @@ def summed_type(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def concatenated(tree: PyTree) -> Float[Array, " P"]:
+    """All leaves, in the order of `jax.tree.leaves`, as one vector."""
+    return ravel_pytree(tree)[0]
+
+
 def ravel(tree: PyTree) -> Float[Array, " P"]:
-    """Concatenate all leaves, in the order of `jax.tree.leaves`, into one vector, in float32 at least."""
-    vector = ravel_pytree(tree)[0]
+    """The same of weights and their gradients, in float32 at least."""
+    vector = concatenated(tree)
     return vector.astype(summed_type(vector.dtype))
 
 

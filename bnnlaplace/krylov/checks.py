@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.tree import ravel
+from bnnlaplace.tree import concatenated
 
 
 def check_real(caller: str, argument: str, tree: PyTree) -> PyTree:
@@ -39,7 +39,7 @@ def check_vector(caller: str, argument: str, tree: PyTree) -> Float[Array, " n"]
     """
     tree = check_real(caller, argument, tree)
     check_finite(caller, argument, jax.tree.map(lambda leaf: leaf[None], tree))
-    vector = ravel(jax.tree.map(jnp.asarray, tree))
+    vector = concatenated(jax.tree.map(jnp.asarray, tree))
     if not vector.size:
         raise ValueError(f"{caller}({argument}=...) must have at least one entry; got none")
     return vector

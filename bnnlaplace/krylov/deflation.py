@@ -13,7 +13,7 @@ from bnnlaplace.krylov.checks import check_real, is_traced
 from bnnlaplace.krylov.eigenpairs import Eigenpairs
 from bnnlaplace.krylov.functions import Converted
 from bnnlaplace.precise import matmul
-from bnnlaplace.tree import ravel
+from bnnlaplace.tree import concatenated
 
 
 def deflation_rows(caller: str, deflation: Eigenpairs, like: PyTree) -> Float[Array, "M n"]:
@@ -41,7 +41,7 @@ def deflation_rows(caller: str, deflation: Eigenpairs, like: PyTree) -> Float[Ar
             f"of shapes {shapes}; find them with leading_eigenpairs for the same matvec"
         )
     dtype = jnp.result_type(jax.tree.leaves(like)[0])
-    rows = jax.lax.stop_gradient(jax.vmap(ravel)(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), vectors)))
+    rows = jax.lax.stop_gradient(jax.vmap(concatenated)(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), vectors)))
     if not is_traced(rows):
         found = np.asarray(rows)[np.any(rows, axis=1)]
         error = np.abs(found @ found.T - np.eye(len(found))).max(initial=0)

@@ -12,7 +12,7 @@ from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.checks import check_choice, check_count, check_number, check_product, check_vector
 from bnnlaplace.krylov.closures import convert
 from bnnlaplace.krylov.derivative_modes import reverse_only
-from bnnlaplace.tree import floating, ravel, unraveler
+from bnnlaplace.tree import concatenated, floating, unraveler
 
 
 class FlatOperator(NamedTuple):
@@ -43,7 +43,7 @@ class FlatOperator(NamedTuple):
 def flatten(
     caller: str, argument: str, matvec: Callable[..., PyTree], start: PyTree, params: Sequence[Any]
 ) -> FlatOperator:
-    """Check `matvec` and `start` and ravel them; errors name `caller`, and `argument` for the start vector.
+    """Check `matvec` and `start` and concatenated them; errors name `caller`, and `argument` for the start vector.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def flatten(
     check_product(caller, matvec, start, params)
 
     def flat(vector: Array, *params: Any) -> Array:
-        return ravel(matvec(unravel(vector), *params))
+        return concatenated(matvec(unravel(vector), *params))
 
     vector, params = _vary_alike((vector, tuple(params)))
     closed, constants = convert(flat, vector, *params)

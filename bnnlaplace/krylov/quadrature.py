@@ -29,7 +29,7 @@ from bnnlaplace.krylov.functions import Converted, scalar_function
 from bnnlaplace.krylov.operator import Settings, prepare
 from bnnlaplace.krylov.quadratic_form import quadratic_form
 from bnnlaplace.krylov.vectors import safe_norm
-from bnnlaplace.tree import floating, ravel
+from bnnlaplace.tree import concatenated, floating
 
 # A stop that looks at the standard error of fewer probes would often be an accident.
 FEWEST_PROBES = 8
@@ -160,7 +160,7 @@ def stochastic_lanczos_quadrature(
     check_decomposable(caller, "probes", operator.start.dtype)
     converted, constants = scalar_function(caller, function, operator.start.dtype)
     # Within shard_map the probes vary as the operator does: `operator.start` knows.
-    rows = jax.vmap(ravel)(jax.tree.map(jnp.asarray, probes)) + jnp.zeros_like(operator.start, shape=())
+    rows = jax.vmap(concatenated)(jax.tree.map(jnp.asarray, probes)) + jnp.zeros_like(operator.start, shape=())
     offset = jnp.zeros_like(operator.start[0])
     if deflation is not None:
         vectors = deflation_rows(caller, deflation, first)
