@@ -1,7 +1,8 @@
 """Fit data larger than memory.
 
 `fit` takes arrays, or anything that gives batches every time it is iterated over. Of those one batch is in memory at a
-time. Inputs may be pytrees.
+time; where only some weights have a posterior, the features that precede them are kept as well, if they take less than
+a quarter of the free memory. Inputs may be pytrees.
 """
 
 import tempfile

@@ -57,7 +57,7 @@ print(f"mode decrement {la.mode_decrement():.2g}, effective parameters {error.ef
 
 # %% The evidence: two errors
 # `log_marginal_likelihood()` is an `Estimate(mean, sem)`. `sem` is the standard error over the random probes, and
-# exactly zero for "diag" and "full", which have none. With S probes it is itself known to a fraction of 1 / sqrt(2 (S
+# exactly zero for "diag", "kron", "full" and where "lanczos" is exact, which have none. With S probes it is itself known to a fraction of 1 / sqrt(2 (S
 # - 1)), 13 % at the default of 32; with far fewer it misleads.
 #
 # Stopping the recurrence is another error, of one sign, that `sem` knows nothing of: it lowers the evidence by at
@@ -102,7 +102,7 @@ print(f"predictive says: {told_again[0]}")
 # %% Predictions: the number of samples
 # A Lanczos posterior has one sample for each probe. The variance of outputs that is estimated from S of them has a
 # relative standard error of sqrt(2 / S), 25 % at 32; probabilities through `link_approx="mc"` are means over S
-# samples. More: `fit(num_probes=...)`. "diag" and "full" have the variance exactly.
+# samples. More: `fit(num_probes=...)`. "diag", "kron", "full" and an exact "lanczos" have the variance exactly.
 
 variance = jnp.trace(la.functional_variance(x[:50]), axis1=1, axis2=2)
 exact_variance = jnp.trace(exact.functional_variance(x[:50]), axis1=1, axis2=2)
