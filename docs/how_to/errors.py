@@ -57,8 +57,8 @@ print(f"mode decrement {la.mode_decrement():.2g}, effective parameters {error.ef
 
 # %% The evidence: two errors
 # `log_marginal_likelihood()` is an `Estimate(mean, sem)`. `sem` is the standard error over the random probes, and
-# exactly zero for "diag", "kron", "full" and where "lanczos" is exact, which have none. With S probes it is itself known to a fraction of 1 / sqrt(2 (S
-# - 1)), 13 % at the default of 32; with far fewer it misleads.
+# exactly zero for "diag", "kron", "full" and where "lanczos" is exact, which have none. With S probes it is itself
+# known to a fraction of 1 / sqrt(2 (S - 1)), 13 % at the default of 32; with far fewer it misleads.
 #
 # Stopping the recurrence is another error, of one sign, that `sem` knows nothing of: it lowers the evidence by at
 # most half of `krylov_error().log_determinant`.
