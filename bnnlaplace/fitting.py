@@ -176,18 +176,20 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
             "posterior with subset_of_weights"
         )
         return memory.MemoryEstimate(one * max_vectors, free, shrink)
-    first = examples(model.data.first, slice(1))
-    batch = Batch(first, None, jnp.ones(1))
-    result = jax.eval_shape(
-        partial(structure_fit.batch_curvature, hessian_structure, microbatch=1), model.head, model.likelihood, batch
-    )
+    if hessian_structure == "kron":
+        first = examples(model.data.first, slice(1))
+        batch = Batch(first, None, jnp.ones(1))
+        curvature = partial(structure_fit.batch_curvature, hessian_structure, microbatch=1)
+        result = jax.eval_shape(curvature, model.head, model.likelihood, batch)
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result))
+    else:
+        held = count**2 * itemsize if hessian_structure == "full" else count * itemsize
     # The sum over batches, a batch's share of it, and what an eigendecomposition takes besides.
     copies = 2 if hessian_structure == "diag" else 4
     shrink = "give fewer weights a posterior with subset_of_weights"
     if hessian_structure != "diag":
         shrink = f"use hessian_structure='diag', or 'lanczos' with few max_vectors, or {shrink}"
-    needed = copies * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result))
-    return memory.MemoryEstimate(needed, memory.free_bytes(), shrink)
+    return memory.MemoryEstimate(copies * held, memory.free_bytes(), shrink)
 
 
 def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, microbatch: int) -> Fit:

@@ -45,6 +45,12 @@ def test_all_products_agree_with_the_matrix(problem):
     np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
 
 
+def test_wide_layers_are_not_packed(problem, monkeypatch):
+    network, likelihood, inputs, _, matrix = problem
+    monkeypatch.setattr(dense, "MOST_PACKED", 2)
+    np.testing.assert_allclose(dense.ggn(network, likelihood, network.params, inputs), matrix, atol=1e-10)
+
+
 def test_dense_counts_examples_by_their_weights(problem):
     """Twice the same as there twice, none as not there; in microbatches with padding, and exactly symmetric."""
     network, likelihood, inputs, _, _ = problem

@@ -120,6 +120,10 @@ def ggn(
     return scale * _assembled(blocks, _places(weights, params))
 
 
+# Inputs or outputs of a layer up to which the symmetry of its block halves the work for each of them.
+MOST_PACKED = 1024
+
+
 class _Part(NamedTuple):
     """Some of the columns of B' J: inputs kron derivatives for a dense layer, else the derivatives alone.
 
@@ -172,7 +176,8 @@ def _pairs(count: int) -> list[tuple[int, int]]:
 def _summed(one: _Part, other: _Part, weights: Float[Array, " M"]) -> Array:
     """sum_m w_m (a_m a'_m) kron (sum_k d_km d'_km) over inputs a and derivatives d, as far as there are inputs.
 
-    Of a part with itself both factors are symmetric, and each is packed into its lower triangle.
+    Of a part with itself both factors are symmetric, and each is packed into its lower triangle; but not wide ones, as
+    the places of their entries would be large arrays in the compiled program.
     """
     moments = einsum("kmo,kmq->moq", one.derivatives * weights[:, None], other.derivatives)
     if one.inputs is None:  # then the other one is the same, as it is the last
@@ -180,7 +185,7 @@ def _summed(one: _Part, other: _Part, weights: Float[Array, " M"]) -> Array:
     if other.inputs is None:
         return einsum("mi,moq->ioq", one.inputs, moments)
     products = one.inputs[:, :, None] * other.inputs[:, None, :]
-    if one is other:
+    if one is other and max(products.shape[-1], moments.shape[-1]) <= MOST_PACKED:
         return einsum("mi,mo->io", _packed(products), _packed(moments))
     return einsum("mij,moq->ijoq", products, moments)
 
