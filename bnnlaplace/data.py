@@ -111,7 +111,7 @@ class Data:
 
     @property
     def first(self) -> Inputs:
-        """The inputs of the first batch; no pass is used up."""
+        """The inputs of the first batch, or, of mapped ones, their shapes; no pass is used up."""
         return self._head[0]
 
     def mapped(self, function: Callable[[Inputs], Inputs], most_bytes: int) -> "Data":
@@ -119,7 +119,7 @@ class Data:
 
         Of data that can be read once they are computed now, and kept in any case.
         """
-        first = function(self._head[0]), self._head[1]
+        first = jax.eval_shape(function, self._head[0]), self._head[1]
         pairs = _Mapped(self, function, most_bytes)
         return Data(list(pairs) if self.once else pairs, first, length=self.length)
 

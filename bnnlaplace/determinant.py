@@ -37,6 +37,7 @@ from bnnlaplace.krylov.tridiagonal import reached_eigenpairs
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.precise import matmul
 from bnnlaplace.random_key import is_key
+from bnnlaplace.tree import described
 from bnnlaplace.types import Estimate
 
 Side = Literal["primal", "dual"]
@@ -100,7 +101,7 @@ def choose_side(caller: str, side: str, probes: Array, num_weights: int, num_out
     if not fitting:
         wanted = " or ".join(f"{lengths[name]} ({name})" for name in lengths if side in (name, "auto"))
         raise ValueError(
-            f"{caller}(probes=...) must be a random key or have rows of {wanted} numbers; got {_described(probes)}; "
+            f"{caller}(probes=...) must be a random key or have rows of {wanted} numbers; got {described(probes)}; "
             "try a key with num_probes=10"
         )
     return fitting[0]
@@ -213,10 +214,6 @@ def mean_and_sem(forms: Float[Array, "*shape S"]) -> Estimate:
     mean = jnp.mean(forms, axis=-1)
     sem = jnp.std(fixed, axis=-1, ddof=1) / count**0.5 if count > 1 else jnp.full_like(mean, jnp.inf)
     return Estimate(mean, jax.lax.stop_gradient(sem))
-
-
-def _described(probes: Any) -> str:
-    return f"shape {probes.shape}" if hasattr(probes, "shape") else repr(probes)
 
 
 def _batches(rows: Float[Array, "S V"], most: int) -> Float[Array, "num size V"]:

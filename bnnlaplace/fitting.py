@@ -19,12 +19,12 @@ from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.linear_mode import linear_mode
 from bnnlaplace.log_joint import FixedNoise
 from bnnlaplace.network import Network
-from bnnlaplace.outline import output_shape
+from bnnlaplace.outline import Shapes, output_shape
 from bnnlaplace.prior import Prior
 from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import Structure
 from bnnlaplace.structure import fit as structure_fit
-from bnnlaplace.tree import examples, number_type, ravel, size, unraveler
+from bnnlaplace.tree import number_type, ravel, size, unraveler
 
 # Features that are kept where the free memory is not known.
 FEATURE_BYTES = 2**30
@@ -177,8 +177,7 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
         )
         return memory.MemoryEstimate(one * max_vectors, free, shrink)
     if hessian_structure == "kron":
-        first = examples(model.data.first, slice(1))
-        batch = Batch(first, None, jnp.ones(1))
+        batch = Batch(Shapes.of_example(model.data.first).batch(1), None, jnp.ones(1))
         curvature = partial(structure_fit.batch_curvature, hessian_structure, microbatch=1)
         result = jax.eval_shape(curvature, model.head, model.likelihood, batch)
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result))

@@ -15,7 +15,7 @@ from bnnlaplace.curvature import dense
 from bnnlaplace.equations import numbers_of_example
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.outline import Outline, output_shape
+from bnnlaplace.outline import Outline, Shapes, output_shape
 from bnnlaplace.precise import einsum
 from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import CovarianceStructure, JacobianRoot, SampleStructure, Structure
@@ -469,7 +469,7 @@ def _by_microbatch(
         raise ValueError(f"microbatch=... must be at least 1; got {microbatch}; try 64")
     count = num_examples(inputs)
     if count == 0:
-        one = jax.eval_shape(function, jax.tree.map(_one_example, inputs))
+        one = jax.eval_shape(function, Shapes.of_example(inputs).batch(1))
         return jnp.zeros((0, *one.shape[1:]), one.dtype)
     microbatch = min(microbatch, count)
     found = []
@@ -487,7 +487,3 @@ def _rows(index: np.ndarray, leaf: Array) -> Array:
 @jax.jit
 def _gathered(leaf: Array, index: Array) -> Array:
     return jnp.take(leaf, index, axis=0)
-
-
-def _one_example(leaf: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *leaf.shape[1:]), jax.dtypes.canonicalize_dtype(leaf.dtype))

@@ -83,11 +83,15 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
             return ravel(jax.tree.map(lambda part, leaf: jnp.broadcast_to(part, leaf.shape), value, like))
         except ValueError:  # of leaves that do not broadcast
             pass
-    got = f"shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.80}"
     raise ValueError(
-        f"a value per weight must be a scalar, a vector of {count} numbers or a pytree like the weights; got {got}; "
-        "try a scalar"
+        f"a value per weight must be a scalar, a vector of {count} numbers or a pytree like the weights; "
+        f"got {described(value)}; try a scalar"
     )
+
+
+def described(value: Any) -> str:
+    """What messages say they got: the shape of an array, anything else itself."""
+    return f"shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.80}"
 
 
 def leaf_names(tree: PyTree) -> list[str]:

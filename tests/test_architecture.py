@@ -28,7 +28,7 @@ ALLOWED = {
     "bnnlaplace.data_terms": {"tree", "network", "likelihood", "curvature"},
     "bnnlaplace.krylov": {"types", "tree", "precise"},
     "bnnlaplace.log_joint": set(),
-    "bnnlaplace.determinant": {"types", "precise", "random_key", "likelihood", "curvature", "krylov"},
+    "bnnlaplace.determinant": {"types", "tree", "precise", "random_key", "likelihood", "curvature", "krylov"},
     "bnnlaplace.evidence": {
         *("types", "tree", "network", "likelihood", "curvature", "krylov", "log_joint", "determinant"),
     },

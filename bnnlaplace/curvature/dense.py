@@ -179,9 +179,10 @@ def _summed(one: _Part, other: _Part, weights: Float[Array, " M"]) -> Array:
     Of a part with itself both factors are symmetric, and each is packed into its lower triangle; but not wide ones, as
     the places of their entries would be large arrays in the compiled program.
     """
-    moments = einsum("kmo,kmq->moq", one.derivatives * weights[:, None], other.derivatives)
+    left = one.derivatives * weights[:, None]
     if one.inputs is None:  # then the other one is the same, as it is the last
-        return jnp.sum(moments, axis=0)
+        return einsum("kmp,kmq->pq", left, other.derivatives)
+    moments = einsum("kmo,kmq->moq", left, other.derivatives)
     if other.inputs is None:
         return einsum("mi,moq->ioq", one.inputs, moments)
     products = one.inputs[:, :, None] * other.inputs[:, None, :]
@@ -218,9 +219,14 @@ def _block(one: Layout | None, other: Layout | None, sums: Array) -> Float[Array
 
 def _layouts(weights: Weights) -> list[Layout | None]:
     """Of each part, as `_parts` orders them; None for weights of no layer."""
-    single = [weights.layers[leaf] for leaf in sorted(weights.layers) if weights.layers[leaf].positions == 1]
+    single = _single(weights)
     others = weights.entries or weights.rest or len(single) < len(weights.layers)
-    return [*(layer.layout for layer in single), *([None] if others else [])]
+    return [*(weights.layers[leaf].layout for leaf in single), *([None] if others else [])]
+
+
+def _single(weights: Weights) -> list[int]:
+    """The leaves that are layers of one position: each is a part of its own."""
+    return [leaf for leaf in sorted(weights.layers) if weights.layers[leaf].positions == 1]
 
 
 class _Place(NamedTuple):
@@ -232,7 +238,7 @@ class _Place(NamedTuple):
 
 def _places(weights: Weights, params: PyTree) -> list[_Place]:
     """Of each leaf, as `_parts` orders them."""
-    single = [leaf for leaf in sorted(weights.layers) if weights.layers[leaf].positions == 1]
+    single = _single(weights)
     places, start = [], 0
     for number, leaf in enumerate(jax.tree.leaves(params)):
         if number in single:

@@ -105,7 +105,7 @@ def find(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Weights:
     """
     example = Shapes.of_example(inputs)
     small, large = (trace(network, example.batch(count)) for count in (2, 3))
-    equations = trace(network, jax.tree.map(_shape_of, inputs))
+    equations = trace(network, Shapes.of(inputs).arrays())
     count = len(equations.params)
     if not (_same_steps(small, large) and _same_steps(small, equations)):
         return Weights({}, {}, tuple(range(count)), equations)
@@ -160,10 +160,6 @@ def convolved_axes(equation: JaxprEqn) -> tuple[tuple[int, ...], tuple[int, ...]
 # The axis of examples of a variable; STATIC where its shape does not depend on their number, MIXED where it does in
 # any other way than by one axis of just that length.
 STATIC, MIXED = -1, -2
-
-
-def _shape_of(leaf: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.result_type(leaf))
 
 
 def _same_steps(one: Equations, other: Equations) -> bool:

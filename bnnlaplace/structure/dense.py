@@ -90,12 +90,9 @@ class DenseStructure:
 
     def covariance_root(self, prior_precision: float) -> JacobianRoot:
         """J -> J L'^-1, or J V (lambda + delta)^-1/2 where many precisions are asked for."""
-        if isinstance(self.matrix, jax.core.Tracer):
-            return Partial(_times, _traced_root(self.matrix, prior_precision))
         is_traced = self._is_traced(prior_precision)
-        if not is_traced and self._is_known(float(prior_precision)):
-            return Partial(_times_triangle, self._remembered(float(prior_precision)).root)
-        if self._many("covariances"):
+        is_known = not is_traced and self._is_known(float(prior_precision))
+        if not is_known and not isinstance(self.matrix, jax.core.Tracer) and self._many("covariances"):
             values, vectors = self._eigenvectors()
             return Partial(_scaled_rotation, vectors, jax.lax.rsqrt(values + prior_precision))
         if is_traced:
