@@ -16,6 +16,7 @@ are compared, not layers. Weights and images are random. Cases run in turn in on
 and memory is that of arguments, results and temporary arrays as XLA lays them out. Prints tables and writes
 `benchmarks/results/evidence.json`, or with `--small`, which only shows that everything runs, `evidence_small.json`.
 A row more has their formulation with all images linearised together, which shows what one image at a time costs them.
+Rows "by remat" compute the linearisation of 10 images at a time anew in each product: less memory for more time.
 The experiment has 10 probes; one is the default here, since the peer takes minutes for each.
 """
 
@@ -37,6 +38,7 @@ from training.models.van import VAN, VARIANTS, VANVariant
 
 IMAGES, DEPTH = 50, 10
 BATCHED = "paper but all images at once, d delta"
+REMAT, REMAT_MICROBATCH = "ours by remat", 10
 STEP_SIZE = 1e-2
 TINY = VANVariant((2,), (1,), (1,), 3, 2, (4, 4, 1))
 
@@ -66,9 +68,12 @@ def build(classes: int, probes: int, small: bool) -> Setting:
     return Setting(network.with_params(unraveler(network.params)(weights)), images, labels, rows, depth)
 
 
-def log_evidence(setting: Setting, gradient: str = "adjoint", *, of_each_weight: bool = False) -> Callable[..., Array]:
+def log_evidence(
+    setting: Setting, gradient: str = "adjoint", *, of_each_weight: bool = False, remat: bool = False
+) -> Callable[..., Array]:
     """(log delta, weights, probes, images, labels) -> ours, of the same numbers as the peer."""
     unravel = unraveler(setting.network.params)
+    at_a_time = {"microbatch": REMAT_MICROBATCH, "remat": True} if remat else {}
 
     def value(log_precision: Array, weights: Array, probes: Array, images: Array, labels: Array) -> Array:
         precision = jnp.exp(log_precision)
@@ -81,6 +86,7 @@ def log_evidence(setting: Setting, gradient: str = "adjoint", *, of_each_weight:
             likelihood=categorical(),
             num_matvecs=setting.depth,
             gradient=gradient,
+            **at_a_time,
         ).mean
 
     return value
@@ -115,6 +121,8 @@ def programs(setting: Setting, steps: int) -> dict[str, Program]:
         "ours, d delta": jax.value_and_grad(log_evidence(setting)),
         "ours, d delta of each weight": jax.value_and_grad(log_evidence(setting, "forward", of_each_weight=True)),
         "ours, d delta and weights": jax.value_and_grad(log_evidence(setting), (0, 1)),
+        f"{REMAT}, d delta": jax.value_and_grad(log_evidence(setting, remat=True)),
+        f"{REMAT}, d delta and weights": jax.value_and_grad(log_evidence(setting, remat=True), (0, 1)),
         f"ours, {steps} steps": many_steps(setting, steps),
     }
     found = {name: compile_ahead(function, *start, labels) for name, function in ours.items()}
@@ -130,20 +138,22 @@ def programs(setting: Setting, steps: int) -> dict[str, Program]:
 
 def differences(cases: dict[str, Program]) -> dict[str, float]:
     """Between the formulations, relative to the peer's: of the value and of both derivatives."""
-    (value, ours), (expected, theirs) = (cases[f"{who}, d delta and weights"].run() for who in ("ours", "paper"))
-    pairs = {"value": (value, expected), "d delta": (ours[0], theirs[0]), "d weights": (ours[1], theirs[1])}
+    expected, theirs = cases["paper, d delta and weights"].run()
     found = {}
-    for name, (a, b) in pairs.items():
-        found[name] = float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
-        console.print(f"  {name}, largest difference between the formulations, relative: {found[name]:.1e}")
+    for who in ("ours", REMAT):
+        value, ours = cases[f"{who}, d delta and weights"].run()
+        pairs = {"value": (value, expected), "d delta": (ours[0], theirs[0]), "d weights": (ours[1], theirs[1])}
+        for name, (a, b) in pairs.items():
+            found[f"{who}, {name}"] = float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
+            console.print(f"  {who}, {name}, largest difference to theirs, relative: {found[f'{who}, {name}']:.1e}")
     return found
 
 
 def compare(results: Results, steps: int, classes: int) -> Results:
     """Print and judge ratios, all of them ours over theirs."""
 
-    def ratio(ours: str, theirs: str, key: str, repeated: int = 1) -> float:
-        return results[f"ours, {ours}"][key] / (repeated * results[f"paper, {theirs}"][key])
+    def ratio(ours: str, theirs: str, key: str, repeated: int = 1, how: str = "ours") -> float:
+        return results[f"{how}, {ours}"][key] / (repeated * results[f"paper, {theirs}"][key])
 
     both = "d delta and weights"
     targets = {
@@ -159,12 +169,14 @@ def compare(results: Results, steps: int, classes: int) -> Results:
     console.print(
         f"  d delta, time, ours to theirs with all images at once, which the experiment does not do: {batched:.3g}"
     )
-    memory = {f"{name}, memory": ratio(name, name, "memory_bytes") for name in ("d delta", both)}
-    if classes >= 1000:
-        targets |= {name: (value, 1 / 5) for name, value in memory.items()}
-    else:
-        for name, value in memory.items():
-            console.print(f"  {name}: {value:.3g}")
+    for name, bound in (("d delta", 1 / 3), (both, 1 / 1.5)):
+        console.print(f"  {name}, memory: {ratio(name, name, 'memory_bytes'):.3g}")
+        targets[f"{name} by remat, time"] = (ratio(name, name, "seconds", how=REMAT), bound)
+        memory = ratio(name, name, "memory_bytes", how=REMAT)
+        if classes >= 1000:
+            targets[f"{name} by remat, memory"] = (memory, 1 / 5)
+        else:
+            console.print(f"  {name} by remat, memory: {memory:.3g}")
     return judge(targets)
 
 

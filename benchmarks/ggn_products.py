@@ -24,7 +24,8 @@ from rich.table import Table
 
 from bnnlaplace import Network, categorical
 from bnnlaplace.curvature.diagonal import ggn_diagonal
-from bnnlaplace.curvature.ggn import block_product, ggn_operator, linearise
+from bnnlaplace.curvature.ggn import block_product, ggn_operator
+from bnnlaplace.curvature.linearisation import linearise
 from bnnlaplace.tree import ravel, size, unraveler
 from training.models.depthwise import Method
 from training.models.van import VAN, VARIANTS

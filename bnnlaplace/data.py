@@ -47,6 +47,8 @@ class Data:
         They can be read a single time.
     length
         The number of examples, where it is known before they are read.
+    mapped_bytes
+        Of `mapped` inputs, of all examples; 0 where there are none, or their number is not known.
 
     Parameters
     ----------
@@ -65,14 +67,19 @@ class Data:
         once: bool = False,
         check: Callable[[Inputs, Array], None] | None = None,
         length: int | None = None,
+        mapped_bytes: int = 0,
     ) -> None:
-        self.once, self.length = once, length
+        self.once, self.length, self.mapped_bytes = once, length, mapped_bytes
         self._pairs, self._head, self._check = pairs, head, check
         self._count: int | None = None
 
     def checked(self, check: Callable[[Inputs, Array], None]) -> "Data":
         """The same data, checked while they are read for the first time."""
         return Data(self._pairs, self._head, self.once, check, self.length)
+
+    def few(self) -> "Data":
+        """The first batch in place of all of them, whose number and shapes it stands for; no pass is used up."""
+        return Data([self._head], self._head, length=self.length)
 
     def __iter__(self) -> Iterator[Batch]:
         """Read all batches.
@@ -85,11 +92,11 @@ class Data:
         expected, count = None, 0
         for pair in self._pairs:
             x, y = _as_pair(pair)
-            found = jax.tree.structure(x), [(leaf.shape[1:], leaf.dtype.name) for leaf in (*jax.tree.leaves(x), y)]
+            found = jax.tree.structure(x), [*_signatures(x), *_signatures(y)]
             if expected not in (None, found):
                 raise ValueError(
                     "fit(data=...) must give batches of one structure, with the same shapes beyond the first axis and "
-                    f"the same types; got {_shapes(expected)} and then {_shapes(found)}"
+                    f"the same types; got {_shapes(expected[1])} and then {_shapes(found[1])}"
                 )
             expected, count = found, count + len(y)
             if self._check is not None and self._count is None:
@@ -121,7 +128,9 @@ class Data:
         """
         first = jax.eval_shape(function, self._head[0]), self._head[1]
         pairs = _Mapped(self, function, most_bytes)
-        return Data(list(pairs) if self.once else pairs, first, length=self.length)
+        batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first[0]))
+        mapped_bytes = batch_bytes * (self.length or 0) // len(first[1])
+        return Data(list(pairs) if self.once else pairs, first, length=self.length, mapped_bytes=mapped_bytes)
 
 
 class _Mapped:
@@ -194,25 +203,40 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
     count = num_examples(inputs)
     shape = output_shape(network, inputs)
     check_outputs(shape, count)
-    check_targets(likelihood, shape, targets)
+    check_targets(likelihood, shape, targets, "fit(data=(x, y))")
 
 
-def check_inputs(inputs: Inputs) -> None:
-    """Check that inputs to predict at are finite; traced ones are taken as they are.
+def check_inputs(network: Network, inputs: Inputs) -> None:
+    """Check that inputs to predict at are finite, and such as the network takes; of traced ones shapes alone.
 
     Raises
     ------
     ValueError
-        If they are no arrays of numbers, or a number among them is not finite.
+        If they are no arrays of numbers, a number among them is not finite, or the network cannot be called with them.
     """
     for leaf in jax.tree.leaves(inputs):
-        if isinstance(leaf, jax.core.Tracer):
-            continue
         if np.ndim(leaf) == 0 or not hasattr(leaf, "dtype"):
             raise ValueError(
                 f"inputs to predict at must be arrays with inputs along the first axis; got a {type(leaf).__name__}; "
                 "pass jnp.asarray(x)"
             )
+    _check_finite(inputs)
+    try:
+        output_shape(network, inputs)
+    except Exception as error:  # whatever a user's function raises at shapes that it is not made for
+        message = str(error).split("\n", 1)[0]
+        raise ValueError(
+            "inputs to predict at must have the shape of those of the data, but for the first axis; with inputs of "
+            f"{_shapes(_signatures(inputs))} the network raised {type(error).__name__}: {message}"
+        ) from error
+
+
+def _check_finite(inputs: Inputs) -> None:
+    for leaf in jax.tree.leaves(inputs):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
+            raise ValueError(f"inputs to predict at must be numbers; got an array of {leaf.dtype}; encode them")
         # Where the inputs are: images on the host need no second copy on the device.
         with jax.ensure_compile_time_eval():  # inputs that a traced function closes over
             finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)
@@ -253,8 +277,13 @@ def _no_pair(found: Any) -> ValueError:
     )
 
 
-def _shapes(structure: tuple[Any, list[tuple[tuple[int, ...], str]]]) -> str:
-    return ", ".join(f"{dtype}[B{''.join(f',{extent}' for extent in shape)}]" for shape, dtype in structure[1])
+def _signatures(arrays: PyTree[Array]) -> list[tuple[tuple[int, ...], str]]:
+    """Shape of one example and type of each leaf."""
+    return [(leaf.shape[1:], leaf.dtype.name) for leaf in jax.tree.leaves(arrays)]
+
+
+def _shapes(signatures: list[tuple[tuple[int, ...], str]]) -> str:
+    return ", ".join(f"{dtype}[B{''.join(f',{extent}' for extent in shape)}]" for shape, dtype in signatures)
 
 
 def _padded(x: Inputs, y: Array, size: int) -> Batch:

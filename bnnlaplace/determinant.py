@@ -29,6 +29,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 from bnnlaplace.curvature import ggn
+from bnnlaplace.curvature.linearisation import Linearisation
 from bnnlaplace.krylov import lanczos, rademacher_probes, stochastic_lanczos_quadrature
 from bnnlaplace.krylov.breakdown import reached
 from bnnlaplace.krylov.closures import convert
@@ -54,7 +55,7 @@ class Problem(NamedTuple):
         Whether Lanczos vectors have as many numbers as there are weights or outputs.
     """
 
-    linearised: ggn.Linearisation
+    linearised: Linearisation
     likelihood: Likelihood
     scale: float
     side: Side

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from bnnlaplace import determinant
-from bnnlaplace.curvature import ggn
+from bnnlaplace.curvature.linearisation import Linearisation, linearise
 from bnnlaplace.krylov.derivative_modes import once
-from bnnlaplace.likelihood import Likelihood, check_target_shape
+from bnnlaplace.likelihood import Likelihood, check_targets
 from bnnlaplace.log_joint import LogJoint
 from bnnlaplace.network import Network
 from bnnlaplace.tree import as_vector, num_examples, ravel
@@ -57,6 +57,7 @@ def log_marginal_likelihood(
     gradient: Literal["adjoint", "forward", "quadrature", "autodiff"] = "adjoint",
     probe_batch_size: int = 1,
     microbatch: int = 128,
+    remat: bool = False,
 ) -> Estimate:
     """The evidence by stochastic Lanczos quadrature, differentiable in every array argument.
 
@@ -97,6 +98,9 @@ def log_marginal_likelihood(
         Probes at once. More of them cost memory, and pay off only where products gain from batching.
     microbatch
         Examples in one step of the inner loop of a product.
+    remat
+        Linearise each microbatch anew in every product, as `jax.checkpoint` does: memory of one microbatch in place of
+        all examples, for some more time. Pays with a microbatch much smaller than the batch.
 
     Returns
     -------
@@ -109,7 +113,8 @@ def log_marginal_likelihood(
     Cost: one linearisation, whose outputs serve the log likelihood too, and S K products. Gradients: "forward" costs no
     product more, but S products for one number per weight on the dual side; the others as said above. With many values
     of a scalar prior precision and fixed weights take `isotropic`, which computes the products once for all of them.
-    Memory: residuals of the linearisation at the batch, and K vectors of each of `probe_batch_size` probes.
+    Memory: residuals of the linearisation at the batch, or with `remat` at a microbatch, and K vectors of each of
+    `probe_batch_size` probes.
     Reference: Krämer et al. 2024, arXiv 2405.17277, section 5; `determinant.py` derives "forward".
 
     Raises
@@ -126,7 +131,7 @@ def log_marginal_likelihood(
             f"{caller}(gradient=...) must be 'adjoint', 'forward', 'quadrature' or 'autodiff'; got {gradient!r}"
         )
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
-    linearised = ggn.linearise(network, params, batch[0], microbatch=microbatch)
+    linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes)
     vector = as_vector(prior_precision, params)
     if not isinstance(vector, jax.core.Tracer):
@@ -191,6 +196,7 @@ def isotropic(
     side: Literal["auto", "primal", "dual"] = "auto",
     probe_batch_size: int = 1,
     microbatch: int = 128,
+    remat: bool = False,
 ) -> IsotropicEvidence:
     """The evidence as a function of a scalar prior precision, from one decomposition of each probe.
 
@@ -202,7 +208,7 @@ def isotropic(
     ----------
     params, batch, probes, network, likelihood, num_matvecs, num_probes, scale, prior_mean, side
         As for `log_marginal_likelihood`, whose values those of the result are.
-    probe_batch_size, microbatch
+    probe_batch_size, microbatch, remat
         The same: they bound memory.
 
     Returns
@@ -232,7 +238,7 @@ def isotropic(
     (3,)
     """
     caller = "isotropic"
-    linearised = ggn.linearise(network, params, batch[0], microbatch=microbatch)
+    linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes)
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     deviation = ravel(params) - as_vector(prior_mean, params)
@@ -246,7 +252,7 @@ def isotropic(
 
 def _problem(
     caller: str,
-    linearised: ggn.Linearisation,
+    linearised: Linearisation,
     likelihood: Likelihood,
     scale: float,
     side: str,
@@ -273,11 +279,11 @@ def _of_rules(rules: determinant.Rules, prior_precision: Float[Array, "*shape"])
 
 
 def _log_likelihood(
-    linearised: ggn.Linearisation, likelihood: Likelihood, batch: tuple[Array, Array], scale: float
+    linearised: Linearisation, likelihood: Likelihood, batch: tuple[Array, Array], scale: float
 ) -> Float[Array, ""]:
     inputs, targets = batch
     outputs = linearised.outputs[: num_examples(inputs)]
-    check_target_shape(likelihood, outputs.shape, targets, "log_marginal_likelihood(batch=(x, y))")
+    check_targets(likelihood, outputs.shape, targets, "log_marginal_likelihood(batch=(x, y))")
     return scale * jnp.sum(likelihood.log_prob(outputs, targets))
 
 

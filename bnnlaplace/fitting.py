@@ -164,18 +164,20 @@ def at_linear_mode(model: Model, prior: Prior, num_data: int | None, *, microbat
 def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch: int) -> memory.MemoryEstimate:
     """What `fit` needs at its peak; nothing is computed."""
     count, itemsize = size(model.head.params), number_type(model.head.params).itemsize
+    kept = model.data.mapped_bytes
     if hessian_structure == "lanczos":
         one = 2 * count * itemsize
         if model.data.length is not None:  # of few outputs all rows of B' J are the basis
             outputs = model.data.length * math.prod(output_shape(model.head, model.data.first)[1:])
             max_vectors = min(max_vectors, outputs)
         free = memory.free_bytes()
-        fits = f" (at most {free // one} fit)" if free is not None and free // one < max_vectors else ""
+        most = max_vectors if free is None else max(0, free - kept) // one
+        fits = f" (at most {most} fit)" if most < max_vectors else ""
         shrink = (
             f"lower max_vectors, now {max_vectors}{fits}, use hessian_structure='diag', or give fewer weights a "
             "posterior with subset_of_weights"
         )
-        return memory.MemoryEstimate(one * max_vectors, free, shrink)
+        return memory.MemoryEstimate(kept + one * max_vectors, free, shrink)
     if hessian_structure == "kron":
         batch = Batch(Shapes.of_example(model.data.first).batch(1), None, jnp.ones(1))
         curvature = partial(structure_fit.batch_curvature, hessian_structure, microbatch=1)
@@ -188,7 +190,7 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
     shrink = "give fewer weights a posterior with subset_of_weights"
     if hessian_structure != "diag":
         shrink = f"use hessian_structure='diag', or 'lanczos' with few max_vectors, or {shrink}"
-    return memory.MemoryEstimate(copies * held, memory.free_bytes(), shrink)
+    return memory.MemoryEstimate(kept + copies * held, memory.free_bytes(), shrink)
 
 
 def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, microbatch: int) -> Fit:

@@ -259,15 +259,15 @@ class Laplace:
     ) -> MemoryEstimate:
         """What `fit` with the same arguments takes at its peak, beside the activations of a microbatch; it is not run.
 
-        Of `data` a few examples are used, to find the shapes and the weights with a posterior.
+        Of `data` the first batch is used, to find the shapes and the weights with a posterior. Features before those
+        weights are counted for arrays; of batches they are kept too, in at most a quarter of the free memory.
 
         Parameters
         ----------
         data, max_vectors, microbatch
             As for `fit`.
         """
-        few = next(iter(as_data(data)))
-        model = self._model((few.inputs, few.targets), linear=False, microbatch=microbatch)
+        model = self._model(as_data(data).few(), linear=False, microbatch=microbatch)
         return fitting.estimate(model, self.hessian_structure, max_vectors, microbatch)
 
     def _model(self, data: Any, *, linear: bool, microbatch: int) -> fitting.Model:
@@ -391,7 +391,7 @@ class Laplace:
             Inputs differentiated at a time; bounds memory.
         """
         structure, _ = self._require_fit()
-        check_inputs(x)
+        check_inputs(self.network, x)
         check_key(key, "validation_curve(key=...)")
         predictive.check_num_samples(num_samples, "validation_curve(num_samples=...)")
         options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
@@ -524,7 +524,7 @@ class Laplace:
             Inputs differentiated at a time; bounds memory.
         """
         structure, _ = self._require_fit()
-        check_inputs(x)
+        check_inputs(self.network, x)
         check_key(key, "functional_posteriors(key=...)")
         predictive.check_num_samples(num_samples, "functional_posteriors(num_samples=...)")
         return predictive.functional_posteriors(
@@ -542,7 +542,7 @@ class Laplace:
             Inputs differentiated at a time; bounds memory.
         """
         structure = self._usable_structure()
-        check_inputs(x)
+        check_inputs(self.network, x)
         return predictive.functional_variance(self._white(), structure, x, self.prior.precision, microbatch=microbatch)
 
     def predictive(
@@ -586,7 +586,7 @@ class Laplace:
             If inputs are not finite, a name is unknown, "mc" lacks a key, or more samples are asked for than there are.
         """
         structure = self._usable_structure()
-        check_inputs(x)
+        check_inputs(self.network, x)
         return predictive.predictions(
             self._white(),
             self.likelihood,

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from bnnlaplace.tree import summed_type
 
@@ -166,8 +166,8 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, "*C"] | floa
     return known[likelihood]()
 
 
-def check_target_shape(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Array, where: str) -> None:
-    """Check targets, traced ones too, against the shape (N, ..., C) of the outputs: others would broadcast in silence.
+def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Array, where: str) -> None:
+    """Check targets against the shape (N, ..., C) of the outputs: others would broadcast, or become NaN, in silence.
 
     Parameters
     ----------
@@ -176,27 +176,9 @@ def check_target_shape(likelihood: Likelihood, outputs_shape: tuple[int, ...], t
     outputs_shape
         (N, ..., C).
     targets
-        Labels (N, ...), or arrays shaped like the outputs.
+        Labels (N, ...), or arrays shaped like the outputs. Of traced ones shape and type alone are checked.
     where
         Who asks, in the message.
-
-    Raises
-    ------
-    ValueError
-        If they have another shape.
-    """
-    shape, wanted = jnp.shape(targets), [outputs_shape]
-    if likelihood.target_kind == "label":
-        wanted = [outputs_shape[:-1], outputs_shape]
-    if shape not in wanted:
-        shapes = " or ".join(map(str, wanted))
-        raise ValueError(
-            f"{where}: targets of {likelihood.name!r} must have the shape {shapes}; got {shape}; reshape them"
-        )
-
-
-def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Int[Array, "..."]) -> None:
-    """Check concrete targets against the shape (N, ..., C) of the outputs.
 
     Raises
     ------
@@ -204,43 +186,49 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
         If labels are not integers of shape (N, ...) within the classes nor probabilities that sum to one, other targets
         are not shaped like the outputs, binary ones are outside [0, 1], or the noise is not one number for each output.
     """
-    targets = jnp.asarray(targets)
-    noise = likelihood.sigma_noise
-    if noise is not None and noise.shape not in ((), outputs_shape[-1:]):
+    noise, num_outputs = likelihood.sigma_noise, outputs_shape[-1]
+    if noise is not None and noise.shape not in ((), (num_outputs,)):
         raise ValueError(
-            f"Laplace(sigma_noise=...) must be one number, or one for each of the {outputs_shape[-1]} outputs; got "
+            f"Laplace(sigma_noise=...) must be one number, or one for each of the {num_outputs} outputs; got "
             f"{noise.size}"
         )
+    traced = isinstance(targets, jax.core.Tracer)
+    targets = targets if traced else np.asarray(targets)  # operations of JAX would be traced inside `jit`
+    is_soft = targets.shape == outputs_shape and jnp.issubdtype(targets.dtype, jnp.floating)
+    is_label = targets.shape == outputs_shape[:-1] and jnp.issubdtype(targets.dtype, jnp.integer)
     if likelihood.target_kind == "array":
         if targets.shape != outputs_shape:
             raise ValueError(
-                f"fit(data=(x, y)): targets of a {likelihood.name} must have the shape {outputs_shape} of the outputs; "
-                f"got {targets.shape}; reshape them"
+                f"{where}: targets of {likelihood.name!r} must have the shape {outputs_shape} of the outputs; got "
+                f"{targets.shape}; reshape them"
             )
-        if likelihood.name == "binary" and not ((targets >= 0) & (targets <= 1)).all():
-            raise ValueError(
-                f"fit(data=(x, y)): binary targets must be 0 or 1, or probabilities between; got numbers from "
-                f"{targets.min()} to {targets.max()}; remap them, as -1 and 1 by (y + 1) / 2"
-            )
-        return
-    if targets.shape == outputs_shape and jnp.issubdtype(targets.dtype, jnp.floating):
-        if not (jnp.all(targets >= 0) and jnp.allclose(targets.sum(axis=-1), 1, atol=1e-3)):
-            raise ValueError(
-                "fit(data=(x, y)): soft targets must be probabilities, at least 0 and with a sum of 1 over classes; "
-                f"got numbers from {targets.min()} on and sums from {targets.sum(axis=-1).min()} to "
-                f"{targets.sum(axis=-1).max()}; normalise them"
-            )
-        return
-    if targets.shape != outputs_shape[:-1] or not jnp.issubdtype(targets.dtype, jnp.integer):
+    elif not (is_label or is_soft):
         raise ValueError(
-            f"fit(data=(x, y)): labels must be integers of shape {outputs_shape[:-1]}, or probabilities of shape "
+            f"{where}: labels must be integers of shape {outputs_shape[:-1]}, or probabilities of shape "
             f"{outputs_shape}; got {targets.dtype} of shape {targets.shape}; pass class indices"
         )
-    low, high = int(targets.min()), int(targets.max())
-    if low < 0 or high >= outputs_shape[-1]:
+    if not traced:
+        _check_numbers(likelihood, num_outputs, targets, where)
+
+
+def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray, where: str) -> None:
+    if likelihood.target_kind == "array":
+        if likelihood.name == "binary" and not ((targets >= 0) & (targets <= 1)).all():
+            raise ValueError(
+                f"{where}: binary targets must be 0 or 1, or probabilities between; got numbers from "
+                f"{targets.min()} to {targets.max()}; remap them, as -1 and 1 by (y + 1) / 2"
+            )
+    elif jnp.issubdtype(targets.dtype, jnp.floating):
+        sums = targets.sum(axis=-1, dtype=np.float64)
+        if not (np.all(targets >= 0) and np.allclose(sums, 1, atol=1e-3)):
+            raise ValueError(
+                f"{where}: soft targets must be probabilities, at least 0 and with a sum of 1 over classes; got "
+                f"{targets.min():.4g} and more, and sums from {sums.min():.4g} to {sums.max():.4g}; normalise them"
+            )
+    elif targets.size and not 0 <= targets.min() <= targets.max() < num_outputs:
         raise ValueError(
-            f"fit(data=(x, y)): labels must lie in 0..{outputs_shape[-1] - 1}, as the network has "
-            f"{outputs_shape[-1]} outputs; got labels from {low} to {high}; remap them or widen the network"
+            f"{where}: labels must lie in 0..{num_outputs - 1}, as the network has {num_outputs} outputs; got labels "
+            f"from {targets.min()} to {targets.max()}; remap them or widen the network"
         )
 
 

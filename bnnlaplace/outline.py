@@ -89,7 +89,9 @@ def output_shape(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> tup
     inputs
         N examples, or abstract arrays.
     """
-    return _output_shape(Outline.of(network, inputs), num_examples(inputs))
+    count = num_examples(inputs)
+    shape = _output_shape(Outline.of(network, inputs), max(count, 1))  # a module may not take none, where it flattens
+    return shape if count else (0, *shape[1:])
 
 
 def check_outputs(shape: tuple[int, ...] | str, count: int) -> None:

@@ -49,7 +49,7 @@ def save(
     )
     tree = {
         "network": {"params": network.params, "frozen": network.frozen},
-        "likelihood": jax.tree.leaves(likelihood),
+        "likelihood": [jnp.asarray(leaf) for leaf in jax.tree.leaves(likelihood)],  # one of one's own may hold floats
         "prior_precision": np.asarray(prior.precision),
         "structure": structure,
         "fitted": fitted,

@@ -90,8 +90,8 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
 
 
 def described(value: Any) -> str:
-    """What messages say they got: the shape of an array, anything else itself."""
-    return f"shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.80}"
+    """What messages say they got: the shape of an array, of anything else its type and itself."""
+    return f"shape {value.shape}" if hasattr(value, "shape") else f"{type(value).__name__} {value!r:.80}"
 
 
 def leaf_names(tree: PyTree) -> list[str]:

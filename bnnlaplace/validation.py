@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bnnlaplace import calibration, link, predictive, prior
-from bnnlaplace.likelihood import Likelihood, check_target_shape
+from bnnlaplace.likelihood import Likelihood, check_targets
 from bnnlaplace.network import Network
 from bnnlaplace.structure import SampleStructure, Structure
 
@@ -123,7 +123,7 @@ def _number_scores(
     likelihood: Likelihood, found: predictive.FunctionalPosterior, targets: Float[Array, "N ... C"]
 ) -> tuple[float, float]:
     targets = jnp.asarray(targets)
-    check_target_shape(likelihood, found.mean.shape, targets, "validation_curve(targets=...)")
+    check_targets(likelihood, found.mean.shape, targets, "validation_curve(targets=...)")
     if likelihood.sigma_noise is not None:
         variance = jnp.diagonal(found.variance, axis1=-2, axis2=-1) + likelihood.sigma_noise**2
         log_prob = -0.5 * ((targets - found.mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance))

@@ -8,6 +8,7 @@ from problems import random_problem
 
 import bnnlaplace
 from bnnlaplace.curvature import dense, diagonal, ggn, microbatch, streamed
+from bnnlaplace.curvature.linearisation import linearise
 from bnnlaplace.tree import ravel
 
 SCALE = 2.5
@@ -38,11 +39,12 @@ def test_all_products_agree_with_the_matrix(problem):
     # Microbatches of 4 pad eleven examples to twelve: the copy must not count.
     product = ggn.block_product(network, likelihood, params, inputs, microbatch=4, **arguments)
     np.testing.assert_allclose(product(jnp.asarray(vectors)), SCALE * vectors @ matrix, atol=1e-10)
-    linearised = ggn.linearise(network, params, inputs, microbatch=4)
-    np.testing.assert_allclose(linearised.outputs[:11], network(params, inputs), atol=1e-12)
-    operator = ggn.ggn_operator(linearised, likelihood, **arguments)
-    assert operator.size == len(matrix)
-    np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
+    for remat in (False, True):
+        linearised = linearise(network, params, inputs, microbatch=4, remat=remat)
+        np.testing.assert_allclose(linearised.outputs[:11], network(params, inputs), atol=1e-12)
+        operator = ggn.ggn_operator(linearised, likelihood, **arguments)
+        assert operator.size == len(matrix)
+        np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
 
 
 def test_wide_layers_are_not_packed(problem, monkeypatch):
@@ -74,6 +76,34 @@ def test_dense_memory_does_not_grow_with_the_data():
     assert temporaries(640) - temporaries(64) <= 1.1 * data
 
 
+@pytest.mark.parametrize("side", ["primal", "dual"])
+def test_memory_of_a_rematerialised_linearisation_does_not_grow_with_the_data(side):
+    """Nor does that of a derivative of its products: beside data, outputs and vectors only a microbatch is there."""
+    network = bnnlaplace.Network.from_function(
+        lambda w, x: jnp.tanh(jnp.tanh(x @ w["in"]) @ w["middle"]) @ w["out"],
+        {"in": jnp.ones((4, 64)), "middle": jnp.ones((64, 64)), "out": jnp.ones((64, 2))},
+    )
+
+    def temporaries(count, remat):
+        def derivative(params, inputs):
+            def squares(params):
+                linearised = linearise(network, params, inputs, microbatch=16, remat=remat)
+                if side == "primal":
+                    operator = ggn.ggn_operator(linearised, bnnlaplace.categorical())
+                else:
+                    operator = ggn.dual_operator(linearised, bnnlaplace.categorical())
+                return jnp.sum(operator.matvec(jnp.ones(operator.size)) ** 2)
+
+            return jax.grad(squares)(params)
+
+        arguments = network.params, jnp.ones((count, 4))
+        return jax.jit(derivative).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    of_one_example = 4 * (64 + 64)  # activations
+    grown = [(temporaries(640, remat) - temporaries(160, remat)) / 480 for remat in (True, False)]
+    assert grown[0] < 0.5 * of_one_example < grown[1]
+
+
 def test_diagonal_of_convolutions_and_of_examples_that_count(x64):
     def outputs(params, x):
         x = jnp.tanh(jax.lax.conv(x, params["first"], (2, 1), "SAME") + params["bias"][:, None, None])
@@ -91,10 +121,11 @@ def test_diagonal_of_convolutions_and_of_examples_that_count(x64):
     np.testing.assert_allclose(run(counted), expected, rtol=1e-10)
 
 
-def test_dual_has_the_same_nonzero_spectrum(problem):
+@pytest.mark.parametrize("remat", [False, True])
+def test_dual_has_the_same_nonzero_spectrum(problem, remat):
     network, likelihood, inputs, _, matrix = problem
     precision = np.linspace(0.5, 2.0, len(matrix))
-    linearised = ggn.linearise(network, network.params, inputs, microbatch=4)
+    linearised = linearise(network, network.params, inputs, microbatch=4, remat=remat)
     dual = ggn.dual_operator(linearised, likelihood, scale=SCALE, prior_precision=precision)
     gram = jax.vmap(dual.matvec)(jnp.eye(dual.size))
     root = 1 / np.sqrt(precision)
@@ -156,6 +187,6 @@ def test_bad_microbatches(count, size, message):
 
 def test_products_keep_single_precision():
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3), jnp.float32))
-    linearised = ggn.linearise(network, network.params, jnp.ones((4, 2), jnp.float32))
+    linearised = linearise(network, network.params, jnp.ones((4, 2), jnp.float32))
     operator = ggn.ggn_operator(linearised, bnnlaplace.categorical())
     assert operator.matvec(ravel(network.params)).dtype == jnp.float32

@@ -42,14 +42,15 @@ def by_quadrature(params, precision, problem, side, depth, mean=0.0, **options):
     )
 
 
+@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("side", ["primal", "dual"])
-def test_value_and_all_gradients_at_full_depth(classification, side):
+def test_value_and_all_gradients_at_full_depth(classification, side, remat):
     # The rows of sqrt(n) I give the exact trace, and depth 30 exceeds the rank 22 of the GGN.
     precision = jnp.linspace(0.5, 3.0, 43)
     params, mean = classification.network.params, 0.1
 
     def ours(params, precision, mean):
-        return by_quadrature(params, precision, classification, side, 30, mean).mean
+        return by_quadrature(params, precision, classification, side, 30, mean, remat=remat).mean
 
     value, gradients = jax.jit(jax.value_and_grad(ours, (0, 1, 2)))(params, precision, mean)
     expected, expected_gradients = jax.value_and_grad(exact, (0, 1, 3))(params, precision, classification, mean)
@@ -176,7 +177,7 @@ def test_probes_from_a_key(classification):
     np.testing.assert_array_equal(ours("auto", rows["dual"]), ours("dual", rows["dual"]))
     raw = jax.random.PRNGKey(1)
     np.testing.assert_array_equal(ours("dual", raw, num_probes=3), ours("dual", key, num_probes=3))
-    with pytest.raises(ValueError, match=r"must be a random key or have rows .*; got 0"):
+    with pytest.raises(ValueError, match=r"must be a random key or have rows .*; got int 0"):
         by_quadrature(params, 0.7, classification, "auto", 2, probes=0)
     with pytest.raises(ValueError, match=r"num_probes=...\) must be given where probes is a random key"):
         ours("auto", key)
@@ -270,8 +271,24 @@ def test_targets_of_another_shape_do_not_broadcast(x64):
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
     x, y = jnp.ones((3, 2)), jnp.ones(3)
     options = {"network": network, "likelihood": bnnlaplace.gaussian(0.5), "num_matvecs": 2, "num_probes": 2}
-    with pytest.raises(ValueError, match=r"targets of 'regression' must have the shape \(3, 1\); got \(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"targets of 'regression' must have the shape \(3, 1\) of the outputs; got \(3,\)"
+    ):
         evidence.log_marginal_likelihood(network.params, 1.0, (x, y), jax.random.key(0), **options)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_labels_that_are_known_lie_in_the_classes(jitted):
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3)))
+    batch = jnp.ones((3, 2)), jnp.array([0, 3, 1])
+    options = {"network": network, "likelihood": bnnlaplace.categorical(), "num_matvecs": 2, "num_probes": 2}
+    for function in (
+        evidence.isotropic,
+        lambda *given, **by_name: evidence.log_marginal_likelihood(given[0], 1.0, *given[1:], **by_name),
+    ):
+        run = lambda params: function(params, batch, jax.random.key(0), **options)  # noqa: E731, B023
+        with pytest.raises(ValueError, match=r"\(batch=\(x, y\)\): labels must lie in 0..2.* from 0 to 3"):
+            (jax.jit(run) if jitted else run)(network.params)
 
 
 @pytest.mark.parametrize("sigma", [-1.0, 0.0, np.nan, [1.0, np.inf]])

@@ -450,6 +450,15 @@ def test_no_inputs_give_no_predictions(name, request, dtype):
     assert [part.shape for part in found] == [(0, 10), (0, 10, 10), (3, 0, 10)]
 
 
+def test_no_inputs_of_a_network_that_flattens_its_own():
+    """JAX cannot find the -1 of a shape that holds a zero."""
+    network = bnnlaplace.Network.from_function(lambda w, x: x.reshape(len(x), -1) @ w, jnp.zeros((8, 3)))
+    x, y = np.random.default_rng(0).normal(size=(6, 2, 4)), np.arange(6) % 3
+    la = bnnlaplace.Laplace(network, hessian_structure="diag", prior_precision=1e6).fit((x, y))
+    assert la.predictive(x[:0]).shape == (0, 3)
+    assert la.functional_variance(x[:0]).shape == (0, 3, 3)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
 def test_inputs_to_predict_at_must_be_finite(diagonal, trained, value, convert):
@@ -533,6 +542,14 @@ def test_bad_input(trained, diagonal):
     for inputs in (x[:3].tolist(), "abc", 1.0):
         with pytest.raises(ValueError, match="inputs to predict at must be arrays.*pass jnp.asarray"):
             diagonal.predictive(inputs)
+    with pytest.raises(ValueError, match="inputs to predict at must be numbers; got an array of <U1"):
+        diagonal.predictive(np.array([["a"]]))
+    with pytest.raises(
+        ValueError, match=r"shape of those of the data.*of float32\[B,63\] the network raised TypeError"
+    ):
+        diagonal.predictive(x[:3, 1:])
+    with pytest.raises(ValueError, match=r"fit\(max_vectors=...\) must be at least num_probes, 32; got 31"):
+        la.fit((x, y), key=jax.random.key(0), max_vectors=31)
     with pytest.raises(TypeError, match=r"must be a bnnlaplace.Network; got Dense; wrap a Flax model"):
         bnnlaplace.Laplace(nn.Dense(3))
     with pytest.raises(TypeError, match=r"must be a flax.nnx.Module; got Dense; .*from_linen"):
@@ -669,6 +686,22 @@ def test_a_likelihood_of_ones_own_is_not_taken_for_the_package_s(trained, tmp_pa
     np.testing.assert_array_equal(again.predictive(x[:3]), la.predictive(x[:3]))
     with pytest.raises(TypeError, match=r"load\(network=...\) must be a bnnlaplace.Network; got dict"):
         bnnlaplace.Laplace.load(tmp_path / "posterior", {"w": 1})
+
+
+def test_a_likelihood_of_ones_own_may_hold_python_numbers(trained, tmp_path):
+    network, x, y = trained
+
+    def log_prob(factor, f, y):
+        return bnnlaplace.categorical().log_prob(factor * f, y)
+
+    likelihood = dataclasses.replace(
+        bnnlaplace.categorical(), name="tempered", log_prob=jax.tree_util.Partial(log_prob, 0.5)
+    )
+    la = bnnlaplace.Laplace(network, likelihood, hessian_structure="diag").fit((x, y))
+    la.save(tmp_path / "posterior")
+    again = bnnlaplace.Laplace.load(tmp_path / "posterior", network, likelihood)
+    assert again.likelihood.log_prob.args == (0.5,)
+    np.testing.assert_array_equal(again.mode_gradient(), la.mode_gradient())
 
 
 def test_the_training_set_is_no_smaller_than_what_is_seen_of_it(trained):

@@ -67,42 +67,42 @@ def test_noise_is_differentiable(x64):
         (np.array([0.0, 1.0, 1.0]), "labels must be integers"),
         (np.eye(3, dtype=int), r"labels must be integers of shape \(3,\), or probabilities of shape \(3, 3\); got int"),
         (np.full((3, 3), 0.3), "soft targets must be probabilities.*sums from 0.9"),
-        (np.array([[1.5, -0.5, 0.0]] * 3), "soft targets must be probabilities.*numbers from -0.5"),
+        (np.array([[1.5, -0.5, 0.0]] * 3), "soft targets must be probabilities.*got -0.5 and more"),
         (np.full((3, 3), np.nan), "soft targets must be probabilities"),
     ],
 )
 def test_bad_labels(targets, message):
     with pytest.raises(ValueError, match=message):
-        check_targets(bnnlaplace.categorical(), (3, 3), targets)
+        check_targets(bnnlaplace.categorical(), (3, 3), targets, "fit(data=(x, y))")
 
 
 def test_bad_regression_targets():
     with pytest.raises(ValueError, match=r"shape \(3, 2\) of the outputs; got \(3,\)"):
-        check_targets(bnnlaplace.gaussian(), (3, 2), np.zeros(3))
+        check_targets(bnnlaplace.gaussian(), (3, 2), np.zeros(3), "fit(data=(x, y))")
 
 
 def test_soft_targets_of_one_class_are_its_label():
-    check_targets(bnnlaplace.categorical(), (2, 3), np.eye(3)[[2, 0]])
+    check_targets(bnnlaplace.categorical(), (2, 3), np.eye(3)[[2, 0]], "fit(data=(x, y))")
     found = bnnlaplace.categorical().log_prob(OUTPUTS, jnp.eye(3)[jnp.array([2, 0])])
     np.testing.assert_allclose(found, bnnlaplace.categorical().log_prob(OUTPUTS, np.array([2, 0])), rtol=1e-6)
 
 
 def test_noise_by_output_must_have_as_many_numbers():
-    check_targets(bnnlaplace.gaussian(np.ones(2)), (3, 2), np.zeros((3, 2)))
+    check_targets(bnnlaplace.gaussian(np.ones(2)), (3, 2), np.zeros((3, 2)), "fit(data=(x, y))")
     with pytest.raises(ValueError, match="sigma_noise=.* one for each of the 2 outputs; got 3"):
-        check_targets(bnnlaplace.gaussian(np.ones(3)), (3, 2), np.zeros((3, 2)))
+        check_targets(bnnlaplace.gaussian(np.ones(3)), (3, 2), np.zeros((3, 2)), "fit(data=(x, y))")
 
 
 @pytest.mark.parametrize("targets", [[[-1, 1]], [[2, 0]], [[0.5, 1.1]], [[np.nan, 0.0]]])
 def test_bad_binary_targets(targets):
     with pytest.raises(ValueError, match="binary targets must be 0 or 1, or probabilities between"):
-        check_targets(bnnlaplace.bernoulli(), (1, 2), np.array(targets))
+        check_targets(bnnlaplace.bernoulli(), (1, 2), np.array(targets), "fit(data=(x, y))")
 
 
 @pytest.mark.parametrize("targets", [[[0, 1]], [[False, True]], [[0.0, 1.0]], [[0.25, 0.75]]])
 def test_binary_targets(targets, x64):
     likelihood, f = bnnlaplace.bernoulli(), jnp.array([[0.3, -2.0]])
-    check_targets(likelihood, (1, 2), np.array(targets))
+    check_targets(likelihood, (1, 2), np.array(targets), "fit(data=(x, y))")
     p, y = jax.nn.sigmoid(f), np.array(targets, float)
     expected = np.sum(y * np.log(p) + (1 - y) * np.log(1 - p), axis=-1)
     np.testing.assert_allclose(likelihood.log_prob(f, jnp.asarray(targets)), expected)

@@ -113,6 +113,23 @@ def test_bad_mean(problem):
         bnnlaplace.Laplace(problem.network).fit((problem.inputs, problem.targets), mean="map", **OPTIONS)
 
 
+def test_memory_of_features_is_counted(problem):
+    """Here of outputs before a temperature, the only weight with a posterior: three numbers each."""
+    network = bnnlaplace.Network.from_function(
+        lambda w, x: w["scale"] * problem.network(w["network"], x),
+        {"scale": np.ones(1), "network": problem.network.params},
+    )
+    count = len(problem.inputs)
+    for structure, fixed in (("diag", 2 * 8), ("lanczos", 2 * 8 * 20)):
+        la = bnnlaplace.Laplace(
+            network, hessian_structure=structure, subset_of_weights=lambda path: path.startswith("scale")
+        )
+        data = problem.inputs, problem.targets
+        assert la.memory_estimate(data, max_vectors=20).needed == fixed + 8 * 3 * count
+        batches = [(problem.inputs[:1], problem.targets[:1]), (problem.inputs[1:2], problem.targets[1:2])]
+        assert la.memory_estimate(batches, max_vectors=20).needed == fixed  # however many follow the first one
+
+
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_memory_is_known_beforehand(problem, structure, monkeypatch):
     la = bnnlaplace.Laplace(problem.network, hessian_structure=structure)

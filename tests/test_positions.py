@@ -8,6 +8,7 @@ from problems import random_problem
 import bnnlaplace
 from bnnlaplace import evidence, predictive
 from bnnlaplace.curvature import dense, diagonal, ggn
+from bnnlaplace.curvature.linearisation import linearise
 
 COUNT, POSITIONS = 5, (2, 3)
 FLAT = COUNT * 6
@@ -30,7 +31,7 @@ def test_curvature(problem):
     np.testing.assert_allclose(diagonal.ggn_diagonal(*arguments, microbatch=2), np.diagonal(matrix), atol=1e-10)
     vectors = np.random.default_rng(3).normal(size=(3, len(matrix)))
     np.testing.assert_allclose(ggn.block_product(*arguments, microbatch=2)(vectors), vectors @ matrix, atol=1e-10)
-    linearised = ggn.linearise(network, network.params, images, microbatch=2)
+    linearised = linearise(network, network.params, images, microbatch=2)
     found = ggn.ggn_operator(linearised, likelihood).matvec(vectors[0])
     np.testing.assert_allclose(found, matrix @ vectors[0], atol=1e-10)
     dual = ggn.dual_operator(linearised, likelihood)
@@ -53,6 +54,14 @@ def test_evidence(problem, side):
     found = run((with_positions(inputs), with_positions(targets))).mean
     flat = bnnlaplace.Laplace(network, hessian_structure="full", prior_precision=0.7).fit((inputs, targets))
     np.testing.assert_allclose(found, flat.log_marginal_likelihood().mean, rtol=1e-8)
+
+
+def test_columns_of_the_dense_matrix_in_parts(problem, monkeypatch):
+    """Where there are too many outputs for one backward pass of all; with parts that do not divide their number."""
+    network, likelihood, inputs, _, matrix = problem
+    monkeypatch.setattr(dense, "MOST_COTANGENTS", 5 * 2 * 18)  # of 18 outputs five, of two examples
+    found = dense.ggn(network, likelihood, network.params, with_positions(inputs), microbatch=2)
+    np.testing.assert_allclose(found, matrix, atol=1e-10)
 
 
 @pytest.mark.parametrize("structure", ["full", "diag", "lanczos"])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
@@ -106,13 +106,19 @@ def ggn(
     Cost: for each output of each example a backward pass; for each example P^2 / 2 multiplications, and C times as many
     where weights are of no layer or their layer has several positions. Memory: about 2 P^2 numbers, and for each
     example of a microbatch and each output the derivatives with respect to the outputs of layers and to all other
-    weights. Call it inside `jit`.
+    weights; where there are many outputs they are taken some at a time. Call it inside `jit`.
     """
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def of_batch(batch: mb.Microbatches) -> list[Array]:
-        parts = _parts(network, likelihood, params, batch.inputs)
-        return [_summed(parts[i], parts[j], batch.weights) for i, j in _pairs(len(parts))]
+        passed = tapped.forward(network, params, batch.inputs)
+
+        def of_columns(numbers: Int[Array, " k"]) -> list[Array]:
+            parts = _parts(passed, likelihood, numbers)
+            return [_summed(parts[i], parts[j], batch.weights) for i, j in _pairs(len(parts))]
+
+        columns = _columns_at_once(passed.outputs)
+        return of_columns(columns[0]) if len(columns) == 1 else mb.summed(of_columns, columns)
 
     weights = find(network, examples(batches.inputs, 0))
     sums, layouts = mb.summed(of_batch, batches), _layouts(weights)
@@ -122,6 +128,8 @@ def ggn(
 
 # Inputs or outputs of a layer up to which the symmetry of its block halves the work for each of them.
 MOST_PACKED = 1024
+# Numbers in the cotangents of a microbatch, one for each output, that are in memory at a time.
+MOST_COTANGENTS = 2**24
 
 
 class _Part(NamedTuple):
@@ -142,19 +150,23 @@ class _Part(NamedTuple):
     layout: Layout | None
 
 
-def _parts(
-    network: Network, likelihood: Likelihood, params: PyTree, inputs: PyTree[Float[Array, "M ..."]]
-) -> list[_Part]:
-    """One for each layer of one position, and a last one for all other weights."""
-    passed = tapped.forward(network, params, inputs)
-    shape = passed.outputs.shape
-    columns = jnp.eye(math.prod(shape[1:]), dtype=passed.outputs.dtype).reshape(-1, 1, *shape[1:])
+def _columns_at_once(outputs: Float[Array, "M ..."]) -> Int[np.ndarray, "num k"]:
+    """The numbers of the outputs of an example, in as many equal parts as memory asks for; some may be no output's."""
+    count = math.prod(outputs.shape[1:])
+    num = math.ceil(count / max(1, MOST_COTANGENTS // outputs.size))
+    return np.arange(num * math.ceil(count / num)).reshape(num, -1)
 
-    def of_column(column: Array) -> dict[int, Array]:
-        spread = jnp.broadcast_to(column, shape)
+
+def _parts(passed: tapped.Pass, likelihood: Likelihood, numbers: Int[Array, " k"]) -> list[_Part]:
+    """One for each layer of one position, and a last one for all other weights; of some outputs of each example."""
+    shape = passed.outputs.shape
+
+    def of_output(number: Int[Array, ""]) -> dict[int, Array]:
+        column = jax.nn.one_hot(number, math.prod(shape[1:]), dtype=passed.outputs.dtype)  # zero for none of them
+        spread = jnp.broadcast_to(column.reshape(shape[1:]), shape)
         return passed.gradients(likelihood.factor_mv(passed.outputs, spread))
 
-    found = jax.vmap(of_column)(columns)
+    found = jax.vmap(of_output)(jnp.asarray(numbers))
     layers = passed.weights.layers
     single, others = [], []
     for leaf in sorted(found):

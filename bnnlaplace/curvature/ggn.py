@@ -2,88 +2,26 @@
 
 Three arrangements of the same product, each for its use:
 
-- `ggn_operator`: linearised once over all data, residuals kept; for differentiable Krylov methods on data that fit.
-- `dual_operator`: B' J J' B on stacked outputs, the same nonzero spectrum; for more weights than outputs. Both act on
-  a `Linearisation`, which also holds the outputs, so that a likelihood needs no forward pass of its own.
+- `ggn_operator`: on a `Linearisation` of one batch, for differentiable Krylov methods.
+- `dual_operator`: B' J J' B on stacked outputs, the same nonzero spectrum; for more weights than outputs. A
+  `Linearisation` also holds the outputs, so that a likelihood needs no forward pass of its own.
 - `block_product`: S vectors at once, linearised once per microbatch and block. The forward pass is shared by S vectors
   and memory holds one microbatch only, so data of any size stream through; this is what block Lanczos calls.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.curvature import microbatch as mb
+from bnnlaplace.curvature.linearisation import Linearisation
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.network import Network
-from bnnlaplace.tree import number_type, ravel, size, unraveler
+from bnnlaplace.tree import number_type, ravel, unraveler
 from bnnlaplace.types import LinearOperator
-
-
-class Linearisation(NamedTuple):
-    """A network linearised at its weights on all inputs; M = N and the padding of the last microbatch.
-
-    Attributes
-    ----------
-    outputs
-        f(params, x_n), the padding last; differentiable in what `linearise` was given.
-    weights
-        One for an example, zero for padding.
-    pushforward
-        v -> J v, (P,) -> (M, ..., C).
-    pullback
-        u -> J' u, (M, ..., C) -> (P,).
-    size
-        P.
-    """
-
-    outputs: Float[Array, "M ... C"]
-    weights: Float[Array, " M"]
-    pushforward: Callable[[Float[Array, " P"]], Float[Array, "M ... C"]]
-    pullback: Callable[[Float[Array, "M ... C"]], Float[Array, " P"]]
-    size: int
-
-
-def linearise(
-    network: Network, params: PyTree, inputs: Float[Array, "N ..."], *, microbatch: int = 128
-) -> Linearisation:
-    """Linearise a network at `params` on all inputs, `microbatch` of them in one step of the inner loop.
-
-    Cost: a forward pass and what its derivative saves; memory: those residuals at all N examples, kept as long as the
-    result. Call it inside `jit`.
-
-    Parameters
-    ----------
-    network, params
-        What is linearised, and at which weights.
-    inputs
-        All N examples.
-    microbatch
-        Examples in one step of the inner loop.
-    """
-    batches = mb.split(inputs, microbatch, number_type(params))
-    num_batches = len(batches.weights)
-
-    def every_output(params: PyTree) -> Float[Array, "num size ... C"]:
-        if num_batches > 1:
-            return jax.lax.map(lambda x: network(params, x), batches.inputs)
-        # A loop over one microbatch would copy what it saves for the derivative.
-        return network(params, jax.tree.map(lambda leaf: leaf[0], batches.inputs))[None]
-
-    outputs, jvp = jax.linearize(every_output, params)
-    transposed = jax.linear_transpose(jvp, params)
-    unravel, shape = unraveler(params), outputs.shape
-    rows = (shape[0] * shape[1], *shape[2:])
-    return Linearisation(
-        outputs.reshape(rows),
-        batches.weights.reshape(-1),
-        lambda vector: jvp(unravel(vector)).reshape(rows),
-        lambda cotangent: ravel(transposed(cotangent.reshape(shape))[0]),
-        size(params),
-    )
 
 
 def ggn_operator(linearised: Linearisation, likelihood: Likelihood, *, scale: float = 1.0) -> LinearOperator:
@@ -104,12 +42,10 @@ def ggn_operator(linearised: Linearisation, likelihood: Likelihood, *, scale: fl
         On vectors of P numbers. One product costs about two forward and two backward passes' arithmetic.
     """
 
-    def matvec(vector: Float[Array, " P"]) -> Float[Array, " P"]:
-        tangent = linearised.pushforward(vector)
-        curved = likelihood.hessian_mv(linearised.outputs, tangent)
-        return linearised.pullback(scale * mb.over_outputs(linearised.weights, curved) * curved)
+    def curved(outputs: Array, weights: Array, tangent: Array) -> Array:
+        return scale * mb.over_outputs(weights, tangent) * likelihood.hessian_mv(outputs, tangent)
 
-    return LinearOperator(matvec, linearised.size)
+    return LinearOperator(partial(linearised.sandwich, curved), linearised.size)
 
 
 def dual_operator(

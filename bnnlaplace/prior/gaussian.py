@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from bnnlaplace.tree import as_vector, leaf_names, number_type, ravel, size
+from bnnlaplace.tree import as_vector, described, leaf_names, number_type, ravel, size
 
 Precision = float | Array | Mapping[str, Any] | PyTree
 Groups = Callable[[str], str]
@@ -193,7 +193,7 @@ def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str
     try:
         return as_vector(precision, params)
     except (ValueError, TypeError):
-        got = f"the names {sorted(precision)}" if isinstance(precision, Mapping) else _described(precision)
+        got = f"the names {sorted(precision)}" if isinstance(precision, Mapping) else described(precision)
         raise ValueError(
             f"{where}(prior_precision=...) must be one number, a dictionary with one for each of the groups {names}, "
             f"{size(params)} numbers, or a pytree like the weights with a posterior; got {got}"
@@ -212,12 +212,8 @@ def _mean(mean: PyTree, params: PyTree, where: str) -> Float[Array, " P"] | None
     except (ValueError, TypeError):
         raise ValueError(
             f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "
-            f"{_described(mean)}"
+            f"{described(mean)}"
         ) from None
     if not isinstance(vector, jax.core.Tracer) and not np.isfinite(np.asarray(vector)).all():
         raise ValueError(f"{where}(prior_mean=...) must be finite; got NaN or infinite values")
     return vector
-
-
-def _described(value: Any) -> str:
-    return f"shape {np.shape(value)}" if hasattr(value, "shape") else f"{type(value).__name__} {value!r:.80}"

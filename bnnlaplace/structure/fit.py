@@ -115,7 +115,13 @@ def fit_krylov(
         raise ValueError(
             f"fit(num_probes=...) must be at least 2, as their spread is the error of the evidence; got {num_probes}"
         )
-    probes = jax.random.normal(key, (min(num_probes, dimension), dimension), number_type(network.params))
+    num_probes = min(num_probes, dimension)
+    if max_vectors < num_probes:
+        raise ValueError(
+            f"fit(max_vectors=...) must be at least num_probes, {num_probes}; got {max_vectors}; raise it, or lower "
+            "num_probes"
+        )
+    probes = jax.random.normal(key, (num_probes, dimension), number_type(network.params))
     if target_precision is not None:
         prior.check(target_precision, "fit(target_precision=...)")
     product = streamed.primal_product(network, likelihood, data, scale, microbatch=microbatch)

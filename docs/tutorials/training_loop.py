@@ -35,7 +35,8 @@ network = bnnlaplace.Network.from_function(outputs, weights)
 # Positive numbers are trained by their logarithms. The log-determinant is estimated with four probes, other ones at
 # every step: its value is noisy, and its gradient unbiased in the probes. `num_matvecs` is the depth of the Krylov
 # space. `gradient="adjoint"` differentiates the estimate as it is, in everything that the GGN depends on, the weights
-# among it.
+# among it. The batch is linearised once, and what that keeps takes memory for all of its examples; of a large network
+# take `microbatch=10, remat=True`, which takes it for ten of them, and somewhat more time.
 
 
 def estimated_evidence(trained, key, num_probes):
