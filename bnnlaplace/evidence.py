@@ -69,7 +69,7 @@ def log_marginal_likelihood(
         delta > 0: a scalar, one number per weight, or a pytree like the weights with leaves that broadcast. A scalar
         takes no part in the products: see Notes.
     batch
-        (inputs, targets).
+        (inputs, targets). Labels that are traced cannot be checked: one outside of the classes makes the value NaN.
     probes
         A random key, from which `num_probes` Rademacher probes are drawn, the same for the same key. Or S rows with
         independent entries of mean 0 and variance 1, normal or Rademacher: of P numbers for the primal side, for the
@@ -120,8 +120,8 @@ def log_marginal_likelihood(
     Raises
     ------
     ValueError
-        If an option is unknown, probes fit no side, `prior_precision` or `prior_mean` does not fit the weights, or a
-        precision outside `jit` is not positive.
+        If an option is unknown, probes fit no side, targets do not fit the likelihood, `prior_precision` or
+        `prior_mean` does not fit the weights, or a precision outside `jit` is not positive.
     TypeError
         If "forward" is differentiated in something else.
     """

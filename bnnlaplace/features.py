@@ -10,6 +10,7 @@ import jax
 from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace import memory
 from bnnlaplace.equations import Equations, run, trace
 from bnnlaplace.network import Network
 from bnnlaplace.outline import Outline, Shapes
@@ -89,6 +90,12 @@ def bytes_each(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> int:
     """
     found = _crossing(Outline.of(network, inputs))
     return 0 if found is None else math.prod(found.shape) * found.dtype.itemsize
+
+
+def most_bytes() -> int:
+    """Of features that are kept between their uses: a quarter of what is free, or 1 GiB where that cannot be told."""
+    free = memory.free_bytes()
+    return 2**30 if free is None else free // 4
 
 
 @lru_cache(maxsize=64)

@@ -26,9 +26,6 @@ from bnnlaplace.structure import Structure
 from bnnlaplace.structure import fit as structure_fit
 from bnnlaplace.tree import number_type, ravel, size, unraveler
 
-# Features that are kept where the free memory is not known.
-FEATURE_BYTES = 2**30
-
 
 class Model(NamedTuple):
     """What is expanded, and how it is computed.
@@ -90,8 +87,7 @@ def prepare(
     if linear and not chosen.is_linearised:
         chosen, head = chosen.linearised(), head.linearised()
     if cut is not None:
-        most = (memory.free_bytes() or 4 * FEATURE_BYTES) // 4
-        data = data.mapped(partial(features.compute, cut, microbatch=microbatch), most)
+        data = data.mapped(partial(features.compute, cut, microbatch=microbatch), features.most_bytes())
     return Model(chosen, head, likelihood, data)
 
 

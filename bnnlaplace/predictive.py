@@ -26,8 +26,6 @@ PROBIT = ("classification", "binary", "regression")
 # Jacobians of outputs that are in memory at a time, at most; on CPU fewer, as larger ones gain nothing there; and those
 # that a cache holds, so that more inputs at a time pay.
 JACOBIAN_BYTES, CPU_JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**25, 2**24
-# Features of all inputs that are kept for the mean and the variance; where there are more they are computed twice.
-FEATURE_BYTES = 2**30
 
 
 class FunctionalPosterior(NamedTuple):
@@ -265,8 +263,8 @@ def _head(
 ) -> tuple[Network, PyTree[Float[Array, "B ..."]]]:
     """What follows the features of a network, and those of all inputs, computed once; itself where there are none."""
     cut = features.cut(network, inputs) if network.is_subset else None
-    if cut is None or num_examples(inputs) * features.bytes_each(network, inputs) > FEATURE_BYTES:
-        return network, inputs
+    if cut is None or num_examples(inputs) * features.bytes_each(network, inputs) > features.most_bytes():
+        return network, inputs  # then features are computed twice, for the mean and for the variance
     return cut.network, _by_microbatch(partial(_features, cut), inputs, microbatch)
 
 

@@ -20,7 +20,7 @@ ALLOWED = {
     "bnnlaplace.outline": {"tree", "network"},
     "bnnlaplace.deterministic": {"tree", "network", "outline"},
     "bnnlaplace.equations": {"network", "outline"},
-    "bnnlaplace.features": {"tree", "network", "outline", "equations"},
+    "bnnlaplace.features": {"tree", "memory", "network", "outline", "equations"},
     "bnnlaplace.subset": {"tree", "network", "outline", "equations"},
     "bnnlaplace.likelihood": {"types", "tree"},
     "bnnlaplace.data": {"tree", "network", "outline", "likelihood"},
