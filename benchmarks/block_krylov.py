@@ -1,20 +1,22 @@
 """How many GGN products does a posterior sample cost: one block decomposition, or one Lanczos run per probe?
 
-    python benchmarks/block_krylov.py checkpoints/van_digits
+    python benchmarks/block_krylov.py checkpoints/van_digits [--probes 1 4 16 64] [--max-vectors 1024]
 
 On the network of a finished run, all training images, at the prior precision that maximises the evidence. Both are
 grown until the bound on the relative error of a sample is met; a run per probe is a block of one. Prints a table and
-writes `benchmarks/results/block_krylov.json`. About two minutes on 2 cores.
+writes `benchmarks/results/block_krylov_RUN.json`. About MINUTES on 2 cores.
 """
 
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from record import write
-from rich.console import Console
+import tyro
+from jax import Array
+from record import console, write
 from rich.table import Table
 
 from bnnlaplace import categorical, krylov
@@ -28,9 +30,16 @@ from training.models import van
 TOLERANCE, SAMPLES = 0.05, 64
 
 
-def main(workdir: Path) -> None:
-    """Grow each decomposition, print and write."""
-    console = Console()
+def main(
+    workdir: tyro.conf.Positional[Path], probes: tuple[int, ...] = (1, 4, 16, 64), max_vectors: int = 1024
+) -> None:
+    """Grow each decomposition, print and write.
+
+    Args:
+        workdir: Of the run.
+        probes: Numbers of probes in a block.
+        max_vectors: At which a decomposition ends that has not converged; its row then says so.
+    """
     config = config_io.load_saved_config(workdir)
     data = load(config.data)
     trained = loop.load_trained(workdir)
@@ -45,31 +54,48 @@ def main(workdir: Path) -> None:
     )
     table.title = f"{workdir.name}: prior precision {precision:.3g}, relative error of a sample at most {TOLERANCE}"
     rows = []
-    for probes, repetitions in ((1, 3), (4, 1), (16, 1), (64, 1)):
-        found = [grow(product, size(network.params), probes, precision, seed) for seed in range(repetitions)]
-        products = float(np.mean([count for count, _ in found]))
-        seconds = float(np.mean([spent for _, spent in found]))
-        blocks = SAMPLES / probes
-        rows.append({"probes": probes, "products": products * blocks, "seconds": seconds * blocks})
-        table.add_row(str(probes), f"{products:.0f}", f"{products * blocks:.0f}", f"{seconds * blocks:.1f}")
+    for count in probes:
+        runs = [
+            grow(product, size(network.params), count, max_vectors, precision, seed)
+            for seed in range(3 if count == 1 else 1)
+        ]
+        products = float(np.mean([run.products for run in runs]))
+        seconds = float(np.mean([run.seconds for run in runs]))
+        blocks, converged = SAMPLES / count, all(run.converged for run in runs)
+        row = {"probes": count, "products": products * blocks, "seconds": seconds * blocks, "converged": converged}
+        rows.append(row)
+        more = "" if converged else "more than "
+        cells = f"{products:.0f}", f"{products * blocks:.0f}", f"{seconds * blocks:.1f}"
+        table.add_row(str(count), *(more + cell for cell in cells))
     console.print(table)
-    console.print(f"written to {write('block_krylov', {'prior_precision': precision, 'rows': rows})}", highlight=False)
+    path = write(f"block_krylov_{workdir.name}", {"prior_precision": precision, "rows": rows})
+    console.print(f"written to {path}")
 
 
-def grow(product, dimension: int, probes: int, precision: float, seed: int) -> tuple[int, float]:
-    """Products until the samples have converged, and the seconds that took, compilation excluded."""
+class Growth(NamedTuple):
+    """Products until the samples had converged, or `max_vectors` was reached, and seconds, compilation excluded."""
+
+    products: int
+    seconds: float
+    converged: bool
+
+
+def grow(
+    product: Callable[[Array], Array], dimension: int, probes: int, max_vectors: int, precision: float, seed: int
+) -> Growth:
+    """Decompose from `probes` normal probes until the bound on the error of a sample is small."""
     rows = jax.random.normal(jax.random.key(seed), (probes, dimension))
     jax.block_until_ready(product(rows))
-    start = time.perf_counter()
-    for decomposition in krylov.block_lanczos(product, rows, max_vectors=1024):
+    start, converged = time.perf_counter(), False
+    for decomposition in krylov.block_lanczos(product, rows, max_vectors=max_vectors):
         count = len(decomposition.tridiagonal)
         # The bound costs little, but not nothing beside one product of one vector.
-        if count % 16 == 0 and KrylovStructure.from_decomposition(decomposition).error(precision).sample <= TOLERANCE:
+        if count % 16 == 0:
+            converged = KrylovStructure.from_decomposition(decomposition).error(precision).sample <= TOLERANCE
+        if converged:
             break
-    return count, time.perf_counter() - start
+    return Growth(count, time.perf_counter() - start, bool(converged))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    tyro.cli(main)

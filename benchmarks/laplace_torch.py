@@ -182,7 +182,7 @@ def main(
         parts: Which questions to answer.
         classes: Numbers of classes.
         repetitions: Of each timing; the median counts.
-        small: Small networks and one repetition, to see that everything runs.
+        small: Small networks, one repetition and the memory of one case, to see that everything runs.
         measure: A library and the name of a case: print the rise of memory alone. Used for the part "memory".
     """
     selected = cases(classes, small)
@@ -206,7 +206,7 @@ def main(
         answers["time"] = times(selected, libraries, 1 if small else repetitions)
     if "memory" in parts:
         options = ["--classes", *map(str, classes), *(["--small"] if small else [])]
-        answers["memory"] = memory(selected, libraries, options)
+        answers["memory"] = memory(selected[:1] if small else selected, libraries, options)
     loads = [load_before, os.getloadavg()[0]]
     content = {"peers": versions, "load_of_the_machine": loads, **answers, "targets": targets(answers)}
     console.print(f"  load of the machine, before and after: {loads[0]:.1f} and {loads[1]:.1f}")

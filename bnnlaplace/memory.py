@@ -1,6 +1,7 @@
 """Memory that a curvature takes, known before it is computed, and what the device has free."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,11 +67,54 @@ def _host_available() -> int | None:
         return None
 
 
-def _control_group_available() -> int | None:
-    group = Path("/sys/fs/cgroup")
+class _Files(NamedTuple):
+    """What a version of control groups calls the limit, the use, and of that the cached files, which make room."""
+
+    limit: str
+    used: str
+    cached: str
+
+
+_VERSIONS = {
+    1: _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: _Files("memory.max", "memory.current", "inactive_file"),
+}
+
+
+def _control_group_available(
+    groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
+) -> int | None:
+    """The least that the control group of this process and those around it have left; None without a limit."""
+    found = [_left(group, files) for group, files in _control_groups(groups, mounted)]
+    return min((count for count in found if count is not None), default=None)
+
+
+def _control_groups(groups: Path, mounted: Path) -> Iterator[tuple[Path, _Files]]:
+    """The group of this process in each hierarchy that may limit memory, and those around it."""
     try:
-        free = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        lines = groups.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            version, tree = 2, mounted
+        elif "memory" in controllers.split(","):
+            version, tree = 1, mounted / "memory"
+        else:
+            continue
+        group = tree / path.lstrip("/")
+        # In a container the path may be that outside of it: then the root of the tree alone is there.
+        for place in (group, *group.parents):
+            yield place, _VERSIONS[version]
+            if place == tree:
+                break
+
+
+def _left(group: Path, files: _Files) -> int | None:
+    try:
+        left = int((group / files.limit).read_text()) - int((group / files.used).read_text())
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return free + int(counts.get("inactive_file", 0))  # cached files make room
+        return left + int(counts.get(files.cached, 0))
     except (OSError, ValueError):  # not there, or "max"
         return None
