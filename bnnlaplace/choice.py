@@ -54,6 +54,8 @@ def by_evidence(
             f"optimize_prior_precision(optimize_sigma_noise=True) must be asked of a regression; got "
             f"{la.likelihood.name!r}"
         )
+    if max_refits < 1:
+        raise ValueError(f"optimize_prior_precision(max_refits=...) must be at least 1; got {max_refits}; try 10")
     if prior_structure == "scalar" and la.prior.relative is not None:
         la = _at(la, la.prior.precision, refit)
     if prior_structure in (None, "scalar"):
@@ -88,10 +90,9 @@ class _Grouping:
 
 
 def _log_joint(la: Any, optimize_sigma_noise: bool) -> LogJoint:
-    log_likelihood = float(la.fitted.log_likelihood)
     if not optimize_sigma_noise:
-        return FixedNoise(log_likelihood)
-    return BestNoise.of(log_likelihood, float(la.fitted.num_outputs), la.sigma_noise)
+        return FixedNoise(float(la.fitted.log_likelihood))
+    return BestNoise.of(float(la.fitted.squared_residuals), float(la.fitted.num_outputs), la.sigma_noise)
 
 
 def _with_noise(la: Any, log_joint: LogJoint, q: float) -> tuple[Any, float]:
@@ -172,7 +173,13 @@ def _at(la: Any, prior_precision: Any, refit: Callable[[Any], Any] | None) -> An
     with warnings.catch_warnings():
         # Moving the prior precision at fixed weights is what was asked for.
         warnings.simplefilter("ignore", NotAModeWarning)
-        return refit(dataclasses.replace(la, prior_precision=prior_precision, structure=None, fitted=None))
+        again = refit(dataclasses.replace(la, prior_precision=prior_precision, structure=None, fitted=None))
+    if getattr(again, "structure", None) is None:
+        raise ValueError(
+            f"optimize_prior_precision(refit=...) must return the fitted Laplace; got {type(again).__name__}; pass "
+            "refit=lambda la: la.fit(data, key=key)"
+        )
+    return again
 
 
 def _report_bounds(found: prior.GroupedOptimum, grouping: _Grouping) -> None:

@@ -4,6 +4,7 @@ Arrays are one batch. Of an iterable each pass reads every batch again, so that 
 """
 
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,6 +59,8 @@ class Data:
         The first of them, already read; its length is that to which shorter ones are padded.
     check
         Called with inputs and targets of each batch of the first pass.
+    ordered
+        Compare the batches of later passes with those of the first one.
     """
 
     def __init__(
@@ -68,14 +71,23 @@ class Data:
         check: Callable[[Inputs, Array], None] | None = None,
         length: int | None = None,
         mapped_bytes: int = 0,
+        ordered: bool = False,
     ) -> None:
         self.once, self.length, self.mapped_bytes = once, length, mapped_bytes
-        self._pairs, self._head, self._check = pairs, head, check
+        self._pairs, self._head, self._check, self._ordered = pairs, head, check, ordered
+        self._marks: list[int] | None = None
         self._count: int | None = None
 
     def checked(self, check: Callable[[Inputs, Array], None]) -> "Data":
         """The same data, checked while they are read for the first time."""
-        return Data(self._pairs, self._head, self.once, check, self.length)
+        return Data(self._pairs, self._head, self.once, check, self.length, ordered=self._ordered)
+
+    def in_order(self) -> "Data":
+        """The same data, of which every pass has to give the same batches in the same order."""
+        # Arrays cannot do otherwise.
+        data = Data(self._pairs, self._head, self.once, self._check, self.length, ordered=self.length is None)
+        data._count = self._count
+        return data
 
     def few(self) -> "Data":
         """The first batch in place of all of them, whose number and shapes it stands for; no pass is used up."""
@@ -89,7 +101,7 @@ class Data:
         ValueError
             If batches differ in structure, or this pass gives more or fewer examples than the first one.
         """
-        expected, count = None, 0
+        expected, count, marks = None, 0, []
         for pair in self._pairs:
             x, y = _as_pair(pair)
             found = jax.tree.structure(x), [*_signatures(x), *_signatures(y)]
@@ -101,13 +113,20 @@ class Data:
             expected, count = found, count + len(y)
             if self._check is not None and self._count is None:
                 self._check(x, y)
+            if self._ordered:
+                marks.append(_mark(x, y))
+                if self._marks is not None and self._marks[: len(marks)] != marks:
+                    raise ValueError(
+                        f"data must give the same batches in the same order in every pass; batch {len(marks) - 1} is "
+                        "another one than in the first pass; switch shuffling and augmentation off"
+                    )
             yield _padded(x, y, len(self._head[1]))
         if self._count not in (None, count):
             raise ValueError(
                 f"fit(data=...) must give the same batches in every pass; the first gave {self._count} examples, a "
                 f"later one {count}; pass a list of batches, or an object whose __iter__ starts anew"
             )
-        self._count = count
+        self._count, self._marks = count, marks
 
     @property
     def num_examples(self) -> int:
@@ -275,6 +294,14 @@ def _no_pair(found: Any) -> ValueError:
         "fit(data=...) must be two arrays (x, y), or an iterable of batches, each such a pair; got "
         f"{type(found).__name__} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
     )
+
+
+def _mark(x: Inputs, y: Array) -> int:
+    """A number that other batches have with a chance of one in four billion."""
+    mark = 0
+    for leaf in (*jax.tree.leaves(x), y):
+        mark = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), mark)
+    return mark
 
 
 def _signatures(arrays: PyTree[Array]) -> list[tuple[tuple[int, ...], str]]:

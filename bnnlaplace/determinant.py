@@ -120,6 +120,8 @@ def rows_of(caller: str, probes: Array, num_probes: int | None, size: int, dtype
         if num_probes is None:
             raise ValueError(f"{caller}(num_probes=...) must be given where probes is a random key; try 10")
         return rademacher_probes(probes, jnp.zeros(size, dtype), num_probes)
+    if len(probes) == 0:
+        raise ValueError(f"{caller}(probes=...) must have at least one row; got none; try a key with num_probes=10")
     if num_probes not in (None, len(probes)):
         raise ValueError(
             f"{caller}(num_probes=...) must be the number of rows of probes, {len(probes)}, or left out; got "
@@ -139,8 +141,9 @@ def estimate(
 ) -> Estimate:
     """The log-determinant, differentiable in everything as `gradient` says."""
     is_scalar = jnp.ndim(prior_precision) == 0
+    delta = prior_precision if is_scalar else 1.0
     found = stochastic_lanczos_quadrature(
-        (lambda x: jnp.log1p(x / prior_precision)) if is_scalar else jnp.log1p,
+        lambda x: jnp.log1p(_not_negative(x) / delta),
         problem.matvec() if is_scalar else problem.matvec(prior_precision),
         rows,
         num_matvecs=num_matvecs,
@@ -219,6 +222,8 @@ def mean_and_sem(forms: Float[Array, "*shape S"]) -> Estimate:
 
 def _batches(rows: Float[Array, "S V"], most: int) -> Float[Array, "num size V"]:
     """Equal batches of at most `most` rows, as large as leaves no rest."""
+    if most < 1:
+        raise ValueError(f"probe_batch_size=... must be at least 1; got {most}")
     size = max(number for number in range(1, min(most, len(rows)) + 1) if len(rows) % number == 0)
     return rows.reshape(-1, size, rows.shape[1])
 
@@ -242,11 +247,15 @@ def _gauss_rule(matvec: Callable, probe: Array, num_matvecs: int) -> tuple[Array
     steps = lanczos(matvec, probe, num_matvecs=num_matvecs, gradient="autodiff")
     alive = reached(steps.breakdown_step, num_matvecs)
     values, vectors = reached_eigenpairs(steps.diagonal, steps.off_diagonal, alive)
-    # G has no negative eigenvalues, and rounding must not give it one below -delta.
-    values = jnp.maximum(values, 0)
+    values = _not_negative(values)
     first = steps.start_norm * vectors[0]
     inverse, shrunk = (matmul(vectors, first * f(values)) for f in (lambda x: 1 / (1 + x), lambda x: x / (1 + x)))
     return values, steps.start_norm * vectors[0] * first, Response(steps.basis, shrunk, inverse)
+
+
+def _not_negative(ritz_value: Array) -> Array:
+    """G has no negative eigenvalues, and rounding must not give it one below -delta; with no slope there."""
+    return jnp.where(ritz_value > 0, ritz_value, 0)
 
 
 def _primal_slope(problem: Problem, delta: Array, probe: Array, response: Response) -> Float[Array, " P"]:

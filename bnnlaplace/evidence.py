@@ -115,6 +115,10 @@ def log_marginal_likelihood(
     of a scalar prior precision and fixed weights take `isotropic`, which computes the products once for all of them.
     Memory: residuals of the linearisation at the batch, or with `remat` at a microbatch, and K vectors of each of
     `probe_batch_size` probes.
+    Rounding: products have errors of about eps lambda_max, so that a depth at which the rank of G is reached finds
+    eigenvalues of that size in its null space. Where they are not small against delta, as in float32 with little noise
+    and a small prior precision, the primal side is far off; take the dual one, whose rank is that of its vectors, or
+    float64.
     Reference: Krämer et al. 2024, arXiv 2405.17277, section 5; `determinant.py` derives "forward".
 
     Raises
@@ -132,14 +136,11 @@ def log_marginal_likelihood(
         )
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
-    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes)
+    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     vector = as_vector(prior_precision, params)
-    if not isinstance(vector, jax.core.Tracer):
-        numbers = np.asarray(vector)  # operations of JAX would be traced inside `jit`
-        if not np.all((numbers > 0) & np.isfinite(numbers)):
-            raise ValueError(
-                f"{caller}(prior_precision=...) must be positive and finite; got {prior_precision}; try 1.0"
-            )
+    if not jnp.issubdtype(vector.dtype, jnp.floating):
+        vector = vector.astype(linearised.outputs.dtype)
+    _check_positive(vector, f"{caller}(prior_precision=...)")
     is_scalar = jnp.ndim(prior_precision) == 0 if _is_leaf(prior_precision) else False
     delta = jnp.asarray(prior_precision, vector.dtype) if is_scalar else vector
     if gradient != "forward":
@@ -177,6 +178,7 @@ class IsotropicEvidence(NamedTuple):
         Differentiable to any order; the derivatives are those of the numbers returned. Cost: S K logarithms.
         """
         delta = jnp.asarray(prior_precision, self.squared_norm.dtype)
+        _check_positive(delta, "the prior precision of an IsotropicEvidence")
         found = _of_rules(self.rules, delta)
         mean = self.log_likelihood - 0.5 * delta * self.squared_norm - 0.5 * found.mean
         return Estimate(mean, 0.5 * found.sem)
@@ -239,7 +241,7 @@ def isotropic(
     """
     caller = "isotropic"
     linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
-    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes)
+    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     deviation = ravel(params) - as_vector(prior_mean, params)
     log_likelihood = _log_likelihood(linearised, likelihood, batch, scale)
@@ -258,12 +260,20 @@ def _problem(
     side: str,
     probes: Array,
     num_probes: int | None,
+    num_matvecs: int,
 ) -> tuple[determinant.Problem, Float[Array, "S V"]]:
     """The operator whose determinant is meant, and its probes."""
     outputs, num_weights = linearised.outputs, linearised.size
     side = determinant.choose_side(caller, side, probes, num_weights, outputs.size)
     length = num_weights if side == "primal" else outputs.size
     rows = determinant.rows_of(caller, probes, num_probes, length, outputs.dtype)
+    if not 1 <= num_matvecs <= length:
+        raise ValueError(
+            f"{caller}(num_matvecs=...) must be between 1 and {length}, the length of the vectors of side={side!r}; "
+            f"got {num_matvecs}"
+        )
+    if not isinstance(scale, jax.core.Tracer) and not 0 < scale < np.inf:
+        raise ValueError(f"{caller}(scale=...) must be positive and finite; got {scale}; try 1.0")
     return determinant.Problem(linearised, likelihood, scale, side), rows
 
 
@@ -285,6 +295,14 @@ def _log_likelihood(
     outputs = linearised.outputs[: num_examples(inputs)]
     check_targets(likelihood, outputs.shape, targets, "log_marginal_likelihood(batch=(x, y))")
     return scale * jnp.sum(likelihood.log_prob(outputs, targets))
+
+
+def _check_positive(numbers: Array, where: str) -> None:
+    if isinstance(numbers, jax.core.Tracer):
+        return
+    known = np.asarray(numbers)  # operations of JAX would be traced inside `jit`
+    if not np.all((known > 0) & np.isfinite(known)):
+        raise ValueError(f"{where} must be positive and finite; got {known}; try 1.0")
 
 
 def _is_leaf(value: PyTree) -> bool:

@@ -161,6 +161,8 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
     """What `fit` needs at its peak; nothing is computed."""
     count, itemsize = size(model.head.params), number_type(model.head.params).itemsize
     kept = model.data.mapped_bytes
+    if max_vectors < 1:
+        raise ValueError(f"max_vectors=... must be at least 1; got {max_vectors}; try 512")
     if hessian_structure == "lanczos":
         one = 2 * count * itemsize
         if model.data.length is not None:  # of few outputs all rows of B' J are the basis

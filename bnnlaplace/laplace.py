@@ -265,9 +265,15 @@ class Laplace:
         Parameters
         ----------
         data, max_vectors, microbatch
-            As for `fit`.
+            As for `fit`; data that can be read once only are refused, as their first batch would be missing then.
         """
-        model = self._model(as_data(data).few(), linear=False, microbatch=microbatch)
+        found = as_data(data)
+        if found.once:
+            raise ValueError(
+                "memory_estimate(data=...) must be readable again, as its first batch is used; got an iterator that "
+                "can be read once; pass a batch alone, or an object whose __iter__ starts anew"
+            )
+        model = self._model(found.few(), linear=False, microbatch=microbatch)
         return fitting.estimate(model, self.hessian_structure, max_vectors, microbatch)
 
     def _model(self, data: Any, *, linear: bool, microbatch: int) -> fitting.Model:
@@ -305,7 +311,7 @@ class Laplace:
         structure, fitted = self._require_fit()
         if precisions is None:
             precisions = self.evidence_optimum().prior_precision * np.geomspace(1e-3, 1e3, 61)
-        grid = priors.checked_grid(list(precisions), "evidence_curve(precisions=...)")
+        grid = priors.checked_grid(precisions, "evidence_curve(precisions=...)")
         squared = self.prior.squared_distance(self.network.params)
         return evidence.curve(structure.log_determinant, FixedNoise(float(fitted.log_likelihood)), squared, grid)
 
@@ -333,7 +339,7 @@ class Laplace:
         validation: tuple[Inputs, Array] | None = None,
         precisions: Iterable[float] | None = None,
         key: Array | None = None,
-        num_samples: int = 32,
+        num_samples: int | None = None,
     ) -> "Laplace":
         """Choose the prior precision, by the evidence or by the NLL of the predictive on validation data.
 
@@ -354,14 +360,24 @@ class Laplace:
         max_refits
             The largest number of such fits; each is one step of MacKay's fixed point, from the last fit alone.
         validation, precisions, key, num_samples
-            For "gridsearch"; `precisions` defaults to 25 values from 0.01 to 10,000.
+            For "gridsearch"; `precisions` defaults to 25 values from 0.01 to 10,000, `num_samples` to 32, or fewer
+            where "lanczos" has fewer probes.
 
         Raises
         ------
         ValueError
-            If a name is unknown, an argument is missing, or "kron" is asked for one precision for each weight.
+            If a name is unknown, an argument is missing or of the other method, or "kron" is asked for one precision
+            for each weight.
         """
-        self._require_fit()
+        structure, _ = self._require_fit()
+        of_evidence = {"prior_structure": prior_structure, "optimize_sigma_noise": optimize_sigma_noise, "refit": refit}
+        of_grid = {"validation": validation, "precisions": precisions, "key": key, "num_samples": num_samples}
+        foreign = {"marglik": of_grid, "gridsearch": of_evidence}.get(method, {})
+        if given := [name for name, value in foreign.items() if value is not None and value is not False]:
+            raise ValueError(
+                f"optimize_prior_precision({method!r}) must not be given {given[0]}=..., which is of the other method; "
+                "leave it out"
+            )
         if method == "marglik":
             options = {"optimize_sigma_noise": optimize_sigma_noise, "refit": refit, "max_refits": max_refits}
             return choice.by_evidence(self, prior_structure, **options)
@@ -370,6 +386,8 @@ class Laplace:
         if validation is None:
             raise ValueError("optimize_prior_precision('gridsearch') must be given validation=(x, y), and key=...")
         grid = np.geomspace(1e-2, 1e4, 25) if precisions is None else precisions
+        if num_samples is None:
+            num_samples = min(32, structure.num_probes) if isinstance(structure, SampleStructure) else 32
         curve = self.validation_curve(*validation, grid, key=key, num_samples=num_samples)
         factor = curve.best_precision / self.prior.precision
         return self.with_prior_precision(jax.tree.map(lambda value: value * factor, self.prior_precision))
@@ -443,10 +461,11 @@ class Laplace:
                 f"{self.sigma_noise}; construct Laplace(sigma_noise=...) and fit again"
             )
         factor = float(factors[0])
-        noise = BestNoise.of(float(fitted.log_likelihood), float(fitted.num_outputs), self.sigma_noise)
+        noise = BestNoise.of(float(fitted.squared_residuals), float(fitted.num_outputs), self.sigma_noise)
         terms = fitted._replace(
             log_likelihood=jnp.asarray(noise.log_likelihood(factor), fitted.log_likelihood.dtype),
             log_likelihood_gradient=fitted.log_likelihood_gradient / factor,
+            squared_residuals=fitted.squared_residuals / factor,
         )
         likelihood = gaussian(jnp.asarray(new.sigma_noise, self.sigma_noise.dtype))
         return dataclasses.replace(
@@ -498,8 +517,8 @@ class Laplace:
         """
         structure = self._usable_structure()
         check_key(key, "sample(key=...)")
-        if num_samples < 0:
-            raise ValueError(f"sample(num_samples=...) must be at least 0; got {num_samples}")
+        if not isinstance(num_samples, (int, np.integer)) or num_samples < 0:
+            raise ValueError(f"sample(num_samples=...) must be an integer of at least 0; got {num_samples}; try 32")
         deviations = self.prior.whiten(structure.samples(key, num_samples, self.prior.precision))
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 
@@ -527,8 +546,9 @@ class Laplace:
         check_inputs(self.network, x)
         check_key(key, "functional_posteriors(key=...)")
         predictive.check_num_samples(num_samples, "functional_posteriors(num_samples=...)")
+        grid = priors.checked_grid(precisions, "functional_posteriors(precisions=...)")
         return predictive.functional_posteriors(
-            self._white(), structure, x, precisions, key=key, num_samples=num_samples, microbatch=microbatch
+            self._white(), structure, x, grid, key=key, num_samples=num_samples, microbatch=microbatch
         )
 
     def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:

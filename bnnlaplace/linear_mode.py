@@ -59,7 +59,7 @@ def linear_mode(
 
     value, gradient = joint(point)
     decrement = np.inf
-    for _ in range(MOST_STEPS):
+    for number in range(1, MOST_STEPS + 1):  # noqa: B007
         step = _newton_step(lambda v, at=point: product(at, v) + prior_precision * v, gradient, max_products)
         decrement = float(gradient @ step)
         if decrement <= tolerance:
@@ -74,7 +74,7 @@ def linear_mode(
         point, value, gradient = point + size * step, candidate, next_gradient
     warnings.warn(
         f"the mode of the linearised network was not found: {0.5 * decrement:.2g} nats are left to gain after "
-        f"{MOST_STEPS} Newton steps; a larger prior precision makes the problem easier",
+        f"{number} Newton steps; a larger prior precision makes the problem easier",
         stacklevel=4,
     )
     return point

@@ -65,11 +65,11 @@ class BestNoise(NamedTuple):
     constant: float
 
     @classmethod
-    def of(cls, log_likelihood: float, num_outputs: float, sigma_noise: Float[np.ndarray, "*C"]) -> "BestNoise":
-        """From the log likelihood at the noise `sigma_noise`, one for all outputs or one each."""
+    def of(cls, squared_residuals: float, num_outputs: float, sigma_noise: Float[np.ndarray, "*C"]) -> "BestNoise":
+        """From the residuals over the noise `sigma_noise`, one for all outputs or one each."""
         sigma = np.asarray(sigma_noise, np.float64)
         constant = -num_outputs * (float(np.log(sigma).mean()) + 0.5 * math.log(2 * math.pi))
-        return cls(2 * (constant - log_likelihood), num_outputs, constant)
+        return cls(squared_residuals, num_outputs, constant)
 
     def factor(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
         """s: the best noise variance over that of the likelihood."""

@@ -194,11 +194,13 @@ class Network:
         """The same function of other coordinates of the weights, `params / factors`, at the same point.
 
         Its Jacobian is this one's times `factors`, column by column: with factors D^-1/2 it is the network in whose
-        weights a prior of precisions tau D is isotropic.
+        weights a prior of precisions tau D is isotropic. Its weights are float32 at least, as rounding would move them.
         """
-        unravel = unraveler(self.params)
+        wide = jax.tree.map(lambda leaf: leaf.astype(summed_type(leaf.dtype)), self.params)
+        unravel = unraveler(wide)
         frozen = {"frozen": self.frozen, "factors": unravel(factors)}
-        return Network(_ScaledForward(self.forward), unravel(ravel(self.params) / factors), frozen)
+        forward = _ScaledForward(self.forward, tuple(leaf.dtype for leaf in jax.tree.leaves(self.params)))
+        return Network(forward, unravel(ravel(wide) / factors), frozen)
 
     def linearised(self) -> "Network":
         """The first-order expansion f(params) + J(params) (theta - params) in the weights, as a network of theta.
@@ -287,9 +289,12 @@ class _SubsetForward:
 @dataclass(frozen=True)
 class _ScaledForward:
     forward: Callable[[PyTree, PyTree, Array], Array]
+    dtypes: tuple[Any, ...]
 
     def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
-        return self.forward(frozen["frozen"], jax.tree.map(jnp.multiply, params, frozen["factors"]), x)
+        leaves, structure = jax.tree.flatten(jax.tree.map(jnp.multiply, params, frozen["factors"]))
+        own = [leaf.astype(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
+        return self.forward(frozen["frozen"], structure.unflatten(own), x)
 
 
 @dataclass(frozen=True)

@@ -376,8 +376,8 @@ def check_num_samples(num_samples: int, where: str) -> None:
     ValueError
         If there is none.
     """
-    if num_samples < 1:
-        raise ValueError(f"{where} must be at least 1; got {num_samples}; try 32")
+    if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
+        raise ValueError(f"{where} must be an integer of at least 1; got {num_samples}; try 32")
 
 
 def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:

@@ -106,6 +106,11 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
             )
         likelihood = resolve(metadata["likelihood"])
     leaves = [jnp.asarray(leaf) for leaf in stored.get("likelihood", [])]
+    if likelihood.name != metadata["likelihood"] or len(leaves) != len(jax.tree.leaves(likelihood)):
+        raise CheckpointError(
+            f"{path} was fitted with the likelihood {metadata['likelihood']!r} of {len(leaves)} parameters; got "
+            f"{likelihood.name!r} of {len(jax.tree.leaves(likelihood))}; pass the one it was fitted with"
+        )
     known = {cls.__name__: cls for cls in BY_NAME[metadata["hessian_structure"]]}
     structure = known[metadata.get("structure", next(iter(known)))]
     return {
@@ -133,6 +138,6 @@ def _prior(stored: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _terms(stored: dict[str, Any]) -> DataTerms:
-    # An earlier release did not count the outputs; they are needed to choose the noise of a regression.
-    stored = {"num_outputs": np.nan, **stored}
+    # An earlier release had neither; they are needed to choose the noise of a regression.
+    stored = {"num_outputs": np.nan, "squared_residuals": np.nan, **stored}
     return DataTerms(*(jnp.asarray(stored[name]) for name in DataTerms._fields))

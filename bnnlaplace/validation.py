@@ -94,7 +94,7 @@ def validation_curve(
     -----
     The network is differentiated once for the whole grid: see `predictive.functional_posteriors`.
     """
-    grid = prior.checked_grid(list(precisions), "validation_curve(precisions=...)")
+    grid = prior.checked_grid(precisions, "validation_curve(precisions=...)")
     posteriors = predictive.functional_posteriors(
         network, structure, inputs, grid, key=key, num_samples=num_samples, microbatch=microbatch
     )
@@ -109,6 +109,7 @@ def validation_curve(
 def _label_scores(
     likelihood: Likelihood, found: predictive.FunctionalPosterior, labels: Int[Array, "N ..."]
 ) -> tuple[float, float]:
+    check_targets(likelihood, found.mean.shape, labels, "validation_curve(targets=...)")
     probs = np.asarray(link.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
     if np.shape(labels) == probs.shape and np.issubdtype(np.asarray(labels).dtype, np.floating):  # soft targets
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -43,9 +43,10 @@ def operator(
     network, likelihood
         Where J and Lambda = B B' come from.
     data
-        As for `Laplace.fit`: (x, y), or such batches that can be iterated over again.
+        As for `Laplace.fit`: (x, y), or such batches that can be iterated over again, without augmentation.
     side
-        "primal": on P numbers. "dual": on the outputs of all examples. "auto": the shorter one.
+        "primal": on P numbers. "dual": on the outputs of all examples, in their order, so that every pass must have the
+        same one: no shuffling. "auto": the shorter one.
     prior_precision
         The diagonal of P0: one number, one for each weight, or a pytree like the weights. With 1 the primal is G.
     scale
@@ -63,7 +64,7 @@ def operator(
     ------
     ValueError
         If `side` is unknown, a precision or the scale is not positive, or data are empty, do not fit the network, or
-        can be read once only.
+        can be read once only. By `matvec` of the dual side, if batches come in another order than before.
 
     Examples
     --------
@@ -98,7 +99,7 @@ def operator(
     outputs = math.prod(output_shape(network, found.first)[1:]) * found.num_examples
     options = {"prior_precision": delta, "scale": scale, "microbatch": microbatch}
     if side == "dual" or (side == "auto" and outputs < size(network.params)):
-        return LinearOperator(_dual(network, likelihood, found, **options), outputs)
+        return LinearOperator(_dual(network, likelihood, found.in_order(), **options), outputs)
     root = jax.lax.rsqrt(delta)
     product = primal_product(network, likelihood, found, scale, microbatch=microbatch)
 

@@ -75,8 +75,20 @@ def group_names(params: PyTree, groups: Groups) -> list[str]:
         The weights.
     groups
         From the path of a weight to the name of its group.
+
+    Raises
+    ------
+    ValueError
+        If a name is no string.
     """
-    return list(dict.fromkeys(groups(name) for name in leaf_names(params)))
+    names = list(dict.fromkeys(groups(name) for name in leaf_names(params)))
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(
+                "Laplace(prior_groups=...) must return the name of a group, a string; got "
+                f"{described(name)}; try prior_groups=lambda path: path.split('/')[0]"
+            )
+    return names
 
 
 def group_numbers(params: PyTree, groups: Groups) -> Int[np.ndarray, " P"]:
@@ -120,11 +132,15 @@ def resolve(
     if is_scalar(precision):
         check(precision, f"{where}(prior_precision=...)")
         return Prior(precision, None, prior_mean)
-    vector = _per_weight(precision, params, groups, where)
-    if isinstance(vector, jax.core.Tracer):
+    # A vector has one number for each weight; groups have one for each leaf, so that little is computed.
+    by_group = is_by_group(precision, params, groups)
+    numbers = _of_leaves(precision, params, groups) if by_group else _per_weight(precision, params, groups, where)
+    counts = [leaf.size for leaf in jax.tree.leaves(params)] if by_group else 1
+    if isinstance(numbers, jax.core.Tracer):
+        vector = jnp.repeat(numbers, np.asarray(counts), total_repeat_length=size(params))
         factor = jnp.exp(jnp.mean(jnp.log(vector)))
         return Prior(factor, vector / factor, prior_mean)
-    exact = np.asarray(vector, np.float64)  # operations of JAX would be traced inside `jit`
+    exact = np.asarray(numbers, np.float64)  # operations of JAX would be traced inside `jit`
     if not np.all((exact > 0) & np.isfinite(exact)):
         raise ValueError(
             f"{where}(prior_precision=...) must be positive and finite for every weight; got numbers from "
@@ -132,8 +148,9 @@ def resolve(
         )
     if np.all(exact == exact[0]):
         return Prior(float(exact[0]), None, prior_mean)
-    factor = float(np.exp(np.log(exact).mean()))
-    return Prior(factor, jnp.asarray(exact / factor, number_type(params)), prior_mean)
+    factor = float(np.exp(np.average(np.log(exact), weights=counts if by_group else None)))
+    relative = np.repeat((exact / factor).astype(number_type(params)), counts)
+    return Prior(factor, jnp.asarray(relative), prior_mean)
 
 
 def is_scalar(precision: Precision) -> bool:
@@ -185,11 +202,15 @@ def is_by_group(precision: Precision, params: PyTree, groups: Groups) -> bool:
     return all(map(is_scalar, precision.values()))
 
 
+def _of_leaves(precision: Mapping[str, Any], params: PyTree, groups: Groups) -> Float[ArrayLike, " L"]:
+    """The precision of the group of each leaf."""
+    numbers = [precision[groups(name)] for name in leaf_names(params)]
+    traced = any(isinstance(number, jax.core.Tracer) for number in numbers)
+    return jnp.stack([jnp.asarray(number, float) for number in numbers]) if traced else np.asarray(numbers, np.float64)
+
+
 def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str) -> Float[Array, " P"]:
     names = group_names(params, groups)
-    if is_by_group(precision, params, groups):
-        numbers = jnp.stack([jnp.asarray(precision[name], float) for name in names])
-        return numbers[group_numbers(params, groups)]
     try:
         return as_vector(precision, params)
     except (ValueError, TypeError):

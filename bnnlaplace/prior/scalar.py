@@ -1,6 +1,6 @@
 """The overall prior precision by the evidence: the maximiser over one number, from a fitted curvature alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -132,7 +132,7 @@ def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
     return int(np.nanargmin(values))
 
 
-def checked_grid(precisions: Float[np.ndarray, " D"], where: str) -> Float[np.ndarray, " D"]:
+def checked_grid(precisions: Iterable[float], where: str) -> Float[np.ndarray, " D"]:
     """Several prior precisions as an array.
 
     Parameters
@@ -147,7 +147,10 @@ def checked_grid(precisions: Float[np.ndarray, " D"], where: str) -> Float[np.nd
     ValueError
         If there are none, or one is not positive and finite.
     """
-    grid = np.asarray(precisions, np.float64)
+    try:
+        grid = np.asarray(list(precisions), np.float64)
+    except (TypeError, ValueError):  # one number, or things that are none
+        grid = np.asarray(precisions)
     if grid.ndim != 1 or grid.size == 0 or not ((grid > 0) & np.isfinite(grid)).all():
         raise ValueError(f"{where} must be positive, finite numbers, at least one; got {grid}; try [0.1, 1.0, 10.0]")
     return grid

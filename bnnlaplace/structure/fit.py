@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace import krylov, prior
@@ -111,9 +112,10 @@ def fit_krylov(
     and 2 m P while a block is appended to it. Warns where `max_vectors` is reached first.
     """
     dimension = size(network.params)
-    if num_probes < 2:
+    if not isinstance(num_probes, (int, np.integer)) or num_probes < 2:
         raise ValueError(
-            f"fit(num_probes=...) must be at least 2, as their spread is the error of the evidence; got {num_probes}"
+            "fit(num_probes=...) must be an integer of at least 2, as their spread is the error of the evidence; got "
+            f"{num_probes}"
         )
     num_probes = min(num_probes, dimension)
     if max_vectors < num_probes:
