@@ -160,6 +160,27 @@ def test_streamed_products_of_both_sides(problem, sizes):
     assert streamed.operator(network, likelihood, 2 * batches[:1] + batches).size == 43
 
 
+class Shuffled:
+    """Batches in another order at each pass."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches if self.passes % 2 else self.batches[::-1])
+
+
+def test_the_dual_side_notices_another_order(problem):
+    network, likelihood, inputs, targets, matrix = problem
+    batches = [(inputs[:5], targets[:5]), (inputs[5:10], targets[5:10])]
+    primal, dual = (streamed.operator(network, likelihood, Shuffled(batches), side=side) for side in ("primal", "dual"))
+    expected = dense.ggn(network, likelihood, network.params, inputs[:10])
+    np.testing.assert_allclose(primal.matvec(np.eye(len(matrix))), expected, atol=1e-10)  # a sum over all of them
+    with pytest.raises(ValueError, match="batch 0 is another one than in the first pass; switch shuffling"):
+        dual.matvec(np.ones(dual.size))
+
+
 def test_bad_streams(problem):
     network, likelihood, inputs, targets, _ = problem
     with pytest.raises(ValueError, match="'auto', 'primal' or 'dual'; got 'both'"):

@@ -291,6 +291,62 @@ def test_labels_that_are_known_lie_in_the_classes(jitted):
             (jax.jit(run) if jitted else run)(network.params)
 
 
+@pytest.mark.parametrize("gradient", ["adjoint", "forward", "quadrature", "autodiff"])
+def test_eigenvalues_that_rounding_made_negative_count_as_zero(gradient):
+    """In single precision, past the rank, with eigenvalues of the null space far below minus the prior precision."""
+    rng = np.random.default_rng(1)
+    params = {"in": jnp.asarray(rng.normal(size=(10, 30)), jnp.float32), "out": jnp.ones((30, 1), jnp.float32)}
+    network = bnnlaplace.Network.from_function(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"], params)
+    x = jnp.asarray(rng.normal(size=(20, 10)), jnp.float32)
+    options = {"network": network, "likelihood": bnnlaplace.gaussian(0.01), "num_matvecs": 25, "num_probes": 16}
+
+    def value(precision, which):
+        batch, key = (x, network(params, x)), jax.random.key(0)
+        return evidence.log_marginal_likelihood(
+            params, precision, batch, key, side="primal", gradient=which, **options
+        ).mean
+
+    expected = evidence.isotropic(params, (x, network(params, x)), jax.random.key(0), side="primal", **options)
+    for precision in (0.1, 0.001):
+        found, slope = jax.jit(jax.value_and_grad(lambda delta: value(delta, gradient)))(jnp.float32(precision))
+        np.testing.assert_allclose(found, expected(precision).mean, rtol=1e-3)
+        assert np.isfinite(slope)
+
+
+def test_bad_numbers():
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3)))
+    batch, key = (jnp.ones((4, 2)), jnp.arange(4) % 3), jax.random.key(0)
+    options = {"network": network, "likelihood": bnnlaplace.categorical(), "num_matvecs": 2, "num_probes": 2}
+
+    def run(probes=key, **changes):
+        return evidence.isotropic(network.params, batch, probes, **options | changes)
+
+    with pytest.raises(
+        ValueError, match=r"isotropic\(num_matvecs=...\) must be between 1 and 6, .*side='primal'; got 7"
+    ):
+        run(num_matvecs=7)
+    with pytest.raises(ValueError, match=r"isotropic\(scale=...\) must be positive and finite; got -1"):
+        run(scale=-1)
+    with pytest.raises(ValueError, match="probe_batch_size=... must be at least 1; got 0"):
+        run(probe_batch_size=0)
+    with pytest.raises(ValueError, match=r"isotropic\(probes=...\) must have at least one row"):
+        run(jnp.zeros((0, 6)), num_probes=None)
+    with pytest.raises(ValueError, match="prior precision of an IsotropicEvidence must be positive and finite; got -1"):
+        run()(-1.0)
+
+
+def test_whole_numbers_are_precisions():
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3)))
+    batch, key = (jnp.ones((4, 2)), jnp.arange(4) % 3), jax.random.key(0)
+    options = {"network": network, "likelihood": bnnlaplace.categorical(), "num_matvecs": 2, "num_probes": 2}
+
+    def run(precision):
+        arguments = network.params, precision, batch, key
+        return evidence.log_marginal_likelihood(*arguments, gradient="forward", **options).mean
+
+    np.testing.assert_allclose(run(np.array([1, 2, 3, 1, 2, 3])), run(np.array([1.0, 2, 3, 1, 2, 3])), rtol=1e-6)
+
+
 @pytest.mark.parametrize("sigma", [-1.0, 0.0, np.nan, [1.0, np.inf]])
 def test_the_noise_is_positive(sigma):
     with pytest.raises(ValueError, match=r"gaussian\(sigma_noise=\.\.\.\) must be positive and finite"):

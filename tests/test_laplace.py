@@ -704,6 +704,45 @@ def test_a_likelihood_of_ones_own_may_hold_python_numbers(trained, tmp_path):
     np.testing.assert_array_equal(again.mode_gradient(), la.mode_gradient())
 
 
+def test_a_likelihood_of_another_kind_does_not_load(diagonal, trained, tmp_path):
+    diagonal.save(tmp_path / "posterior")
+    with pytest.raises(CheckpointError, match="'classification' of 0 parameters; got 'regression' of 4"):
+        bnnlaplace.Laplace.load(tmp_path / "posterior", trained[0], bnnlaplace.gaussian(1.0))
+
+
+def test_memory_is_not_estimated_at_the_cost_of_a_batch(trained):
+    network, x, y = trained
+    batches = iter([(x[:10], y[:10]), (x[10:20], y[10:20])])
+    la = bnnlaplace.Laplace(network, hessian_structure="diag")
+    with pytest.raises(ValueError, match="memory_estimate.*must be readable again"):
+        la.memory_estimate(batches)
+    with pytest.raises(ValueError, match="max_vectors=... must be at least 1; got -3"):
+        la.memory_estimate((x, y), max_vectors=-3)
+
+
+def test_gridsearch_with_fewer_probes_than_samples_by_default(unconverged, trained):
+    _, x, y = trained
+    chosen = unconverged.optimize_prior_precision(
+        "gridsearch", validation=(x[:20], y[:20]), precisions=[1e5, 1e6], key=jax.random.key(0)
+    )
+    assert chosen.prior_precision in (pytest.approx(1e5), pytest.approx(1e6))
+
+
+def test_bad_numbers(diagonal, trained):
+    _, x, y = trained
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match="evidence_curve.* must be positive, finite numbers, at least one; got 1.0"):
+        diagonal.evidence_curve(1.0)
+    with pytest.raises(ValueError, match="functional_posteriors.* must be positive, finite numbers"):
+        diagonal.functional_posteriors(x[:2], [-1.0], key=key, num_samples=2)
+    with pytest.raises(ValueError, match="must be an integer of at least 0; got 2.5"):
+        diagonal.sample(key, 2.5)
+    with pytest.raises(ValueError, match="validation_curve.*: soft targets must be probabilities"):
+        diagonal.validation_curve(x[:2], np.full((2, 10), 0.2), [1.0], key=key, num_samples=2)
+    with pytest.raises(ValueError, match="must be an integer of at least 2"):
+        bnnlaplace.Laplace(trained[0]).fit((x, y), key=key, num_probes=4.0)
+
+
 def test_the_training_set_is_no_smaller_than_what_is_seen_of_it(trained):
     network, x, y = trained
     with pytest.raises(ValueError, match=r"num_data=...\) must be the size .* at least that of data, 400; got 399"):

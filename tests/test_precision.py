@@ -81,3 +81,20 @@ def test_products_and_gradients(short, exact):
     rows = RNG.normal(size=(2, 180)).astype(np.float32)
     pair = [streamed.operator(n, bnnlaplace.categorical(), (X, Y), side="dual").matvec(rows) for n in (short, exact)]
     np.testing.assert_allclose(*pair, atol=0.05 * np.abs(pair[1]).max())
+
+
+def test_a_prior_of_several_precisions_does_not_move_weights_of_half_precision():
+    """The network runs at weights that were scaled and scaled back."""
+    rng = np.random.default_rng(0)
+    params = {
+        "w1": jnp.asarray(rng.normal(size=(3, 8)), jnp.bfloat16),
+        "w2": jnp.asarray(rng.normal(size=(8, 2)), jnp.bfloat16),
+    }
+    network = bnnlaplace.Network.from_function(lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"], params)
+    x, y = rng.normal(size=(20, 3)).astype(np.float32), rng.normal(size=(20, 2)).astype(np.float32)
+    for structure in ("diag", "full", "kron"):
+        la = bnnlaplace.Laplace(
+            network, "regression", hessian_structure=structure, prior_precision={"w1": 0.3, "w2": 7.0}
+        )
+        la = la.fit((x, y))
+        np.testing.assert_array_equal(la.predictive(x)[0], network(params, x))

@@ -276,6 +276,48 @@ def test_the_noise_of_a_regression_is_chosen_along(x64, structure):
     )
 
 
+@pytest.mark.parametrize("noise", [1e-3, 1e-4])
+def test_a_small_noise_is_found_in_single_precision(noise):
+    """From one that is much too large: the log likelihood of that one has no digit of the residuals."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(2000, 3)).astype(np.float32)
+    weights = np.array([0.5, -0.2, 0.1], np.float32)[:, None]
+    targets = (features @ weights + noise * rng.normal(size=(2000, 1))).astype(np.float32)
+    best = np.linalg.lstsq(features, targets)[0]
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.asarray(best))
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure="full", sigma_noise=1.0)
+    found = la.fit((features, targets)).optimize_prior_precision(optimize_sigma_noise=True).sigma_noise
+    residuals = targets - features @ np.asarray(best)
+    np.testing.assert_allclose(found, np.sqrt(np.mean(residuals.astype(np.float64) ** 2)), rtol=5e-3)
+
+
+def test_options_of_the_other_method_are_refused(problem):
+    la = fitted(problem, "diag")
+    with pytest.raises(ValueError, match=r"\('gridsearch'\) must not be given prior_structure=..., .* other method"):
+        la.optimize_prior_precision("gridsearch", prior_structure="layerwise")
+    with pytest.raises(ValueError, match=r"\('gridsearch'\) must not be given optimize_sigma_noise=..."):
+        la.optimize_prior_precision("gridsearch", optimize_sigma_noise=True)
+    with pytest.raises(ValueError, match=r"\('marglik'\) must not be given validation=..."):
+        la.optimize_prior_precision(validation=(problem.inputs, problem.targets))
+    with pytest.raises(ValueError, match=r"max_refits=...\) must be at least 1; got 0"):
+        la.optimize_prior_precision(prior_structure="layerwise", max_refits=0)
+
+
+def test_groups_have_names(problem):
+    for names in (lambda path: len(path), lambda path: None):
+        la = bnnlaplace.Laplace(problem.network, hessian_structure="diag", prior_groups=names)
+        with pytest.raises(ValueError, match=r"prior_groups=...\) must return the name of a group, a string; got "):
+            la.fit((problem.inputs, problem.targets)).optimize_prior_precision(prior_structure="layerwise")
+
+
+def test_refit_returns_a_fitted_laplace(problem):
+    data, options = (problem.inputs, problem.targets), {"key": jax.random.key(0), "num_probes": 4, "max_vectors": 12}
+    la = bnnlaplace.Laplace(problem.network).fit(data, **options)
+    for refit in (lambda la: None, lambda la: la):
+        with pytest.raises(ValueError, match=r"refit=...\) must return the fitted Laplace"):
+            la.optimize_prior_precision(prior_structure="layerwise", refit=refit)
+
+
 def test_noise_needs_a_regression(problem):
     with pytest.raises(ValueError, match="must be asked of a regression; got 'classification'"):
         fitted(problem, "diag").optimize_prior_precision(optimize_sigma_noise=True)
