@@ -4,7 +4,7 @@
 
 On the network of a finished run, all training images, at the prior precision that maximises the evidence. Both are
 grown until the bound on the relative error of a sample is met; a run per probe is a block of one. Prints a table and
-writes `benchmarks/results/block_krylov_RUN.json`. About MINUTES on 2 cores.
+writes `benchmarks/results/block_krylov_RUN.json`. About five minutes on 2 cores.
 """
 
 import time

@@ -34,7 +34,7 @@ from bnnlaplace.krylov import lanczos, rademacher_probes, stochastic_lanczos_qua
 from bnnlaplace.krylov.breakdown import reached
 from bnnlaplace.krylov.closures import convert
 from bnnlaplace.krylov.derivative_modes import once
-from bnnlaplace.krylov.tridiagonal import reached_eigenpairs
+from bnnlaplace.krylov.tridiagonal import reached_eigenpairs, rounding_of_zero
 from bnnlaplace.likelihood import Likelihood
 from bnnlaplace.precise import matmul
 from bnnlaplace.random_key import is_key
@@ -143,12 +143,13 @@ def estimate(
     is_scalar = jnp.ndim(prior_precision) == 0
     delta = prior_precision if is_scalar else 1.0
     found = stochastic_lanczos_quadrature(
-        lambda x: jnp.log1p(_not_negative(x) / delta),
+        lambda x: jnp.log1p(x / delta),
         problem.matvec() if is_scalar else problem.matvec(prior_precision),
         rows,
         num_matvecs=num_matvecs,
         gradient=gradient,
         probe_batch_size=probe_batch_size,
+        semidefinite=True,
     )
     return Estimate(found.mean, found.sem)
 
@@ -247,15 +248,11 @@ def _gauss_rule(matvec: Callable, probe: Array, num_matvecs: int) -> tuple[Array
     steps = lanczos(matvec, probe, num_matvecs=num_matvecs, gradient="autodiff")
     alive = reached(steps.breakdown_step, num_matvecs)
     values, vectors = reached_eigenpairs(steps.diagonal, steps.off_diagonal, alive)
-    values = _not_negative(values)
+    # As `semidefinite` has it elsewhere.
+    values = jnp.where(values > rounding_of_zero(values), values, 0)
     first = steps.start_norm * vectors[0]
     inverse, shrunk = (matmul(vectors, first * f(values)) for f in (lambda x: 1 / (1 + x), lambda x: x / (1 + x)))
     return values, steps.start_norm * vectors[0] * first, Response(steps.basis, shrunk, inverse)
-
-
-def _not_negative(ritz_value: Array) -> Array:
-    """G has no negative eigenvalues, and rounding must not give it one below -delta; with no slope there."""
-    return jnp.where(ritz_value > 0, ritz_value, 0)
 
 
 def _primal_slope(problem: Problem, delta: Array, probe: Array, response: Response) -> Float[Array, " P"]:

@@ -115,10 +115,9 @@ def log_marginal_likelihood(
     of a scalar prior precision and fixed weights take `isotropic`, which computes the products once for all of them.
     Memory: residuals of the linearisation at the batch, or with `remat` at a microbatch, and K vectors of each of
     `probe_batch_size` probes.
-    Rounding: products have errors of about eps lambda_max, so that a depth at which the rank of G is reached finds
-    eigenvalues of that size in its null space. Where they are not small against delta, as in float32 with little noise
-    and a small prior precision, the primal side is far off; take the dual one, whose rank is that of its vectors, or
-    float64.
+    Rounding: products have errors of about eps lambda_max, and eigenvalues below 4 eps times the largest one count as
+    zero. Where that is not small against delta, as in float32 with little noise and a small prior precision, the primal
+    side is off by some nats; take the dual one, or float64.
     Reference: Krämer et al. 2024, arXiv 2405.17277, section 5; `determinant.py` derives "forward".
 
     Raises

@@ -537,7 +537,7 @@ def test_bad_input(trained, diagonal):
                 diagonal.predictive(x[:3], key=key, **options)
     with pytest.raises(ValueError, match=r"sample\(key=...\) must be one random key; got 1"):
         diagonal.sample(1, 2)
-    with pytest.raises(ValueError, match=r"sample\(num_samples=...\) must be at least 0; got -1"):
+    with pytest.raises(ValueError, match=r"sample\(num_samples=...\) must be an integer of at least 0; got -1"):
         diagonal.sample(jax.random.key(0), -1)
     for inputs in (x[:3].tolist(), "abc", 1.0):
         with pytest.raises(ValueError, match="inputs to predict at must be arrays.*pass jnp.asarray"):

@@ -68,6 +68,7 @@ class Plan(NamedTuple):
     batch_size: int
     relative_sem: float | None
     deflated: bool
+    semidefinite: bool
 
 
 def stochastic_lanczos_quadrature(
@@ -82,6 +83,7 @@ def stochastic_lanczos_quadrature(
     vjp_batch_size: int = 1,
     relative_sem: float | None = None,
     deflation: Eigenpairs | None = None,
+    semidefinite: bool = False,
 ) -> TraceEstimate:
     """Estimate tr f(A), differentiably.
 
@@ -115,6 +117,10 @@ def stochastic_lanczos_quadrature(
         variance that they would cause is gone. For exact eigenvectors the gradient is exact as well. Second derivatives
         would need to know how eigenvectors move: "adjoint" and "quadrature" refuse them, and those of "autodiff" leave
         it out.
+    semidefinite
+        A has no negative eigenvalues, and f is defined at zero: Ritz values below 4 eps times the largest one, or below
+        zero, are rounding of zero and count as such. Where A is singular and f changes much over that distance, as
+        log(1 + x / delta) with a small delta in single precision, the estimate is noise otherwise.
 
     Returns
     -------
@@ -170,7 +176,7 @@ def stochastic_lanczos_quadrature(
     # the same, for another vector, and multiplied by zero.
     is_zero = ~jnp.any(rows != 0, axis=1)
     rows = jnp.where(is_zero[:, None], 1, rows)
-    plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem, deflation is not None)
+    plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem, deflation is not None, semidefinite)
     inputs = offset, rows, jnp.where(is_zero, 0, jnp.ones_like(rows[:, 0])), operator.arguments, constants
     if gradient == "autodiff":
         mean, seen, _ = _run(converted, operator.matvec, plan, *inputs)
@@ -206,7 +212,8 @@ def _forms(
     """z' f(A) z of a batch of probes, and how much of it came with the last fifth of the steps."""
 
     def form(probe: Array) -> tuple[Array, Array]:
-        return quadratic_form(function, matvec, plan.lanczos, plan.gradient, probe, arguments, constants)
+        model = function, matvec, plan.lanczos, plan.gradient
+        return quadratic_form(*model, probe, arguments, constants, semidefinite=plan.semidefinite)
 
     if len(batch) == 1:  # choices in the recurrence remain choices where nothing is batched
         return jax.tree.map(lambda x: x[None], form(batch[0]))

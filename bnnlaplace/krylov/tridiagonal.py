@@ -99,6 +99,11 @@ def _evaluate(function: Callable, constants: Any, values: Array) -> Array:
     return jax.vmap(lambda value: function(value, *constants))(values)
 
 
+def rounding_of_zero(values: Float[Array, " K"]) -> Float[Array, ""]:
+    """Below this an eigenvalue cannot be told from zero, given products with an error of eps times the largest one."""
+    return 4 * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+
+
 def divided_differences(function: Callable, values: Array, images: Array) -> Array:
     """f[x_i, x_j]; where rounding in f would take a third of the digits of the quotient, f' at the midpoint.
 
