@@ -19,7 +19,7 @@ from bnnlaplace.tree import summed_type
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=("log_prob", "hessian_mv", "factor_mv", "factor_transpose_mv", "mean"),
+    data_fields=("log_prob", "factor_mv", "mean", "hessian_mv", "factor_transpose_mv"),
     meta_fields=("name", "target_kind"),
 )
 @dataclass(frozen=True)
@@ -32,29 +32,36 @@ class Likelihood:
     Attributes
     ----------
     name
-        "classification", "regression" or "binary".
+        "classification", "regression" or "binary", which have their own links and checks, or any other.
     target_kind
         "label" for integer class labels (...,), or probabilities of the classes shaped like the outputs; "array" for
         targets shaped like the outputs.
     log_prob
         (f, y) -> log p(y | f), shape (...,).
-    hessian_mv
-        (f, v) -> Lambda v.
     factor_mv
-        (f, u) -> B u.
-    factor_transpose_mv
-        (f, v) -> B' v.
+        (f, u) -> B u, with u shaped like f.
     mean
         f -> E[y | f]: class probabilities, or the mean itself.
+    hessian_mv
+        (f, v) -> Lambda v; by default B B' v.
+    factor_transpose_mv
+        (f, v) -> B' v; by default the transpose of `factor_mv`.
     """
 
     name: str
     target_kind: str
     log_prob: Callable[[Array, Array], Array]
-    hessian_mv: Callable[[Array, Array], Array]
     factor_mv: Callable[[Array, Array], Array]
-    factor_transpose_mv: Callable[[Array, Array], Array]
     mean: Callable[[Array], Array]
+    hessian_mv: Callable[[Array, Array], Array] | None = None
+    factor_transpose_mv: Callable[[Array, Array], Array] | None = None
+
+    def __post_init__(self) -> None:
+        if self.factor_transpose_mv is None:
+            object.__setattr__(self, "factor_transpose_mv", Partial(_transposed, self.factor_mv))
+        if self.hessian_mv is None:
+            factors = self.factor_mv, self.factor_transpose_mv
+            object.__setattr__(self, "hessian_mv", Partial(_squared, *factors))
 
     @property
     def sigma_noise(self) -> Float[Array, "*C"] | None:
@@ -73,10 +80,10 @@ def categorical() -> Likelihood:
         "classification",
         "label",
         Partial(_categorical_log_prob),
-        Partial(_categorical_hessian_mv),
         Partial(_categorical_factor_mv),
-        Partial(_categorical_factor_transpose_mv),
         Partial(_softmax),
+        Partial(_categorical_hessian_mv),
+        Partial(_categorical_factor_transpose_mv),
     )
 
 
@@ -98,10 +105,10 @@ def gaussian(sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
         "regression",
         "array",
         Partial(_gaussian_log_prob, sigma),
-        Partial(_gaussian_hessian_mv, sigma),
-        Partial(_gaussian_factor_mv, sigma),
         Partial(_gaussian_factor_mv, sigma),
         Partial(_identity),
+        Partial(_gaussian_hessian_mv, sigma),
+        Partial(_gaussian_factor_mv, sigma),
     )
 
 
@@ -114,10 +121,10 @@ def bernoulli() -> Likelihood:
         "binary",
         "array",
         Partial(_bernoulli_log_prob),
-        Partial(_bernoulli_hessian_mv),
-        Partial(_bernoulli_factor_mv),
         Partial(_bernoulli_factor_mv),
         Partial(jax.nn.sigmoid),
+        Partial(_bernoulli_hessian_mv),
+        Partial(_bernoulli_factor_mv),
     )
 
 
@@ -234,6 +241,14 @@ def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray
 
 def _all_positive(numbers: np.ndarray) -> bool:
     return numbers.size > 0 and bool(np.all((numbers > 0) & np.isfinite(numbers)))
+
+
+def _transposed(factor_mv: Callable[[Array, Array], Array], f: Array, v: Array) -> Array:
+    return jax.linear_transpose(partial(factor_mv, f), v)(v)[0]
+
+
+def _squared(factor_mv: Callable, factor_transpose_mv: Callable, f: Array, v: Array) -> Array:
+    return factor_mv(f, factor_transpose_mv(f, v))
 
 
 def _identity(f: Array) -> Array:

@@ -87,6 +87,21 @@ def test_soft_targets_of_one_class_are_its_label():
     np.testing.assert_allclose(found, bnnlaplace.categorical().log_prob(OUTPUTS, np.array([2, 0])), rtol=1e-6)
 
 
+def test_three_functions_make_a_likelihood(x64):
+    """The other two are the same as those that are written out; parameters are differentiated through them, too."""
+    for whole in (bnnlaplace.categorical(), bnnlaplace.gaussian(jnp.array([0.5, 1.0, 2.0])), bnnlaplace.bernoulli()):
+        short = bnnlaplace.Likelihood("own", whole.target_kind, whole.log_prob, whole.factor_mv, whole.mean)
+        v = jnp.asarray(np.random.default_rng(2).normal(size=OUTPUTS.shape))
+        for found, expected in (
+            (short.hessian_mv, whole.hessian_mv),
+            (short.factor_transpose_mv, whole.factor_transpose_mv),
+        ):
+            np.testing.assert_allclose(jax.jit(found)(OUTPUTS, v), expected(OUTPUTS, v), rtol=1e-10, atol=1e-12)
+        again = jax.tree.map(lambda leaf: 2 * leaf, short)
+        twice = jax.tree.map(lambda leaf: 2 * leaf, whole)
+        np.testing.assert_allclose(again.hessian_mv(OUTPUTS, v), twice.hessian_mv(OUTPUTS, v), rtol=1e-10, atol=1e-12)
+
+
 def test_noise_by_output_must_have_as_many_numbers():
     check_targets(bnnlaplace.gaussian(np.ones(2)), (3, 2), np.zeros((3, 2)), "fit(data=(x, y))")
     with pytest.raises(ValueError, match="sigma_noise=.* one for each of the 2 outputs; got 3"):

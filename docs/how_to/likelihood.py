@@ -1,7 +1,7 @@
 """Add a likelihood.
 
-A likelihood is a record of functions of outputs and targets. It knows nothing of weights, so that a new one is a few
-lines, and works with every structure. Here: counts, from a Poisson distribution. The output is the log of its rate.
+A likelihood is a record of three functions of outputs and targets. It knows nothing of weights, so that a new one is a
+few lines, and works with every structure. Here: counts, from a Poisson distribution. The output is the log of its rate.
 """
 
 from math import prod
@@ -20,9 +20,11 @@ from bnnlaplace import Likelihood
 # Lambda the Hessian of -log p(y | f) in f, and B any factor of it, Lambda = B B':
 #
 # - `log_prob`: (f, y) -> log p(y | f), summed over the last axis, with its normalisation;
-# - `hessian_mv`: (f, v) -> Lambda v;
-# - `factor_mv` and `factor_transpose_mv`: (f, u) -> B u and (f, v) -> B' v;
+# - `factor_mv`: (f, u) -> B u, linear in u, which is shaped like f;
 # - `mean`: f -> E[y | f].
+#
+# Two more follow from `factor_mv`, and may be given where they are cheaper on their own: `factor_transpose_mv`,
+# (f, v) -> B' v, and `hessian_mv`, (f, v) -> Lambda v.
 #
 # For counts -log p = sum_c [exp(f_c) - y_c f_c + log(y_c!)], so Lambda = diag(exp f) and B = diag(exp(f / 2)).
 #
@@ -32,10 +34,6 @@ from bnnlaplace import Likelihood
 
 def poisson_log_prob(f, y):
     return jnp.sum(y * f - jnp.exp(f) - jax.scipy.special.gammaln(y + 1.0), axis=-1)
-
-
-def poisson_hessian_mv(f, v):
-    return jnp.exp(f) * v
 
 
 def poisson_factor_mv(f, u):
@@ -48,9 +46,7 @@ def poisson() -> Likelihood:
         name="poisson",
         target_kind="array",  # targets shaped like the outputs; "label" for class labels
         log_prob=Partial(poisson_log_prob),
-        hessian_mv=Partial(poisson_hessian_mv),
         factor_mv=Partial(poisson_factor_mv),
-        factor_transpose_mv=Partial(poisson_factor_mv),  # B is diagonal
         mean=Partial(jnp.exp),
     )
 
