@@ -165,8 +165,8 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
         raise ValueError(f"max_vectors=... must be at least 1; got {max_vectors}; try 512")
     if hessian_structure == "lanczos":
         one = 2 * count * itemsize
-        if model.data.length is not None:  # of few outputs all rows of B' J are the basis
-            outputs = model.data.length * math.prod(output_shape(model.head, model.data.first)[1:])
+        outputs = _num_outputs(model)
+        if outputs is not None:  # of few outputs all rows of B' J are the basis
             max_vectors = min(max_vectors, outputs)
         free = memory.free_bytes()
         most = max_vectors if free is None else max(0, free - kept) // one
@@ -191,6 +191,13 @@ def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch:
     return memory.MemoryEstimate(kept + copies * held, memory.free_bytes(), shrink)
 
 
+def _num_outputs(model: Model) -> int | None:
+    """Of all examples, where their number is known before they are read."""
+    if model.data.length is None:
+        return None
+    return model.data.length * math.prod(output_shape(model.head, model.data.first)[1:])
+
+
 def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, microbatch: int) -> Fit:
     # Derivatives of single examples are alive: half of the examples of other passes keeps memory level, but where the
     # matrix is larger than they are.
@@ -211,13 +218,17 @@ def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, m
 def _fit_products(
     model: Model, prior: Prior, num_data: int | None, *, microbatch: int, max_vectors: int, **krylov_options: Any
 ) -> Fit:
+    checked_key = partial(check_key, krylov_options["key"], "fit(key=...), which seeds the probes of 'lanczos',")
+    known = _num_outputs(model)
+    if known is not None and known > max_vectors:  # before a pass over the data rather than after it
+        checked_key()
     terms = _terms(model, num_data, microbatch=microbatch).check()
     scale = scale_of(model.data, num_data)
     white = _whitened(model, prior)
     arguments = (white.head, model.likelihood, model.data, scale)
     if int(terms.num_outputs / scale) <= max_vectors:
         return Fit(model.network, structure_fit.fit_spectral(*arguments), terms)
-    check_key(krylov_options["key"], "fit(key=...), which seeds the probes of 'lanczos',")
+    checked_key()
     structure = structure_fit.fit_krylov(
         *arguments,
         log_joint=FixedNoise(float(terms.log_likelihood)),

@@ -243,6 +243,8 @@ def predictions(
         if num_samples is None:
             num_samples = structure.num_probes if isinstance(structure, SampleStructure) else 100
         check_num_samples(num_samples, f"predictive({which}, num_samples=...)")
+        if pred_type == "nn" and is_regression and num_samples < 2:
+            raise ValueError("predictive(pred_type='nn', num_samples=...) of a regression must be at least 2; got 1")
         draw = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         if pred_type == "nn":
             mean, variance = _of_weight_samples(network, likelihood, structure, inputs, prior_precision, **draw)

@@ -704,6 +704,13 @@ def test_a_likelihood_of_ones_own_may_hold_python_numbers(trained, tmp_path):
     np.testing.assert_array_equal(again.mode_gradient(), la.mode_gradient())
 
 
+def test_one_weight_sample_has_no_variance():
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.zeros((2, 1)))
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure="diag").fit((np.eye(2), np.zeros((2, 1))))
+    with pytest.raises(ValueError, match="of a regression must be at least 2; got 1"):
+        la.predictive(np.eye(2), pred_type="nn", key=jax.random.key(0), num_samples=1)
+
+
 def test_a_likelihood_of_another_kind_does_not_load(diagonal, trained, tmp_path):
     diagonal.save(tmp_path / "posterior")
     with pytest.raises(CheckpointError, match="'classification' of 0 parameters; got 'regression' of 4"):
