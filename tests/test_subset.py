@@ -155,3 +155,15 @@ def test_features_of_a_stream_are_kept_where_they_are_small(most_bytes):
         np.testing.assert_allclose(found[1].inputs, 2 * X[16:32], rtol=1e-6)
     assert len(calls) == 1 + (3 if most_bytes else 6)  # one for the shapes
     assert mapped.num_examples == 40
+
+
+def test_a_precision_of_all_weights_serves_some(network):
+    """As a prior mean does: the leaves of those with a posterior are taken."""
+    precision = {"trunk": {"w": 1.0, "b": 2.0}, "head": {"w": 3.0, "b": np.array([4.0, 5.0, 6.0])}}
+    found, expected = (
+        bnnlaplace.Laplace(network, hessian_structure="diag", subset_of_weights="last_layer", prior_precision=each).fit(
+            (X, Y)
+        )
+        for each in (precision, np.concatenate([[4.0, 5.0, 6.0], np.full(18, 3.0)]))
+    )
+    np.testing.assert_allclose(found.log_marginal_likelihood().mean, expected.log_marginal_likelihood().mean)

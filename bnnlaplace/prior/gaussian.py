@@ -112,8 +112,8 @@ def resolve(
     Parameters
     ----------
     precision
-        One number; a dictionary with one number for each group; (P,); or a pytree like `params`, with leaves that
-        broadcast.
+        One number; a dictionary with one number for each group; (P,); or a pytree like `params`, or with more leaves,
+        of which those of `params` are taken, that broadcast.
     mean
         One number, (P,), or a pytree like `params` or with more leaves, of which those of `params` are taken.
     params
@@ -212,7 +212,7 @@ def _of_leaves(precision: Mapping[str, Any], params: PyTree, groups: Groups) -> 
 def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str) -> Float[Array, " P"]:
     names = group_names(params, groups)
     try:
-        return as_vector(precision, params)
+        return as_vector(_of_chosen(precision, params), params)
     except (ValueError, TypeError):
         got = f"the names {sorted(precision)}" if isinstance(precision, Mapping) else described(precision)
         raise ValueError(
@@ -221,15 +221,20 @@ def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str
         ) from None
 
 
+def _of_chosen(values: PyTree, params: PyTree) -> PyTree:
+    """Of a pytree like all weights the leaves of those with a posterior; anything else as it is."""
+    known = dict(zip(leaf_names(values), jax.tree.leaves(values), strict=True))
+    names = leaf_names(params)
+    if jax.tree.structure(values) == jax.tree.structure(params) or not set(names) <= set(known):
+        return values
+    return jax.tree.unflatten(jax.tree.structure(params), [known[name] for name in names])
+
+
 def _mean(mean: PyTree, params: PyTree, where: str) -> Float[Array, " P"] | None:
     if isinstance(mean, (int, float)) and mean == 0:
         return None
-    known = dict(zip(leaf_names(mean), jax.tree.leaves(mean), strict=True))
-    names = leaf_names(params)
-    if jax.tree.structure(mean) != jax.tree.structure(params) and set(names) <= set(known):
-        mean = jax.tree.unflatten(jax.tree.structure(params), [known[name] for name in names])
     try:
-        vector = as_vector(mean, params)
+        vector = as_vector(_of_chosen(mean, params), params)
     except (ValueError, TypeError):
         raise ValueError(
             f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "
