@@ -653,7 +653,7 @@ def test_averages_need_a_sample(diagonal, trained, num_samples):
         lambda: diagonal.functional_posteriors(x[:2], [1.0], **options),
         lambda: diagonal.validation_curve(x[:2], y[:2], [1.0], **options),
     ):
-        with pytest.raises(ValueError, match=r"num_samples=...\) must be at least 1; got"):
+        with pytest.raises(ValueError, match=r"num_samples=...\) must be an integer of at least 1; got"):
             call()
 
 
