@@ -54,10 +54,10 @@ def by_evidence(
             f"optimize_prior_precision(optimize_sigma_noise=True) must be asked of a regression; got "
             f"{la.likelihood.name!r}"
         )
-    if optimize_sigma_noise:
-        la = _at_residual_noise(la)
     if max_refits < 1:
         raise ValueError(f"optimize_prior_precision(max_refits=...) must be at least 1; got {max_refits}; try 10")
+    if optimize_sigma_noise:
+        la = _at_residual_noise(la)
     if prior_structure == "scalar" and la.prior.relative is not None:
         la = _at(la, la.prior.precision, refit)
     if prior_structure in (None, "scalar"):
@@ -99,8 +99,8 @@ def _log_joint(la: Any, optimize_sigma_noise: bool) -> LogJoint:
 
 def _at_residual_noise(la: Any) -> Any:
     """With the noise that the residuals alone have: in its units the search range of the precisions is a wide one."""
-    factor = float(la.fitted.squared_residuals) / float(la.fitted.num_outputs)
-    return la.with_sigma_noise(la.sigma_noise * np.sqrt(factor)) if factor > 0 else la
+    log_joint = _log_joint(la, optimize_sigma_noise=True)
+    return _with_noise(la, log_joint, 0.0)[0] if log_joint.factor(0.0) > 0 else la
 
 
 def _with_noise(la: Any, log_joint: LogJoint, q: float) -> tuple[Any, float]:

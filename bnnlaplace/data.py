@@ -3,6 +3,7 @@
 Arrays are one batch. Of an iterable each pass reads every batch again, so that data need not fit in memory.
 """
 
+import copy
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -59,8 +60,6 @@ class Data:
         The first of them, already read; its length is that to which shorter ones are padded.
     check
         Called with inputs and targets of each batch of the first pass.
-    ordered
-        Compare the batches of later passes with those of the first one.
     """
 
     def __init__(
@@ -71,22 +70,23 @@ class Data:
         check: Callable[[Inputs, Array], None] | None = None,
         length: int | None = None,
         mapped_bytes: int = 0,
-        ordered: bool = False,
     ) -> None:
         self.once, self.length, self.mapped_bytes = once, length, mapped_bytes
-        self._pairs, self._head, self._check, self._ordered = pairs, head, check, ordered
-        self._marks: list[int] | None = None
+        self._pairs, self._head, self._check = pairs, head, check
         self._count: int | None = None
+        self._ordered = False
+        self._marks: list[int] | None = None
 
     def checked(self, check: Callable[[Inputs, Array], None]) -> "Data":
         """The same data, checked while they are read for the first time."""
-        return Data(self._pairs, self._head, self.once, check, self.length, ordered=self._ordered)
+        data = copy.copy(self)
+        data._check, data._count = check, None
+        return data
 
     def in_order(self) -> "Data":
         """The same data, of which every pass has to give the same batches in the same order."""
-        # Arrays cannot do otherwise.
-        data = Data(self._pairs, self._head, self.once, self._check, self.length, ordered=self.length is None)
-        data._count = self._count
+        data = copy.copy(self)
+        data._ordered, data._marks = self.length is None, None  # arrays cannot do otherwise
         return data
 
     def few(self) -> "Data":
@@ -115,7 +115,7 @@ class Data:
                 self._check(x, y)
             if self._ordered:
                 marks.append(_mark(x, y))
-                if self._marks is not None and self._marks[: len(marks)] != marks:
+                if self._marks is not None and marks[-1:] != self._marks[len(marks) - 1 : len(marks)]:
                     raise ValueError(
                         f"data must give the same batches in the same order in every pass; batch {len(marks) - 1} is "
                         "another one than in the first pass; switch shuffling and augmentation off"
@@ -127,6 +127,14 @@ class Data:
                 f"later one {count}; pass a list of batches, or an object whose __iter__ starts anew"
             )
         self._count, self._marks = count, marks
+
+    def check_repeatable(self, what: str) -> None:
+        """Raise ValueError where the data can be read a single time; `what` says who needs more."""
+        if self.once:
+            raise ValueError(
+                f"{what}; got an iterator that can be read once; pass a list of batches, or an object whose __iter__ "
+                "starts anew"
+            )
 
     @property
     def num_examples(self) -> int:

@@ -141,9 +141,8 @@ def estimate(
 ) -> Estimate:
     """The log-determinant, differentiable in everything as `gradient` says."""
     is_scalar = jnp.ndim(prior_precision) == 0
-    delta = prior_precision if is_scalar else 1.0
     found = stochastic_lanczos_quadrature(
-        lambda x: jnp.log1p(x / delta),
+        (lambda x: jnp.log1p(x / prior_precision)) if is_scalar else jnp.log1p,
         problem.matvec() if is_scalar else problem.matvec(prior_precision),
         rows,
         num_matvecs=num_matvecs,

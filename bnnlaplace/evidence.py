@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from bnnlaplace import determinant
 from bnnlaplace.curvature.linearisation import Linearisation, linearise
@@ -271,8 +271,7 @@ def _problem(
             f"{caller}(num_matvecs=...) must be between 1 and {length}, the length of the vectors of side={side!r}; "
             f"got {num_matvecs}"
         )
-    if not isinstance(scale, jax.core.Tracer) and not 0 < scale < np.inf:
-        raise ValueError(f"{caller}(scale=...) must be positive and finite; got {scale}; try 1.0")
+    _check_positive(scale, f"{caller}(scale=...)")
     return determinant.Problem(linearised, likelihood, scale, side), rows
 
 
@@ -296,7 +295,7 @@ def _log_likelihood(
     return scale * jnp.sum(likelihood.log_prob(outputs, targets))
 
 
-def _check_positive(numbers: Array, where: str) -> None:
+def _check_positive(numbers: ArrayLike, where: str) -> None:
     if isinstance(numbers, jax.core.Tracer):
         return
     known = np.asarray(numbers)  # operations of JAX would be traced inside `jit`

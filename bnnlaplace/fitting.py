@@ -106,12 +106,9 @@ def fit(
     One pass over the data serves a structure of `structure.fit.EXACT`, so that they may be such as can be read once.
     Parameters and errors are those of `Laplace.fit`.
     """
-    if model.data.once and (mean == "linear" or hessian_structure not in structure_fit.EXACT):
+    if mean == "linear" or hessian_structure not in structure_fit.EXACT:
         what = "mean='linear'" if mean == "linear" else f"hessian_structure={hessian_structure!r}"
-        raise ValueError(
-            f"fit(data=...) must be readable several times for {what}; got an iterator that can be read once; pass a "
-            "list of batches, or an object whose __iter__ starts anew"
-        )
+        model.data.check_repeatable(f"fit(data=...) must be readable several times for {what}")
     estimate(model, hessian_structure, krylov_options["max_vectors"], microbatch).check()
     if mean == "linear":
         model = at_linear_mode(model, prior, num_data, microbatch=microbatch)

@@ -268,11 +268,7 @@ class Laplace:
             As for `fit`; data that can be read once only are refused, as their first batch would be missing then.
         """
         found = as_data(data)
-        if found.once:
-            raise ValueError(
-                "memory_estimate(data=...) must be readable again, as its first batch is used; got an iterator that "
-                "can be read once; pass a batch alone, or an object whose __iter__ starts anew"
-            )
+        found.check_repeatable("memory_estimate(data=...) must be readable again, as its first batch is used")
         model = self._model(found.few(), linear=False, microbatch=microbatch)
         return fitting.estimate(model, self.hessian_structure, max_vectors, microbatch)
 
@@ -517,8 +513,7 @@ class Laplace:
         """
         structure = self._usable_structure()
         check_key(key, "sample(key=...)")
-        if not isinstance(num_samples, (int, np.integer)) or num_samples < 0:
-            raise ValueError(f"sample(num_samples=...) must be an integer of at least 0; got {num_samples}; try 32")
+        predictive.check_num_samples(num_samples, "sample(num_samples=...)", least=0)
         deviations = self.prior.whiten(structure.samples(key, num_samples, self.prior.precision))
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 

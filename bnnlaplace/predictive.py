@@ -363,8 +363,8 @@ def _by_outputs(
     return joined.reshape(1, len(roots), *shape, *([] if marginal else [unit]))
 
 
-def check_num_samples(num_samples: int, where: str) -> None:
-    """Check that there is a sample to average over.
+def check_num_samples(num_samples: int, where: str, *, least: int = 1) -> None:
+    """Check that there is a sample to average over, or as many as are needed.
 
     Parameters
     ----------
@@ -372,14 +372,16 @@ def check_num_samples(num_samples: int, where: str) -> None:
         How many are asked for.
     where
         The name of the argument, for the message.
+    least
+        How many are needed.
 
     Raises
     ------
     ValueError
-        If there is none.
+        If there are fewer, or it is no integer.
     """
-    if not isinstance(num_samples, (int, np.integer)) or num_samples < 1:
-        raise ValueError(f"{where} must be an integer of at least 1; got {num_samples}; try 32")
+    if not isinstance(num_samples, (int, np.integer)) or num_samples < least:
+        raise ValueError(f"{where} must be an integer of at least {least}; got {num_samples}; try 32")
 
 
 def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:

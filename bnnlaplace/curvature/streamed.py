@@ -83,11 +83,7 @@ def operator(
     if side not in ("auto", "primal", "dual"):
         raise ValueError(f"operator(side=...) must be 'auto', 'primal' or 'dual'; got {side!r}")
     found = as_data(data)
-    if found.once:
-        raise ValueError(
-            "operator(data=...) must be readable several times; got an iterator that can be read once; pass a list of "
-            "batches, or an object whose __iter__ starts anew"
-        )
+    found.check_repeatable("operator(data=...) must be readable several times")
     delta = as_vector(prior_precision, network.params)
     if not np.all(np.asarray(delta) > 0) or not scale > 0:
         raise ValueError(

@@ -27,7 +27,7 @@ from bnnlaplace.krylov.derivative_modes import once, once_in_reverse, reverse_on
 from bnnlaplace.krylov.eigenpairs import Eigenpairs
 from bnnlaplace.krylov.functions import Converted, scalar_function
 from bnnlaplace.krylov.operator import Settings, prepare
-from bnnlaplace.krylov.quadratic_form import quadratic_form
+from bnnlaplace.krylov.quadratic_form import Form, quadratic_form
 from bnnlaplace.krylov.vectors import safe_norm
 from bnnlaplace.tree import concatenated, floating
 
@@ -211,9 +211,10 @@ def _forms(
 ) -> tuple[Array, Array]:
     """z' f(A) z of a batch of probes, and how much of it came with the last fifth of the steps."""
 
+    what = Form(function, matvec, plan.lanczos, plan.semidefinite)
+
     def form(probe: Array) -> tuple[Array, Array]:
-        model = function, matvec, plan.lanczos, plan.gradient
-        return quadratic_form(*model, probe, arguments, constants, semidefinite=plan.semidefinite)
+        return quadratic_form(what, plan.gradient, probe, arguments, constants)
 
     if len(batch) == 1:  # choices in the recurrence remain choices where nothing is batched
         return jax.tree.map(lambda x: x[None], form(batch[0]))

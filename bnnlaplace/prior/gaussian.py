@@ -210,10 +210,10 @@ def _of_leaves(precision: Mapping[str, Any], params: PyTree, groups: Groups) -> 
 
 
 def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str) -> Float[Array, " P"]:
-    names = group_names(params, groups)
     try:
         return as_vector(_of_chosen(precision, params), params)
     except (ValueError, TypeError):
+        names = group_names(params, groups)
         got = f"the names {sorted(precision)}" if isinstance(precision, Mapping) else described(precision)
         raise ValueError(
             f"{where}(prior_precision=...) must be one number, a dictionary with one for each of the groups {names}, "
