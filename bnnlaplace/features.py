@@ -18,14 +18,14 @@ from bnnlaplace.tree import examples
 
 
 class Head(NamedTuple):
-    """A network cut in two, so that whole(params, x) = network(params, features(x)).
+    """A network cut in two, so that network(params, features(x)) is what it gives.
 
     Attributes
     ----------
     whole
-        The network that was cut.
+        The network that was cut; for a linearised one, of which it is the expansion.
     network
-        The head: a network with the same weights, whose inputs are features.
+        The head: a network with the same weights, whose inputs are features; linearised where the whole one was.
     """
 
     whole: Network
@@ -56,10 +56,12 @@ def cut(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Head | None:
         None where nothing comes before, more than one array crosses the cut, or one that does not belong to single
         examples.
     """
-    outline = Outline.of(network, inputs)
+    base = network.unlinearised()
+    outline = Outline.of(base, inputs)
     if _crossing(outline) is None:
         return None
-    return Head(network, Network(_HeadForward(network.forward, outline.example), network.params, network.frozen))
+    head = Network(_HeadForward(base.forward, outline.example), base.params, base.frozen)
+    return Head(base, head.linearised().with_params(network.params) if network.is_linearised else head)
 
 
 @partial(jax.jit, static_argnames="microbatch")
@@ -88,7 +90,7 @@ def bytes_each(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> int:
     network, inputs
         As for `cut`.
     """
-    found = _crossing(Outline.of(network, inputs))
+    found = _crossing(Outline.of(network.unlinearised(), inputs))
     return 0 if found is None else math.prod(found.shape) * found.dtype.itemsize
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace import choice, evidence, fitting, predictive, saved, subset, validation
+from bnnlaplace import choice, evidence, fitting, posterior, predictive, saved, subset, validation
 from bnnlaplace import prior as priors
 from bnnlaplace.data import Inputs, as_data, check_inputs
 from bnnlaplace.data_terms import DataTerms
@@ -291,7 +291,7 @@ class Laplace:
             As `Laplace` takes it; for "lanczos" with the ratios that it was fitted at. Here and below.
         """
         la = self._at(prior_precision)
-        la._usable_structure()
+        la._usable_posterior()
         point = la.evidence_curve([float(la.prior.precision)]).log_marginal_likelihood
         return Estimate(float(point.mean[0]), float(point.sem[0]))
 
@@ -404,12 +404,12 @@ class Laplace:
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        structure, _ = self._require_fit()
+        found = self._posterior()
         check_inputs(self.network, x)
         check_key(key, "validation_curve(key=...)")
         predictive.check_num_samples(num_samples, "validation_curve(num_samples=...)")
         options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return validation.validation_curve(self._white(), self.likelihood, structure, x, y, precisions, **options)
+        return validation.validation_curve(found, self.likelihood, x, y, precisions, **options)
 
     def with_prior_precision(self, prior_precision: priors.Precision) -> "Laplace":
         """The same posterior at another prior precision.
@@ -511,20 +511,20 @@ class Laplace:
         num_samples
             For "lanczos" at most the number of probes.
         """
-        structure = self._usable_structure()
+        usable = self._usable_posterior()
         check_key(key, "sample(key=...)")
         predictive.check_num_samples(num_samples, "sample(num_samples=...)", least=0)
-        deviations = self.prior.whiten(structure.samples(key, num_samples, self.prior.precision))
+        deviations = usable.deviations(key, num_samples, self.prior.precision)
         return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
 
     def functional_posteriors(
         self, x: Array, precisions: Sequence[float], *, key: Array, num_samples: int, microbatch: int = 64
-    ) -> Iterator[predictive.FunctionalPosterior]:
+    ) -> Iterator[posterior.FunctionalPosterior]:
         """Mean, covariance and samples of the linearised outputs at each input, for each of several prior precisions.
 
         The network is differentiated once for all of them. Where variances are exact samples are drawn at each input
         from its covariance; for "lanczos" they are weight samples pushed through the Jacobian, at most one per
-        probe, and the covariance is estimated from them. See `bnnlaplace.predictive.functional_posteriors`.
+        probe, and the covariance is estimated from them. See `bnnlaplace.posterior.functional_posteriors`.
 
         Parameters
         ----------
@@ -537,14 +537,12 @@ class Laplace:
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        structure, _ = self._require_fit()
+        found = self._posterior()
         check_inputs(self.network, x)
         check_key(key, "functional_posteriors(key=...)")
         predictive.check_num_samples(num_samples, "functional_posteriors(num_samples=...)")
         grid = priors.checked_grid(precisions, "functional_posteriors(precisions=...)")
-        return predictive.functional_posteriors(
-            self._white(), structure, x, grid, key=key, num_samples=num_samples, microbatch=microbatch
-        )
+        return posterior.functional_posteriors(found, x, grid, key=key, num_samples=num_samples, microbatch=microbatch)
 
     def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
         """Covariance J (G + P0)^-1 J' of the linearised outputs; for "lanczos" from all its samples.
@@ -556,9 +554,9 @@ class Laplace:
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        structure = self._usable_structure()
+        usable = self._usable_posterior()
         check_inputs(self.network, x)
-        return predictive.functional_variance(self._white(), structure, x, self.prior.precision, microbatch=microbatch)
+        return posterior.functional_variance(usable, x, self.prior.precision, microbatch=microbatch)
 
     def predictive(
         self,
@@ -600,12 +598,11 @@ class Laplace:
         ValueError
             If inputs are not finite, a name is unknown, "mc" lacks a key, or more samples are asked for than there are.
         """
-        structure = self._usable_structure()
+        usable = self._usable_posterior()
         check_inputs(self.network, x)
         return predictive.predictions(
-            self._white(),
+            usable,
             self.likelihood,
-            structure,
             x,
             self.prior.precision,
             pred_type=pred_type,
@@ -656,23 +653,22 @@ class Laplace:
 
     # --- internals --------------------------------------------------------------------------------------------------
 
-    def _white(self) -> Network:
-        """The network as a function of weights in which the prior is isotropic, as the structure has it."""
-        relative = self.prior.relative
-        return self.network if relative is None else self.network.scaled(1 / jnp.sqrt(relative))
-
-    def _usable_structure(self) -> Structure:
-        """The structure, after a warning where it has not converged at the prior precision it is to be used at."""
+    def _posterior(self) -> posterior.Posterior:
         structure, _ = self._require_fit()
-        if isinstance(structure, SampleStructure):
-            reservation = structure.reservation(float(self.prior.precision))
+        return posterior.Posterior(self.network, structure, self.prior.relative)
+
+    def _usable_posterior(self) -> posterior.Posterior:
+        """The posterior, after a warning where it has not converged at the prior precision it is to be used at."""
+        found = self._posterior()
+        if isinstance(found.structure, SampleStructure):
+            reservation = found.structure.reservation(float(self.prior.precision))
             if reservation is not None:
                 warnings.warn(
                     f"{reservation}; fit again with target_precision= that or more max_vectors, or use "
                     "optimize_prior_precision()",
                     stacklevel=3,
                 )
-        return structure
+        return found
 
     def _require_fit(self) -> tuple[Structure, DataTerms]:
         if self.structure is None:

@@ -209,6 +209,15 @@ class Network:
         """
         return Network(_LinearisedForward(self.forward), self.params, {"frozen": self.frozen, "centre": self.params})
 
+    def unlinearised(self) -> "Network":
+        """The network that this is the first-order expansion of, at the point of the expansion; itself if it is none.
+
+        Both have the same Jacobian.
+        """
+        if not self.is_linearised:
+            return self
+        return Network(self.forward.forward, self.frozen["centre"], self.frozen["frozen"])
+
     @property
     def is_subset(self) -> bool:
         """Whether some weights of the user's model are frozen."""

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from bnnlaplace import calibration, link, predictive, prior
+from bnnlaplace import calibration, link, prior
 from bnnlaplace.likelihood import Likelihood, check_targets
-from bnnlaplace.network import Network
-from bnnlaplace.structure import SampleStructure, Structure
+from bnnlaplace.posterior import FunctionalPosterior, Posterior, functional_posteriors
+from bnnlaplace.structure import SampleStructure
 
 
 class ValidationCurve(NamedTuple):
@@ -54,9 +54,8 @@ class ValidationCurve(NamedTuple):
 
 
 def validation_curve(
-    network: Network,
+    posterior: Posterior,
     likelihood: Likelihood,
-    structure: Structure,
     inputs: PyTree[Float[Array, "N ..."]],
     targets: Array,
     precisions: Iterable[float],
@@ -73,14 +72,14 @@ def validation_curve(
 
     Parameters
     ----------
-    network, likelihood, structure
-        The posterior.
+    posterior, likelihood
+        Of the weights, and what outputs mean.
     inputs, targets
         Validation data: a target for each output position.
     precisions
         The grid.
     key, num_samples
-        Of the samples, as for `predictive.functional_posteriors`. The same at every prior precision, so that the curve
+        Of the samples, as for `posterior.functional_posteriors`. The same at every prior precision, so that the curve
         is smooth.
     microbatch
         Inputs differentiated at a time; bounds memory.
@@ -92,22 +91,20 @@ def validation_curve(
 
     Notes
     -----
-    The network is differentiated once for the whole grid: see `predictive.functional_posteriors`.
+    The network is differentiated once for the whole grid: see `posterior.functional_posteriors`.
     """
     grid = prior.checked_grid(precisions, "validation_curve(precisions=...)")
-    posteriors = predictive.functional_posteriors(
-        network, structure, inputs, grid, key=key, num_samples=num_samples, microbatch=microbatch
-    )
+    posteriors = functional_posteriors(posterior, inputs, grid, key=key, num_samples=num_samples, microbatch=microbatch)
     score = _label_scores if likelihood.target_kind == "label" else _number_scores
     nll, ece = np.transpose([score(likelihood, found, targets) for found in posteriors])
     converged = np.ones(len(grid), bool)
-    if isinstance(structure, SampleStructure):
-        converged = np.array([structure.reservation(precision) is None for precision in grid])
+    if isinstance(posterior.structure, SampleStructure):
+        converged = np.array([posterior.structure.reservation(precision) is None for precision in grid])
     return ValidationCurve(grid, nll, ece, converged)
 
 
 def _label_scores(
-    likelihood: Likelihood, found: predictive.FunctionalPosterior, labels: Int[Array, "N ..."]
+    likelihood: Likelihood, found: FunctionalPosterior, labels: Int[Array, "N ..."]
 ) -> tuple[float, float]:
     check_targets(likelihood, found.mean.shape, labels, "validation_curve(targets=...)")
     probs = np.asarray(link.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
@@ -121,7 +118,7 @@ def _label_scores(
 
 
 def _number_scores(
-    likelihood: Likelihood, found: predictive.FunctionalPosterior, targets: Float[Array, "N ... C"]
+    likelihood: Likelihood, found: FunctionalPosterior, targets: Float[Array, "N ... C"]
 ) -> tuple[float, float]:
     targets = jnp.asarray(targets)
     check_targets(likelihood, found.mean.shape, targets, "validation_curve(targets=...)")

@@ -13,7 +13,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import bnnlaplace
-from bnnlaplace import krylov, predictive, prior
+from bnnlaplace import forward, krylov, prior
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.curvature import dense, streamed
 from bnnlaplace.log_joint import FixedNoise
@@ -126,7 +126,7 @@ def test_lanczos_samples_have_the_exact_functional_variance(full, lanczos, train
     assert condition > 300
     exact = np.trace(full.functional_variance(x[:60]), axis1=1, axis2=2)
     ours = lanczos.with_prior_precision(delta)
-    pushforward = predictive.pushforward(ours.network, x[:60], ours.structure.samples(jax.random.key(0), 32, delta))
+    pushforward = forward.pushforward(ours.network, x[:60], ours.structure.samples(jax.random.key(0), 32, delta))
     squares = np.square(pushforward).sum(axis=2)  # (S, B)
     totals = (squares / exact).mean(axis=1)  # one per sample, with mean one
     sem = totals.std(ddof=1) / np.sqrt(len(totals))
@@ -144,7 +144,7 @@ def test_samples_in_the_leading_eigenspace_alone_would_fail(full, lanczos, train
         ritz.vectors[:, leading] @ (ritz.weights[leading] / np.sqrt(ritz.values[leading] + delta)[:, None])
     ).T
     rows = jnp.asarray(coefficients, jnp.float32) @ lanczos.structure.decomposition.basis
-    squares = np.square(predictive.pushforward(lanczos.network, x[:60], rows)).sum(axis=2).mean(axis=0)
+    squares = np.square(forward.pushforward(lanczos.network, x[:60], rows)).sum(axis=2).mean(axis=0)
     exact = np.trace(full.functional_variance(x[:60]), axis1=1, axis2=2)
     assert (squares / exact).mean() < 0.5
 
@@ -201,7 +201,7 @@ def test_samples_have_the_structured_variance(name, request, trained):
     la = request.getfixturevalue(name)
     _, x, _ = trained
     variance = np.asarray(jnp.trace(la.functional_variance(x[:10]), axis1=1, axis2=2))
-    deviations = predictive.pushforward(
+    deviations = forward.pushforward(
         la.network, x[:10], la.structure.samples(jax.random.key(3), 400, la.prior_precision)
     )
     totals = (np.square(deviations).sum(axis=2) / variance).mean(axis=1)

@@ -6,7 +6,7 @@ import pytest
 from problems import random_problem
 
 import bnnlaplace
-from bnnlaplace import evidence, predictive
+from bnnlaplace import evidence, posterior
 from bnnlaplace.curvature import dense, diagonal, ggn
 from bnnlaplace.curvature.linearisation import linearise
 
@@ -105,9 +105,12 @@ def test_outputs_of_one_input_in_parts(problem, structure, monkeypatch):
     images, labels = with_positions(inputs), with_positions(targets)
     la = bnnlaplace.Laplace(network, likelihood, hessian_structure=structure).fit((images, labels))
     variance, probs = la.functional_variance(images), la.predictive(images)
-    row_bytes = 43 * 8
-    monkeypatch.setattr(predictive, "JACOBIAN_BYTES", 13 * row_bytes)  # four positions of three outputs
-    np.testing.assert_allclose(la.functional_variance(images), variance, rtol=1e-10)
-    monkeypatch.setattr(predictive, "JACOBIAN_BYTES", 5 * row_bytes)
-    np.testing.assert_allclose(la.predictive(images), probs, rtol=1e-10)
+    chosen = []
+    at_once = posterior._at_once
+    monkeypatch.setattr(posterior, "_at_once", lambda *arguments: chosen.append(at_once(*arguments)) or chosen[-1])
+    for most in (400_000, 40_000, 1):
+        monkeypatch.setattr(posterior, "JACOBIAN_BYTES", most)
+        np.testing.assert_allclose(la.functional_variance(images), variance, rtol=1e-10, atol=1e-14)
+        np.testing.assert_allclose(la.predictive(images), probs, rtol=1e-10)
+    assert chosen[-2:] == [(1, 1), (1, 1)] and chosen[0][0] > 1 and 1 < chosen[2][1] < 6, chosen
     assert la.predictive(images[:0]).shape == (0, *POSITIONS, 3)

@@ -10,8 +10,8 @@ import pytest
 from problems import two_layers
 
 import bnnlaplace
-from bnnlaplace import evidence, krylov, predictive
-from bnnlaplace.curvature import dense, diagonal, ggn, kronecker
+from bnnlaplace import evidence, forward, krylov, posterior
+from bnnlaplace.curvature import dense, diagonal, ggn, jacobian, kronecker, tapped
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KrylovStructure, SpectralStructure
 from bnnlaplace.structure.kronecker import KroneckerStructure
 
@@ -47,7 +47,7 @@ def kronecker_structure():
 
 
 def function_samples(num_precisions):
-    push = partial(predictive.pushforward, NETWORK, X)
+    push = partial(forward.pushforward, NETWORK, X)
     return list(structure().function_samples(push, jax.random.key(0), 2, [1.0, 2.0][:num_precisions]))
 
 
@@ -65,9 +65,9 @@ def gradient_of_convolution():
 dense_structure = DenseStructure(jnp.eye(43))
 
 
-def inner_products(structure):
-    root = structure.covariance_root(1.0)
-    return predictive._inner_products(root, jnp.ones((2, 3, 43)), marginal=False)
+def covariance(structure):
+    passed = tapped.forward(NETWORK, PARAMS, X)
+    return structure.output_covariance([1.0])(jacobian.jacobian(passed, np.arange(3)[None]))
 
 
 CASES = {
@@ -83,18 +83,18 @@ CASES = {
     "Arnoldi": lambda: gradient_of_basis(krylov.arnoldi),
     "Arnoldi, single pass": lambda: gradient_of_basis(partial(krylov.arnoldi, reorthogonalise="none")),
     "Lanczos, recurrence only": lambda: gradient_of_basis(partial(krylov.lanczos, reorthogonalise="none")),
-    "pushforward": lambda: predictive.pushforward(NETWORK, X, ROWS),
-    "samples at each input": lambda: predictive.marginal_samples(jax.random.key(0), jnp.ones((2, 3, 3)), 4),
-    "variance from samples": lambda: predictive.sample_variance(jnp.ones((4, 2, 3))),
-    "diagonal variance": lambda: inner_products(DiagonalStructure(ROWS[0])),
-    "dense variance at many precisions": lambda: [inner_products(dense_structure) for _ in range(3)],
-    "spectral variance": lambda: inner_products(SpectralStructure(ROWS[0, :3], ROWS[:3])),
+    "pushforward": lambda: forward.pushforward(NETWORK, X, ROWS),
+    "samples at each input": lambda: posterior.marginal_samples(jax.random.key(0), jnp.ones((2, 3, 3)), 4),
+    "variance from samples": lambda: posterior.sample_variance(jnp.ones((4, 2, 3))),
+    "diagonal variance": lambda: covariance(DiagonalStructure(ROWS[0])),
+    "dense variance at many precisions": lambda: [covariance(dense_structure) for _ in range(3)],
+    "spectral variance": lambda: covariance(SpectralStructure(ROWS[0, :3], ROWS[:3])),
     "spectral samples": lambda: SpectralStructure(ROWS[0, :3], ROWS[:3]).samples(jax.random.key(0), 2, 1.0),
     "Krylov samples": lambda: structure().samples(jax.random.key(0), 2, 1.0),
     "Krylov outputs from the basis": lambda: function_samples(2),
     "Krylov outputs from samples": lambda: function_samples(1),
     "Kronecker factors": lambda: kronecker.factors(*MODEL),
-    "Kronecker variance": lambda: inner_products(kronecker_structure()),
+    "Kronecker variance": lambda: covariance(kronecker_structure()),
     "Kronecker samples": lambda: kronecker_structure().samples(jax.random.key(0), 2, 1.0),
     "convolution": gradient_of_convolution,
 }

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from scipy.special import softmax
 
-from bnnlaplace import Laplace, Network, calibration, link, predictive
+from bnnlaplace import Laplace, Network, calibration, link
+from bnnlaplace.forward import outputs
 from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.temperature import fit_temperature
 from bnnlaplace.tree import size
@@ -179,7 +180,7 @@ class _HeldOut:
     def point_predictions(self, network: Network, validation: np.ndarray, labels: np.ndarray) -> Iterator[MethodResult]:
         """MAP, and MAP with the temperature that validation chooses."""
         logits, chosen_on = (
-            np.asarray(predictive.outputs(network, x, microbatch=self.config.curvature.microbatch), np.float64)
+            np.asarray(outputs(network, x, microbatch=self.config.curvature.microbatch), np.float64)
             for x in (self.images, validation)
         )
         yield self._result(softmax(logits, axis=1), structure="MAP")

@@ -159,14 +159,11 @@ def _columns_at_once(outputs: Float[Array, "M ..."]) -> Int[np.ndarray, "num k"]
 
 def _parts(passed: tapped.Pass, likelihood: Likelihood, numbers: Int[Array, " k"]) -> list[_Part]:
     """One for each layer of one position, and a last one for all other weights; of some outputs of each example."""
-    shape = passed.outputs.shape
 
-    def of_output(number: Int[Array, ""]) -> dict[int, Array]:
-        column = jax.nn.one_hot(number, math.prod(shape[1:]), dtype=passed.outputs.dtype)  # zero for none of them
-        spread = jnp.broadcast_to(column.reshape(shape[1:]), shape)
-        return passed.gradients(likelihood.factor_mv(passed.outputs, spread))
+    def gradients(column: Float[Array, "M ..."]) -> dict[int, Array]:
+        return passed.gradients(likelihood.factor_mv(passed.outputs, column))
 
-    found = jax.vmap(of_output)(jnp.asarray(numbers))
+    found = tapped.at_columns(gradients, passed.outputs, numbers)
     layers = passed.weights.layers
     single, others = [], []
     for leaf in sorted(found):

@@ -99,10 +99,11 @@ def find(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Weights:
     Parameters
     ----------
     network
-        Whose `params` are looked for.
+        Whose `params` are looked for; of a linearised one the entries are those of the network that was expanded.
     inputs
         Examples along the leading axis.
     """
+    network = network.unlinearised()
     example = Shapes.of_example(inputs)
     small, large = (trace(network, example.batch(count)) for count in (2, 3))
     equations = trace(network, Shapes.of(inputs).arrays())

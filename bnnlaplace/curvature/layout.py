@@ -62,6 +62,22 @@ def from_matrix(matrix: Float[Array, "... I O"], segments: Sequence[tuple[int, b
     return parts.transpose((*range(len(lead)), *(len(lead) + index for index in inverse))).reshape((*lead, -1))
 
 
+def as_matrices(columns: Float[Array, "P R"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "I O R"]:
+    """Columns of as many numbers as the weight has, in their own order -> a matrix of rows and columns for each.
+
+    Parameters
+    ----------
+    columns
+        One number for each weight in each of R columns.
+    segments
+        Those of the `Layout`.
+    """
+    order = _matrix_order(segments)
+    parts = columns.reshape((*(size for size, _ in segments), columns.shape[-1]))
+    moved = parts.transpose((*order, len(order)))
+    return moved.reshape((math.prod(size for size, is_row in segments if is_row), -1, columns.shape[-1]))
+
+
 def as_matrix(flat: Float[Array, "... P"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... I O"]:
     """The numbers of the weight in their own order -> matrices of rows and columns; NumPy arrays remain such.
 

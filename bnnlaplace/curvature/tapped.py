@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bnnlaplace import precise
 from bnnlaplace.curvature import microbatch as mb
@@ -32,7 +32,7 @@ class Pass(NamedTuple):
     weights
         How the leaves of the weights enter.
     outputs
-        f(params, x_m).
+        f(params, x_m); of a linearised network those of the expansion, while all else is that of its centre.
     layer_inputs
         Leaf -> what its matrix multiplies, for each example and position, in the order of the matrix's rows.
     gradients
@@ -63,6 +63,9 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
     inputs
         M examples.
     """
+    if network.is_linearised:
+        base = network.unlinearised()
+        return forward(base, base.params, inputs)._replace(outputs=network(params, inputs))
     weights = find(network, inputs)
     equations = weights.equations
     known = dict(equations.constants)
@@ -118,14 +121,30 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
     outputs
         Of which shape and dtype are used.
     """
+    return mb.summed(lambda number: function(_column(outputs, number)), jnp.arange(math.prod(outputs.shape[1:])))
+
+
+def at_columns(
+    function: Callable[[Float[Array, "M ... C"]], PyTree], outputs: Float[Array, "M ... C"], numbers: Int[Array, " K"]
+) -> PyTree:
+    """`function` of some of the unit vectors of one example's outputs, each given for all examples at once.
+
+    Parameters
+    ----------
+    function
+        From a cotangent of the outputs to a pytree, whose leaves get a leading axis.
+    outputs
+        Of which shape and dtype are used.
+    numbers
+        Which unit vectors; zero in place of one that there is not.
+    """
+    return jax.vmap(lambda number: function(_column(outputs, number)))(jnp.asarray(numbers))
+
+
+def _column(outputs: Float[Array, "M ... C"], number: Int[Array, ""]) -> Float[Array, "M ... C"]:
     shape = outputs.shape[1:]
-    count = math.prod(shape)
-
-    def of_column(number: Array) -> PyTree:
-        column = jax.nn.one_hot(number, count, dtype=outputs.dtype).reshape(shape)
-        return function(jnp.broadcast_to(column, outputs.shape))
-
-    return mb.summed(of_column, jnp.arange(count))
+    column = jax.nn.one_hot(number, math.prod(shape), dtype=outputs.dtype).reshape(shape)
+    return jnp.broadcast_to(column, outputs.shape)
 
 
 def _all_entries(weights: Weights) -> list[Entry]:

@@ -8,7 +8,7 @@ from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
 from bnnlaplace.structure.kronecker import KroneckerStructure
 from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
-from bnnlaplace.structure.protocol import CovarianceStructure, JacobianRoot, SampleStructure, Structure
+from bnnlaplace.structure.protocol import CovarianceStructure, OutputCovariance, SampleStructure, Structure
 from bnnlaplace.structure.spectral import SpectralStructure
 
 # The `hessian_structure` of Laplace, and what it may be fitted as; the last takes few outputs instead of many products.
@@ -24,10 +24,10 @@ __all__ = [
     "CovarianceStructure",
     "DenseStructure",
     "DiagonalStructure",
-    "JacobianRoot",
     "KroneckerStructure",
     "KrylovError",
     "KrylovStructure",
+    "OutputCovariance",
     "SampleStructure",
     "SpectralStructure",
     "Structure",

@@ -1,5 +1,6 @@
 """The full GGN as a matrix: exact, for small networks, and the oracle of the others."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -11,9 +12,13 @@ import scipy.linalg
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.curvature.jacobian import Jacobian, inner_products
 from bnnlaplace.precise import matmul
 from bnnlaplace.structure.groups import group_sums
-from bnnlaplace.structure.protocol import JacobianRoot
+from bnnlaplace.structure.protocol import OutputCovariance
+
+# In how many parts the columns of a triangle are taken.
+BLOCKS = 4
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("matrix",), meta_fields=())
@@ -32,6 +37,8 @@ class DenseStructure:
     """
 
     matrix: Float[Array, "P P"]
+
+    rows_for_output = 1 / BLOCKS
 
     @classmethod
     def fit(cls, matrix: Float[Array, "P P"]) -> "DenseStructure":
@@ -88,27 +95,35 @@ class DenseStructure:
             return matmul(noise, _traced_root(self.matrix, prior_precision).T)
         return matmul(noise, self._remembered(float(prior_precision)).root.T)
 
-    def covariance_root(self, prior_precision: float) -> JacobianRoot:
-        """J -> J L'^-1, or J V (lambda + delta)^-1/2 where many precisions are asked for."""
-        is_traced = self._is_traced(prior_precision)
-        is_known = not is_traced and self._is_known(float(prior_precision))
-        if not is_known and not isinstance(self.matrix, jax.core.Tracer) and self._many("covariances"):
+    def output_covariance(
+        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
+    ) -> OutputCovariance:
+        """J -> (J L'^-1) (J L'^-1)' for each delta, or by J V (lambda + delta)^-1/2 where there are many."""
+        if not isinstance(self.matrix, jax.core.Tracer) and self._many_covariances(precisions):
             values, vectors = self._eigenvectors()
-            return Partial(_scaled_rotation, vectors, jax.lax.rsqrt(values + prior_precision))
-        if is_traced:
-            return Partial(_times, _traced_root(self.matrix, prior_precision))
-        return Partial(_times_triangle, self._remembered(float(prior_precision)).root)
+            variances = 1 / (values + jnp.asarray(precisions, values.dtype)[:, None])
+            return Partial(_by_eigenvectors, vectors, variances, relative)
+        roots = [
+            _traced_root(self.matrix, delta) if self._is_traced(delta) else self._remembered(float(delta)).root
+            for delta in precisions
+        ]
+        return Partial(_by_triangles, roots, relative)
 
     # What is remembered lives beside the fields, so that no checkpoint holds it, nor a pickled copy.
 
     def __getstate__(self) -> dict[str, Array]:
         return {"matrix": self.matrix}
 
-    def _many(self, what: str) -> bool:
+    def _many(self, what: str, times: int = 1) -> bool:
         """Whether this has been asked more than five times."""
         asked = self.__dict__.setdefault("_asked", {})
-        asked[what] = asked.get(what, 0) + 1
+        asked[what] = asked.get(what, 0) + times
         return asked[what] > 5
+
+    def _many_covariances(self, precisions: Sequence[float]) -> bool:
+        """Whether covariances have been asked for at more than five precisions, but for the one that is remembered."""
+        new = sum(isinstance(delta, jax.core.Tracer) or not self._is_known(float(delta)) for delta in precisions)
+        return new > 0 and self._many("covariances", new)
 
     def _eigenvalues(self) -> Float[np.ndarray, " P"]:
         """Of the matrix in float64, where rounding makes none negative that matters; others become zero."""
@@ -173,7 +188,9 @@ def _traced_root(matrix: Float[Array, "P P"], delta: float) -> Float[Array, "P P
 
     def from_eigenvectors() -> Float[Array, "P P"]:
         values, vectors = jnp.linalg.eigh(matrix)
-        return vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta)
+        rows = vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta)
+        # From the other end, that of a triangle above: S S' = U U' for the triangle U of S = U Q.
+        return jnp.linalg.qr(rows[::-1].T, mode="r").T[::-1, ::-1]
 
     return jax.lax.cond(jnp.isfinite(lower).all(), from_cholesky, from_eigenvectors)
 
@@ -193,18 +210,31 @@ def _shifted_cholesky(matrix: Float[Array, "P P"], delta: float) -> Float[np.nda
         return factor((vectors * np.maximum(values, 0)) @ vectors.T)
 
 
-def _times(root: Float[Array, "P P"], rows: Float[Array, "... P"]) -> Float[Array, "... P"]:
-    return matmul(rows, root)
+def _by_triangles(
+    roots: list[Float[Array, "P P"]], relative: Float[Array, " P"] | None, jacobian: Jacobian
+) -> Float[Array, "D M U C C"]:
+    """(J D^-1/2 S) (J D^-1/2 S)' for each S, which is upper triangular."""
+    return jnp.stack([_by_triangle(root, relative, jacobian) for root in roots])
 
 
-def _times_triangle(root: Float[Array, "P P"], rows: Float[Array, "... P"]) -> Float[Array, "... P"]:
-    """rows @ root for an upper triangular root, in four blocks of columns: most of its zeros are left out."""
-    ends = np.linspace(0, len(root), 5).astype(int)
+def _by_triangle(
+    root: Float[Array, "P P"], relative: Float[Array, " P"] | None, jacobian: Jacobian
+) -> Float[Array, "M U C C"]:
+    """In blocks of columns: most zeros of the triangle are left out, and a block of J S is in memory at a time."""
+    ends = np.linspace(0, len(root), BLOCKS + 1).astype(int)
     blocks = zip(ends[:-1], ends[1:], strict=True)
-    return jnp.concatenate([matmul(rows[..., :end], root[:end, start:end]) for start, end in blocks], axis=-1)
+    return sum(inner_products(jacobian.times(_divided(root[:end, start:end], relative))) for start, end in blocks)
 
 
-def _scaled_rotation(
-    vectors: Float[Array, "P P"], scales: Float[Array, " P"], rows: Float[Array, "... P"]
-) -> Float[Array, "... P"]:
-    return matmul(rows, vectors) * scales
+def _by_eigenvectors(
+    vectors: Float[Array, "P P"],
+    variances: Float[Array, "D P"],
+    relative: Float[Array, " P"] | None,
+    jacobian: Jacobian,
+) -> Float[Array, "D M U C C"]:
+    rows = jacobian.times(_divided(vectors, relative))
+    return jax.lax.map(lambda variance: inner_products(rows * jnp.sqrt(variance)), variances)
+
+
+def _divided(matrix: Float[Array, "p R"], relative: Float[Array, " P"] | None) -> Float[Array, "p R"]:
+    return matrix if relative is None else matrix / jnp.sqrt(relative)[: len(matrix), None]

@@ -1,5 +1,6 @@
 """The diagonal of the GGN: the baseline. By Hadamard's inequality its log-determinant is never below the true one."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.curvature.jacobian import Jacobian
 from bnnlaplace.structure.groups import group_sums
-from bnnlaplace.structure.protocol import JacobianRoot
+from bnnlaplace.structure.protocol import OutputCovariance
 
 
 class DiagonalStructure(NamedTuple):
@@ -22,6 +24,8 @@ class DiagonalStructure(NamedTuple):
     """
 
     diagonal: Float[Array, " P"]
+
+    rows_for_output = 0.0
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array]) -> "DiagonalStructure":
@@ -58,6 +62,26 @@ class DiagonalStructure(NamedTuple):
         noise = jax.random.normal(key, (num_samples, self.diagonal.size), self.diagonal.dtype)
         return noise / jnp.sqrt(self.diagonal + prior_precision)
 
-    def covariance_root(self, prior_precision: float) -> JacobianRoot:
-        """J -> J diag(diag(G) + delta)^-1/2."""
-        return Partial(jnp.multiply, jax.lax.rsqrt(self.diagonal + prior_precision))
+    def output_covariance(
+        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
+    ) -> OutputCovariance:
+        """J -> J diag(1 / (D (diag(G) + delta))) J' for each delta."""
+        return Partial(_covariances, self.diagonal, jnp.asarray(precisions, self.diagonal.dtype), relative)
+
+
+def _covariances(
+    diagonal: Float[Array, " P"],
+    precisions: Float[Array, " D"],
+    relative: Float[Array, " P"] | None,
+    jacobian: Jacobian,
+) -> Float[Array, "D M U C C"]:
+    factors = [leaf.factors() for leaf in jacobian.leaves]
+    ends = np.cumsum(jacobian.sizes)[:-1]
+
+    def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
+        variances = 1 / (diagonal + delta)
+        parts = jnp.split(variances if relative is None else variances / relative, ends)
+        leaves = zip(jacobian.leaves, factors, parts, strict=True)
+        return sum(found.weighted(leaf.as_matrix(part)) for leaf, found, part in leaves)
+
+    return jax.lax.map(at, precisions)

@@ -10,9 +10,10 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bnnlaplace.curvature import kronecker
+from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
 from bnnlaplace.precise import einsum, matmul
-from bnnlaplace.structure.protocol import JacobianRoot
+from bnnlaplace.structure.protocol import OutputCovariance
 
 
 class KroneckerBlock(NamedTuple):
@@ -158,8 +159,8 @@ _BY_SUMS = {
 class KroneckerStructure(NamedTuple):
     """A block-diagonal G, one block for each leaf of the weights.
 
-    Memory: I^2 + O^2 numbers for each layer. A covariance of outputs costs I + O multiplications for each number of the
-    Jacobian.
+    Memory: I^2 + O^2 numbers for each layer. A covariance of outputs costs I^2 + I O multiplications for each example
+    and O^2 for each output, of a layer with one position.
 
     Attributes
     ----------
@@ -168,6 +169,8 @@ class KroneckerStructure(NamedTuple):
     """
 
     blocks: list[Block]
+
+    rows_for_output = 0.0
 
     @classmethod
     def fit(cls, sums: Sequence[kronecker.LeafSums]) -> "KroneckerStructure":
@@ -253,9 +256,13 @@ class KroneckerStructure(NamedTuple):
             axis=-1,
         )
 
-    def covariance_root(self, prior_precision: float) -> JacobianRoot:
-        """J -> J V (lambda + delta)^-1/2, block by block."""
-        return Partial(_rotated, self, prior_precision)
+    def output_covariance(
+        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
+    ) -> OutputCovariance:
+        """J -> J V (lambda + delta)^-1 V' J' / D for each delta, block by block."""
+        numbers = None if relative is None else [part[0] for _, part in self._parts(jnp.asarray(relative))]
+        dtype = jax.tree.leaves(self)[0].dtype
+        return Partial(_covariances, self.blocks, jnp.asarray(precisions, dtype), numbers)
 
     def _parts(self, vectors: Float[Array, "... P"]) -> Iterator[tuple[Block, Float[Array, "... p"]]]:
         """Each block with its part of flat vectors."""
@@ -265,14 +272,28 @@ class KroneckerStructure(NamedTuple):
             start += block.size
 
 
-def _rotated(
-    structure: KroneckerStructure, prior_precision: float, jacobian: Float[Array, "... P"]
-) -> Float[Array, "... P"]:
-    parts = [
-        block.rotated(part) * jax.lax.rsqrt(block.eigenvalues + prior_precision)
-        for block, part in structure._parts(jacobian)
-    ]
-    return jnp.concatenate(parts, axis=-1)
+def _covariances(
+    blocks: list[Block], precisions: Float[Array, " D"], relative: list[Array] | None, jacobian: Jacobian
+) -> Float[Array, "D M U C C"]:
+    factors = [_in_eigenvectors(leaf, block) for leaf, block in zip(jacobian.leaves, blocks, strict=True)]
+    divisors = [1.0] * len(blocks) if relative is None else relative
+
+    def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
+        parts = zip(factors, blocks, divisors, strict=True)
+        return sum(found.weighted(_variances(found, block, delta) / divisor) for found, block, divisor in parts)
+
+    return jax.lax.map(at, precisions)
+
+
+def _in_eigenvectors(leaf: LeafJacobian, block: Block) -> Factors:
+    if isinstance(block, KroneckerBlock) and leaf.inputs is not None:
+        return leaf.rotated(block.row_vectors, block.column_vectors).factors()
+    return Factors(None, block.rotated(leaf.rows()))
+
+
+def _variances(factors: Factors, block: Block, delta: Float[Array, ""]) -> Float[Array, "..."]:
+    flat = 1 / (block.eigenvalues + delta)
+    return flat if factors.inputs is None else flat.reshape(factors.inputs.shape[-1], -1)
 
 
 def _decomposed(matrix: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:

@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.curvature.jacobian import Jacobian
+
 
 class Structure(Protocol):
     """A fitted curvature G, a pytree: answers at any precision delta of an isotropic prior, without another product.
@@ -55,18 +57,30 @@ class Structure(Protocol):
         ...
 
 
-# J -> rows whose inner products are those of J (G + delta I)^-1 J'; a pytree, to be an argument of compiled functions.
-JacobianRoot = Callable[[Float[Array, "... C P"]], Float[Array, "... C R"]]
+# The Jacobian of groups of outputs -> their covariances at each of D prior precisions; a pytree, to be an argument of
+# compiled functions.
+OutputCovariance = Callable[[Jacobian], Float[Array, "D M U C C"]]
 
 
 @runtime_checkable
 class CovarianceStructure(Structure, Protocol):
-    """A structure that maps Jacobians to covariances."""
+    """A structure that maps Jacobians to covariances.
 
-    def covariance_root(self, prior_precision: float) -> JacobianRoot:
-        """J -> J S with S S' = (G + delta I)^-1: what covariances and variances of outputs are made of.
+    Attributes
+    ----------
+    rows_for_output
+        How many rows of P numbers are in memory for each output while that is done.
+    """
 
-        A `jax.tree_util.Partial`. Traceable, with `prior_precision` traced too.
+    rows_for_output: float
+
+    def output_covariance(
+        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
+    ) -> OutputCovariance:
+        """J -> J D^-1/2 (G + delta I)^-1 D^-1/2 J' for each delta, J being in the coordinates of the network.
+
+        A `jax.tree_util.Partial`. Traceable, with `precisions` traced too. `relative` is the diagonal of D, one where
+        it is None.
         """
         ...
 

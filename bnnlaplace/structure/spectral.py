@@ -1,5 +1,6 @@
 """The GGN by all of its eigenpairs that are not zero: exact for data with few outputs, whatever the network's size."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -8,9 +9,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.curvature.jacobian import Jacobian, inner_products
 from bnnlaplace.precise import matmul
 from bnnlaplace.structure.groups import group_sums
-from bnnlaplace.structure.protocol import JacobianRoot
+from bnnlaplace.structure.protocol import OutputCovariance
 
 
 class SpectralStructure(NamedTuple):
@@ -29,6 +31,8 @@ class SpectralStructure(NamedTuple):
 
     eigenvalues: Float[Array, " r"]
     eigenvectors: Float[Array, "r P"]
+
+    rows_for_output = 2.0
 
     @classmethod
     def fit(cls, rows: Float[Array, "R P"]) -> "SpectralStructure":
@@ -79,19 +83,28 @@ class SpectralStructure(NamedTuple):
         change = 1 / jnp.sqrt(self.eigenvalues + prior_precision) - 1 / jnp.sqrt(prior_precision)
         return noise / jnp.sqrt(prior_precision) + matmul(matmul(noise, vectors.T) * change, vectors)
 
-    def covariance_root(self, prior_precision: float) -> JacobianRoot:
-        """J -> (J V' (lambda + delta)^-1/2, (J - J V' V) delta^-1/2): inside of V, and the prior's outside.
+    def output_covariance(
+        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
+    ) -> OutputCovariance:
+        """J -> J V' (lambda + delta)^-1 V J' inside of V, and the prior's outside, for each delta.
 
         The part of J outside is formed before it is squared: as a difference of two squares it would be rounding where
         the data leave next to nothing open.
         """
-        return Partial(_inside_and_outside, self, prior_precision)
+        return Partial(_covariances, self, jnp.asarray(precisions, self.eigenvalues.dtype), relative)
 
 
-def _inside_and_outside(
-    structure: SpectralStructure, prior_precision: float, jacobian: Float[Array, "... P"]
-) -> Float[Array, "... r+P"]:
-    inside = matmul(jacobian, structure.eigenvectors.T)
-    outside = jacobian - matmul(inside, structure.eigenvectors)
-    scaled = inside * jax.lax.rsqrt(structure.eigenvalues + prior_precision)
-    return jnp.concatenate([scaled, outside / jnp.sqrt(prior_precision)], axis=-1)
+def _covariances(
+    structure: SpectralStructure,
+    precisions: Float[Array, " D"],
+    relative: Float[Array, " P"] | None,
+    jacobian: Jacobian,
+) -> Float[Array, "D M U C C"]:
+    rows = jacobian.rows() if relative is None else jacobian.rows() / jnp.sqrt(relative)
+    inside = matmul(rows, structure.eigenvectors.T)
+    outside = inner_products(rows - matmul(inside, structure.eigenvectors))
+
+    def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
+        return inner_products(inside * jax.lax.rsqrt(structure.eigenvalues + delta)) + outside / delta
+
+    return jax.lax.map(at, precisions)

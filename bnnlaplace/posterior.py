@@ -1,0 +1,270 @@
+"""The posterior of the weights, and of the linearised outputs f(x; theta*) + J(x) (theta - theta*) that follows."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
+from bnnlaplace.equations import numbers_of_example
+from bnnlaplace.forward import at_features, by_microbatch, outputs, pushforward
+from bnnlaplace.network import Network
+from bnnlaplace.outline import Outline, output_shape
+from bnnlaplace.precise import einsum
+from bnnlaplace.structure import CovarianceStructure, OutputCovariance, SampleStructure, Structure
+from bnnlaplace.tree import number_type, size
+
+# Of derivatives of outputs, and what is made of them, in memory at a time; on CPU less, as more gains nothing there.
+JACOBIAN_BYTES, CPU_JACOBIAN_BYTES = 2**28, 2**25
+
+
+class Posterior(NamedTuple):
+    """N(theta*, D^-1/2 (G + delta I)^-1 D^-1/2) at any prior precision delta.
+
+    Attributes
+    ----------
+    network
+        At theta*.
+    structure
+        G, the curvature in the weights times sqrt(D), in which the prior is isotropic.
+    relative
+        The diagonal of D, one number for each weight; None where it is one.
+    """
+
+    network: Network
+    structure: Structure
+    relative: Float[Array, " P"] | None = None
+
+    def deviations(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
+        """Samples of theta - theta*.
+
+        Parameters
+        ----------
+        key, num_samples
+            Of the samples; of a `SampleStructure` at most as many as it has.
+        prior_precision
+            delta.
+        """
+        return self.in_weights(self.structure.samples(key, num_samples, prior_precision))
+
+    def in_weights(self, vectors: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        """From the coordinates of the structure to those of the weights.
+
+        Parameters
+        ----------
+        vectors
+            Flat vectors.
+        """
+        return vectors if self.relative is None else vectors / jnp.sqrt(self.relative)
+
+    def at_features(
+        self, inputs: PyTree[Float[Array, "B ..."]], *, microbatch: int
+    ) -> tuple["Posterior", PyTree[Float[Array, "B ..."]]]:
+        """What follows the features of the network, and those of all inputs; see `forward.at_features`.
+
+        Parameters
+        ----------
+        inputs, microbatch
+            (B, ...), and how many at a time.
+        """
+        network, inputs = at_features(self.network, inputs, microbatch=microbatch)
+        return self._replace(network=network), inputs
+
+
+class FunctionalPosterior(NamedTuple):
+    """The posterior of the linearised outputs at a batch of inputs.
+
+    Attributes
+    ----------
+    mean
+        f(x; theta*), (B, ..., C).
+    variance
+        J Sigma J' within each output position, (B, ..., C, C); from the samples where they are the only way.
+    deviations
+        Samples of J (theta - theta*), (S, B, ..., C).
+    """
+
+    mean: Float[Array, "B ... C"]
+    variance: Float[Array, "B ... C C"]
+    deviations: Float[Array, "S B ... C"]
+
+
+def functional_posteriors(
+    posterior: Posterior,
+    inputs: PyTree[Float[Array, "B ..."]],
+    precisions: Sequence[float],
+    *,
+    key: Array,
+    num_samples: int,
+    microbatch: int = 64,
+) -> Iterator[FunctionalPosterior]:
+    """The posterior of the linearised outputs at each of several prior precisions, one after another.
+
+    A structure that knows covariances gives them exactly at each input, and samples are drawn from those; it takes one
+    Jacobian per input for all precisions. One that knows samples has them pushed through the Jacobian, and the
+    covariance is estimated from them: without bias, with relative standard error sqrt(2 / num_samples).
+
+    Parameters
+    ----------
+    posterior
+        Of the weights.
+    inputs
+        (B, ...); none are allowed.
+    precisions
+        Prior precisions.
+    key, num_samples
+        Of the samples; of a `SampleStructure` at most as many as it has.
+    microbatch
+        Inputs differentiated at a time; bounds memory.
+    """
+    posterior, inputs = posterior.at_features(inputs, microbatch=microbatch)
+    mean = outputs(posterior.network, inputs, microbatch=microbatch)
+    if isinstance(posterior.structure, SampleStructure):
+        for deviations in _sampled(posterior, inputs, key, num_samples, precisions, microbatch=microbatch):
+            yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
+        return
+    for variance in _covariances(posterior, inputs, precisions, microbatch=microbatch):
+        yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
+
+
+def functional_variance(
+    posterior: Posterior,
+    inputs: PyTree[Float[Array, "B ..."]],
+    prior_precision: float,
+    *,
+    microbatch: int = 64,
+    marginal: bool = False,
+) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"]:
+    """The covariance of the linearised outputs; from all samples of a `SampleStructure`.
+
+    Parameters
+    ----------
+    posterior, inputs, microbatch
+        As for `functional_posteriors`.
+    prior_precision
+        delta.
+    marginal
+        Its diagonal alone, the variance of each output.
+    """
+    posterior, inputs = posterior.at_features(inputs, microbatch=microbatch)
+    if isinstance(posterior.structure, SampleStructure):
+        # All samples are used, so that the key only orders them.
+        key, count = jax.random.key(0), posterior.structure.num_probes
+        (deviations,) = _sampled(posterior, inputs, key, count, [prior_precision], microbatch=microbatch)
+        return jnp.mean(deviations**2, axis=0) if marginal else sample_variance(deviations)
+    return _covariances(posterior, inputs, [prior_precision], microbatch=microbatch, marginal=marginal)[0]
+
+
+def _sampled(
+    posterior: Posterior,
+    inputs: PyTree[Float[Array, "B ..."]],
+    key: Array,
+    num_samples: int,
+    precisions: Sequence[float],
+    *,
+    microbatch: int,
+) -> Iterator[Float[Array, "S B ... C"]]:
+    """J times samples at each prior precision."""
+    factors = None if posterior.relative is None else 1 / jnp.sqrt(posterior.relative)
+    push = partial(pushforward, posterior.network.unlinearised(), inputs, factors=factors, microbatch=microbatch)
+    return posterior.structure.function_samples(push, key, num_samples, precisions)
+
+
+def _covariances(
+    posterior: Posterior,
+    inputs: PyTree[Float[Array, "B ..."]],
+    precisions: Sequence[float],
+    *,
+    microbatch: int,
+    marginal: bool = False,
+) -> Float[Array, "D B ... C C"] | Float[Array, "D B ... C"]:
+    """J Sigma J' at every prior precision, or its diagonal alone.
+
+    One Jacobian per input serves all precisions. At most `JACOBIAN_BYTES` of derivatives, and of what the structure
+    makes of them, are in memory at a time: those of fewer inputs than a microbatch if need be, or of some outputs of
+    one input: single ones for the diagonal, the C of one position at least for covariances.
+    """
+    network, structure = posterior.network.unlinearised(), posterior.structure
+    shape = output_shape(network, inputs)[1:]
+    unit = 1 if marginal else shape[-1]
+    few, groups = _at_once(network, inputs, structure, math.prod(shape) // unit, unit, microbatch)
+    covariance = structure.output_covariance(precisions, posterior.relative)
+    found = by_microbatch(partial(_of_microbatch, network, covariance, groups, unit), inputs, few)
+    return jnp.swapaxes(found, 0, 1).reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
+
+
+def _at_once(
+    network: Network,
+    inputs: PyTree[Float[Array, "B ..."]],
+    structure: CovarianceStructure,
+    num_groups: int,
+    unit: int,
+    microbatch: int,
+) -> tuple[int, int]:
+    """How many inputs are differentiated at a time, and how many groups of `unit` outputs of each of them."""
+    number_bytes = number_type(network.params).itemsize
+    passed, found = numbers_of_example(Outline.of(network, inputs)), size_of_jacobian(network, inputs)
+    rows = int(structure.rows_for_output * size(network.params))
+    of_output = number_bytes * unit * (passed + found.output + rows)
+    of_example = number_bytes * (passed + found.example)
+    most = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
+    groups = min(num_groups, max(1, (most - of_example) // of_output))
+    return min(microbatch, max(1, most // (of_example + groups * of_output))), groups
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _of_microbatch(
+    network: Network, covariance: OutputCovariance, groups: int, unit: int, x: PyTree[Float[Array, "m ..."]]
+) -> Float[Array, "m D U C C"]:
+    """The covariances at m inputs of all groups of outputs, some groups at a time."""
+    passed = tapped.forward(network, network.params, x)
+    count = math.prod(passed.outputs.shape[1:]) // unit
+    num = math.ceil(count / groups)
+    # Some of the last may be those of no output.
+    # Some of the last may be those of no output.
+    numbers = np.arange(num * math.ceil(count / num) * unit).reshape(num, -1, unit)
+
+    def some(numbers: Int[Array, "U C"]) -> Float[Array, "m U D C C"]:
+        return jnp.moveaxis(covariance(jacobian(passed, numbers)), 0, 2)
+
+    found = some(numbers[0])[None] if num == 1 else jax.lax.map(some, jnp.asarray(numbers))
+    joined = jnp.moveaxis(found, 0, 1).reshape(found.shape[1], -1, *found.shape[3:])[:, :count]
+    return jnp.moveaxis(joined, 2, 1)
+
+
+def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:
+    """Draws from N(0, variance) at each input and output position, independent between them.
+
+    Averages over samples at one position do not see that.
+
+    Parameters
+    ----------
+    key
+        Of the noise, the same for every call with that key.
+    variance
+        A covariance at each input and position.
+    num_samples
+        S.
+    """
+    values, vectors = jnp.linalg.eigh(variance)
+    # The symmetric root, which changes little where the variance does; eigenvectors may change their signs.
+    root = einsum("...ck,...k,...dk->...cd", vectors, jnp.sqrt(jnp.maximum(values, 0)), vectors)
+    noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)
+    return einsum("...cd,s...d->s...c", root, noise)
+
+
+def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
+    """Functional variance from samples whose mean is known to be zero; relative standard error sqrt(2 / S).
+
+    Parameters
+    ----------
+    deviations
+        Samples of J (theta - theta*).
+    """
+    return einsum("s...c,s...d->...cd", deviations, deviations) / len(deviations)
