@@ -121,9 +121,26 @@ def expected_calibration_error(
         closed; examples of equal confidence are never parted, so the result does not depend on their order.
     """
     probs, labels = checked(probs, labels)
-    columns = _per_example(probs, labels)
-    gaps = _binned_gaps(columns, num_bins, binning)
+    gaps = _binned_gaps(_per_example(probs, labels), num_bins, binning)
     return float(np.abs(gaps.sum(axis=0)).sum() / len(labels))
+
+
+def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> np.ndarray:
+    """Sums of confidence - correctness over the examples of each bin of equal width; those of several batches add up.
+
+    Of all N examples `expected_calibration_error` is the sum of their absolute values, divided by N.
+
+    Parameters
+    ----------
+    probs, labels, num_bins
+        As for `expected_calibration_error`.
+
+    Returns
+    -------
+    np.ndarray
+        (num_bins,).
+    """
+    return _binned_gaps(_per_example(*checked(probs, labels)), num_bins, "equal_width").sum(axis=0)
 
 
 def reliability_bins(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.likelihood import Likelihood, check_targets
 from bnnlaplace.network import Network
 from bnnlaplace.outline import check_outputs, output_shape
-from bnnlaplace.tree import examples, num_examples
+from bnnlaplace.tree import described, examples, num_examples
 
 Inputs = PyTree[Float[Array, "B ..."]]
 
@@ -195,7 +195,7 @@ def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data
     """
     if isinstance(data, Data):
         return data
-    if _is_pair_of_arrays(data):
+    if is_pair_of_arrays(data):
         pair = _as_pair(data)
         return Data([pair], pair, length=len(pair[1]))
     try:
@@ -258,6 +258,32 @@ def check_inputs(network: Network, inputs: Inputs) -> None:
         ) from error
 
 
+def checked_pairs(network: Network, batches: Iterable[tuple[Inputs, Array]]) -> Iterator[tuple[Inputs, Array]]:
+    """Validation data a batch at a time, each after `check_inputs`.
+
+    Raises
+    ------
+    ValueError
+        If a batch is no pair, or its inputs are not such as the network takes.
+    """
+    try:
+        iterator = iter(batches)
+    except TypeError:
+        raise _no_validation(batches) from None
+    for batch in iterator:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise _no_validation(batch)
+        check_inputs(network, batch[0])
+        yield batch[0], batch[1]
+
+
+def _no_validation(found: Any) -> ValueError:
+    return ValueError(
+        "validation=... must be two arrays (x, y), or an iterable of batches, each such a pair; got "
+        f"{described(found)}; pass (jnp.asarray(x), jnp.asarray(y))"
+    )
+
+
 def _check_finite(inputs: Inputs) -> None:
     for leaf in jax.tree.leaves(inputs):
         if isinstance(leaf, jax.core.Tracer):
@@ -276,7 +302,8 @@ def _check_finite(inputs: Inputs) -> None:
             )
 
 
-def _is_pair_of_arrays(data: Any) -> bool:
+def is_pair_of_arrays(data: Any) -> bool:
+    """Whether data are arrays (x, y), x possibly a pytree, and not batches."""
     if not isinstance(data, (tuple, list)) or len(data) != 2 or not hasattr(data[1], "shape"):
         return False
     leaves = jax.tree.leaves(data[0])

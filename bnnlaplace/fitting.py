@@ -215,17 +215,21 @@ def _fit_exact(model: Model, prior: Prior, name: str, num_data: int | None, *, m
 def _fit_products(
     model: Model, prior: Prior, num_data: int | None, *, microbatch: int, max_vectors: int, **krylov_options: Any
 ) -> Fit:
-    checked_key = partial(check_key, krylov_options["key"], "fit(key=...), which seeds the probes of 'lanczos',")
+    def check_options() -> None:
+        check_key(krylov_options["key"], "fit(key=...), which seeds the probes of 'lanczos',")
+        num_probes, target_precision = (krylov_options[name] for name in ("num_probes", "target_precision"))
+        structure_fit.check_block(num_probes, max_vectors, target_precision, size(model.network.params))
+
     known = _num_outputs(model)
     if known is not None and known > max_vectors:  # before a pass over the data rather than after it
-        checked_key()
+        check_options()
     terms = _terms(model, num_data, microbatch=microbatch).check()
     scale = scale_of(model.data, num_data)
     white = _whitened(model, prior)
     arguments = (white.head, model.likelihood, model.data, scale)
     if int(terms.num_outputs / scale) <= max_vectors:
         return Fit(model.network, structure_fit.fit_spectral(*arguments), terms)
-    checked_key()
+    check_options()
     structure = structure_fit.fit_krylov(
         *arguments,
         log_joint=FixedNoise(float(terms.log_likelihood)),

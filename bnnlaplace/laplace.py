@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import choice, evidence, fitting, posterior, predictive, saved, subset, validation
 from bnnlaplace import prior as priors
-from bnnlaplace.data import Inputs, as_data, check_inputs
+from bnnlaplace.data import Inputs, as_data, check_inputs, checked_pairs, is_pair_of_arrays
 from bnnlaplace.data_terms import DataTerms
 from bnnlaplace.likelihood import Likelihood, gaussian, resolve
 from bnnlaplace.log_joint import BestNoise, FixedNoise
@@ -332,7 +332,7 @@ class Laplace:
         optimize_sigma_noise: bool = False,
         refit: Callable[["Laplace"], "Laplace"] | None = None,
         max_refits: int = 10,
-        validation: tuple[Inputs, Array] | None = None,
+        validation: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]] | None = None,
         precisions: Iterable[float] | None = None,
         key: Array | None = None,
         num_samples: int | None = None,
@@ -356,8 +356,8 @@ class Laplace:
         max_refits
             The largest number of such fits; each is one step of MacKay's fixed point, from the last fit alone.
         validation, precisions, key, num_samples
-            For "gridsearch"; `precisions` defaults to 25 values from 0.01 to 10,000, `num_samples` to 32, or fewer
-            where "lanczos" has fewer probes.
+            For "gridsearch": arrays (x, y) or batches of such pairs, which are read once; the rest is as for
+            `validation_curve`, and `precisions` defaults to 25 values from 0.01 to 10,000.
 
         Raises
         ------
@@ -365,7 +365,7 @@ class Laplace:
             If a name is unknown, an argument is missing or of the other method, or "kron" is asked for one precision
             for each weight.
         """
-        structure, _ = self._require_fit()
+        self._require_fit()
         of_evidence = {"prior_structure": prior_structure, "optimize_sigma_noise": optimize_sigma_noise, "refit": refit}
         of_grid = {"validation": validation, "precisions": precisions, "key": key, "num_samples": num_samples}
         foreign = {"marglik": of_grid, "gridsearch": of_evidence}.get(method, {})
@@ -380,16 +380,24 @@ class Laplace:
         if method != "gridsearch":
             raise ValueError(f"optimize_prior_precision(method=...) must be 'marglik' or 'gridsearch'; got {method!r}")
         if validation is None:
-            raise ValueError("optimize_prior_precision('gridsearch') must be given validation=(x, y), and key=...")
+            raise ValueError(
+                "optimize_prior_precision('gridsearch') must be given validation=(x, y) or batches of such pairs"
+            )
         grid = np.geomspace(1e-2, 1e4, 25) if precisions is None else precisions
-        if num_samples is None:
-            num_samples = min(32, structure.num_probes) if isinstance(structure, SampleStructure) else 32
-        curve = self.validation_curve(*validation, grid, key=key, num_samples=num_samples)
+        batches = [validation] if is_pair_of_arrays(validation) else validation
+        curve = self._validation_curve(batches, grid, key=key, num_samples=num_samples)
         factor = curve.best_precision / self.prior.precision
         return self.with_prior_precision(jax.tree.map(lambda value: value * factor, self.prior_precision))
 
     def validation_curve(
-        self, x: Inputs, y: Array, precisions: Iterable[float], *, key: Array, num_samples: int, microbatch: int = 64
+        self,
+        x: Inputs,
+        y: Array,
+        precisions: Iterable[float],
+        *,
+        key: Array | None = None,
+        num_samples: int | None = None,
+        microbatch: int = 64,
     ) -> validation.ValidationCurve:
         """NLL and ECE of the predictive at many prior precisions; see `bnnlaplace.validation`.
 
@@ -400,16 +408,12 @@ class Laplace:
         precisions
             As for `evidence_curve`.
         key, num_samples
-            Of the samples, the same at every prior precision; at most as many as "lanczos" has probes.
+            Of the samples, the same at every prior precision; by default 32, or fewer where "lanczos" has fewer
+            probes. A regression needs none, and no key.
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        found = self._posterior()
-        check_inputs(self.network, x)
-        check_key(key, "validation_curve(key=...)")
-        predictive.check_num_samples(num_samples, "validation_curve(num_samples=...)")
-        options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return validation.validation_curve(found, self.likelihood, x, y, precisions, **options)
+        return self._validation_curve([(x, y)], precisions, key=key, num_samples=num_samples, microbatch=microbatch)
 
     def with_prior_precision(self, prior_precision: priors.Precision) -> "Laplace":
         """The same posterior at another prior precision.
@@ -556,7 +560,7 @@ class Laplace:
         """
         usable = self._usable_posterior()
         check_inputs(self.network, x)
-        return posterior.functional_variance(usable, x, self.prior.precision, microbatch=microbatch)
+        return next(posterior.functional_variances(usable, x, [self.prior.precision], microbatch=microbatch))
 
     def predictive(
         self,
@@ -652,6 +656,25 @@ class Laplace:
         return cls(**saved.load(Path(path), network, likelihood))
 
     # --- internals --------------------------------------------------------------------------------------------------
+
+    def _validation_curve(
+        self,
+        batches: Iterable[tuple[Inputs, Array]],
+        precisions: Iterable[float],
+        *,
+        key: Array | None,
+        num_samples: int | None,
+        microbatch: int = 64,
+    ) -> validation.ValidationCurve:
+        found = self._posterior()
+        if validation.needs_samples(self.likelihood):
+            check_key(key, "validation_curve(key=...)")
+        if num_samples is None:
+            num_samples = min(32, found.structure.num_probes) if isinstance(found.structure, SampleStructure) else 32
+        predictive.check_num_samples(num_samples, "validation_curve(num_samples=...)")
+        pairs = checked_pairs(self.network, batches)
+        options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
+        return validation.validation_curve(found, self.likelihood, pairs, precisions, **options)
 
     def _posterior(self) -> posterior.Posterior:
         structure, _ = self._require_fit()

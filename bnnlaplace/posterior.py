@@ -133,32 +133,31 @@ def functional_posteriors(
         yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
 
 
-def functional_variance(
+def functional_variances(
     posterior: Posterior,
     inputs: PyTree[Float[Array, "B ..."]],
-    prior_precision: float,
+    precisions: Sequence[float],
     *,
     microbatch: int = 64,
     marginal: bool = False,
-) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"]:
-    """The covariance of the linearised outputs; from all samples of a `SampleStructure`.
+) -> Iterator[Float[Array, "B ... C C"] | Float[Array, "B ... C"]]:
+    """The covariance of the linearised outputs at each prior precision; from all samples of a `SampleStructure`.
 
     Parameters
     ----------
-    posterior, inputs, microbatch
+    posterior, inputs, precisions, microbatch
         As for `functional_posteriors`.
-    prior_precision
-        delta.
     marginal
         Its diagonal alone, the variance of each output.
     """
     posterior, inputs = posterior.at_features(inputs, microbatch=microbatch)
-    if isinstance(posterior.structure, SampleStructure):
-        # All samples are used, so that the key only orders them.
-        key, count = jax.random.key(0), posterior.structure.num_probes
-        (deviations,) = _sampled(posterior, inputs, key, count, [prior_precision], microbatch=microbatch)
-        return jnp.mean(deviations**2, axis=0) if marginal else sample_variance(deviations)
-    return _covariances(posterior, inputs, [prior_precision], microbatch=microbatch, marginal=marginal)[0]
+    if not isinstance(posterior.structure, SampleStructure):
+        yield from _covariances(posterior, inputs, precisions, microbatch=microbatch, marginal=marginal)
+        return
+    # All samples are used, so that the key only orders them.
+    key, count = jax.random.key(0), posterior.structure.num_probes
+    for deviations in _sampled(posterior, inputs, key, count, precisions, microbatch=microbatch):
+        yield jnp.mean(deviations**2, axis=0) if marginal else sample_variance(deviations)
 
 
 def _sampled(

@@ -1,6 +1,5 @@
 """Predictions under the posterior: of the linearised network, or of samples of the weights."""
 
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -9,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace import link
 from bnnlaplace.forward import outputs
 from bnnlaplace.likelihood import Likelihood
-from bnnlaplace.posterior import Posterior, functional_posteriors, functional_variance
+from bnnlaplace.posterior import Posterior, functional_posteriors, functional_variances
 from bnnlaplace.random_key import check_key
 from bnnlaplace.structure import SampleStructure
 from bnnlaplace.tree import ravel, unraveler
@@ -93,7 +92,11 @@ def predictions(
         (found,) = functional_posteriors(posterior, inputs, [prior_precision], **draw)
         return link.monte_carlo(likelihood, found.mean, found.deviations)
     mean = outputs(posterior.network, inputs, microbatch=microbatch)
-    variance_of = partial(functional_variance, posterior, inputs, prior_precision, microbatch=microbatch)
+
+    def variance_of(marginal: bool) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"]:
+        found = functional_variances(posterior, inputs, [prior_precision], microbatch=microbatch, marginal=marginal)
+        return next(found)
+
     if is_regression:
         return mean, variance_of(marginal=True) + noise
     if link_approx == "bridge":

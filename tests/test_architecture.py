@@ -54,7 +54,9 @@ ALLOWED = {
     "bnnlaplace.detection": {"metric_inputs"},
     "bnnlaplace.temperature": {"metric_inputs"},
     "bnnlaplace.calibration": {"metric_inputs", "detection", "resampling"},
-    "bnnlaplace.validation": {"likelihood", "structure", "prior", "posterior", "link", "calibration"},
+    "bnnlaplace.validation": {
+        *("tree", "outline", "likelihood", "structure", "prior", "forward", "posterior", "link", "calibration"),
+    },
     "bnnlaplace.files": set(),
     "bnnlaplace.checkpoint": {"files", "tree"},
     "bnnlaplace.saved": {"tree", "network", "likelihood", "data_terms", "prior", "structure", "checkpoint"},

@@ -104,7 +104,7 @@ def fit_krylov(
     Raises
     ------
     ValueError
-        If there are fewer than two probes or more than `max_vectors`, or `target_precision` is not positive.
+        As `check_block` does.
 
     Notes
     -----
@@ -112,20 +112,8 @@ def fit_krylov(
     and 2 m P while a block is appended to it. Warns where `max_vectors` is reached first.
     """
     dimension = size(network.params)
-    if not isinstance(num_probes, (int, np.integer)) or num_probes < 2:
-        raise ValueError(
-            "fit(num_probes=...) must be an integer of at least 2, as their spread is the error of the evidence; got "
-            f"{num_probes}"
-        )
-    num_probes = min(num_probes, dimension)
-    if max_vectors < num_probes:
-        raise ValueError(
-            f"fit(max_vectors=...) must be at least num_probes, {num_probes}; got {max_vectors}; raise it, or lower "
-            "num_probes"
-        )
-    probes = jax.random.normal(key, (num_probes, dimension), number_type(network.params))
-    if target_precision is not None:
-        prior.check(target_precision, "fit(target_precision=...)")
+    check_block(num_probes, max_vectors, target_precision, dimension)
+    probes = jax.random.normal(key, (min(num_probes, dimension), dimension), number_type(network.params))
     product = streamed.primal_product(network, likelihood, data, scale, microbatch=microbatch)
     for decomposition in krylov.block_lanczos(product, probes, max_vectors=max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition, tolerance)
@@ -139,6 +127,28 @@ def fit_krylov(
             return structure
     warnings.warn(f"{structure.reservation(target)}; raise max_vectors", stacklevel=4)
     return structure
+
+
+def check_block(num_probes: int, max_vectors: int, target_precision: float | None, dimension: int) -> None:
+    """Check the options of `fit_krylov` for a network of `dimension` weights.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two probes or more than `max_vectors`, or `target_precision` is not positive.
+    """
+    if not isinstance(num_probes, (int, np.integer)) or num_probes < 2:
+        raise ValueError(
+            "fit(num_probes=...) must be an integer of at least 2, as their spread is the error of the evidence; got "
+            f"{num_probes}"
+        )
+    if max_vectors < min(num_probes, dimension):
+        raise ValueError(
+            f"fit(max_vectors=...) must be at least num_probes, {num_probes}; got {max_vectors}; raise it, or lower "
+            "num_probes"
+        )
+    if target_precision is not None:
+        prior.check(target_precision, "fit(target_precision=...)")
 
 
 def hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_norm: float) -> float:
