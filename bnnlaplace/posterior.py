@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
+from bnnlaplace.eigenvectors import eigh
 from bnnlaplace.equations import numbers_of_example
 from bnnlaplace.forward import at_features, by_microbatch, outputs, pushforward
 from bnnlaplace.network import Network
@@ -226,7 +227,6 @@ def _of_microbatch(
     count = math.prod(passed.outputs.shape[1:]) // unit
     num = math.ceil(count / groups)
     # Some of the last may be those of no output.
-    # Some of the last may be those of no output.
     numbers = np.arange(num * math.ceil(count / num) * unit).reshape(num, -1, unit)
 
     def some(numbers: Int[Array, "U C"]) -> Float[Array, "m U D C C"]:
@@ -251,7 +251,7 @@ def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_sample
     num_samples
         S.
     """
-    values, vectors = jnp.linalg.eigh(variance)
+    values, vectors = eigh(variance)
     # The symmetric root, which changes little where the variance does; eigenvectors may change their signs.
     root = einsum("...ck,...k,...dk->...cd", vectors, jnp.sqrt(jnp.maximum(values, 0)), vectors)
     noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
+from bnnlaplace.eigenvectors import eigh
 from bnnlaplace.precise import einsum, matmul
 from bnnlaplace.structure.protocol import OutputCovariance
 
@@ -297,7 +298,7 @@ def _variances(factors: Factors, block: Block, delta: Float[Array, ""]) -> Float
 
 
 def _decomposed(matrix: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
-    values, vectors = jnp.linalg.eigh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)
+    values, vectors = eigh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)
     return jnp.maximum(values, 0), vectors
 
 
