@@ -21,8 +21,12 @@ from bnnlaplace.precise import einsum
 from bnnlaplace.structure import CovarianceStructure, OutputCovariance, SampleStructure, Structure
 from bnnlaplace.tree import number_type, size
 
-# Of derivatives of outputs, and what is made of them, in memory at a time; on CPU less, as more gains nothing there.
-JACOBIAN_BYTES, CPU_JACOBIAN_BYTES = 2**28, 2**25
+# Of derivatives of outputs, and what is made of them, in memory at a time, and as much again of the activations of
+# backward passes that are run together; on CPU less, as more gains nothing there. Passes that have to be run in turn
+# are few enough for a cache.
+JACOBIAN_BYTES, CPU_JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**25, 2**23
+# Inputs that one program takes at least before it takes several outputs of each.
+FEW_INPUTS = 8
 
 
 class Posterior(NamedTuple):
@@ -193,44 +197,58 @@ def _covariances(
     network, structure = posterior.network.unlinearised(), posterior.structure
     shape = output_shape(network, inputs)[1:]
     unit = 1 if marginal else shape[-1]
-    few, groups = _at_once(network, inputs, structure, math.prod(shape) // unit, unit, microbatch)
+    sizes = _sizes(network, inputs, structure, math.prod(shape) // unit, unit, microbatch)
     covariance = structure.output_covariance(precisions, posterior.relative)
-    found = by_microbatch(partial(_of_microbatch, network, covariance, groups, unit), inputs, few)
+    found = by_microbatch(partial(_of_microbatch, network, covariance, sizes), inputs, sizes.inputs)
     return jnp.swapaxes(found, 0, 1).reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
 
 
-def _at_once(
+class _Sizes(NamedTuple):
+    """How many inputs are differentiated at a time, how many groups of `unit` outputs, how many passes run together."""
+
+    inputs: int
+    groups: int
+    unit: int
+    passes: int
+
+
+def _sizes(
     network: Network,
     inputs: PyTree[Float[Array, "B ..."]],
     structure: CovarianceStructure,
     num_groups: int,
     unit: int,
     microbatch: int,
-) -> tuple[int, int]:
-    """How many inputs are differentiated at a time, and how many groups of `unit` outputs of each of them."""
-    number_bytes = number_type(network.params).itemsize
-    passed, found = numbers_of_example(Outline.of(network, inputs)), size_of_jacobian(network, inputs)
-    rows = int(structure.rows_for_output * size(network.params))
-    of_output = number_bytes * unit * (passed + found.output + rows)
-    of_example = number_bytes * (passed + found.example)
+) -> _Sizes:
+    """As many as there is room for."""
     most = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
-    groups = min(num_groups, max(1, (most - of_example) // of_output))
-    return min(microbatch, max(1, most // (of_example + groups * of_output))), groups
+    number_bytes = number_type(network.params).itemsize
+    of_pass = number_bytes * numbers_of_example(Outline.of(network, inputs))
+    held = size_of_jacobian(network, inputs)
+    rows = int(structure.rows_for_output * size(network.params))
+    of_input, of_group = of_pass + number_bytes * held.example, number_bytes * unit * (held.output + rows)
+    few = min(microbatch, FEW_INPUTS)
+    groups = min(num_groups, max(1, (most - few * of_input) // (few * of_group)))
+    at_once = min(microbatch, max(1, most // (of_input + groups * of_group)))
+    passes = groups * unit
+    if at_once * passes * of_pass > most:
+        passes = max(1, min(CACHED_BYTES, most) // (max(at_once, 1) * of_pass))
+    return _Sizes(at_once, groups, unit, passes)
 
 
-@partial(jax.jit, static_argnums=(2, 3))
+@partial(jax.jit, static_argnums=2)
 def _of_microbatch(
-    network: Network, covariance: OutputCovariance, groups: int, unit: int, x: PyTree[Float[Array, "m ..."]]
+    network: Network, covariance: OutputCovariance, sizes: _Sizes, x: PyTree[Float[Array, "m ..."]]
 ) -> Float[Array, "m D U C C"]:
     """The covariances at m inputs of all groups of outputs, some groups at a time."""
     passed = tapped.forward(network, network.params, x)
-    count = math.prod(passed.outputs.shape[1:]) // unit
-    num = math.ceil(count / groups)
+    count = math.prod(passed.outputs.shape[1:]) // sizes.unit
+    num = math.ceil(count / sizes.groups)
     # Some of the last may be those of no output.
-    numbers = np.arange(num * math.ceil(count / num) * unit).reshape(num, -1, unit)
+    numbers = np.arange(num * math.ceil(count / num) * sizes.unit).reshape(num, -1, sizes.unit)
 
     def some(numbers: Int[Array, "U C"]) -> Float[Array, "m U D C C"]:
-        return jnp.moveaxis(covariance(jacobian(passed, numbers)), 0, 2)
+        return jnp.moveaxis(covariance(jacobian(passed, numbers, sizes.passes)), 0, 2)
 
     found = some(numbers[0])[None] if num == 1 else jax.lax.map(some, jnp.asarray(numbers))
     joined = jnp.moveaxis(found, 0, 1).reshape(found.shape[1], -1, *found.shape[3:])[:, :count]

@@ -105,12 +105,29 @@ def test_outputs_of_one_input_in_parts(problem, structure, monkeypatch):
     images, labels = with_positions(inputs), with_positions(targets)
     la = bnnlaplace.Laplace(network, likelihood, hessian_structure=structure).fit((images, labels))
     variance, probs = la.functional_variance(images), la.predictive(images)
-    chosen = []
-    at_once = posterior._at_once
-    monkeypatch.setattr(posterior, "_at_once", lambda *arguments: chosen.append(at_once(*arguments)) or chosen[-1])
-    for most in (400_000, 40_000, 1):
-        monkeypatch.setattr(posterior, "JACOBIAN_BYTES", most)
+    for inputs, groups, passes in ((2, 4, 3), (3, 5, 1), (1, 1, 1)):
+        monkeypatch.setattr(
+            posterior,
+            "_sizes",
+            lambda *given, parts=(inputs, groups, passes): posterior._Sizes(*parts[:2], given[4], parts[2]),
+        )
         np.testing.assert_allclose(la.functional_variance(images), variance, rtol=1e-10, atol=1e-14)
         np.testing.assert_allclose(la.predictive(images), probs, rtol=1e-10)
-    assert chosen[-2:] == [(1, 1), (1, 1)] and chosen[0][0] > 1 and 1 < chosen[2][1] < 6, chosen
     assert la.predictive(images[:0]).shape == (0, *POSITIONS, 3)
+
+
+def test_parts_follow_memory(problem, monkeypatch):
+    """Everything where there is room, single passes where there is none, a few inputs before many outputs between."""
+    network, likelihood, inputs, targets, _ = problem
+    images, labels = with_positions(inputs), with_positions(targets)
+    la = bnnlaplace.Laplace(network, likelihood, hessian_structure="diag").fit((images, labels))
+
+    def sizes(most, unit):
+        monkeypatch.setattr(posterior, "JACOBIAN_BYTES", most)
+        return posterior._sizes(la.network, images, la.structure, 18 // unit, unit, 64)
+
+    assert [sizes(2**25, unit) for unit in (1, 3)] == [(64, 18, 1, 18), (64, 6, 3, 18)]
+    assert [sizes(1, unit) for unit in (1, 3)] == [(1, 1, 1, 1), (1, 1, 3, 1)]
+    between = [sizes(most, 1) for most in (40_000, 60_000, 100_000)]
+    assert all(8 <= found.inputs < 64 and 1 <= found.groups < 18 for found in between), between
+    assert between[0].groups < between[1].groups < between[2].groups

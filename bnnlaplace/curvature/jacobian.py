@@ -163,7 +163,7 @@ class JacobianSize(NamedTuple):
     output: int
 
 
-def jacobian(passed: tapped.Pass, numbers: Int[Array, "U C"]) -> Jacobian:
+def jacobian(passed: tapped.Pass, numbers: Int[Array, "U C"], at_once: int | None = None) -> Jacobian:
     """The derivatives of some of the outputs of each example.
 
     Cost: a backward pass for each of them, without the gradients of layers.
@@ -174,8 +174,10 @@ def jacobian(passed: tapped.Pass, numbers: Int[Array, "U C"]) -> Jacobian:
         A forward pass of M examples.
     numbers
         Of the outputs of an example, in groups. The derivatives of one that there is not are zero.
+    at_once
+        How many of them go through a backward pass together; by default all.
     """
-    found = tapped.at_columns(passed.gradients, passed.outputs, numbers.reshape(-1))
+    found = tapped.at_columns(passed.gradients, passed.outputs, numbers.reshape(-1), at_once)
 
     def leaf(number: int, derivatives: Float[Array, "K M ..."]) -> LeafJacobian:
         grouped = jnp.moveaxis(derivatives, 0, 1).reshape(derivatives.shape[1], *numbers.shape, *derivatives.shape[2:])

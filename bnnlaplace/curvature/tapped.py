@@ -125,7 +125,10 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
 
 
 def at_columns(
-    function: Callable[[Float[Array, "M ... C"]], PyTree], outputs: Float[Array, "M ... C"], numbers: Int[Array, " K"]
+    function: Callable[[Float[Array, "M ... C"]], PyTree],
+    outputs: Float[Array, "M ... C"],
+    numbers: Int[Array, " K"],
+    at_once: int | None = None,
 ) -> PyTree:
     """`function` of some of the unit vectors of one example's outputs, each given for all examples at once.
 
@@ -137,8 +140,17 @@ def at_columns(
         Of which shape and dtype are used.
     numbers
         Which unit vectors; zero in place of one that there is not.
+    at_once
+        How many go through `function` together; by default all.
     """
-    return jax.vmap(lambda number: function(_column(outputs, number)))(jnp.asarray(numbers))
+
+    def of_column(number: Int[Array, ""]) -> PyTree:
+        return function(_column(outputs, number))
+
+    if at_once is None or at_once >= len(numbers):
+        return jax.vmap(of_column)(jnp.asarray(numbers))
+    at_once = math.ceil(len(numbers) / math.ceil(len(numbers) / at_once))  # in parts as equal as can be
+    return lax.map(of_column, jnp.asarray(numbers), batch_size=at_once)
 
 
 def _column(outputs: Float[Array, "M ... C"], number: Int[Array, ""]) -> Float[Array, "M ... C"]:
