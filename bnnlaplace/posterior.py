@@ -227,7 +227,7 @@ def _sizes(
     held = size_of_jacobian(network, inputs)
     rows = int(structure.rows_for_output * size(network.params))
     of_input, of_group = of_pass + number_bytes * held.example, number_bytes * unit * (held.output + rows)
-    few = min(microbatch, FEW_INPUTS)
+    few = max(1, min(microbatch, FEW_INPUTS))  # a microbatch of none is refused later
     groups = min(num_groups, max(1, (most - few * of_input) // (few * of_group)))
     at_once = min(microbatch, max(1, most // (of_input + groups * of_group)))
     passes = groups * unit

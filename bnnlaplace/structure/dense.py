@@ -17,9 +17,6 @@ from bnnlaplace.precise import matmul
 from bnnlaplace.structure.groups import group_sums
 from bnnlaplace.structure.protocol import OutputCovariance
 
-# In how many parts the columns of a triangle are taken.
-BLOCKS = 4
-
 
 @partial(jax.tree_util.register_dataclass, data_fields=("matrix",), meta_fields=())
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class DenseStructure:
 
     matrix: Float[Array, "P P"]
 
-    rows_for_output = 1 / BLOCKS
+    rows_for_output = 1.0
 
     @classmethod
     def fit(cls, matrix: Float[Array, "P P"]) -> "DenseStructure":
@@ -175,7 +172,7 @@ class _Inverse:
     def root(self) -> Float[Array, "P P"]:
         """L'^-1, on the device."""
         with jax.ensure_compile_time_eval():  # what a traced function asks for is remembered beyond its trace
-            return jnp.asarray(self.factor.T, self._dtype)
+            return jax.device_put(self.factor.T.astype(self._dtype))
 
 
 def _traced_root(matrix: Float[Array, "P P"], delta: float) -> Float[Array, "P P"]:
@@ -220,8 +217,8 @@ def _by_triangles(
 def _by_triangle(
     root: Float[Array, "P P"], relative: Float[Array, " P"] | None, jacobian: Jacobian
 ) -> Float[Array, "M U C C"]:
-    """In blocks of columns: most zeros of the triangle are left out, and a block of J S is in memory at a time."""
-    ends = np.linspace(0, len(root), BLOCKS + 1).astype(int)
+    """In four blocks of columns: most zeros of the triangle are left out."""
+    ends = np.linspace(0, len(root), 5).astype(int)
     blocks = zip(ends[:-1], ends[1:], strict=True)
     return sum(inner_products(jacobian.times(_divided(root[:end, start:end], relative))) for start, end in blocks)
 
