@@ -84,6 +84,23 @@ def at_features(
     return cut.network, by_microbatch(partial(_features, cut), inputs, microbatch)
 
 
+def check_microbatch(microbatch: int) -> None:
+    """Check that there is an input in a microbatch.
+
+    Parameters
+    ----------
+    microbatch
+        Inputs at a time.
+
+    Raises
+    ------
+    ValueError
+        If it is below one.
+    """
+    if microbatch < 1:
+        raise ValueError(f"microbatch=... must be at least 1; got {microbatch}; try 64")
+
+
 def by_microbatch(
     function: Callable[[Array], Array], inputs: PyTree[Float[Array, "B ..."]], microbatch: int
 ) -> Float[Array, "B ..."]:
@@ -103,10 +120,9 @@ def by_microbatch(
     Raises
     ------
     ValueError
-        If `microbatch` is below one.
+        As `check_microbatch` does.
     """
-    if microbatch < 1:
-        raise ValueError(f"microbatch=... must be at least 1; got {microbatch}; try 64")
+    check_microbatch(microbatch)
     count = num_examples(inputs)
     if count == 0:
         one = jax.eval_shape(function, Shapes.of_example(inputs).batch(1))

@@ -14,7 +14,7 @@ from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
 from bnnlaplace.eigenvectors import eigh
 from bnnlaplace.equations import numbers_of_example
-from bnnlaplace.forward import at_features, by_microbatch, outputs, pushforward
+from bnnlaplace.forward import at_features, by_microbatch, check_microbatch, outputs, pushforward
 from bnnlaplace.network import Network
 from bnnlaplace.outline import Outline, output_shape
 from bnnlaplace.precise import einsum
@@ -221,18 +221,19 @@ def _sizes(
     microbatch: int,
 ) -> _Sizes:
     """As many as there is room for."""
+    check_microbatch(microbatch)
     most = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
     number_bytes = number_type(network.params).itemsize
     of_pass = number_bytes * numbers_of_example(Outline.of(network, inputs))
     held = size_of_jacobian(network, inputs)
     rows = int(structure.rows_for_output * size(network.params))
     of_input, of_group = of_pass + number_bytes * held.example, number_bytes * unit * (held.output + rows)
-    few = max(1, min(microbatch, FEW_INPUTS))  # a microbatch of none is refused later
+    few = min(microbatch, FEW_INPUTS)
     groups = min(num_groups, max(1, (most - few * of_input) // (few * of_group)))
     at_once = min(microbatch, max(1, most // (of_input + groups * of_group)))
     passes = groups * unit
     if at_once * passes * of_pass > most:
-        passes = max(1, min(CACHED_BYTES, most) // (max(at_once, 1) * of_pass))
+        passes = max(1, min(CACHED_BYTES, most) // (at_once * of_pass))
     return _Sizes(at_once, groups, unit, passes)
 
 

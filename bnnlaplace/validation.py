@@ -10,12 +10,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bnnlaplace import calibration, link, prior
-from bnnlaplace.forward import outputs
+from bnnlaplace.forward import check_microbatch, outputs
 from bnnlaplace.likelihood import Likelihood, check_targets
 from bnnlaplace.outline import output_shape
 from bnnlaplace.posterior import FunctionalPosterior, Posterior, functional_posteriors, functional_variances
 from bnnlaplace.structure import SampleStructure
 from bnnlaplace.tree import examples
+
+# Numbers in the covariances and samples of a part of the validation data, where that is not less than a microbatch.
+MOST_NUMBERS = 2**24
 
 
 class ValidationCurve(NamedTuple):
@@ -110,6 +113,7 @@ def validation_curve(
     and samples of a microbatch of inputs at all precisions, or of as many inputs as have few of them.
     """
     grid = prior.checked_grid(precisions, "validation_curve(precisions=...)")
+    check_microbatch(microbatch)
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
     sums = [
         _scores(posterior, likelihood, inputs, targets, grid, part, **options)
@@ -122,10 +126,6 @@ def validation_curve(
     if isinstance(posterior.structure, SampleStructure):
         converged = np.array([posterior.structure.reservation(precision) is None for precision in grid])
     return ValidationCurve(grid, total / count, np.abs(gaps).sum(axis=0) / count, converged)
-
-
-# Numbers in the covariances and samples of a part of the validation data, where that is not less than a microbatch.
-MOST_NUMBERS = 2**24
 
 
 def _parts(

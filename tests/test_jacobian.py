@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from problems import random_problem
 from test_layers import CASES, at_random
 
 import bnnlaplace
@@ -136,3 +137,15 @@ def test_a_linearised_network_has_the_jacobian_of_its_centre(x64):
     assert {names[leaf]: layer.positions for leaf, layer in passed.weights.layers.items()} == expected
     np.testing.assert_allclose(passed.outputs, moved(moved.params, inputs))
     assert np.abs(passed.outputs - network(network.params, inputs)).max() > 1
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full", "lanczos"])
+def test_variances_have_derivatives_in_the_inputs(structure, x64):
+    """Also at zero, where what a layer multiplies vanishes; against central differences."""
+    problem = random_problem(bnnlaplace.categorical(), np.arange(8) % 3)
+    la = bnnlaplace.Laplace(problem.network, hessian_structure=structure).fit((problem.inputs, problem.targets))
+    for summary in (lambda x: jnp.sum(la.functional_variance(x)), lambda x: jnp.sum(la.predictive(x)[:, 0])):
+        at, step = jnp.zeros((2, 4)), jnp.zeros((2, 4)).at[1, 2].set(1e-5)
+        found = jax.grad(summary)(at)
+        np.testing.assert_allclose(found[1, 2], (summary(at + step) - summary(at - step)) / 2e-5, rtol=1e-6)
+        assert jnp.isfinite(found).all()

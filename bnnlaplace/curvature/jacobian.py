@@ -40,9 +40,8 @@ class Factors(NamedTuple):
         Cost: I O multiplications for each example where there are inputs, C p for each output otherwise.
         """
         if self.inputs is None:
-            return inner_products(self.derivatives * jnp.sqrt(weights.reshape(-1)))
-        squares = matmul(self.inputs**2, weights)
-        return inner_products(self.derivatives * jnp.sqrt(squares)[:, None, None])
+            return inner_products(self.derivatives, weights.reshape(-1))
+        return inner_products(self.derivatives, matmul(self.inputs**2, weights)[:, None, None])
 
 
 class LeafJacobian(NamedTuple):
@@ -215,14 +214,19 @@ def _size(outline: Outline) -> JacobianSize:
     return JacobianSize(example, output)
 
 
-def inner_products(rows: Float[Array, "M U C p"]) -> Float[Array, "M U C C"]:
-    """The inner products of the rows of each group.
+def inner_products(
+    rows: Float[Array, "M U C p"], weights: Float[Array, "..."] | float = 1.0
+) -> Float[Array, "M U C C"]:
+    """The inner products of the rows of each group; differentiable also where weights are zero.
 
     Parameters
     ----------
     rows
         Of M examples, U groups of C.
+    weights
+        Of the p numbers of a row; may differ between examples, (M, 1, 1, p).
     """
     if rows.shape[2] == 1:
-        return jnp.sum(rows**2, axis=-1, keepdims=True)
-    return einsum("mucp,mudp->mucd", rows, rows)
+        return jnp.sum(rows**2 * weights, axis=-1, keepdims=True)
+    found = einsum("mucp,mudp->mucd", rows * weights, rows)
+    return (found + jnp.swapaxes(found, -1, -2)) / 2
