@@ -195,7 +195,7 @@ def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data
     """
     if isinstance(data, Data):
         return data
-    if is_pair_of_arrays(data):
+    if _is_pair_of_arrays(data):
         pair = _as_pair(data)
         return Data([pair], pair, length=len(pair[1]))
     try:
@@ -258,29 +258,35 @@ def check_inputs(network: Network, inputs: Inputs) -> None:
         ) from error
 
 
-def checked_pairs(network: Network, batches: Iterable[tuple[Inputs, Array]]) -> Iterator[tuple[Inputs, Array]]:
-    """Validation data a batch at a time, each after `check_inputs`.
+def checked_pairs(
+    network: Network, validation: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]
+) -> Iterator[tuple[Inputs, Array]]:
+    """Validation data, (x, y) or batches of such pairs, a batch at a time, each after `check_inputs`.
 
     Raises
     ------
     ValueError
         If a batch is no pair, or its inputs are not such as the network takes.
     """
+    is_one = isinstance(validation, (tuple, list)) and len(validation) == 2
+    if _is_pair_of_arrays(validation) or (is_one and not isinstance(validation[0], (tuple, list))):
+        validation = [validation]
     try:
-        iterator = iter(batches)
+        iterator = iter(validation)
     except TypeError:
-        raise _no_validation(batches) from None
+        raise _no_validation(validation) from None
     for batch in iterator:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise _no_validation(batch)
-        check_inputs(network, batch[0])
-        yield batch[0], batch[1]
+        inputs, targets = batch
+        check_inputs(network, inputs)
+        yield inputs, targets if hasattr(targets, "shape") else np.asarray(targets)
 
 
 def _no_validation(found: Any) -> ValueError:
     return ValueError(
         "validation=... must be two arrays (x, y), or an iterable of batches, each such a pair; got "
-        f"{described(found)}; pass (jnp.asarray(x), jnp.asarray(y))"
+        f"{described(found)} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
     )
 
 
@@ -302,8 +308,7 @@ def _check_finite(inputs: Inputs) -> None:
             )
 
 
-def is_pair_of_arrays(data: Any) -> bool:
-    """Whether data are arrays (x, y), x possibly a pytree, and not batches."""
+def _is_pair_of_arrays(data: Any) -> bool:
     if not isinstance(data, (tuple, list)) or len(data) != 2 or not hasattr(data[1], "shape"):
         return False
     leaves = jax.tree.leaves(data[0])

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace import choice, evidence, fitting, posterior, predictive, saved, subset, validation
 from bnnlaplace import prior as priors
-from bnnlaplace.data import Inputs, as_data, check_inputs, checked_pairs, is_pair_of_arrays
+from bnnlaplace.data import Inputs, as_data, check_inputs, checked_pairs
 from bnnlaplace.data_terms import DataTerms
 from bnnlaplace.likelihood import Likelihood, gaussian, resolve
 from bnnlaplace.log_joint import BestNoise, FixedNoise
@@ -384,8 +384,7 @@ class Laplace:
                 "optimize_prior_precision('gridsearch') must be given validation=(x, y) or batches of such pairs"
             )
         grid = np.geomspace(1e-2, 1e4, 25) if precisions is None else precisions
-        batches = [validation] if is_pair_of_arrays(validation) else validation
-        curve = self._validation_curve(batches, grid, key=key, num_samples=num_samples)
+        curve = self._validation_curve(validation, grid, key=key, num_samples=num_samples)
         factor = curve.best_precision / self.prior.precision
         return self.with_prior_precision(jax.tree.map(lambda value: value * factor, self.prior_precision))
 
@@ -413,7 +412,7 @@ class Laplace:
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        return self._validation_curve([(x, y)], precisions, key=key, num_samples=num_samples, microbatch=microbatch)
+        return self._validation_curve((x, y), precisions, key=key, num_samples=num_samples, microbatch=microbatch)
 
     def with_prior_precision(self, prior_precision: priors.Precision) -> "Laplace":
         """The same posterior at another prior precision.
@@ -659,7 +658,7 @@ class Laplace:
 
     def _validation_curve(
         self,
-        batches: Iterable[tuple[Inputs, Array]],
+        data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]],
         precisions: Iterable[float],
         *,
         key: Array | None,
@@ -672,7 +671,7 @@ class Laplace:
         if num_samples is None:
             num_samples = min(32, found.structure.num_probes) if isinstance(found.structure, SampleStructure) else 32
         predictive.check_num_samples(num_samples, "validation_curve(num_samples=...)")
-        pairs = checked_pairs(self.network, batches)
+        pairs = checked_pairs(self.network, data)
         options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         return validation.validation_curve(found, self.likelihood, pairs, precisions, **options)
 

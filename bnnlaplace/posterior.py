@@ -46,6 +46,11 @@ class Posterior(NamedTuple):
     structure: Structure
     relative: Float[Array, " P"] | None = None
 
+    @property
+    def factors(self) -> Float[Array, " P"] | None:
+        """D^-1/2, from the coordinates of the structure to those of the weights; None where it is one."""
+        return None if self.relative is None else 1 / jnp.sqrt(self.relative)
+
     def deviations(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
         """Samples of theta - theta*.
 
@@ -56,17 +61,8 @@ class Posterior(NamedTuple):
         prior_precision
             delta.
         """
-        return self.in_weights(self.structure.samples(key, num_samples, prior_precision))
-
-    def in_weights(self, vectors: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        """From the coordinates of the structure to those of the weights.
-
-        Parameters
-        ----------
-        vectors
-            Flat vectors.
-        """
-        return vectors if self.relative is None else vectors / jnp.sqrt(self.relative)
+        samples, factors = self.structure.samples(key, num_samples, prior_precision), self.factors
+        return samples if factors is None else samples * factors
 
     def at_features(
         self, inputs: PyTree[Float[Array, "B ..."]], *, microbatch: int
@@ -175,8 +171,8 @@ def _sampled(
     microbatch: int,
 ) -> Iterator[Float[Array, "S B ... C"]]:
     """J times samples at each prior precision."""
-    factors = None if posterior.relative is None else 1 / jnp.sqrt(posterior.relative)
-    push = partial(pushforward, posterior.network.unlinearised(), inputs, factors=factors, microbatch=microbatch)
+    options = {"factors": posterior.factors, "microbatch": microbatch}
+    push = partial(pushforward, posterior.network.unlinearised(), inputs, **options)
     return posterior.structure.function_samples(push, key, num_samples, precisions)
 
 
@@ -197,7 +193,7 @@ def _covariances(
     network, structure = posterior.network.unlinearised(), posterior.structure
     shape = output_shape(network, inputs)[1:]
     unit = 1 if marginal else shape[-1]
-    sizes = _sizes(network, inputs, structure, math.prod(shape) // unit, unit, microbatch)
+    sizes = _sizes(network, inputs, structure, math.prod(shape) // unit, unit, len(precisions), microbatch)
     covariance = structure.output_covariance(precisions, posterior.relative)
     found = by_microbatch(partial(_of_microbatch, network, covariance, sizes), inputs, sizes.inputs)
     return jnp.swapaxes(found, 0, 1).reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
@@ -218,6 +214,7 @@ def _sizes(
     structure: CovarianceStructure,
     num_groups: int,
     unit: int,
+    num_precisions: int,
     microbatch: int,
 ) -> _Sizes:
     """As many as there is room for."""
@@ -226,8 +223,10 @@ def _sizes(
     number_bytes = number_type(network.params).itemsize
     of_pass = number_bytes * numbers_of_example(Outline.of(network, inputs))
     held = size_of_jacobian(network, inputs)
-    rows = int(structure.rows_for_output * size(network.params))
-    of_input, of_group = of_pass + number_bytes * held.example, number_bytes * unit * (held.output + rows)
+    count, num_outputs = size(network.params), num_groups * unit
+    of_input = held.example + int(structure.rows_for_column * count) * held.columns(num_outputs)
+    of_output = held.output + int(structure.rows_for_output * count) + num_precisions * unit
+    of_input, of_group = of_pass + number_bytes * of_input, number_bytes * unit * of_output
     few = min(microbatch, FEW_INPUTS)
     groups = min(num_groups, max(1, (most - few * of_input) // (few * of_group)))
     at_once = min(microbatch, max(1, most // (of_input + groups * of_group)))

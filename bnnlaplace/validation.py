@@ -162,6 +162,7 @@ def _scores(
     microbatch: int,
 ) -> Float[np.ndarray, "D k"]:
     """At each precision the sum of the NLL, the number of its terms, and the gaps of each bin of the ECE."""
+    posterior, inputs = posterior.at_features(inputs, microbatch=microbatch)
     if not needs_samples(likelihood):
         mean = outputs(posterior.network, inputs, microbatch=microbatch)
         variances = functional_variances(posterior, inputs, grid, microbatch=microbatch, marginal=True)

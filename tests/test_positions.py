@@ -124,7 +124,7 @@ def test_parts_follow_memory(problem, monkeypatch):
 
     def sizes(most, unit):
         monkeypatch.setattr(posterior, "JACOBIAN_BYTES", most)
-        return posterior._sizes(la.network, images, la.structure, 18 // unit, unit, 64)
+        return posterior._sizes(la.network, images, la.structure, 18 // unit, unit, 1, 64)
 
     assert [sizes(2**25, unit) for unit in (1, 3)] == [(64, 18, 1, 18), (64, 6, 3, 18)]
     assert [sizes(1, unit) for unit in (1, 3)] == [(1, 1, 1, 1), (1, 1, 3, 1)]

@@ -58,7 +58,7 @@ def test_batches_and_parts_give_what_arrays_give(regression, classifier, monkeyp
     options = {"key": jax.random.key(1), "num_samples": 16}
     assert_same(classifier.validation_curve(X, LABELS, GRID, microbatch=5, **options), of_classes)
     batches = [(X[:7], LABELS[:7]), (X[7:], LABELS[7:])]
-    for data in (batches, iter(batches), (batch for batch in batches)):
+    for data in (batches, iter(batches), (batch for batch in batches), (X, LABELS.tolist()), [X, LABELS]):
         chosen = classifier.optimize_prior_precision("gridsearch", validation=data, precisions=GRID, **options)
         assert chosen.prior_precision == of_classes.best_precision
 
@@ -85,8 +85,8 @@ def test_parts_draw_anew(regression, monkeypatch, x64):
     ("data", "message"),
     [
         (5, "must be two arrays .*got int 5"),
-        ([X, X, X], "must be two arrays .*got shape"),
-        ([X[:2], LABELS[:2].tolist()], "must be two arrays .*got shape"),
+        ([X, X, X], "must be two arrays .*got shape .* for a batch"),
+        ([(X, LABELS), X], "must be two arrays .*got shape .* for a batch"),
         (iter([]), "at least one example; got none"),
         ((X[:, :3], LABELS), "inputs to predict at must have the shape"),
         ((X, LABELS[:5]), "labels must be integers of shape .* got int64"),

@@ -63,7 +63,8 @@ def factor_rows(
 
     def example(x: PyTree, weight: Array) -> Float[Array, "K P"]:
         outputs, pullback = jax.vjp(lambda p: network(p, examples(x, None))[0], params)
-        columns = jnp.sqrt(weight) * jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
+        root = jnp.sqrt(weight).astype(outputs.dtype)
+        columns = root * jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
         return jax.vmap(lambda column: ravel(pullback(likelihood.factor_mv(outputs, column))[0]))(columns)
 
     return jax.vmap(example)(inputs, weights).reshape(-1, size(params))

@@ -120,19 +120,20 @@ class Jacobian(NamedTuple):
     def times(self, matrix: Float[Array, "q R"]) -> Float[Array, "M U C R"]:
         """J matrix, its last P - q rows being zero.
 
-        Cost: q R multiplications for each example, and O R for each output and layer of O outputs, where a row of J
-        would take q R for each output.
+        Cost: of a layer with one position, I inputs and O columns, I O R multiplications for each example and O R for
+        each output, or I O R for each output where those are fewer or hardly more; of all else p R for each output.
+        Memory: O R numbers for each example where inputs come first.
         """
         # All layers in one product, and all else in another: small ones are slow.
         derivatives, met, rows, parts = [], [], [], []
         start = 0
         for leaf in self.leaves:
+            if start >= len(matrix):
+                break
             part = matrix[start : start + leaf.size]
             start += leaf.size
-            if not len(part):
-                break
             part = jnp.pad(part, ((0, leaf.size - len(part)), (0, 0)))
-            if leaf.is_single:
+            if leaf.is_single and _inputs_first(math.prod(leaf.derivatives.shape[1:3]), leaf.inputs.shape[-1]):
                 derivatives.append(leaf.derivatives[..., 0, :])
                 met.append(einsum("mi,ior->mor", leaf.inputs[:, 0], as_matrices(part, leaf.layout.segments)))
             else:
@@ -156,10 +157,28 @@ class JacobianSize(NamedTuple):
         Of each example: the inputs of layers.
     output
         Of each output: derivatives, with those with respect to weights where they are formed.
+    layers
+        Inputs and columns of each layer that has one position.
     """
 
     example: int
     output: int
+    layers: tuple[tuple[int, int], ...]
+
+    def columns(self, num_outputs: int) -> int:
+        """Of the layers whose inputs are met first in `Jacobian.times`, for as many outputs of each example.
+
+        Parameters
+        ----------
+        num_outputs
+            U times C.
+        """
+        return sum(columns for rows, columns in self.layers if _inputs_first(num_outputs, rows))
+
+
+def _inputs_first(num_outputs: int, rows: int) -> bool:
+    """Whether meeting the inputs of a layer first saves enough arithmetic to be worth its memory."""
+    return num_outputs * rows >= 5 * (num_outputs + rows)
 
 
 def jacobian(passed: tapped.Pass, numbers: Int[Array, "U C"], at_once: int | None = None) -> Jacobian:
@@ -202,7 +221,7 @@ def size_of_jacobian(network: Network, inputs: PyTree[Float[Array, "N ..."]]) ->
 @lru_cache(maxsize=64)
 def _size(outline: Outline) -> JacobianSize:
     weights = find(outline.network(), outline.example.batch(2))
-    example, output = 0, 0
+    example, output, layers = 0, 0, []
     for leaf, variable in enumerate(weights.equations.params):
         count, layer = math.prod(variable.aval.shape), weights.layers.get(leaf)
         if layer is None:
@@ -210,8 +229,12 @@ def _size(outline: Outline) -> JacobianSize:
             continue
         rows = math.prod(size for size, is_row in layer.layout.segments if is_row)
         example += layer.positions * rows
-        output += layer.positions * (count // rows) + (2 * count if layer.positions > 1 else 0)
-    return JacobianSize(example, output)
+        output += layer.positions * (count // rows)
+        if layer.positions > 1:
+            output += 2 * count
+        else:
+            layers.append((rows, count // rows))
+    return JacobianSize(example, output, tuple(layers))
 
 
 def inner_products(

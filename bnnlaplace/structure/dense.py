@@ -35,7 +35,7 @@ class DenseStructure:
 
     matrix: Float[Array, "P P"]
 
-    rows_for_output = 1.0
+    rows_for_output, rows_for_column = 1.0, 1.0
 
     @classmethod
     def fit(cls, matrix: Float[Array, "P P"]) -> "DenseStructure":
@@ -218,7 +218,7 @@ def _by_triangle(
     root: Float[Array, "P P"], relative: Float[Array, " P"] | None, jacobian: Jacobian
 ) -> Float[Array, "M U C C"]:
     """In four blocks of columns: most zeros of the triangle are left out."""
-    ends = np.linspace(0, len(root), 5).astype(int)
+    ends = np.unique(np.linspace(0, len(root), 5).astype(int))  # fewer where there are fewer columns
     blocks = zip(ends[:-1], ends[1:], strict=True)
     return sum(inner_products(jacobian.times(_divided(root[:end, start:end], relative))) for start, end in blocks)
 

@@ -25,7 +25,7 @@ class DiagonalStructure(NamedTuple):
 
     diagonal: Float[Array, " P"]
 
-    rows_for_output = 0.0
+    rows_for_output, rows_for_column = 0.0, 0.0
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Array]) -> "DiagonalStructure":

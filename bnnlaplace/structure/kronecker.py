@@ -171,7 +171,7 @@ class KroneckerStructure(NamedTuple):
 
     blocks: list[Block]
 
-    rows_for_output = 0.0
+    rows_for_output, rows_for_column = 0.0, 0.0
 
     @classmethod
     def fit(cls, sums: Sequence[kronecker.LeafSums]) -> "KroneckerStructure":

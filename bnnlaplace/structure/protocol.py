@@ -68,11 +68,13 @@ class CovarianceStructure(Structure, Protocol):
 
     Attributes
     ----------
-    rows_for_output
-        How many rows of P numbers are in memory for each output while that is done.
+    rows_for_output, rows_for_column
+        How many rows of P numbers are in memory while that is done, for each output and for each column of the layers
+        whose inputs are met first (see `Jacobian.times`).
     """
 
     rows_for_output: float
+    rows_for_column: float
 
     def output_covariance(
         self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None

@@ -32,7 +32,7 @@ class SpectralStructure(NamedTuple):
     eigenvalues: Float[Array, " r"]
     eigenvectors: Float[Array, "r P"]
 
-    rows_for_output = 2.0
+    rows_for_output, rows_for_column = 2.0, 0.0
 
     @classmethod
     def fit(cls, rows: Float[Array, "R P"]) -> "SpectralStructure":
