@@ -86,7 +86,7 @@ def test_parts_draw_anew(regression, monkeypatch, x64):
     [
         (5, "must be two arrays .*got int 5"),
         ([X, X, X], "must be two arrays .*got shape .* for a batch"),
-        ([(X, LABELS), X], "must be two arrays .*got shape .* for a batch"),
+        ([(X, LABELS), (X, LABELS), X], "must be two arrays .*got shape .* for a batch"),
         (iter([]), "at least one example; got none"),
         ((X[:, :3], LABELS), "inputs to predict at must have the shape"),
         ((X, LABELS[:5]), "labels must be integers of shape .* got int64"),
