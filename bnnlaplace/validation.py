@@ -115,9 +115,10 @@ def validation_curve(
     grid = prior.checked_grid(precisions, "validation_curve(precisions=...)")
     check_microbatch(microbatch)
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
+    sizes = len(grid), num_samples, microbatch
     sums = [
         _scores(posterior, likelihood, inputs, targets, grid, part, **options)
-        for part, (inputs, targets) in enumerate(_parts(posterior, likelihood, batches, len(grid), **options))
+        for part, (inputs, targets) in enumerate(_parts(posterior, likelihood, batches, *sizes))
     ]
     if not sums:
         raise ValueError("validation data must hold at least one example; got none; an iterator may be used up already")
@@ -133,8 +134,6 @@ def _parts(
     likelihood: Likelihood,
     batches: Iterable[tuple[PyTree[Float[Array, "B ..."]], Array]],
     num_precisions: int,
-    *,
-    key: Array | None,
     num_samples: int,
     microbatch: int,
 ) -> Iterator[tuple[PyTree[Float[Array, "b ..."]], Array]]:
