@@ -20,12 +20,15 @@ from record import console, write
 from rich.table import Table
 
 from bnnlaplace import categorical, krylov
+from bnnlaplace.core.tree import size
 from bnnlaplace.curvature import streamed
 from bnnlaplace.structure import KrylovStructure
-from bnnlaplace.tree import size
-from training import config_io, loop, posteriors
-from training.data import load, normalise
+from training import posteriors
+from training import workdir as config_io
+from training.data import load
+from training.data.load import normalise
 from training.models import van
+from training.train import loop
 
 TOLERANCE, SAMPLES = 0.05, 64
 

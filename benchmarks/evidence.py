@@ -33,7 +33,7 @@ from jax import Array
 from record import Program, Results, compile_ahead, console, judge, measure, show, write
 
 from bnnlaplace import Network, categorical, evidence
-from bnnlaplace.tree import ravel, size, unraveler
+from bnnlaplace.core.tree import ravel, size, unraveler
 from training.models.van import VAN, VARIANTS, VANVariant
 
 IMAGES, DEPTH = 50, 10

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bnnlaplace import Network
-from bnnlaplace.tree import ravel, size, unraveler
+from bnnlaplace.core.tree import ravel, size, unraveler
 
 try:
     from matfree import decomp, funm

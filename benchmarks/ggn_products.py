@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bnnlaplace import Network, categorical
+from bnnlaplace.core.tree import ravel, size, unraveler
 from bnnlaplace.curvature.diagonal import ggn_diagonal
 from bnnlaplace.curvature.ggn import block_product, ggn_operator
 from bnnlaplace.curvature.linearisation import linearise
-from bnnlaplace.tree import ravel, size, unraveler
 from training.models.depthwise import Method
 from training.models.van import VAN, VARIANTS
 

@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from bnnlaplace.memory import free_bytes
+from bnnlaplace.core.memory import free_bytes
 
 RESULTS = Path(__file__).parent / "results"
 MOST_BYTES_ON_CPU = 4e9

@@ -6,24 +6,13 @@ decomposition (`krylov`) and what is fitted from it (`structure`); the evidence 
 `temperature`). `Laplace` assembles them.
 """
 
-from bnnlaplace import (
-    calibration,
-    curvature,
-    detection,
-    evidence,
-    krylov,
-    link,
-    predictive,
-    prior,
-    structure,
-    temperature,
-    validation,
-)
+from bnnlaplace import calibration, curvature, evidence, krylov, predictive, prior, structure
+from bnnlaplace.calibration import detection, temperature
+from bnnlaplace.core.types import Estimate, LinearOperator, NotAModeWarning
 from bnnlaplace.laplace import Laplace
-from bnnlaplace.likelihood import Likelihood, bernoulli, categorical, gaussian
-from bnnlaplace.mode import NotAModeWarning
-from bnnlaplace.network import Network
-from bnnlaplace.types import Estimate, LinearOperator
+from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian
+from bnnlaplace.model.network import Network
+from bnnlaplace.predictive import link, validation
 
 __all__ = [
     "Estimate",

@@ -12,20 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace import choice, evidence, fitting, posterior, predictive, saved, subset, validation
 from bnnlaplace import prior as priors
-from bnnlaplace.data import Inputs, as_data, check_inputs, checked_pairs
-from bnnlaplace.data_terms import DataTerms
-from bnnlaplace.likelihood import Likelihood, gaussian, resolve
-from bnnlaplace.log_joint import BestNoise, FixedNoise
-from bnnlaplace.memory import MemoryEstimate
-from bnnlaplace.mode import warn_unless_mode
-from bnnlaplace.network import Network
-from bnnlaplace.random_key import check_key
+from bnnlaplace.checkpoint import posterior as saved
+from bnnlaplace.core.checks import check_key
+from bnnlaplace.core.memory import MemoryEstimate
+from bnnlaplace.core.tree import ravel, register_unchecked, unraveler
+from bnnlaplace.core.tree import size as tree_size
+from bnnlaplace.core.types import Estimate
+from bnnlaplace.evidence import marginal as evidence
+from bnnlaplace.evidence.log_joint import BestNoise, FixedNoise
+from bnnlaplace.evidence.log_likelihood import DataTerms
+from bnnlaplace.fitting import fit as fitting
+from bnnlaplace.fitting import optimize_prior as choice
+from bnnlaplace.fitting.mode import warn_unless_mode
+from bnnlaplace.model import subset
+from bnnlaplace.model.data import Inputs, as_data, check_inputs, checked_pairs
+from bnnlaplace.model.likelihood import Likelihood, gaussian, resolve
+from bnnlaplace.model.network import Network
+from bnnlaplace.predictive import functional as posterior
+from bnnlaplace.predictive import predictions as predictive
+from bnnlaplace.predictive import validation
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
-from bnnlaplace.tree import ravel, register_unchecked, unraveler
-from bnnlaplace.tree import size as tree_size
-from bnnlaplace.types import Estimate
 
 
 @register_unchecked(

@@ -13,14 +13,15 @@ import pytest
 from sklearn.datasets import load_digits
 
 import bnnlaplace
-from bnnlaplace import forward, krylov, prior
-from bnnlaplace.checkpoint import CheckpointError
+from bnnlaplace import krylov, prior
+from bnnlaplace.checkpoint.pytree import CheckpointError
+from bnnlaplace.core.tree import ravel, squared_norm
 from bnnlaplace.curvature import dense, streamed
-from bnnlaplace.log_joint import FixedNoise
+from bnnlaplace.evidence.log_joint import FixedNoise
+from bnnlaplace.model import batched as forward
+from bnnlaplace.predictive.validation import ValidationCurve
 from bnnlaplace.structure import KrylovStructure
 from bnnlaplace.structure import dense as structure_dense
-from bnnlaplace.tree import ravel, squared_norm
-from bnnlaplace.validation import ValidationCurve
 
 
 def network_outputs(params, x):

@@ -12,11 +12,16 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from training import command_line, config_io, heldout, loop, posteriors, program
+from training import posteriors
+from training import workdir as config_io
+from training.cli import arguments as command_line
+from training.cli import program
 from training.data import load
 from training.errors import UserError
-from training.files import why_not_writable
 from training.models import van
+from training.report import evaluation as heldout
+from training.train import loop
+from training.workdir import why_not_writable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,11 +15,16 @@ import numpy as np
 from rich.console import Console
 
 from bnnlaplace import Laplace, Network
-from training import config_io, heldout, loop, posteriors, program
+from training import posteriors
+from training import workdir as config_io
+from training.cli import program
 from training.config import Config
-from training.data import ImageData, load
+from training.data import load
+from training.data.load import ImageData
 from training.errors import UserError
 from training.models import van
+from training.report import evaluation as heldout
+from training.train import loop
 
 
 def main(argv: Sequence[str] | None = None) -> int:

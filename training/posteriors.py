@@ -13,15 +13,14 @@ import numpy as np
 from rich.console import Console
 
 from bnnlaplace import Laplace, Network
-from bnnlaplace.checkpoint import CheckpointError
+from bnnlaplace.checkpoint.pytree import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
-from training import interruption
+from training.cli import interruption
 from training.config import Config
-from training.config_io import POSTERIORS
-from training.data import ImageData, normalise
+from training.data.load import ImageData, normalise
+from training.data.shuffle import stratified_indices
 from training.errors import UserError
-from training.files import write_atomically
-from training.shuffle import stratified_indices
+from training.workdir import POSTERIORS, write_atomically
 
 # Display name -> hessian_structure of Laplace, in the order of tables.
 STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}

@@ -14,9 +14,10 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from training import command_line, program
+from training.cli import arguments as command_line
+from training.cli import program
 from training.errors import UserError
-from training.results import FORMAT_VERSION
+from training.report.results import FORMAT_VERSION
 
 # What may differ between the runs of one experiment: the seed, where the images lie, and what only bounds the memory.
 _MAY_DIFFER = ("seed", "data.dir", "curvature.microbatch")

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from bnnlaplace.core.linalg import einsum
+from bnnlaplace.core.tree import examples, number_type, ravel, size, unraveler
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.layers import Weights, find
 from bnnlaplace.curvature.layout import Layout, from_matrix
-from bnnlaplace.likelihood import Likelihood
-from bnnlaplace.network import Network
-from bnnlaplace.precise import einsum
-from bnnlaplace.tree import examples, number_type, ravel, size, unraveler
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.network import Network
 
 
 def jacobian(network: Network, params: PyTree, inputs: PyTree[Float[Array, "N ..."]]) -> Float[Array, "N ... C P"]:

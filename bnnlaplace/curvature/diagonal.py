@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core.linalg import einsum
+from bnnlaplace.core.tree import number_type
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
-from bnnlaplace.likelihood import Likelihood
-from bnnlaplace.network import Network
-from bnnlaplace.precise import einsum
-from bnnlaplace.tree import number_type
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.network import Network
 
 
 def ggn_diagonal(

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core.tree import number_type, ravel, unraveler
+from bnnlaplace.core.types import LinearOperator
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.linearisation import Linearisation
-from bnnlaplace.likelihood import Likelihood
-from bnnlaplace.network import Network
-from bnnlaplace.tree import number_type, ravel, unraveler
-from bnnlaplace.types import LinearOperator
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.network import Network
 
 
 def ggn_operator(linearised: Linearisation, likelihood: Likelihood, *, scale: float = 1.0) -> LinearOperator:

@@ -12,12 +12,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from bnnlaplace.core.linalg import einsum, matmul
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.layers import find
 from bnnlaplace.curvature.layout import Layout, as_matrices, as_matrix
-from bnnlaplace.network import Network
-from bnnlaplace.outline import Outline
-from bnnlaplace.precise import einsum, matmul
+from bnnlaplace.model.network import Network
+from bnnlaplace.model.spec import Outline
 
 
 class Factors(NamedTuple):

@@ -14,12 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core.linalg import einsum
+from bnnlaplace.core.tree import number_type
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
-from bnnlaplace.likelihood import Likelihood
-from bnnlaplace.network import Network
-from bnnlaplace.precise import einsum
-from bnnlaplace.tree import number_type
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.network import Network
 
 # Exact blocks: the longest vector and the largest filter that get one, and the most numbers that those of a leaf hold.
 MAX_VECTOR, MAX_FILTER, MAX_NUMBERS = 1024, 512, 2**24

@@ -17,9 +17,9 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.curvature.layout import Layout, find_layout
-from bnnlaplace.equations import Equations, trace
-from bnnlaplace.network import Network
-from bnnlaplace.outline import Shapes
+from bnnlaplace.model.jaxpr import Equations, trace
+from bnnlaplace.model.network import Network
+from bnnlaplace.model.spec import Shapes
 
 
 class Entry(NamedTuple):

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core.tree import examples, number_type, ravel, size, unraveler
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.network import Network
-from bnnlaplace.tree import examples, number_type, ravel, size, unraveler
+from bnnlaplace.model.network import Network
 
 Middle = Callable[[Float[Array, "m ... C"], Float[Array, " m"], Float[Array, "m ... C"]], Float[Array, "m ... C"]]
 

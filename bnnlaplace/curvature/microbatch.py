@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.tree import examples, num_examples
+from bnnlaplace.core.tree import examples, num_examples
 
 
 class Microbatches(NamedTuple):

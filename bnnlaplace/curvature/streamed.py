@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bnnlaplace.core.tree import as_vector, number_type, ravel, size, unraveler
+from bnnlaplace.core.types import LinearOperator
 from bnnlaplace.curvature import ggn
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.data import Batch, Data, Inputs, accumulate, as_data, check_fits_model
-from bnnlaplace.likelihood import Likelihood
-from bnnlaplace.network import Network
-from bnnlaplace.outline import output_shape
-from bnnlaplace.tree import as_vector, number_type, ravel, size, unraveler
-from bnnlaplace.types import LinearOperator
+from bnnlaplace.model.data import Batch, Data, Inputs, accumulate, as_data, check_fits_model
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.network import Network
+from bnnlaplace.model.spec import output_shape
 
 VECTORS_AT_ONCE = 8
 

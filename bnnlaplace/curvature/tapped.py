@@ -16,12 +16,12 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, Float, Int, PyTree
 
-from bnnlaplace import precise
+from bnnlaplace.core.linalg import all_products
+from bnnlaplace.core.tree import examples, summed_type
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.layers import Entry, Layer, Weights, at_one_example, find
-from bnnlaplace.equations import run
-from bnnlaplace.network import Network
-from bnnlaplace.tree import examples, summed_type
+from bnnlaplace.model.jaxpr import run
+from bnnlaplace.model.network import Network
 
 
 class Pass(NamedTuple):
@@ -77,7 +77,7 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
     saved = list(dict.fromkeys(_operands(equations.steps, entries.values())))
 
     def tapped(zeros: list[Array]) -> tuple[Array, list[Array]]:
-        with precise.all_products():
+        with all_products():
             outputs, *values = run(
                 equations, steps, known | dict(zip(taps, zeros, strict=True)), [*equations.outputs, *saved]
             )
@@ -89,7 +89,7 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
     tapped_results = [result for step in sorted(entries) for result in equations.steps[step].outvars]
 
     def gradients(cotangent: Float[Array, "M ... C"]) -> dict[int, Array]:
-        with precise.all_products():
+        with all_products():
             (found,) = pullback(cotangent)
             at = dict(zip(tapped_results, found, strict=True))
             derivatives = {

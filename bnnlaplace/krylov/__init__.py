@@ -1,10 +1,15 @@
 """Krylov methods for matrices known by their products; they depend on nothing else of the package."""
 
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi
+from bnnlaplace.krylov.block_functions import (
+    gauss_radau,
+    inverse_sqrt_coefficients,
+    inverse_sqrt_error,
+    summed_exactly,
+    trace_forms,
+)
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz, block_lanczos, ritz
-from bnnlaplace.krylov.block_quadrature import gauss_radau, summed_exactly, trace_forms
-from bnnlaplace.krylov.eigenpairs import Eigenpairs, leading_eigenpairs
-from bnnlaplace.krylov.inverse_sqrt import inverse_sqrt_coefficients, inverse_sqrt_error
+from bnnlaplace.krylov.deflation import Eigenpairs, leading_eigenpairs
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos
 from bnnlaplace.krylov.matfun import MatrixFunction, matfun_arnoldi, matfun_lanczos
 from bnnlaplace.krylov.probes import normal_probes, rademacher_probes

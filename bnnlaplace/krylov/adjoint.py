@@ -45,8 +45,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from bnnlaplace.precise import matmul
-from bnnlaplace.tree import floating
+from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.tree import floating
 
 
 def sources(

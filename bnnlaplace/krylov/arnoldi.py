@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import adjoint, breakdown, gram_schmidt
 from bnnlaplace.krylov.derivative_modes import once_where
+from bnnlaplace.krylov.gram_schmidt import safe_norm
 from bnnlaplace.krylov.operator import Settings, decompose
-from bnnlaplace.krylov.vectors import safe_norm
-from bnnlaplace.precise import matmul
 
 
 class Arnoldi(NamedTuple):

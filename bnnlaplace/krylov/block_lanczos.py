@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bnnlaplace.precise import matmul
+from bnnlaplace.core.linalg import matmul
 
 
 class BlockDecomposition(NamedTuple):

@@ -10,7 +10,7 @@ threshold finds the first of these, and none finds all.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bnnlaplace.krylov.vectors import safe_norm
+from bnnlaplace.krylov.gram_schmidt import safe_norm
 
 # In units of eps |A|: no product of a vector with A is more accurate than that.
 ROUNDING = 10

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.tree import concatenated
+from bnnlaplace.core.tree import concatenated
 
 
 def check_real(caller: str, argument: str, tree: PyTree) -> PyTree:

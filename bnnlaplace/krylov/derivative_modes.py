@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool
 
-from bnnlaplace.tree import floating
+from bnnlaplace.core.tree import floating
 
 
 def reverse_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:

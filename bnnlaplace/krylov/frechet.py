@@ -31,13 +31,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.tree import floating
 from bnnlaplace.krylov import adjoint
-from bnnlaplace.krylov.batching import anywhere
 from bnnlaplace.krylov.derivative_modes import once, once_where
 from bnnlaplace.krylov.functions import Converted, constants_cotangent
+from bnnlaplace.krylov.gram_schmidt import anywhere
 from bnnlaplace.krylov.operator import Settings
-from bnnlaplace.precise import matmul
-from bnnlaplace.tree import floating
 
 
 class Method(NamedTuple):

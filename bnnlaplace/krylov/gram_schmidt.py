@@ -7,9 +7,9 @@ zeros still to come. Blocks are separate arrays, since a slice of one array woul
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from bnnlaplace.precise import matmul
+from bnnlaplace.core.linalg import matmul
 
 Blocks = tuple[Float[Array, "_ n"], ...]
 
@@ -76,3 +76,30 @@ def impose(
     branches = [lambda *args, count=count: touch(count, *args) for count in range(1, len(blocks) + 1)]
     needed = jnp.sum(jnp.asarray(last) >= jnp.asarray(ends[:-1]))
     return jax.lax.switch(needed, branches, blocks, vector, wanted)
+
+
+# Norms of flat vectors whose gradients are finite at zero, where a breakdown ends up.
+def norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
+    """|v|, with a gradient of zero at zero."""
+    square = matmul(vector, vector)
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), square)
+
+
+def safe_norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
+    """The same without overflow or underflow of the squares, for one more pass over v."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vector)))
+    largest = jnp.where(largest > 0, largest, 1)
+    return largest * norm(vector / largest)
+
+
+# Choices that stay choices under `vmap`, which would otherwise evaluate both branches of a `cond`.
+@jax.custom_batching.custom_vmap
+def anywhere(condition: Bool[Array, ""]) -> Bool[Array, ""]:
+    """`condition`; under `vmap`, whether it holds anywhere in the batch, the same for all of it."""
+    return condition
+
+
+@anywhere.def_vmap
+def _(size: int, batched: list[bool], condition: Bool[Array, " B"]) -> tuple[Bool[Array, ""], bool]:
+    del size, batched
+    return anywhere(jnp.any(condition)), False

@@ -25,13 +25,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import adjoint, breakdown, gram_schmidt
-from bnnlaplace.krylov.batching import anywhere
 from bnnlaplace.krylov.derivative_modes import once_where
+from bnnlaplace.krylov.gram_schmidt import anywhere, safe_norm
 from bnnlaplace.krylov.operator import Settings, decompose
 from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
-from bnnlaplace.krylov.vectors import safe_norm
-from bnnlaplace.precise import matmul
 
 
 class Lanczos(NamedTuple):

@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi_adjoint, arnoldi_forward
 from bnnlaplace.krylov.checks import check_choice, check_decomposable
 from bnnlaplace.krylov.derivative_modes import reverse_only
 from bnnlaplace.krylov.frechet import Method, times_vector
 from bnnlaplace.krylov.functions import Converted, matrix_function, scalar_function
+from bnnlaplace.krylov.gram_schmidt import safe_norm
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint, lanczos_forward
 from bnnlaplace.krylov.operator import FlatOperator, Settings, prepare
 from bnnlaplace.krylov.tridiagonal import divided_differences, function_times_first, reached_eigenpairs
-from bnnlaplace.krylov.vectors import safe_norm
-from bnnlaplace.precise import matmul
 
 GRADIENTS = ("adjoint", "frechet", "autodiff")
 

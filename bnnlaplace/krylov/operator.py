@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core.tree import concatenated, floating, unraveler
 from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.checks import check_choice, check_count, check_number, check_product, check_vector
-from bnnlaplace.krylov.closures import convert
 from bnnlaplace.krylov.derivative_modes import reverse_only
-from bnnlaplace.tree import concatenated, floating, unraveler
+from bnnlaplace.krylov.functions import convert
 
 
 class FlatOperator(NamedTuple):

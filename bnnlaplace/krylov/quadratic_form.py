@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import adjoint, breakdown
 from bnnlaplace.krylov.derivative_modes import once_where
 from bnnlaplace.krylov.functions import Converted, constants_cotangent
@@ -15,7 +16,6 @@ from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint, lanczos_forward
 from bnnlaplace.krylov.matfun import function_times_start
 from bnnlaplace.krylov.operator import Settings
 from bnnlaplace.krylov.tridiagonal import function_times_first, reached_eigenpairs, rounding_of_zero
-from bnnlaplace.precise import matmul
 
 
 class Form(NamedTuple):

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from bnnlaplace.core.tree import concatenated, floating
 from bnnlaplace.krylov.checks import (
     check_choice,
     check_count,
@@ -22,14 +23,12 @@ from bnnlaplace.krylov.checks import (
     check_number,
     check_real,
 )
-from bnnlaplace.krylov.deflation import deflated_trace, deflation_rows, outside
+from bnnlaplace.krylov.deflation import Eigenpairs, deflated_trace, deflation_rows, outside
 from bnnlaplace.krylov.derivative_modes import once, once_in_reverse, reverse_only
-from bnnlaplace.krylov.eigenpairs import Eigenpairs
 from bnnlaplace.krylov.functions import Converted, scalar_function
+from bnnlaplace.krylov.gram_schmidt import safe_norm
 from bnnlaplace.krylov.operator import Settings, prepare
 from bnnlaplace.krylov.quadratic_form import Form, quadratic_form
-from bnnlaplace.krylov.vectors import safe_norm
-from bnnlaplace.tree import concatenated, floating
 
 # A stop that looks at the standard error of fewer probes would often be an accident.
 FEWEST_PROBES = 8

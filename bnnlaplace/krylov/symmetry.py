@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov.checks import check_count, check_number, check_real, is_traced
+from bnnlaplace.krylov.gram_schmidt import norm
 from bnnlaplace.krylov.operator import flatten
-from bnnlaplace.krylov.vectors import norm
-from bnnlaplace.precise import matmul
 
 
 def check_symmetric(

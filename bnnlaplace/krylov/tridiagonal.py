@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import breakdown
-from bnnlaplace.krylov.closures import convert
-from bnnlaplace.precise import matmul
+from bnnlaplace.krylov.functions import convert
 
 
 def tridiagonal_matrix(diagonal: Float[Array, " K"], off_diagonal: Float[Array, " K-1"]) -> Float[Array, "K K"]:

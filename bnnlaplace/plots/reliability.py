@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
-from bnnlaplace.calibration import ReliabilityBins
+from bnnlaplace.calibration.metrics import ReliabilityBins
 from bnnlaplace.plots.style import FONT, GREEN, GREY, VERMILLION, finish, new_figure, tick
 
 _REACHED = "#A6C8E0"  # a tint of the blue: bars that carry the two colours of a gap on top

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from bnnlaplace.tree import as_vector, described, leaf_names, number_type, ravel, size
+from bnnlaplace.core.tree import as_vector, described, leaf_names, number_type, ravel, size
 
 Precision = float | Array | Mapping[str, Any] | PyTree
 Groups = Callable[[str], str]

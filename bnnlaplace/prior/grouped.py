@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import minimize
 
-from bnnlaplace.log_joint import LogJoint
+from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.prior.scalar import SEARCH_RANGE
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.optimize import minimize_scalar
 
-from bnnlaplace.log_joint import LogJoint
+from bnnlaplace.evidence.log_joint import LogJoint
 
 SEARCH_RANGE = (1e-4, 1e6)
 

@@ -9,8 +9,8 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.core.tree import group_sums
 from bnnlaplace.curvature.jacobian import Jacobian
-from bnnlaplace.structure.groups import group_sums
 from bnnlaplace.structure.protocol import OutputCovariance
 
 

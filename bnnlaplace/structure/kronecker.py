@@ -9,11 +9,10 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.core.linalg import eigh, einsum, matmul
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
-from bnnlaplace.eigenvectors import eigh
-from bnnlaplace.precise import einsum, matmul
 from bnnlaplace.structure.protocol import OutputCovariance
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bnnlaplace import krylov
-from bnnlaplace.precise import einsum, matmul
-from bnnlaplace.structure.groups import group_sums
+from bnnlaplace.core.linalg import einsum, matmul
+from bnnlaplace.core.tree import group_sums
 
 
 class KrylovError(NamedTuple):

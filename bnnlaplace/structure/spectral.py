@@ -9,9 +9,9 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
+from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.tree import group_sums
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
-from bnnlaplace.precise import matmul
-from bnnlaplace.structure.groups import group_sums
 from bnnlaplace.structure.protocol import OutputCovariance
 
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 
 import bnnlaplace
 from bnnlaplace import calibration
-from bnnlaplace.tree import leaf_names
+from bnnlaplace.core.tree import leaf_names
 
 # %% A network of 9,000 weights
 # Two hidden layers of 64 units, trained on 400 digits for the log joint with a prior precision of 1.

@@ -11,7 +11,7 @@ from flax import nnx
 from sklearn.datasets import make_moons
 
 import bnnlaplace
-from bnnlaplace import detection
+from bnnlaplace.calibration import detection
 
 # %% Data and model
 # Targets of a binary likelihood are shaped like the outputs, here (B, 1).

@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
+from training.cli.arguments import load_config, parse
 from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
-from training.config_io import (
-    describe_difference,
-    load_config,
-    load_saved_config,
-    open_workdir,
-    parse,
-    save_config,
-)
 from training.errors import UserError
+from training.workdir import describe_difference, load_saved_config, open_workdir, save_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "python -m training.fit_van"

@@ -1,0 +1,305 @@
+"""Numbers that say how good predicted class probabilities are: accuracy, proper scores, calibration.
+
+Everything here is float64 NumPy on the probabilities that a predictive returns. A Bayesian predictive must be
+averaged over posterior samples *before* it comes here: the score of the mean probability is not the mean score.
+
+Every metric comes as a function of its own and, through `evaluate`, with a bootstrap interval; there the scores of
+out-of-distribution detection (`detection`) join it.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, intervals, resample
+from bnnlaplace.calibration.detection import weighted_detection
+from bnnlaplace.core.checks import Labels, Probs, checked, checked_probs
+
+Binning = Literal["equal_width", "equal_mass"]
+
+_BIASED_UPWARDS = ("ece", "ece_equal_mass")  # |mean gap| per bin: sampling noise makes it larger
+
+
+class ReliabilityBins(NamedTuple):
+    """Examples grouped by confidence.
+
+    Attributes
+    ----------
+    edges
+        Of the B bins, ascending.
+    counts
+        Examples in each bin.
+    confidence, accuracy
+        Their means; NaN in an empty bin.
+    """
+
+    edges: Float[np.ndarray, "B+1"]
+    counts: Int[np.ndarray, "B"]
+    confidence: Float[np.ndarray, "B"]
+    accuracy: Float[np.ndarray, "B"]
+
+
+# --- one metric each --------------------------------------------------------------------------------------------
+
+
+def accuracy(probs: Probs, labels: Labels) -> float:
+    """Fraction of examples whose most probable class is the label (the first of equal ones counts).
+
+    Parameters
+    ----------
+    probs, labels
+        (N, C) class probabilities and (N,) integer classes.
+    """
+    return float(_per_example(*checked(probs, labels))["accuracy"].mean())
+
+
+def mean_confidence(probs: Probs) -> float:
+    """Mean over examples of the largest probability; above the accuracy, the predictions are overconfident.
+
+    Parameters
+    ----------
+    probs
+        (N, C) class probabilities.
+    """
+    return float(checked_probs("probs", probs).max(axis=1).mean())
+
+
+def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
+    """Mean of -log p(label), natural logarithm, in nats per example.
+
+    Parameters
+    ----------
+    probs
+        (N, C) class probabilities, already averaged over posterior samples.
+    labels
+        (N,) integer classes.
+
+    Returns
+    -------
+    float
+        A label that was given probability exactly 0 makes it `inf`: that is the value of the score, and no floor hides
+        it.
+
+    Raises
+    ------
+    ValueError
+        Wrong shapes, rows that are no distributions, labels outside the classes.
+    """
+    return float(_per_example(*checked(probs, labels))["nll"].mean())
+
+
+def brier_score(probs: Probs, labels: Labels) -> float:
+    """Mean over examples of sum_c (p_c - [c = label])^2: in [0, 2], 0 is perfect (Brier 1950).
+
+    Parameters
+    ----------
+    probs, labels
+        (N, C) class probabilities and (N,) integer classes.
+    """
+    return float(_per_example(*checked(probs, labels))["brier"].mean())
+
+
+def expected_calibration_error(
+    probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
+) -> float:
+    """Top-label calibration error, sum_b (n_b / N) |accuracy_b - confidence_b|, in [0, 1].
+
+    Source: Guo et al., "On calibration of modern neural networks", ICML 2017, equation 3. The estimate is biased
+    upwards: perfectly calibrated predictions get a positive value of order sqrt(B / N).
+
+    Parameters
+    ----------
+    probs, labels
+        (N, C) class probabilities and (N,) integer classes.
+    num_bins
+        How many bins of confidence.
+    binning
+        `equal_width`: bins (k/B, (k+1)/B], so that a confidence exactly on an edge belongs to the bin below and the
+        last bin holds 1. `equal_mass`: bins [lower, upper) between quantiles of the confidences, the last one
+        closed; examples of equal confidence are never parted, so the result does not depend on their order.
+    """
+    probs, labels = checked(probs, labels)
+    gaps = _binned_gaps(_per_example(probs, labels), num_bins, binning)
+    return float(np.abs(gaps.sum(axis=0)).sum() / len(labels))
+
+
+def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> np.ndarray:
+    """Sums of confidence - correctness over the examples of each bin of equal width; those of several batches add up.
+
+    Of all N examples `expected_calibration_error` is the sum of their absolute values, divided by N.
+
+    Parameters
+    ----------
+    probs, labels, num_bins
+        As for `expected_calibration_error`.
+
+    Returns
+    -------
+    np.ndarray
+        (num_bins,).
+    """
+    return _binned_gaps(_per_example(*checked(probs, labels)), num_bins, "equal_width").sum(axis=0)
+
+
+def reliability_bins(
+    probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
+) -> ReliabilityBins:
+    """Counts, mean confidence and accuracy in the bins of `expected_calibration_error`: for a reliability diagram.
+
+    Parameters
+    ----------
+    probs, labels, num_bins, binning
+        As for `expected_calibration_error`.
+    """
+    columns = _per_example(*checked(probs, labels))
+    edges, index = _binned(columns["confidence"], num_bins, binning)
+    counts = np.bincount(index, minlength=num_bins)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN of an empty bin
+        confidence = np.bincount(index, columns["confidence"], num_bins) / counts
+        correct = np.bincount(index, columns["accuracy"], num_bins) / counts
+    return ReliabilityBins(edges, counts, confidence, correct)
+
+
+# --- all metrics with their uncertainty -------------------------------------------------------------------------
+
+
+def bootstrap(
+    probs: Probs,
+    labels: Labels,
+    probs_ood: Probs | None = None,
+    *,
+    seed: int,
+    num_bins: int = 15,
+    resamples: int = 1000,
+) -> Bootstrap:
+    """All metrics on the data and on resamples of it, the same resamples for every method that is given `seed`.
+
+    Parameters
+    ----------
+    probs, labels
+        (N, C) class probabilities and (N,) integer classes.
+    probs_ood
+        (M, C) class probabilities of out-of-distribution images. With it come `auroc` and `fpr95` of the largest
+        probability, both sets resampled independently.
+    seed
+        Seeds the resamples.
+    num_bins
+        Bins of the calibration errors. The edges of the equal-mass bins are those of the whole sample.
+    resamples
+        How many resamples R.
+
+    Returns
+    -------
+    Bootstrap
+        Values and replicates of accuracy, nll, ece, ece_equal_mass, brier, confidence and, with `probs_ood`, auroc and
+        fpr95; for `intervals` and `paired_differences`. Time O(R (N B + M)).
+
+    Raises
+    ------
+    ValueError
+        Wrong shapes, rows that are no distributions, labels outside the classes, no resamples.
+    """
+    probs, labels = checked(probs, labels)
+    metrics = _weighted_metrics(probs, labels, num_bins)
+    if probs_ood is None:
+        return resample(metrics, [len(probs)], seed=seed, resamples=resamples, biased_upwards=_BIASED_UPWARDS)
+    probs_ood = checked_probs("probs_ood", probs_ood)
+    if probs_ood.shape[1] != probs.shape[1]:
+        raise ValueError(f"probs_ood must have the {probs.shape[1]} classes of probs; got {probs_ood.shape[1]} columns")
+    detection = weighted_detection(probs.max(axis=1), probs_ood.max(axis=1))
+    return resample(
+        lambda weights_in, weights_out: metrics(weights_in) | detection(weights_in, weights_out),
+        [len(probs), len(probs_ood)],
+        seed=seed,
+        resamples=resamples,
+        biased_upwards=_BIASED_UPWARDS,
+    )
+
+
+def evaluate(
+    probs: Probs,
+    labels: Labels,
+    probs_ood: Probs | None = None,
+    *,
+    seed: int,
+    num_bins: int = 15,
+    resamples: int = 1000,
+) -> dict[str, Interval]:
+    """All metrics with 95 % bootstrap intervals: `intervals(bootstrap(...))`.
+
+    Parameters
+    ----------
+    probs, labels, probs_ood, seed, num_bins, resamples
+        As for `bootstrap`.
+
+    Examples
+    --------
+    >>> probs = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
+    >>> round(evaluate(probs, np.array([0, 1, 1]), seed=0)["brier"].value, 4)
+    0.2733
+    """
+    return intervals(bootstrap(probs, labels, probs_ood, seed=seed, num_bins=num_bins, resamples=resamples))
+
+
+# --- the engine -------------------------------------------------------------------------------------------------
+
+
+def _per_example(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics that are means over examples, before the mean."""
+    at_label = np.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
+    with np.errstate(divide="ignore"):  # -log 0 = inf is the documented value
+        nll = 0.0 - np.log(at_label)  # not -log: a certain prediction scores 0, not -0
+    return {
+        "accuracy": (probs.argmax(axis=1) == labels).astype(np.float64),
+        "nll": nll,
+        "brier": (probs**2).sum(axis=1) - at_label**2 + (1 - at_label) ** 2,
+        "confidence": probs.max(axis=1),
+    }
+
+
+def _binned(confidence: np.ndarray, num_bins: int, binning: Binning) -> tuple[np.ndarray, np.ndarray]:
+    """The edges of the bins and the bin of each example.
+
+    Only inner edges are compared, so that a confidence of 1 + rounding is safe. Quantile bins are closed below:
+    confidences saturated at 1, often most of them, then have the last bin to themselves.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be at least 1; got {num_bins}; 15 is usual")
+    levels = np.linspace(0, 1, num_bins + 1)
+    if binning == "equal_width":
+        return levels, np.searchsorted(levels[1:-1], confidence, side="left")
+    if binning == "equal_mass":
+        edges = np.quantile(confidence, levels)
+        return edges, np.searchsorted(edges[1:-1], confidence, side="right")
+    raise ValueError(f"binning must be equal_width or equal_mass; got {binning!r}")
+
+
+def _binned_gaps(columns: dict[str, np.ndarray], num_bins: int, binning: Binning) -> np.ndarray:
+    """(N, B): confidence - correctness of each example, in the column of its bin."""
+    _, index = _binned(columns["confidence"], num_bins, binning)
+    gaps = np.zeros((len(index), num_bins))
+    gaps[np.arange(len(index)), index] = columns["confidence"] - columns["accuracy"]
+    return gaps
+
+
+def _weighted_metrics(
+    probs: np.ndarray, labels: np.ndarray, num_bins: int
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Map weights (R, N) that add up to N in each row to the R values of every metric of labelled examples."""
+    columns = _per_example(probs, labels)
+    impossible = np.isinf(columns["nll"])
+    columns["nll"] = np.where(impossible, 0.0, columns["nll"])  # 0 * inf would be NaN: counted apart below
+    gaps = {
+        name: _binned_gaps(columns, num_bins, binning)
+        for name, binning in (("ece", "equal_width"), ("ece_equal_mass", "equal_mass"))
+    }
+
+    def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
+        found = {name: weights @ column / len(labels) for name, column in columns.items()}
+        found["nll"] = np.where(weights[:, impossible].any(axis=1), np.inf, found["nll"])
+        found |= {name: np.abs(weights @ gap).sum(axis=1) / len(labels) for name, gap in gaps.items()}
+        return {name: found[name] for name in ("accuracy", "nll", "ece", "ece_equal_mass", "brier", "confidence")}
+
+    return metrics

@@ -1,0 +1,40 @@
+"""The records that cross stage boundaries: an estimate with its error, and a linear operator."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxtyping import Array, ArrayLike, Float
+
+
+class Estimate(NamedTuple):
+    """A number with the standard error of the randomness behind it.
+
+    Attributes
+    ----------
+    mean
+        The estimate.
+    sem
+        Its standard error; exactly zero where nothing was sampled.
+    """
+
+    mean: Float[ArrayLike, "*shape"]
+    sem: Float[ArrayLike, "*shape"]
+
+
+class LinearOperator(NamedTuple):
+    """A square linear map on flat vectors, known by its products.
+
+    Attributes
+    ----------
+    matvec
+        v -> A v, shapes (size,) -> (size,), same dtype.
+    size
+        The dimension.
+    """
+
+    matvec: Callable[[Float[Array, " size"]], Float[Array, " size"]]
+    size: int
+
+
+class NotAModeWarning(UserWarning):
+    """The weights are far from a mode of the log joint."""

@@ -1,0 +1,16 @@
+"""A network, a likelihood and data, and what the network's traced forward pass says of all three."""
+
+from bnnlaplace.model.batched import outputs
+from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian
+from bnnlaplace.model.network import Network
+from bnnlaplace.model.subset import last_layer
+
+__all__ = [
+    "Likelihood",
+    "Network",
+    "bernoulli",
+    "categorical",
+    "gaussian",
+    "last_layer",
+    "outputs",
+]

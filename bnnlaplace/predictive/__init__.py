@@ -1,0 +1,22 @@
+"""Predictions under the posterior, and what they cost on validation data."""
+
+from bnnlaplace.predictive.functional import (
+    FunctionalPosterior,
+    functional_posteriors,
+    functional_variances,
+    marginal_samples,
+    sample_variance,
+)
+from bnnlaplace.predictive.predictions import predictions
+from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
+
+__all__ = [
+    "FunctionalPosterior",
+    "ValidationCurve",
+    "functional_posteriors",
+    "functional_variances",
+    "marginal_samples",
+    "predictions",
+    "sample_variance",
+    "validation_curve",
+]

@@ -1,0 +1,213 @@
+"""Every arrangement of GGN products against the matrix from forward-mode Jacobians and autodiff Hessians."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import random_problem
+
+import bnnlaplace
+from bnnlaplace.core.tree import ravel
+from bnnlaplace.curvature import dense, diagonal, ggn, microbatch, streamed
+from bnnlaplace.curvature.linearisation import linearise
+
+SCALE = 2.5
+
+
+@pytest.fixture(params=["classification", "regression", "binary"])
+def problem(request, x64):
+    rng = np.random.default_rng(2)
+    likelihood, targets = {
+        "classification": (bnnlaplace.categorical(), rng.integers(0, 3, size=11)),
+        "regression": (bnnlaplace.gaussian(0.4), rng.normal(size=(11, 3))),
+        "binary": (bnnlaplace.bernoulli(), rng.integers(0, 2, size=(11, 3))),
+    }[request.param]
+    return random_problem(likelihood, targets)
+
+
+def test_all_products_agree_with_the_matrix(problem):
+    network, likelihood, inputs, _, matrix = problem
+    params = network.params
+    arguments = {"scale": SCALE}
+    np.testing.assert_allclose(dense.ggn(network, likelihood, params, inputs, **arguments), SCALE * matrix, atol=1e-10)
+    np.testing.assert_allclose(
+        diagonal.ggn_diagonal(network, likelihood, params, inputs, microbatch=4, **arguments),
+        SCALE * np.diagonal(matrix),
+        atol=1e-10,
+    )
+    vectors = np.random.default_rng(3).normal(size=(3, len(matrix)))
+    # Microbatches of 4 pad eleven examples to twelve: the copy must not count.
+    product = ggn.block_product(network, likelihood, params, inputs, microbatch=4, **arguments)
+    np.testing.assert_allclose(product(jnp.asarray(vectors)), SCALE * vectors @ matrix, atol=1e-10)
+    for remat in (False, True):
+        linearised = linearise(network, params, inputs, microbatch=4, remat=remat)
+        np.testing.assert_allclose(linearised.outputs[:11], network(params, inputs), atol=1e-12)
+        operator = ggn.ggn_operator(linearised, likelihood, **arguments)
+        assert operator.size == len(matrix)
+        np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
+
+
+def test_wide_layers_are_not_packed(problem, monkeypatch):
+    network, likelihood, inputs, _, matrix = problem
+    monkeypatch.setattr(dense, "MOST_PACKED", 2)
+    np.testing.assert_allclose(dense.ggn(network, likelihood, network.params, inputs), matrix, atol=1e-10)
+
+
+def test_dense_counts_examples_by_their_weights(problem):
+    """Twice the same as there twice, none as not there; in microbatches with padding, and exactly symmetric."""
+    network, likelihood, inputs, _, _ = problem
+    weights = np.array([2.0, 0.0, *np.ones(9)])
+    repeated = np.concatenate([inputs[:1], inputs[:1], inputs[2:]])
+    found = dense.ggn(network, likelihood, network.params, inputs, weights=weights, microbatch=4)
+    expected = dense.ggn(network, likelihood, network.params, repeated, microbatch=3)
+    np.testing.assert_allclose(found, expected, atol=1e-10)
+    np.testing.assert_array_equal(found, found.T)
+
+
+def test_dense_memory_does_not_grow_with_the_data():
+    """Of the temporaries that XLA lays out; what takes part in them is rows of one microbatch."""
+    network = bnnlaplace.Network.from_function(lambda w, x: jnp.tanh(x @ w), jnp.ones((40, 5), jnp.float32))
+
+    def temporaries(count):
+        arguments = network, bnnlaplace.gaussian(0.5), network.params, jnp.ones((count, 40), jnp.float32)
+        return jax.jit(dense.ggn).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    data = 4 * 40 * (640 - 64)  # the inputs, cut into microbatches, are the one thing that grows
+    assert temporaries(640) - temporaries(64) <= 1.1 * data
+
+
+@pytest.mark.parametrize("side", ["primal", "dual"])
+def test_memory_of_a_rematerialised_linearisation_does_not_grow_with_the_data(side):
+    """Nor does that of a derivative of its products: beside data, outputs and vectors only a microbatch is there."""
+    network = bnnlaplace.Network.from_function(
+        lambda w, x: jnp.tanh(jnp.tanh(x @ w["in"]) @ w["middle"]) @ w["out"],
+        {"in": jnp.ones((4, 64)), "middle": jnp.ones((64, 64)), "out": jnp.ones((64, 2))},
+    )
+
+    def temporaries(count, remat):
+        def derivative(params, inputs):
+            def squares(params):
+                linearised = linearise(network, params, inputs, microbatch=16, remat=remat)
+                if side == "primal":
+                    operator = ggn.ggn_operator(linearised, bnnlaplace.categorical())
+                else:
+                    operator = ggn.dual_operator(linearised, bnnlaplace.categorical())
+                return jnp.sum(operator.matvec(jnp.ones(operator.size)) ** 2)
+
+            return jax.grad(squares)(params)
+
+        arguments = network.params, jnp.ones((count, 4))
+        return jax.jit(derivative).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+    of_one_example = 4 * (64 + 64)  # activations
+    grown = [(temporaries(640, remat) - temporaries(160, remat)) / 480 for remat in (True, False)]
+    assert grown[0] < 0.5 * of_one_example < grown[1]
+
+
+def test_diagonal_of_convolutions_and_of_examples_that_count(x64):
+    def outputs(params, x):
+        x = jnp.tanh(jax.lax.conv(x, params["first"], (2, 1), "SAME") + params["bias"][:, None, None])
+        x = jnp.tanh(jax.lax.conv(x, params["second"], (1, 1), "VALID"))
+        return x.reshape(len(x), -1) @ params["head"]
+
+    rng = np.random.default_rng(4)
+    shapes = {"first": (3, 2, 3, 2), "bias": (3,), "second": (2, 3, 2, 2), "head": (12, 3)}
+    params = {name: jnp.asarray(rng.normal(size=shape)) for name, shape in shapes.items()}
+    network, inputs = bnnlaplace.Network.from_function(outputs, params), jnp.asarray(rng.normal(size=(5, 2, 5, 4)))
+    counted = jnp.array([1.0, 0.0, 1.0, 1.0, 0.0])
+    arguments = network, bnnlaplace.categorical(), params
+    run = jax.jit(lambda w: diagonal.ggn_diagonal(*arguments, inputs, weights=w, scale=SCALE, microbatch=2))
+    expected = jnp.diagonal(dense.ggn(*arguments, inputs[counted == 1], scale=SCALE))
+    np.testing.assert_allclose(run(counted), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_dual_has_the_same_nonzero_spectrum(problem, remat):
+    network, likelihood, inputs, _, matrix = problem
+    precision = np.linspace(0.5, 2.0, len(matrix))
+    linearised = linearise(network, network.params, inputs, microbatch=4, remat=remat)
+    dual = ggn.dual_operator(linearised, likelihood, scale=SCALE, prior_precision=precision)
+    gram = jax.vmap(dual.matvec)(jnp.eye(dual.size))
+    root = 1 / np.sqrt(precision)
+    primal = SCALE * root[:, None] * matrix * root
+    count = np.linalg.matrix_rank(primal)
+    np.testing.assert_allclose(gram, gram.T, atol=1e-10)
+    np.testing.assert_allclose(np.linalg.eigvalsh(gram)[-count:], np.linalg.eigvalsh(primal)[-count:], atol=1e-9)
+
+
+@pytest.mark.parametrize("sizes", [(11,), (4, 4, 3)])
+def test_streamed_products_of_both_sides(problem, sizes):
+    """Batches of which the last is shorter, in microbatches with padding; one vector, or rows at once."""
+    network, likelihood, inputs, targets, matrix = problem
+    ends = np.cumsum(sizes)
+    batches = [(inputs[end - size : end], targets[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    delta = np.linspace(0.5, 3.0, 43)
+    options = {"prior_precision": delta, "scale": SCALE, "microbatch": 3}
+    primal, dual = (
+        streamed.operator(network, likelihood, batches, side=side, **options) for side in ("primal", "dual")
+    )
+    whitened = SCALE * matrix / np.sqrt(np.outer(delta, delta))
+    assert (primal.size, dual.size) == (43, 33)
+    np.testing.assert_allclose(primal.matvec(np.eye(43)), whitened, atol=1e-10)
+    np.testing.assert_allclose(primal.matvec(np.eye(43)[4]), whitened[4], atol=1e-10)
+    small = dual.matvec(np.eye(33))
+    np.testing.assert_allclose(dual.matvec(np.eye(33)[4]), small[4], atol=1e-10)
+    # On outputs one after another, as B' J has its rows.
+    ones = jnp.ones(len(inputs))
+    rows = np.sqrt(SCALE) * dense.factor_rows(network, likelihood, network.params, inputs, ones) / np.sqrt(delta)
+    np.testing.assert_allclose(small, rows @ rows.T, atol=1e-10)
+    assert streamed.operator(network, likelihood, batches).size == 33
+    assert streamed.operator(network, likelihood, 2 * batches[:1] + batches).size == 43
+
+
+class Shuffled:
+    """Batches in another order at each pass."""
+
+    def __init__(self, batches):
+        self.batches, self.passes = batches, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.batches if self.passes % 2 else self.batches[::-1])
+
+
+def test_the_dual_side_notices_another_order(problem):
+    network, likelihood, inputs, targets, matrix = problem
+    batches = [(inputs[:5], targets[:5]), (inputs[5:10], targets[5:10])]
+    primal, dual = (streamed.operator(network, likelihood, Shuffled(batches), side=side) for side in ("primal", "dual"))
+    expected = dense.ggn(network, likelihood, network.params, inputs[:10])
+    np.testing.assert_allclose(primal.matvec(np.eye(len(matrix))), expected, atol=1e-10)  # a sum over all of them
+    with pytest.raises(ValueError, match="batch 0 is another one than in the first pass; switch shuffling"):
+        dual.matvec(np.ones(dual.size))
+
+
+def test_bad_streams(problem):
+    network, likelihood, inputs, targets, _ = problem
+    with pytest.raises(ValueError, match="'auto', 'primal' or 'dual'; got 'both'"):
+        streamed.operator(network, likelihood, (inputs, targets), side="both")
+    with pytest.raises(ValueError, match="readable several times"):
+        streamed.operator(network, likelihood, ((inputs, targets) for _ in range(2)))
+    with pytest.raises(ValueError, match="targets|labels"):
+        streamed.operator(network, likelihood, (inputs, targets[:, None]))
+
+
+def test_microbatches_are_even_and_complete():
+    inputs = jnp.arange(11.0)
+    batches = microbatch.split(inputs, 4, jnp.float32)
+    assert batches.inputs.shape == (3, 4)
+    np.testing.assert_array_equal(batches.inputs.reshape(-1)[:11], inputs)
+    np.testing.assert_array_equal(batches.weights.reshape(-1), [1.0] * 11 + [0.0])
+    assert microbatch.split(jnp.arange(9.0), 8, jnp.float32).inputs.shape == (2, 5)
+
+
+@pytest.mark.parametrize(("count", "size", "message"), [(0, 4, "at least one example"), (3, 0, "at least 1; got 0")])
+def test_bad_microbatches(count, size, message):
+    with pytest.raises(ValueError, match=message):
+        microbatch.split(jnp.zeros(count), size, jnp.float32)
+
+
+def test_products_keep_single_precision():
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3), jnp.float32))
+    linearised = linearise(network, network.params, jnp.ones((4, 2), jnp.float32))
+    operator = ggn.ggn_operator(linearised, bnnlaplace.categorical())
+    assert operator.matvec(ravel(network.params)).dtype == jnp.float32

@@ -1,0 +1,170 @@
+"""Data in batches, read again and again or once, and inputs that are pytrees: the same as arrays; and bad ones."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import random_problem, two_layers
+
+import bnnlaplace
+from bnnlaplace.model.data import as_data
+
+STRUCTURES = ["full", "diag", "kron", "lanczos"]
+OPTIONS = {"key": jax.random.key(0), "num_probes": 8, "max_vectors": 32, "tolerance": 0.05, "microbatch": 3}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    with jax.enable_x64(True):
+        yield random_problem(bnnlaplace.categorical(), np.random.default_rng(1).integers(0, 3, size=11))
+
+
+@pytest.fixture(scope="module")
+def whole(problem):
+    """Each structure fitted to arrays."""
+    return {
+        structure: bnnlaplace.Laplace(problem.network, hessian_structure=structure).fit(
+            (problem.inputs, problem.targets), **OPTIONS
+        )
+        for structure in STRUCTURES
+    }
+
+
+class Loader:
+    """Batches of four from a source that is read anew by every pass, as those of a file are."""
+
+    def __init__(self, problem, sizes=(4, 4, 3)):
+        self.problem, self.sizes, self.passes = problem, sizes, 0
+
+    def __iter__(self):
+        self.passes += 1
+        ends = np.cumsum(self.sizes)
+        for start, end in zip(ends - self.sizes, ends, strict=True):
+            yield self.problem.inputs[start:end], self.problem.targets[start:end]
+
+
+def assert_same(found, expected, problem):
+    np.testing.assert_allclose(found.log_marginal_likelihood().mean, expected.log_marginal_likelihood().mean, rtol=1e-9)
+    np.testing.assert_allclose(found.mode_gradient(), expected.mode_gradient(), atol=1e-9)
+    np.testing.assert_allclose(
+        found.functional_variance(problem.inputs), expected.functional_variance(problem.inputs), rtol=1e-6, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_batches_are_the_same_data(problem, whole, structure):
+    loader = Loader(problem)
+    la = bnnlaplace.Laplace(problem.network, hessian_structure=structure).fit(loader, **OPTIONS)
+    assert_same(la, whole[structure], problem)
+    # One pass where sums are enough, one for each block of products otherwise; and a look at the first batch.
+    assert loader.passes == 2 if structure != "lanczos" else loader.passes > 4
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+def test_a_generator_can_be_read_once(problem, whole, structure):
+    la = bnnlaplace.Laplace(problem.network, hessian_structure=structure).fit(iter(Loader(problem)), **OPTIONS)
+    assert_same(la, whole[structure], problem)
+
+
+def test_a_generator_suits_the_last_layer_whose_features_are_kept(problem):
+    options = {"subset_of_weights": lambda path: path in ("w2", "b2"), "hessian_structure": "lanczos"}
+    found = bnnlaplace.Laplace(problem.network, **options).fit(iter(Loader(problem)), **OPTIONS)
+    loader = Loader(problem)
+    expected = bnnlaplace.Laplace(problem.network, **options).fit(loader, **OPTIONS)
+    assert loader.passes == 2
+    assert_same(found, expected, problem)
+    arrays = bnnlaplace.Laplace(problem.network, **options).fit((problem.inputs, problem.targets), **OPTIONS)
+    assert_same(found, arrays, problem)
+
+
+def test_a_part_of_the_data_is_scaled_to_all(problem, whole):
+    la = bnnlaplace.Laplace(problem.network, hessian_structure="kron").fit(Loader(problem), num_data=22, **OPTIONS)
+    expected = whole["kron"].structure.scaled(2.0)
+    np.testing.assert_allclose(la.structure.log_determinant(1.0), expected.log_determinant(1.0), rtol=1e-9)
+    np.testing.assert_allclose(la.fitted.log_likelihood, 2 * whole["kron"].fitted.log_likelihood, rtol=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("subset", ["all", "last_layer"])
+def test_inputs_that_are_pytrees(problem, structure, subset):
+    """A mask beside the features, which plain inputs of another network hold, too."""
+    mask = np.random.default_rng(0).integers(0, 2, size=(11, 4)).astype(float)
+    tree = {"x": problem.inputs, "mask": mask}
+    of_tree = problem.network
+    of_tree = bnnlaplace.Network.from_function(
+        lambda p, inputs: two_layers(p, inputs["x"] * inputs["mask"]), of_tree.params
+    )
+    options = {"hessian_structure": structure, "subset_of_weights": subset}
+    found = bnnlaplace.Laplace(of_tree, **options).fit((tree, problem.targets), **OPTIONS)
+    plain = problem.inputs * mask
+    expected = bnnlaplace.Laplace(problem.network, **options).fit((plain, problem.targets), **OPTIONS)
+    for pred in ({"link_approx": "probit"}, {"link_approx": "mc", "key": jax.random.key(1), "num_samples": 4}):
+        np.testing.assert_allclose(found.predictive(tree, **pred), expected.predictive(plain, **pred), rtol=1e-6)
+    np.testing.assert_allclose(found.log_marginal_likelihood().mean, expected.log_marginal_likelihood().mean, rtol=1e-8)
+    with pytest.raises(ValueError, match="inputs to predict at must be finite"):
+        found.predictive({"x": problem.inputs * np.nan, "mask": mask})
+
+
+def fit(problem, data, structure="diag", **options):
+    return bnnlaplace.Laplace(problem.network, hessian_structure=structure).fit(data, **OPTIONS | options)
+
+
+def test_bad_batches(problem):
+    x, y = problem.inputs, problem.targets
+    with pytest.raises(
+        ValueError, match=r"one structure.*float64\[B,4\], int64\[B\] and then float64\[B,3\], int64\[B\]"
+    ):
+        fit(problem, [(x, y), (x[:, :3], y)])
+    with pytest.raises(ValueError, match=r"float64\[B,4\], int64\[B\] and then float32\[B,4\]"):
+        fit(problem, [(x, y), (x.astype(np.float32), y)])
+    for structure, options in (("lanczos", {}), ("diag", {"mean": "linear"})):
+        with pytest.raises(ValueError, match="must be readable several times.*an iterator that can be read once"):
+            fit(problem, iter(Loader(problem)), structure, **options)
+    with pytest.raises(ValueError, match="at least one batch; got none; an iterator may be used up"):
+        fit(problem, iter(()))
+    with pytest.raises(ValueError, match="as many targets as inputs, and at least one; got 0 and 0"):
+        fit(problem, (x[:0], y[:0]))
+    with pytest.raises(ValueError, match="as many targets as inputs, and at least one; got 3 or 11 and 11"):
+        fit(problem, ({"a": x, "b": x[:3]}, y))
+    with pytest.raises(ValueError, match="must be two arrays.*got int for a batch"):
+        fit(problem, 3)
+    with pytest.raises(ValueError, match="labels must lie in 0..2"):
+        fit(problem, [(x, y), (x, y + 1)])
+    with pytest.raises(ValueError, match="labels must be integers of shape"):
+        fit(problem, (x, y.astype(float)))
+    with pytest.raises(ValueError, match="not finite at these weights and data"):
+        fit(problem, [(x, y), (x * np.nan, y)])
+
+
+def test_passes_that_differ_are_found(problem):
+    class Shrinking(Loader):
+        def __iter__(self):
+            batches = list(super().__iter__())
+            yield from batches[: 3 if self.passes < 3 else 2]
+
+    with pytest.raises(ValueError, match="the same batches in every pass; the first gave 11 examples, a later one 8"):
+        fit(problem, Shrinking(problem), "lanczos")
+
+
+def test_batches_of_one_shape(problem):
+    shapes = [(batch.inputs.shape, float(batch.weights.sum())) for batch in as_data(Loader(problem))]
+    assert shapes == [((4, 4), 4), ((4, 4), 4), ((4, 4), 3)]
+    assert [batch.inputs.shape[0] for batch in as_data(Loader(problem, (2, 5, 4)))] == [2, 5, 4]
+
+
+def test_batches_share_one_compilation(problem):
+    from bnnlaplace.fitting import fit as structure_fit
+
+    fit(problem, Loader(problem))
+    before = structure_fit.batch_curvature._cache_size()
+    fit(problem, Loader(problem))
+    fit(problem, Loader(problem, (4, 4, 2, 1)))
+    assert structure_fit.batch_curvature._cache_size() == before
+
+
+def test_a_soft_target_is_a_float_array(problem):
+    soft = np.eye(3)[problem.targets]
+    found, expected = fit(problem, (problem.inputs, soft)), fit(problem, (problem.inputs, problem.targets))
+    np.testing.assert_allclose(found.fitted.log_likelihood, expected.fitted.log_likelihood)
+    assert float(found.fitted.num_outputs) == 33
+    assert jnp.isfinite(found.log_marginal_likelihood().mean)

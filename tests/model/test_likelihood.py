@@ -1,0 +1,158 @@
+"""Likelihoods against autodiff of their own log-probabilities and against scipy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+import bnnlaplace
+from bnnlaplace.model.likelihood import check_targets, resolve
+
+CASES = {
+    "categorical": (bnnlaplace.categorical, np.array([2, 0])),
+    "categorical, soft": (bnnlaplace.categorical, np.array([[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]])),
+    "gaussian": (lambda: bnnlaplace.gaussian(0.7), np.array([[0.1, -1.0, 2.0], [0.5, 0.2, 0.0]])),
+    "gaussian, by output": (lambda: bnnlaplace.gaussian(np.array([0.7, 1.0, 2.5])), np.zeros((2, 3))),
+    "bernoulli": (bnnlaplace.bernoulli, np.array([[1, 0, 1], [0, 0, 1]])),
+}
+OUTPUTS = np.array([[0.5, -1.2, 2.0], [3.0, 0.1, -0.4]])
+VECTORS = np.array([[1.0, -0.3, 0.2], [0.4, 0.9, -2.0]])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_curvature_is_the_hessian(x64, name):
+    make, targets = CASES[name]
+    likelihood = make()
+    for f, v, y in zip(OUTPUTS, VECTORS, jnp.asarray(targets), strict=True):
+        hessian = jax.hessian(lambda f, y=y: -likelihood.log_prob(f, y))(f)
+        np.testing.assert_allclose(likelihood.hessian_mv(f, v), hessian @ v, atol=1e-12)
+        factor = jax.vmap(likelihood.factor_mv, in_axes=(None, 0), out_axes=1)(f, jnp.eye(3))
+        np.testing.assert_allclose(factor @ factor.T, hessian, atol=1e-12)
+        np.testing.assert_allclose(likelihood.factor_transpose_mv(f, v), factor.T @ v, atol=1e-12)
+
+
+def test_log_probabilities(x64):
+    probs = np.exp(OUTPUTS) / np.exp(OUTPUTS).sum(axis=1, keepdims=True)
+    labels = np.array([2, 0])
+    np.testing.assert_allclose(bnnlaplace.categorical().log_prob(OUTPUTS, labels), np.log(probs[[0, 1], labels]))
+    targets = CASES["gaussian"][1]
+    expected = stats.norm.logpdf(targets, OUTPUTS, 0.7).sum(axis=1)
+    np.testing.assert_allclose(bnnlaplace.gaussian(0.7).log_prob(OUTPUTS, targets), expected)
+    sigma = np.array([0.7, 1.0, 2.5])
+    expected = stats.norm.logpdf(targets, OUTPUTS, sigma).sum(axis=1)
+    np.testing.assert_allclose(bnnlaplace.gaussian(sigma).log_prob(OUTPUTS, targets), expected)
+    targets = CASES["bernoulli"][1]
+    expected = stats.bernoulli.logpmf(targets, 1 / (1 + np.exp(-OUTPUTS))).sum(axis=1)
+    np.testing.assert_allclose(bnnlaplace.bernoulli().log_prob(OUTPUTS, targets), expected)
+
+
+def test_products_stay_finite_at_certainty():
+    certain = jnp.array([200.0, 0.0, -200.0])
+    for likelihood in (bnnlaplace.categorical(), bnnlaplace.bernoulli()):
+        gradient = jax.grad(lambda f, of=likelihood: jnp.sum(of.factor_mv(f, jnp.ones(3))))(certain)
+        assert np.isfinite(gradient).all()
+
+
+def test_noise_is_differentiable(x64):
+    gradient = jax.grad(lambda sigma: bnnlaplace.gaussian(sigma).log_prob(jnp.zeros(2), jnp.ones(2)))(0.5)
+    np.testing.assert_allclose(gradient, 2 * (1 / 0.5**3 - 1 / 0.5))
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (np.array([0, 3, 1]), "labels must lie in 0..2.*from 0 to 3"),
+        (np.array([0, -1, 1]), "from -1 to 1"),
+        (np.array([0.0, 1.0, 1.0]), "labels must be integers"),
+        (np.eye(3, dtype=int), r"labels must be integers of shape \(3,\), or probabilities of shape \(3, 3\); got int"),
+        (np.full((3, 3), 0.3), "soft targets must be probabilities.*sums from 0.9"),
+        (np.array([[1.5, -0.5, 0.0]] * 3), "soft targets must be probabilities.*got -0.5 and more"),
+        (np.full((3, 3), np.nan), "soft targets must be probabilities"),
+    ],
+)
+def test_bad_labels(targets, message):
+    with pytest.raises(ValueError, match=message):
+        check_targets(bnnlaplace.categorical(), (3, 3), targets, "fit(data=(x, y))")
+
+
+def test_bad_regression_targets():
+    with pytest.raises(ValueError, match=r"shape \(3, 2\) of the outputs; got \(3,\)"):
+        check_targets(bnnlaplace.gaussian(), (3, 2), np.zeros(3), "fit(data=(x, y))")
+
+
+def test_soft_targets_of_one_class_are_its_label():
+    check_targets(bnnlaplace.categorical(), (2, 3), np.eye(3)[[2, 0]], "fit(data=(x, y))")
+    found = bnnlaplace.categorical().log_prob(OUTPUTS, jnp.eye(3)[jnp.array([2, 0])])
+    np.testing.assert_allclose(found, bnnlaplace.categorical().log_prob(OUTPUTS, np.array([2, 0])), rtol=1e-6)
+
+
+def test_three_functions_make_a_likelihood(x64):
+    """The other two are the same as those that are written out; parameters are differentiated through them, too."""
+    for whole in (bnnlaplace.categorical(), bnnlaplace.gaussian(jnp.array([0.5, 1.0, 2.0])), bnnlaplace.bernoulli()):
+        short = bnnlaplace.Likelihood("own", whole.target_kind, whole.log_prob, whole.factor_mv, whole.mean)
+        v = jnp.asarray(np.random.default_rng(2).normal(size=OUTPUTS.shape))
+        for found, expected in (
+            (short.hessian_mv, whole.hessian_mv),
+            (short.factor_transpose_mv, whole.factor_transpose_mv),
+        ):
+            np.testing.assert_allclose(jax.jit(found)(OUTPUTS, v), expected(OUTPUTS, v), rtol=1e-10, atol=1e-12)
+        again = jax.tree.map(lambda leaf: 2 * leaf, short)
+        twice = jax.tree.map(lambda leaf: 2 * leaf, whole)
+        np.testing.assert_allclose(again.hessian_mv(OUTPUTS, v), twice.hessian_mv(OUTPUTS, v), rtol=1e-10, atol=1e-12)
+
+
+def test_noise_by_output_must_have_as_many_numbers():
+    check_targets(bnnlaplace.gaussian(np.ones(2)), (3, 2), np.zeros((3, 2)), "fit(data=(x, y))")
+    with pytest.raises(ValueError, match="sigma_noise=.* one for each of the 2 outputs; got 3"):
+        check_targets(bnnlaplace.gaussian(np.ones(3)), (3, 2), np.zeros((3, 2)), "fit(data=(x, y))")
+
+
+@pytest.mark.parametrize("targets", [[[-1, 1]], [[2, 0]], [[0.5, 1.1]], [[np.nan, 0.0]]])
+def test_bad_binary_targets(targets):
+    with pytest.raises(ValueError, match="binary targets must be 0 or 1, or probabilities between"):
+        check_targets(bnnlaplace.bernoulli(), (1, 2), np.array(targets), "fit(data=(x, y))")
+
+
+@pytest.mark.parametrize("targets", [[[0, 1]], [[False, True]], [[0.0, 1.0]], [[0.25, 0.75]]])
+def test_binary_targets(targets, x64):
+    likelihood, f = bnnlaplace.bernoulli(), jnp.array([[0.3, -2.0]])
+    check_targets(likelihood, (1, 2), np.array(targets), "fit(data=(x, y))")
+    p, y = jax.nn.sigmoid(f), np.array(targets, float)
+    expected = np.sum(y * np.log(p) + (1 - y) * np.log(1 - p), axis=-1)
+    np.testing.assert_allclose(likelihood.log_prob(f, jnp.asarray(targets)), expected)
+
+
+def test_sigma_noise_is_that_of_the_likelihood():
+    np.testing.assert_allclose(bnnlaplace.gaussian(0.3).sigma_noise, 0.3)
+    np.testing.assert_allclose(resolve("regression", 0.3).sigma_noise, 0.3)
+    assert bnnlaplace.categorical().sigma_noise is None and bnnlaplace.bernoulli().sigma_noise is None
+
+
+BAD_NOISE = [-1, 0.0, np.nan, jnp.float32(-1.0), np.float32(-1), jnp.inf, np.array([1, 0]), np.ones((1, 1)), "1", None]
+
+
+@pytest.mark.parametrize("sigma", BAD_NOISE)
+def test_sigma_noise_is_positive(sigma):
+    with pytest.raises(ValueError, match=r"Laplace\(sigma_noise=...\) must be one positive, finite number, or one for"):
+        resolve("regression", sigma)
+
+
+@pytest.mark.parametrize("likelihood", ["classification", "binary", bnnlaplace.gaussian(0.5)])
+def test_sigma_noise_is_for_regression_by_name(likelihood):
+    resolve(likelihood, 1.0)
+    with pytest.raises(ValueError, match=r"sigma_noise=...\) must be left out unless likelihood='regression'; got 2.0"):
+        resolve(likelihood, 2.0)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match=r"\['binary', 'classification', 'regression'\].*got 'poisson'"):
+        resolve("poisson")
+
+
+def test_noise_that_is_an_integer_is_a_real_number():
+    assert bnnlaplace.gaussian(2).sigma_noise.dtype == jnp.float32
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
+    x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
+    la = bnnlaplace.Laplace(network, "regression", sigma_noise=1, hessian_structure="full").fit((x, 3 * x[:, :1]))
+    np.testing.assert_allclose(la.with_sigma_noise(1.7).sigma_noise, 1.7)

@@ -1,0 +1,169 @@
+"""A posterior over some of the weights: the same as that of a network that has no others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnnlaplace
+from bnnlaplace.checkpoint.pytree import CheckpointError
+from bnnlaplace.core.tree import ravel
+from bnnlaplace.curvature import dense
+from bnnlaplace.model.data import as_data
+from bnnlaplace.model.subset import last_layer
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(40, 4))
+Y = RNG.integers(0, 3, size=40)
+STRUCTURES = ["full", "diag", "lanczos"]
+SUBSETS = {"last layer": "last_layer", "predicate": lambda path: path.startswith("head")}
+
+
+def outputs(params, x):
+    hidden = jnp.tanh(x @ params["trunk"]["w"] + params["trunk"]["b"])
+    return hidden @ params["head"]["w"] + params["head"]["b"]
+
+
+@pytest.fixture
+def network(x64):
+    shapes = {"trunk": {"w": (4, 6), "b": (6,)}, "head": {"w": (6, 3), "b": (3,)}}
+    is_shape = lambda node: isinstance(node, tuple)  # noqa: E731
+    params = jax.tree.map(lambda s: np.random.default_rng(len(s)).normal(size=s), shapes, is_leaf=is_shape)
+    return bnnlaplace.Network.from_function(outputs, params)
+
+
+def fit(network, structure, subset):
+    la = bnnlaplace.Laplace(network, hessian_structure=structure, subset_of_weights=subset, prior_precision=0.7)
+    return la.fit((X, Y), key=jax.random.key(0), num_probes=8, tolerance=1e-6, microbatch=16)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("subset", SUBSETS)
+def test_last_layer_is_a_network_of_its_features(network, structure, subset):
+    la = fit(network, structure, SUBSETS[subset])
+    features = jnp.tanh(X @ network.params["trunk"]["w"] + network.params["trunk"]["b"])
+    alone = bnnlaplace.Network.from_function(lambda p, phi: phi @ p["w"] + p["b"], network.params["head"])
+    reference = bnnlaplace.Laplace(alone, hessian_structure=structure, prior_precision=0.7)
+    reference = reference.fit((features, Y), key=jax.random.key(0), num_probes=8, tolerance=1e-6, microbatch=16)
+    assert la.network.params == {"head": la.network.params["head"], "trunk": {"w": None, "b": None}}
+    for found, expected in (
+        (la.log_marginal_likelihood().mean, reference.log_marginal_likelihood().mean),
+        (la.mode_gradient(), reference.mode_gradient()),
+        (la.functional_variance(X[:3]), reference.functional_variance(features[:3])),
+        (la.predictive(X[:3]), reference.predictive(features[:3])),
+        (ravel(la.sample(jax.random.key(1), 2)), ravel(reference.sample(jax.random.key(1), 2))),
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_weights_in_the_middle_against_the_dense_posterior(network):
+    la = fit(network, "full", lambda path: path == "trunk/w")
+    rows = slice(6, 30)  # of trunk/b, trunk/w among all weights, head before them
+    rows = slice(rows.start + 21, rows.stop + 21)
+    curvature = dense.ggn(network, la.likelihood, network.params, X)[rows, rows]
+    expected = np.linalg.slogdet(np.eye(24) + np.asarray(curvature) / 0.7)[1]
+    np.testing.assert_allclose(la.structure.log_determinant(0.7), expected, rtol=1e-10)
+    sample = jax.tree.map(lambda leaf: leaf[0], la.sample(jax.random.key(0), 2))
+    whole = la.network.full_params(sample)
+    np.testing.assert_array_equal(whole["head"]["w"], network.params["head"]["w"])
+    np.testing.assert_array_equal(network(whole, X), la.network(sample, X))
+
+
+def test_features_are_computed_once(network):
+    passes = []
+
+    def counted(params, x):
+        jax.debug.callback(lambda row: passes.append(row), x[0, 0])
+        return outputs(params, x)
+
+    counting = bnnlaplace.Network.from_function(counted, network.params)
+
+    def passes_of(subset, max_vectors):
+        passes.clear()
+        la = bnnlaplace.Laplace(counting, subset_of_weights=subset)
+        with pytest.warns(UserWarning, match="not converged"):
+            la.fit((X, Y), key=jax.random.key(0), num_probes=2, max_vectors=max_vectors, tolerance=1e-9)
+        jax.effects_barrier()
+        return len(passes)
+
+    passes_of("last_layer", 4)  # the first fit also calls the network to check it
+    assert passes_of("last_layer", 4) == passes_of("last_layer", 8)
+    assert passes_of("all", 4) < passes_of("all", 8)
+    la = fit(counting, "diag", "last_layer")
+    passes.clear()
+    la.predictive(X, microbatch=10)
+    jax.effects_barrier()
+    assert len(passes) == 4  # for mean and variance together
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_saved_and_loaded_for_the_whole_network(network, structure, tmp_path):
+    la = fit(network, structure, "last_layer")
+    la.save(tmp_path / "posterior")
+    elsewhere = network.with_params(jax.tree.map(jnp.zeros_like, network.params))
+    again = bnnlaplace.Laplace.load(tmp_path / "posterior", elsewhere)
+    np.testing.assert_array_equal(again.predictive(X), la.predictive(X))
+    other = bnnlaplace.Network.from_function(outputs, {"head": network.params["head"]})
+    with pytest.raises(CheckpointError, match="trunk"):
+        bnnlaplace.Laplace.load(tmp_path / "posterior", other)
+
+
+def test_what_is_refused(network):
+    with pytest.raises(ValueError, match="subset_of_weights=.* must be 'all', 'last_layer' or a function.*got 'first'"):
+        bnnlaplace.Laplace(network, subset_of_weights="first")
+    with pytest.raises(ValueError, match=r"must match at least one of the paths \['head/b', .*; it matches none"):
+        fit(network, "diag", lambda path: "kernel" in path)
+
+
+def test_last_layer_behind_rematerialisation():
+    shapes = {"a": (4, 6), "b": (6, 3)}
+    params = {name: np.random.default_rng(0).normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    remat = jax.checkpoint(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"])
+    plain = bnnlaplace.Network.from_function(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], params)
+    network = bnnlaplace.Network.from_function(lambda p, x: remat(p, x), params)
+    assert last_layer(network, X) == {"b"}
+    la, reference = (
+        bnnlaplace.Laplace(n, hessian_structure="diag", subset_of_weights="last_layer").fit((X.astype(np.float32), Y))
+        for n in (network, plain)
+    )
+    np.testing.assert_allclose(la.predictive(X[:3]), reference.predictive(X[:3]), rtol=1e-5)
+
+
+def test_last_layer_of_a_loop_is_not_guessed():
+    def scanned(params, x):
+        step = lambda h, w: (jnp.tanh(h @ w["first"] @ w["second"]), None)  # noqa: E731
+        return jax.lax.scan(step, x, params)[0]
+
+    network = bnnlaplace.Network.from_function(scanned, {"first": jnp.ones((2, 4, 4)), "second": jnp.ones((2, 4, 4))})
+    with pytest.raises(ValueError, match="'last_layer' cannot tell .* pass a predicate"):
+        last_layer(network, X)
+
+
+@pytest.mark.parametrize("most_bytes", [0, 10**6])
+def test_features_of_a_stream_are_kept_where_they_are_small(most_bytes):
+    calls = []
+
+    def double(x):
+        calls.append(len(x))
+        return 2 * x
+
+    pairs = [(X[:16], Y[:16]), (X[16:32], Y[16:32]), (X[32:], Y[32:])]
+    mapped = as_data(pairs).mapped(double, most_bytes)
+    for _ in range(2):
+        found = list(mapped)
+        assert [int(batch.weights.sum()) for batch in found] == [16, 16, 8]
+        np.testing.assert_allclose(found[1].inputs, 2 * X[16:32], rtol=1e-6)
+    assert len(calls) == 1 + (3 if most_bytes else 6)  # one for the shapes
+    assert mapped.num_examples == 40
+
+
+def test_a_precision_of_all_weights_serves_some(network):
+    """As a prior mean does: the leaves of those with a posterior are taken."""
+    precision = {"trunk": {"w": 1.0, "b": 2.0}, "head": {"w": 3.0, "b": np.array([4.0, 5.0, 6.0])}}
+    found, expected = (
+        bnnlaplace.Laplace(network, hessian_structure="diag", subset_of_weights="last_layer", prior_precision=each).fit(
+            (X, Y)
+        )
+        for each in (precision, np.concatenate([[4.0, 5.0, 6.0], np.full(18, 3.0)]))
+    )
+    np.testing.assert_allclose(found.log_marginal_likelihood().mean, expected.log_marginal_likelihood().mean)

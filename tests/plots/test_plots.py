@@ -1,0 +1,249 @@
+"""Figures: what they draw is what they were given, and every word of them can be read."""
+
+import itertools
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.collections import LineCollection
+
+from bnnlaplace import plots
+from bnnlaplace.calibration.metrics import expected_calibration_error, reliability_bins
+from bnnlaplace.plots import PrecisionCurve
+
+GRID = np.logspace(-2, 4, 13)
+
+
+def precision_curve(best, peak, nll_best, sem=20.0):
+    """Evidence over four decades, as in practice: a peak, and a prior term that grows without bound."""
+    evidence = peak * (1 + 0.3 * np.log(GRID / best) ** 2 + 0.05 * GRID)
+    nll = 0.05 + 2.2 / (1 + GRID / (nll_best / 100)) + 0.01 * np.log1p(GRID / nll_best)
+    return PrecisionCurve(
+        precision=GRID,
+        log_evidence=evidence,
+        log_evidence_sem=np.full(len(GRID), sem),
+        log_evidence_truncation=10 / GRID,
+        validation_nll=nll,
+        validation_ece=nll / 3,
+        converged=np.ones(len(GRID), bool),
+        evidence_optimum=best,
+        evidence_optimum_low=best / 1.2,
+        evidence_optimum_high=best * 1.2,
+        evidence_at_bound=False,
+        nll_optimum=nll_best,
+        nll_at_bound=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def curves():
+    return {"Lanczos": precision_curve(0.8, -700.0, 100.0), "diagonal": precision_curve(4.5, -2700.0, 1000.0, sem=0.0)}
+
+
+@pytest.fixture(scope="module")
+def bins():
+    rng = np.random.default_rng(0)
+    probs = rng.dirichlet(np.full(4, 0.3), size=80)
+    return probs, rng.integers(0, 4, 80), reliability_bins(probs, rng.integers(0, 4, 80))
+
+
+HISTORY = [
+    {
+        "epoch": epoch,
+        "phase": "train" if epoch < 6 else "polish",
+        "loss": 2.0 * 0.6**epoch,
+        "validation_nll": 2.1 * 0.7**epoch,
+        "accuracy": 1 - 0.8 * 0.5**epoch,
+        "prior_precision": 1.0 if epoch < 4 else 0.5,
+        "gradient_norm": None if epoch < 6 else 10.0 ** (5 - epoch),
+    }
+    for epoch in range(9)
+]
+
+
+def texts(figure):
+    """All visible texts that lie in view, with their boxes in pixels."""
+    figure.canvas.draw()
+    found = list(figure.texts)
+    for legend in figure.legends + [panel.get_legend() for panel in figure.axes if panel.get_legend()]:
+        found += legend.get_texts()
+    for panel in figure.axes:
+        found += [panel.title, panel.xaxis.label, panel.yaxis.label, *panel.texts]
+        for axis in (panel.xaxis, panel.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks():
+                if low <= tick.get_loc() <= high and tick.label1.get_visible():
+                    found.append(tick.label1)
+    return [(text.get_text(), text.get_window_extent()) for text in found if text.get_text().strip()]
+
+
+def assert_readable(figure):
+    width, height = figure.canvas.get_width_height()
+    boxes = texts(figure)
+    for text, box in boxes:
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height, f"{text!r} leaves the figure"
+    for (text, box), (other, box_other) in itertools.combinations(boxes, 2):
+        # Neighbouring tick labels at a corner may touch by a pixel of their padding.
+        shrunk = box.padded(-1)
+        assert not (shrunk.overlaps(box_other.padded(-1))), f"{text!r} overlaps {other!r}"
+
+
+def test_evidence_curve_draws_its_curves_and_optima(curves):
+    figure = plots.evidence_curve(curves)
+    evidence, nll, ece = figure.axes
+    for curve in curves.values():
+        for panel, values in ((evidence, curve.log_evidence), (nll, curve.validation_nll), (ece, curve.validation_ece)):
+            assert any(np.array_equal(line.get_ydata(), values) for line in panel.lines)
+            for optimum in (curve.evidence_optimum, curve.nll_optimum):  # vertical lines through all panels
+                assert any(list(line.get_xdata()) == [optimum] * 2 for line in panel.lines)
+        marks = [line for line in nll.lines if list(line.get_xdata()) == [curve.nll_optimum]]
+        assert len(marks) == 1
+        on_the_line = np.interp(np.log(curve.nll_optimum), np.log(GRID), curve.validation_nll)
+        assert marks[0].get_ydata()[0] == pytest.approx(on_the_line)
+    words = [text for text, _ in texts(figure)]
+    assert "best evidence: 0.8 (0.67 to 0.96)" in words and "best validation NLL: 1,000" in words
+    assert_readable(figure)
+
+
+def test_evidence_axis_keeps_the_peaks_in_view(curves):
+    """The evidence at the end of the grid is a thousand times the optimum; both peaks take a fair part of the axis."""
+    panel = plots.evidence_curve(curves).axes[0]
+    assert min(curve.log_evidence.min() for curve in curves.values()) < -1e6
+    assert -1e5 < panel.get_ylim()[0] < -2e4  # down to twenty times the worse peak, and no further
+    height = panel.transAxes.inverted().transform(panel.transData.transform([(1, -700), (1, -2700)]))[:, 1]
+    assert 0.6 < height[1] < height[0] < 1
+    assert height[0] - height[1] > 0.15
+
+
+@pytest.mark.parametrize("shift", [1000.0, 5000.0, -1e7])
+def test_evidence_axis_is_linear_where_a_logarithm_serves_nothing(curves, shift):
+    shifted = {name: c._replace(log_evidence=np.maximum(c.log_evidence, -5e5) + shift) for name, c in curves.items()}
+    figure = plots.evidence_curve(shifted)
+    panel = figure.axes[0]
+    assert panel.get_yscale() == "linear"
+    if shift > 0:  # the peaks, 2,000 nats apart, are told apart although the curves fall by half a million
+        low, high = panel.get_ylim()
+        assert 0.1 < 2000 / (high - low) < 0.9
+    assert_readable(figure)
+
+
+def test_values_that_are_not_finite_leave_gaps(curves):
+    nll, evidence = curves["diagonal"].validation_nll.copy(), curves["diagonal"].log_evidence.copy()
+    nll[:2], evidence[0] = np.inf, np.nan
+    ece = np.zeros(len(GRID))
+    figure = plots.evidence_curve(
+        {"diagonal": curves["diagonal"]._replace(validation_nll=nll, log_evidence=evidence, validation_ece=ece)}
+    )
+    drawn = next(line for line in figure.axes[1].lines if len(line.get_xdata()) == len(GRID)).get_ydata()
+    assert np.isnan(drawn[:2]).all() and np.isfinite(drawn[2:]).all()
+    assert_readable(figure)
+
+
+@pytest.mark.parametrize("faint", [[0, 1, 2], [0, 12], [5]])
+def test_curves_are_faint_where_the_samples_have_not_converged(curves, faint):
+    """Of the values drawn in full none is unconverged; the faint line reaches the next converged points, no further."""
+    converged = ~np.isin(np.arange(len(GRID)), faint)
+    marked = curves["Lanczos"]._replace(converged=converged)
+    figure = plots.evidence_curve({"diagonal": curves["diagonal"], "Lanczos": marked})
+    reached = sorted({index + step for index in faint for step in (-1, 0, 1)} & set(range(len(GRID))))
+    for panel, values in zip(figure.axes[1:], (marked.validation_nll, marked.validation_ece), strict=True):
+        diagonal, thin, full = [line for line in panel.lines if len(line.get_xdata()) == len(GRID)]
+        assert np.isfinite(diagonal.get_ydata()).all()
+        assert np.flatnonzero(np.isfinite(thin.get_ydata())).tolist() == reached
+        np.testing.assert_array_equal(full.get_ydata(), np.where(converged, values, np.nan))
+        assert thin.get_linewidth() < full.get_linewidth() and thin.get_alpha() < 1
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == len(GRID)]
+    assert all(np.isfinite(line.get_ydata()).all() for line in lines)  # the evidence has a band of its own for it
+    words = [text for text, _ in texts(figure)]
+    assert words.count("samples not converged") == 1
+    assert_readable(figure)
+    assert "samples not converged" not in [text for text, _ in texts(plots.evidence_curve(curves))]
+
+
+def test_an_optimum_at_the_end_of_its_search_is_called_that(curves):
+    ended = curves["Lanczos"]._replace(evidence_at_bound=True, nll_optimum=1e5, nll_at_bound=True)
+    figure = plots.evidence_curve({"diagonal": curves["diagonal"]._replace(nll_optimum=1e5), "Lanczos": ended})
+    words = [text for text, _ in texts(figure)]
+    assert "best evidence: 0.8 (at end)" in words and "best validation NLL: 100,000 (at end)" in words
+    assert "best validation NLL: 100,000" in words  # that of the diagonal
+    both = plots.evidence_curve({"diagonal": ended, "Lanczos": ended})
+    assert_readable(both)
+    legend = both.legends[0].get_window_extent()
+    assert legend.x0 >= 0 and legend.x1 <= both.canvas.get_width_height()[0]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_reliability_diagram(bins, count):
+    probs, labels, _ = bins
+    methods = {f"diagonal (validation NLL, {n})": reliability_bins(probs, (labels + n) % 4) for n in range(count)}
+    figure = plots.reliability_diagram(methods)
+    assert len(figure.axes) == 2 * count
+    for n, (name, found) in enumerate(methods.items()):
+        diagram, histogram = figure.axes[2 * n : 2 * n + 2]
+        assert diagram.get_title() == f"{name}\nECE {expected_calibration_error(probs, (labels + n) % 4):.3f}"
+        assert sum(bar.get_height() for bar in histogram.patches) == pytest.approx(1)
+        reached, over, under = np.split(np.array([bar.get_height() for bar in diagram.patches]), 3)
+        full = found.counts > 0
+        np.testing.assert_allclose(reached + over, np.maximum(found.confidence[full], reached), atol=1e-12)
+        np.testing.assert_allclose(reached + under, found.accuracy[full], atol=1e-12)
+    assert_readable(figure)
+
+
+def test_whiskers_are_wilson_intervals():
+    """At 8 right of 10 the interval is [0.490, 0.943] (Wilson 1927); at 10 of 10 it still has a width."""
+    found = reliability_bins(np.tile([0.7, 0.3], (10, 1)), np.repeat([0, 1], [8, 2]), num_bins=5)
+    diagram = plots.reliability_diagram({"MAP": found}).axes[0]
+    whisker = next(c for c in diagram.collections if isinstance(c, LineCollection)).get_segments()[0]
+    np.testing.assert_allclose(whisker[:, 1], [0.4902, 0.9433], atol=1e-4)
+
+
+def test_training_curve_shows_what_was_recorded():
+    figure = plots.training_curve(HISTORY)
+    assert [panel.get_ylabel() for panel in figure.axes] == [
+        "nats per image", "accuracy", "prior precision", "gradient norm of\nthe log joint",
+    ]  # fmt: skip
+    loss, nll = figure.axes[0].lines
+    assert list(loss.get_ydata()) == [record["loss"] for record in HISTORY]
+    assert list(nll.get_ydata()) == [record["validation_nll"] for record in HISTORY]
+    assert list(figure.axes[3].lines[0].get_xdata()) == [6, 7, 8]
+    shaded = next(patch for patch in figure.axes[0].patches if patch.get_label() == "polishing phase")
+    assert (shaded.get_x(), shaded.get_width()) == (5.5, 3.0)
+    assert_readable(figure)
+
+
+def test_training_curve_leaves_out_what_says_nothing():
+    history = [{"epoch": n, "phase": "train", "loss": 1.0 / (n + 1), "prior_precision": 1.0} for n in range(3)]
+    figure = plots.training_curve(history)
+    assert [panel.get_ylabel() for panel in figure.axes] == ["nats per image"]
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["training loss"]
+
+
+def test_spectrum_sorts_and_leaves_out_what_is_not_positive():
+    ritz_values = np.array([1e-3, -1e-7, 8e3, 0.0, 250.0])
+    figure = plots.spectrum(ritz_values, {"best evidence": 0.8, "best validation NLL": 120.0})
+    values, *lines = figure.axes[0].lines
+    assert list(values.get_ydata()) == [8e3, 250.0, 1e-3] and list(values.get_xdata()) == [1, 2, 3]
+    assert [line.get_ydata()[0] for line in lines] == [0.8, 120.0]
+    assert_readable(figure)
+
+
+def test_nothing_global_is_touched(curves):
+    before = dict(matplotlib.rcParams)
+    plots.evidence_curve(curves)
+    assert dict(matplotlib.rcParams) == before
+    check = "import sys, bnnlaplace.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+
+
+def test_nothing_to_draw_is_refused():
+    for draw, message in [
+        (lambda: plots.evidence_curve({}), "curves must hold at least one structure"),
+        (lambda: plots.reliability_diagram({}), "methods must hold at least one method"),
+        (lambda: plots.training_curve([]), "history must hold at least one epoch"),
+        (lambda: plots.training_curve([{"epoch": 0, "phase": "train"}]), "history must hold loss or accuracy"),
+        (lambda: plots.spectrum(np.zeros(3), {}), "ritz_values must hold a positive value"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            draw()

@@ -1,0 +1,109 @@
+"""E[y] of Gaussian outputs, and the predictions that use it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnnlaplace
+from bnnlaplace.core.tree import ravel
+from bnnlaplace.predictive import link
+
+RNG = np.random.default_rng(0)
+MEAN = RNG.normal(size=(5, 4))
+FACTOR = RNG.normal(size=(5, 4, 4)) / 2
+COVARIANCE = FACTOR @ FACTOR.transpose(0, 2, 1)
+
+
+def test_bridge_is_the_formula_for_each_example(x64):
+    for mean, covariance, found in zip(MEAN, COVARIANCE, link.bridge(MEAN, COVARIANCE), strict=True):
+        projector = np.eye(4) - 1 / 4
+        m, variance = projector @ mean, np.diagonal(projector @ covariance @ projector)
+        alpha = (1 - 2 / 4 + np.exp(m) * np.exp(-m).sum() / 16) / variance
+        np.testing.assert_allclose(found, alpha / alpha.sum(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("shift", [-3.0, 20.0])
+def test_bridge_does_not_see_what_softmax_does_not_see(x64, shift):
+    np.testing.assert_allclose(link.bridge(MEAN + shift, COVARIANCE), link.bridge(MEAN, COVARIANCE), rtol=1e-10)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_probit_is_nearer_to_samples_than_the_bridge(x64, seed):
+    likelihood = bnnlaplace.categorical()
+    noise = np.einsum("bcd,sbd->sbc", FACTOR, np.random.default_rng(seed).normal(size=(4000, 5, 4)))
+    expected = link.monte_carlo(likelihood, MEAN, noise)
+    variance = np.diagonal(COVARIANCE, axis1=1, axis2=2)
+    error = {
+        "probit": jnp.abs(link.probit(likelihood, MEAN, variance) - expected).sum(axis=1).mean() / 2,
+        "bridge": jnp.abs(link.bridge(MEAN, COVARIANCE) - expected).sum(axis=1).mean() / 2,
+    }
+    assert error["probit"] < 0.1 and error["probit"] < error["bridge"] < 0.4
+
+
+def test_bridge_of_two_classes_and_of_certainty():
+    probs = link.bridge(jnp.array([[2.0, -2.0], [300.0, -300.0]]), jnp.tile(jnp.eye(2), (2, 1, 1)))
+    np.testing.assert_allclose(probs[0], jax.nn.softmax(jnp.array([4.0, -4.0]) / 2), rtol=1e-5)
+    np.testing.assert_allclose(probs[1], [1, 0], atol=1e-6)
+    assert np.isfinite(link.bridge(jnp.zeros((1, 3)), jnp.zeros((1, 3, 3)))).all()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_monte_carlo_is_the_mean_over_samples(x64, seed):
+    likelihood = bnnlaplace.bernoulli()
+    noise = np.random.default_rng(seed).normal(size=(4000, 5, 4)) * 0.3
+    # The logistic function is close to linear for small variances: its mean is that of a second-order expansion.
+    p = 1 / (1 + np.exp(-MEAN))
+    curvature = p * (1 - p) * (1 - 2 * p)
+    found = link.monte_carlo(likelihood, MEAN, noise)
+    samples = 1 / (1 + np.exp(-(MEAN + noise)))
+    sem = samples.std(axis=0, ddof=1) / np.sqrt(len(noise))
+    assert (np.abs(found - (p + curvature * 0.3**2 / 2)) <= 4 * sem + 0.3**4 / 8).all()
+
+
+@pytest.fixture
+def classifier(x64):
+    x, y = RNG.normal(size=(30, 2)), RNG.integers(0, 3, size=30)
+    network = bnnlaplace.Network.from_function(lambda w, x: jnp.tanh(x) @ w, RNG.normal(size=(2, 3)))
+    return bnnlaplace.Laplace(network, hessian_structure="full").fit((x, y)), x
+
+
+def test_bridge_is_that_of_the_functional_variance(classifier):
+    la, x = classifier
+    expected = link.bridge(la.network(la.network.params, x), la.functional_variance(x))
+    np.testing.assert_allclose(la.predictive(x, link_approx="bridge"), expected, rtol=1e-12)
+
+
+def test_weight_samples_are_averaged_as_probabilities(classifier):
+    la, x = classifier
+    key = jax.random.key(3)
+    found = la.predictive(x, "nn", key=key, num_samples=7, microbatch=8)
+    expected = np.mean([jax.nn.softmax(la.network(w, x)) for w in la.sample(key, 7)], axis=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_regression_variance_by_samples_and_with_noise(x64, seed):
+    x, y = RNG.normal(size=(30, 2)), RNG.normal(size=(30, 2))
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, RNG.normal(size=(2, 2)))
+    sigma = np.array([0.5, 2.0])
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure="full", sigma_noise=sigma).fit((x, y))
+    mean, variance = la.predictive(x)
+    noisy = la.predictive(x, with_noise=True)
+    np.testing.assert_allclose(noisy[1], variance + sigma**2, rtol=1e-12)
+    # Linear in the weights, so that the network is its own linearisation.
+    count = 2000
+    by_samples = la.predictive(x, "nn", key=jax.random.key(seed), num_samples=count)
+    samples = np.asarray(x @ la.sample(jax.random.key(seed), count))
+    np.testing.assert_allclose(by_samples[0], samples.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(by_samples[1], samples.var(axis=0, ddof=1), rtol=1e-9)
+    assert (np.abs(by_samples[0] - mean) <= 5 * np.sqrt(variance / count)).all()
+    assert (np.abs(by_samples[1] / variance - 1) <= 5 * np.sqrt(2 / count)).all()
+    assert ravel(la.network.params).shape == (4,)
+
+
+def test_bridge_is_for_classes(x64):
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, np.ones((2, 1)))
+    la = bnnlaplace.Laplace(network, "binary", hessian_structure="full").fit((np.eye(2), np.ones((2, 1))))
+    with pytest.raises(ValueError, match="link_approx='bridge'.* asked of 'classification'; got 'binary'"):
+        la.predictive(np.eye(2), link_approx="bridge")

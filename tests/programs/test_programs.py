@@ -1,0 +1,349 @@
+"""The command-line programs from end to end on a small run, resumed, evaluated again, damaged and misused."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnnlaplace import Laplace
+from bnnlaplace.structure import KrylovStructure
+from training import evaluate, fit_van, summarise
+from training.cli import interruption
+from training.data import load as data
+from training.data import reading
+from training.report import evaluation as heldout
+
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = """
+from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
+
+config = Config(
+    data=Data(name="digits", train_examples=90),
+    model=Model(variant="digits"),
+    optimizer=Optimizer(batch_size=30, epochs=2, warmup_epochs=1, polish_epochs=2),
+    prior=Prior(update="online", every_epochs=2, examples=40),
+    curvature=Curvature(num_probes=4, max_vectors=8, microbatch=45),
+    evaluation=Evaluation(grid_size=3, resamples=20),
+)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_directories(tmp_path_factory):
+    """Data and compiled programs of these tests, shared among them."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "xla"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(config_file, tmp_path_factory):
+    """A finished run; tests that change it copy it first."""
+    workdir = tmp_path_factory.mktemp("runs") / "small"
+    assert fit_van.main(["--config", str(config_file), "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def run(program, capsys, *arguments):
+    """Exit status and stderr."""
+    status = program.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.err
+
+
+def test_block_krylov_benchmark_runs(finished):
+    command = [sys.executable, "benchmarks/block_krylov.py", str(finished), "--probes", "1", "4", "--max-vectors", "16"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    one, four = json.loads((ROOT / "benchmarks/results/block_krylov_small.json").read_text())["rows"]
+    assert (one["probes"], one["products"]) == (1, 64 * 16)
+    assert (four["probes"], four["products"]) == (4, 16 * 16)
+    assert "more than" in done.stdout or (one["converged"] and four["converged"])
+
+
+def test_a_run_writes_everything(finished):
+    written = {path.name for path in finished.iterdir()}
+    assert written >= {"config.json", "log.jsonl", "train", "laplace", "metrics.json", "report.html", "figures"}
+    metrics = json.loads((finished / "metrics.json").read_text())
+    labels = [method["label"] for method in metrics["methods"]]
+    assert labels == ["MAP", "MAP + temperature"] + [
+        f"{structure} ({choice}, {link})"
+        for structure in ("diagonal", "Lanczos")
+        for choice in ("evidence", "validation NLL")
+        for link in ("MC", "probit")
+    ]
+    assert set(metrics["seconds"]) == {"data", "training", "posterior", "evaluation"}
+    assert metrics["num_images"] == {"train": 90, "validation": 180, "test": 360}
+    assert metrics["held_out"] is True
+    assert metrics["config"]["data"]["mean"] is not None  # the statistics are part of the record
+    assert len(metrics["history"]) == 4
+    assert metrics["history"][2]["prior_precision"] != 1.0  # updated online after two epochs
+
+
+def test_evaluating_again_gives_the_same_numbers(finished, capsys):
+    status, _ = run(evaluate, capsys, finished)
+    assert status == 0
+    again = json.loads((finished / "evaluation-test-inverted" / "metrics.json").read_text())
+    before = json.loads((finished / "metrics.json").read_text())
+    for ours, theirs in zip(again["methods"], before["methods"], strict=True):
+        for name, interval in theirs["metrics"].items():
+            np.testing.assert_allclose(ours["metrics"][name]["value"], interval["value"], rtol=1e-5, err_msg=name)
+
+
+def test_another_split_and_other_images(finished, capsys):
+    """On the validation images, which also chose temperature and prior precision: console, report, metrics say so."""
+    assert evaluate.main([str(finished), "--split", "validation", "--ood", "noise"]) == 0
+    directory = finished / "evaluation-validation-noise"
+    metrics = json.loads((directory / "metrics.json").read_text())
+    assert (metrics["split"], metrics["ood"], metrics["held_out"]) == ("validation", "noise", False)
+    sentence = "The evaluated images are the validation images, which also chose the temperature"
+    printed = capsys.readouterr().out.splitlines()
+    assert any(sentence in line for line in printed)
+    assert sentence in (directory / "report.html").read_text()
+    assert printed[-1] == str(directory / "report.html")
+
+
+def test_summary_of_two_runs(finished, capsys):
+    assert summarise.main([str(finished), str(finished)]) == 0
+    printed = capsys.readouterr().out
+    accuracy = json.loads((finished / "metrics.json").read_text())["methods"][0]["metrics"]["accuracy"]["value"]
+    assert f"| MAP | – | {accuracy:.3f} [{accuracy:.3f}, {accuracy:.3f}] |" in printed
+    assert "seeds 0, 0" in printed
+
+
+def test_resuming_a_finished_run_fits_nothing_again(finished, config_file, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    status, _ = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
+    assert status == 0
+    before, after = (json.loads((path / "metrics.json").read_text()) for path in (finished, copy))
+    assert [method["metrics"] for method in before["methods"]] == [method["metrics"] for method in after["methods"]]
+    for stage in ("training", "posterior"):
+        assert before["seconds"][stage] == after["seconds"][stage] > 0
+    assert after["seconds"]["training"] == pytest.approx(sum(record["seconds"] for record in after["history"]))
+    assert list(after["seconds"]) == ["data", "training", "posterior", "evaluation"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_fitting_stops_after_the_block(finished, config_file, tmp_path, capsys, monkeypatch, number):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "laplace")
+    before = files_of(copy)
+    blocks = []
+
+    def fit_block(structure, tolerance, original=KrylovStructure.error):
+        if not blocks:
+            signal.raise_signal(number)
+        blocks.append(structure)
+        return original(structure, tolerance)
+
+    monkeypatch.setattr(KrylovStructure, "error", fit_block)
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
+    assert status == 130 and len(blocks) == 1
+    assert error == "stopped while fitting the posteriors; the trained network is kept; continue with --resume\n"
+    assert files_of(copy) == before
+    assert signal.getsignal(number) is not None and not interruption.requested()
+    assert run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")[0] == 0
+
+
+def test_a_signal_between_the_structures(finished, config_file, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "laplace")
+    fitted = []
+
+    def fit(la, *arguments, original=Laplace.fit, **options):
+        signal.raise_signal(signal.SIGINT)
+        fitted.append(la)
+        return original(la, *arguments, **options)
+
+    monkeypatch.setattr(Laplace, "fit", fit)
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
+    assert status == 130 and len(fitted) == 1 and error.startswith("stopped while fitting the posteriors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_evaluating_writes_nothing(finished, tmp_path, capsys, monkeypatch, number):
+    original = heldout.evaluate
+    monkeypatch.setattr(heldout, "evaluate", lambda *args: signal.raise_signal(number) or original(*args))
+    before = files_of(finished)
+    status, error = run(evaluate, capsys, finished, "--ood", "noise")
+    assert (status, error) == (130, "stopped in stage evaluation; nothing of it is written\n")
+    assert files_of(finished) == before
+
+
+def test_a_signal_while_reading_the_data(config_file, tmp_path, capsys, monkeypatch):
+    original = fit_van.load
+    monkeypatch.setattr(fit_van, "load", lambda config: signal.raise_signal(signal.SIGTERM) or original(config))
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", tmp_path / "run")
+    assert (status, error) == (130, "stopped after stage data; continue with --resume\n")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def files_of(directory):
+    """Every file and its content."""
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_can_be_resumed_with_another_evaluation(finished, config_file, tmp_path, capsys, monkeypatch):
+    """Neither trained nor fitted again, and no image set is read more often than it is needed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    reads = []
+    monkeypatch.setattr(data, "load_split", lambda *split: reads.append(split[:2]) or reading.load_split(*split))
+    before = sorted((path, path.stat().st_mtime_ns) for path in (copy / "laplace").rglob("*"))
+    options = ["--evaluation.ood", "digits", "--evaluation.split", "validation", "--evaluation.grid-high", "1e6"]
+    assert fit_van.main(["--config", str(config_file), "--workdir", str(copy), "--resume", *options]) == 0
+    assert sorted((path, path.stat().st_mtime_ns) for path in (copy / "laplace").rglob("*")) == before
+    assert reads.count(("digits", "test")) == 2  # once to hold out, once as foreign images
+    metrics = json.loads((copy / "metrics.json").read_text())
+    assert (metrics["split"], metrics["ood"]) == ("validation", "digits")
+    assert metrics["curves"]["Lanczos"]["precision"][-1] == pytest.approx(1e6)
+    saved = json.loads((copy / "config.json").read_text())["evaluation"]
+    assert (saved["split"], saved["ood"], saved["grid_high"]) == ("validation", "digits", 1e6)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_damaged_posterior_is_named_and_fitted_again(finished, config_file, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    victim = max(
+        (copy / "laplace" / "Lanczos").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0
+    )
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    status, error = run(evaluate, capsys, copy, "--ood", "noise")
+    assert status == 2 and victim.name in error and "--resume fits them again" in error
+    assert not (copy / "evaluation-test-noise").exists()
+    status = fit_van.main(["--config", str(config_file), "--workdir", str(copy), "--resume"])
+    printed = capsys.readouterr().out
+    assert status == 0 and victim.name in "".join(printed.split())
+
+
+def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
+    workdir = tmp_path / "run"
+    program = [sys.executable, "-m", "training.fit_van", "--config", str(config_file), "--workdir", str(workdir)]
+    process = subprocess.Popen(
+        [*program, "--optimizer.epochs", "5000"], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (workdir / "log.jsonl").exists() or not (workdir / "log.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "continue with --resume" in error and "Traceback" not in error
+    assert any((workdir / "train").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.name", "imagenet21k"], "digits"),
+        (["--model.variant", "b9"], "b0"),
+        (["--model.variant", "b0"], "images"),
+        (["--evaluation.ood", "imagenet21k"], "imagenet21k"),
+        (["--optimizer.batch-size", "5000"], "batch_size"),
+        (["--optimizer.learning-rate", "fast"], "--optimizer.learning-rate: could not convert string to float: 'fast'"),
+        (["--seed", "1.5"], "--seed: invalid literal for int() with base 10: '1.5'"),
+        (["--prior.update", "sometimes"], "invalid choice 'sometimes' for argument '--prior.update'"),
+        (["--workdir"], "Missing value for argument '--workdir'"),
+        (["--optimizer.learning-rate", "-1"], "positive and finite"),
+        (["--data.augment"], "augment"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
+def test_bad_options(config_file, tmp_path, capsys, arguments, message):
+    workdir = tmp_path / "run"
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", workdir, *arguments)
+    assert status == 2 and message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments", "message"),
+    [
+        (evaluate, [], "Missing from python -m training.evaluate: PATH"),
+        (evaluate, ["somewhere", "--split", "train"], "invalid choice 'train' for argument '--split'"),
+        (summarise, ["--digits"], "Unrecognized options: --digits"),
+    ],
+)
+def test_bad_options_of_the_other_programs(program, arguments, message, capsys):
+    status, error = run(program, capsys, *arguments)
+    assert status == 2 and message in error
+    assert error.startswith("error: ") and error.endswith("--help\n") and error.count("\n") == 1
+
+
+def test_a_workdir_of_another_run(finished, config_file, capsys):
+    options = ["--seed", "7", "--resume", "--evaluation.ood", "noise"]
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", finished, *options)
+    assert status == 2 and "seed: 0 there, 7 here" in error and "evaluation" not in error
+
+
+def test_evaluating_what_is_no_run(tmp_path, capsys):
+    status, error = run(evaluate, capsys, tmp_path / "nothing")
+    assert status == 2 and "config.json" in error
+    status, error = run(summarise, capsys, tmp_path)
+    assert status == 2 and "metrics.json" in error
+
+
+def test_evaluating_a_run_that_cannot_be_written(finished, tmp_path, capsys, monkeypatch):
+    def refuse(dir):
+        if dir == finished:
+            raise PermissionError(13, "Permission denied")
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    status, error = run(evaluate, capsys, finished, "--ood", "noise")
+    assert status == 2 and error.count("\n") == 1
+    assert f"must be writable; got {finished}: Permission denied; evaluate a copy of it" in error
+    assert not (finished / "evaluation-test-noise").exists()
+
+
+def test_unknown_foreign_images(finished, capsys):
+    status, error = run(evaluate, capsys, finished, "--ood", "imagenet21k")
+    assert status == 2 and "imagenet21k" in error
+    assert not (finished / "evaluation-test-imagenet21k").exists()
+
+
+def test_help_lists_every_field():
+    text = subprocess.run(
+        [sys.executable, "-m", "training.fit_van", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "COLUMNS": "160"},
+    ).stdout
+    for option in (
+        "--workdir",
+        "--resume",
+        "--optimizer.learning-rate",
+        "--prior.update",
+        "--data.name",
+        "--curvature.max-vectors",
+    ):
+        assert option in text

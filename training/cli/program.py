@@ -1,0 +1,116 @@
+"""What the command-line programs share: one line for a fault, exit codes, the compilation cache, where results go."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import perf_counter
+
+import jax
+from rich.console import Console
+
+from bnnlaplace.checkpoint.pytree import CheckpointError
+from training.cli import interruption
+from training.errors import Interrupted, UserError
+from training.report import html as report
+from training.report.results import RunResults, write_metrics
+from training.workdir import why_not_writable, writing
+
+USER_FAULT, INTERRUPTED = 2, interruption.EXIT_STATUS
+
+_UNBOUNDED = 10_000  # columns; more than anything printed here needs
+
+
+def run(main: Callable[[Console], None]) -> int:
+    """Run a program and turn what the user can mend into one line on stderr.
+
+    Returns
+    -------
+    The exit status: 0; 2 for a fault that the message says how to mend; 130 after Ctrl-C or SIGTERM, which stop the
+    program where it asks for them (see `interruption`), and at once when they come twice.
+    """
+    console = make_console()
+    try:
+        with interruption.watch():
+            use_compilation_cache()
+            main(console)
+    except (UserError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USER_FAULT
+    except Interrupted as error:
+        print(str(error), file=sys.stderr)
+        return INTERRUPTED
+    except OSError as error:
+        print(f"error: files must be readable and writable; {error}; check the path and the disk", file=sys.stderr)
+        return USER_FAULT
+    except KeyboardInterrupt:
+        print("stopped; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def make_console() -> Console:
+    """A console of the terminal's width; into a file or a pipe, which have none, nothing is wrapped."""
+    return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/bnnlaplace/xla.
+
+    Where that cannot be written, say so and go on without.
+    """
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # which JAX reads itself
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    directory = Path(chosen or f"{home}/bnnlaplace/xla").expanduser()
+    is_bucket = "://" in (chosen or "")
+    if not is_bucket and (fault := why_not_writable(directory)):
+        print(
+            f"warning: the cache of compiled programs must be writable; got {fault}; every run compiles anew until "
+            "XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR names a directory that is",
+            file=sys.stderr,
+        )
+        jax.config.update("jax_compilation_cache_dir", None)
+    elif not chosen:
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Stopwatch:
+    """Seconds by stage, in the order the stages ran; `kept` says what a person has who stops the program between."""
+
+    def __init__(self, console: Console, kept: str) -> None:
+        self.console = console
+        self.kept = kept
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Announce a stage and time it; a signal that came meanwhile stops the program after it at the latest."""
+        self.console.print(f"[bold]{name}[/bold]")
+        started = perf_counter()
+        yield
+        self.seconds[name] = perf_counter() - started
+        interruption.stop_if_requested(f"stopped after stage {name}; {self.kept}")
+
+
+def write_results(directory: Path, results: RunResults, console: Console) -> None:
+    """Write metrics.json, report.html and the figures, each whole or not at all, and print the table.
+
+    Raises
+    ------
+    UserError
+        A file cannot be written.
+    """
+    figures = report.draw_figures(results)
+    for name, figure in figures.items():
+        with writing(directory / "figures" / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    write_metrics(directory / "metrics.json", results)
+    report.write_report(directory / "report.html", results, figures)
+    report.print_table(console, results)
+    total = sum(results.seconds.values())
+    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results.seconds.items())
+    console.print(f"{total:.0f} s in all ({stages}). Report:", highlight=False)
+    # The last line and nothing else on it, so that it can be clicked on, copied, and read by a script.
+    console.out(str(directory / "report.html"), highlight=False)

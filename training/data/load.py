@@ -1,0 +1,295 @@
+"""Image-classification data for a run: its splits in memory, normalisation, batch order, foreign images.
+
+`python -m training.data prepare NAME --dir DIR` downloads a TFDS set and prepares it for reading.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from training.config import Data
+from training.data.augment import augment
+from training.data.reading import Split, load_split
+from training.data.shuffle import permutation, stratified_indices
+from training.errors import UserError
+
+__all__ = [
+    "ImageData",
+    "Split",
+    "augment",
+    "epoch_order",
+    "load",
+    "load_split",
+    "main",
+    "normalise",
+    "out_of_distribution",
+]
+
+# Constants, so that all runs share their splits; large, so that no run's own seed draws the same numbers.
+_HOLD_OUT_SEED, _SUBSET_SEED = 2**63 + 1, 2**63 + 2
+
+# Streams of the run's seed; epochs use 0, 1, ...
+_NOISE_STREAM, _FOREIGN_STREAM = 2**63 + 1, 2**63 + 2
+
+
+class ImageData(NamedTuple):
+    """All the data of a run."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split
+    test: Split
+    mean: tuple[float, ...]
+    """Per-channel mean of the training pixels scaled to [0, 1], or the configured one."""
+    std: tuple[float, ...]
+    """Per-channel standard deviation, likewise."""
+
+
+def load(config: Data) -> ImageData:
+    """Load the training, validation and test examples that a configuration describes.
+
+    The validation split is the set's own where it has one; otherwise a stratified part of the training split is held
+    out, the same in every run. `train_examples` then chooses among what is left, so it never changes the validation
+    examples. Mean and standard deviation are measured on the training examples that remain.
+
+    Parameters
+    ----------
+    config : training.config.Data
+        The data section of a run's configuration.
+
+    Returns
+    -------
+    ImageData
+
+    Raises
+    ------
+    UserError
+        As `load_split`; also if an option does not fit the set.
+    """
+    directory = catalog.data_directory(config.dir)
+    splits = catalog.open_set(config.name, directory).info.splits
+    if not {"train", "test"} <= set(splits):
+        raise UserError(
+            f"the data set must have the splits train and test; {config.name!r} in {directory} has: "
+            f"{', '.join(splits)}; train on another set"
+        )
+    if "validation" in splits and config.validation_examples is not None:
+        raise UserError(
+            f"`data.validation_examples` must be unset where the set has a validation split of its own; got "
+            f"{config.validation_examples} for {config.name!r}; remove the option"
+        )
+    train, class_names = load_split(config.name, "train", directory)
+    test, _ = load_split(config.name, "test", directory)
+    if "validation" in splits:
+        validation, _ = load_split(config.name, "validation", directory)
+    else:
+        train, validation = _hold_out(train, config.validation_examples)
+    if config.train_examples is not None:
+        _check_count("data.train_examples", config.train_examples, len(train.labels))
+        train = _take(train, stratified_indices(train.labels, config.train_examples, _SUBSET_SEED))
+    _check_shapes(config, train, validation, test)
+    mean, std = _statistics(config, train.images)
+    return ImageData(config.name, class_names, train, validation, test, mean, std)
+
+
+def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Return `(images / 255 - mean) / std`, per channel.
+
+    Parameters
+    ----------
+    images : ndarray of uint8, shape (N, H, W, C)
+    mean, std : sequence of C floats
+        In units of pixels scaled to [0, 1].
+
+    Returns
+    -------
+    ndarray of float32, shape (N, H, W, C)
+    """
+    scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
+    offset = np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
+    normalised = images * scale.astype(np.float32)
+    normalised -= offset.astype(np.float32)
+    return normalised
+
+
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    """Return the order in which an epoch visits the training examples.
+
+    A pure function of its arguments, so that a resumed run meets the batches that an uninterrupted one would.
+
+    Parameters
+    ----------
+    seed, epoch : int
+        The run's seed and the number of the epoch, from 0.
+    num_examples : int
+        Number of training examples.
+
+    Returns
+    -------
+    ndarray of int64, shape (num_examples,)
+        A permutation of `range(num_examples)`.
+    """
+    return permutation(seed, epoch, num_examples)
+
+
+def out_of_distribution(name: str, split: Split, data_dir: Path | None, seed: int) -> np.ndarray:
+    """Return images that the model was not trained for, in the shape of those of `split`.
+
+    Parameters
+    ----------
+    name : str
+        `inverted`: the split's own images with intensities reversed (255 - x). `noise`: independent uniform pixels.
+        Otherwise a prepared TFDS set, whose test images are converted to the split's channels (grey repeated, colour
+        to ITU-R 601 luma) and resized bilinearly to its height and width.
+    split : Split
+        The in-distribution examples.
+    data_dir : Path or None
+        As for `load_split`.
+    seed : int
+        Seed of the noise, and of the choice where the foreign set has more images than `split`.
+
+    Returns
+    -------
+    ndarray of uint8, shape (M, H, W, C)
+        M is the number of images in `split`, or fewer where a foreign set has no more.
+
+    Raises
+    ------
+    UserError
+        As `load_split`.
+    """
+    if name == "inverted":
+        return 255 - split.images
+    if name == "noise":
+        rng = np.random.default_rng((seed % 2**64, _NOISE_STREAM))
+        return rng.integers(256, size=split.images.shape, dtype=np.uint8)
+    foreign, _ = load_split(name, "test", data_dir)
+    chosen = np.sort(permutation(seed, _FOREIGN_STREAM, len(foreign.images))[: len(split.images)])
+    _, height, width, channels = split.images.shape
+    return _resize(_to_channels(foreign.images[chosen], channels), height, width)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `python -m training.data`; return the exit status: 0, 2 for a fault of the user's, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m training.data", description="Prepare data sets for training.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    prepare = commands.add_parser("prepare", help="download a TFDS set and write it in array_record format")
+    prepare.add_argument("name", metavar="NAME", help="a set as TFDS names it, NAME or NAME/CONFIG")
+    prepare.add_argument("--dir", type=Path, help="data directory; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
+    options = parser.parse_args(arguments)
+    directory = catalog.data_directory(options.dir)
+    try:
+        catalog.prepare(options.name, directory)
+        builder = catalog.open_set(options.name, directory)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"interrupted: {options.name} is not prepared", file=sys.stderr)
+        return 130
+    sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
+    print(f"{options.name} is prepared in {builder.data_dir}: {sizes} examples")
+    return 0
+
+
+def _hold_out(train: Split, count: int | None) -> tuple[Split, Split]:
+    """Part the training split into training and validation examples, stratified, in their original order."""
+    total = len(train.labels)
+    if count is None:
+        count = max(total // 10, 1)
+    _check_count("data.validation_examples", count, total - 1)
+    held_out = stratified_indices(train.labels, count, _HOLD_OUT_SEED)
+    return _take(train, np.setdiff1d(np.arange(total), held_out)), _take(train, held_out)
+
+
+def _check_count(option: str, count: int, available: int) -> None:
+    if not 1 <= count <= available:
+        raise UserError(f"`{option}` must lie in 1 to {available}, the training images there are; got {count}")
+
+
+def _take(split: Split, indices: np.ndarray) -> Split:
+    return Split(split.images[indices], split.labels[indices])
+
+
+def _check_shapes(config: Data, *splits: Split) -> None:
+    shapes = [split.images.shape[1:] for split in splits]
+    if len(set(shapes)) > 1:
+        raise UserError(
+            f"train, validation and test images must have one shape; {config.name!r} has "
+            f"{', '.join('x'.join(map(str, shape)) for shape in shapes)}; use another set"
+        )
+    if config.augment and shapes[0][-1] != 3:
+        raise UserError(
+            f"`data.augment` must be off for grey images, whose class a flip or crop may change; got it on for "
+            f"{config.name!r}; remove the option"
+        )
+
+
+def _statistics(config: Data, images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the configured mean and standard deviation per channel, measuring what is not configured."""
+    channels = images.shape[-1]
+    for option, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(values) != channels:
+            raise UserError(
+                f"`data.{option}` must have one number per channel; got {len(values)} for the {channels} of "
+                f"{config.name!r}; give {channels}, or none to have them measured"
+            )
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        measured_mean, measured_std = _measure(images)
+        mean, std = mean or measured_mean, std or measured_std
+    if not all(value > 0 for value in std):
+        raise UserError(
+            f"`data.std` must be positive in every channel; got {std} measured for {config.name!r}; set it, or use "
+            "images that vary"
+        )
+    return mean, std
+
+
+def _measure(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and standard deviation of the scaled pixels, from exact integer sums: the same on every machine."""
+    count = images[..., 0].size
+    total, squares = np.zeros((2, images.shape[-1]), dtype=np.int64)
+    for start in range(0, len(images), 1024):  # Bounds the memory of the squares.
+        chunk = images[start : start + 1024].astype(np.int32)
+        total += chunk.sum(axis=(0, 1, 2))
+        squares += (chunk * chunk).sum(axis=(0, 1, 2))
+    mean = [int(t) / (255 * count) for t in total]
+    std = [(count * int(s) - int(t) ** 2) ** 0.5 / (255 * count) for t, s in zip(total, squares, strict=True)]
+    return tuple(mean), tuple(std)
+
+
+def _to_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    if images.shape[-1] == channels:
+        return images
+    if channels == 3:
+        return np.repeat(images, 3, axis=-1)
+    luma = images.astype(np.uint32) @ np.array([299, 587, 114], dtype=np.uint32)
+    return ((luma + 500) // 1000).astype(np.uint8)[..., None]
+
+
+def _resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    if images.shape[1:3] == (height, width):
+        return images
+    size, channels = (width, height), images.shape[-1]
+    resized = [
+        np.asarray(Image.fromarray(image[..., 0] if channels == 1 else image).resize(size, Image.Resampling.BILINEAR))
+        for image in images
+    ]
+    return np.stack(resized).reshape(-1, height, width, channels)
+
+
+if __name__ == "__main__":
+    status = main()
+    if status == 130:
+        # An orderly exit would first wait for the download threads of TFDS, which nothing can stop.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

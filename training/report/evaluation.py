@@ -1,0 +1,241 @@
+"""Held-out evaluation of a trained network and its posteriors: from logits to a `RunResults` record."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from scipy.special import softmax
+
+from bnnlaplace import Laplace, Network, calibration
+from bnnlaplace.calibration.temperature import fit_temperature
+from bnnlaplace.core.tree import size
+from bnnlaplace.model.batched import outputs
+from bnnlaplace.plots import PrecisionCurve
+from bnnlaplace.predictive import link
+from training.cli import interruption
+from training.config import Config
+from training.data.foreign import out_of_distribution
+from training.data.load import ImageData, Split, normalise
+from training.errors import UserError
+from training.report.results import KrylovResult, MethodResult, ModeDistance, RunResults
+from training.train.loop import TrainResult
+
+_CURVE_STREAM, _SAMPLE_STREAM = 201, 202
+_STOPPED = "stopped in stage evaluation; nothing of it is written"
+
+
+def foreign_images(config: Config, data: ImageData) -> np.ndarray:
+    """The out-of-distribution images to evaluate on; loaded before anything is computed, as they may be missing."""
+    split: Split = getattr(data, config.evaluation.split)
+    return out_of_distribution(config.evaluation.ood, split, config.data.dir, config.seed)
+
+
+def evaluate(
+    config: Config,
+    data: ImageData,
+    foreign: np.ndarray,
+    trained: TrainResult,
+    posteriors: Mapping[str, Laplace],
+    seconds: Mapping[str, float],
+) -> RunResults:
+    """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
+
+    The temperature and the second precision (the lowest NLL of the Monte Carlo predictive on a grid, among the
+    precisions at which the samples have converged) are chosen on the validation images; the first precision is the
+    maximiser of the evidence. `foreign` is what `foreign_images` gives.
+
+    Raises
+    ------
+    UserError
+        There is no precision on the grid to choose by the validation NLL.
+    """
+    network = next(iter(posteriors.values())).network
+    split: Split = getattr(data, config.evaluation.split)
+    validation = normalise(data.validation.images, data.mean, data.std)
+    held_out = _HeldOut(config, normalise(np.concatenate([split.images, foreign]), data.mean, data.std), split.labels)
+    curves = {
+        name: precision_curve(config, name, la, validation, data.validation.labels) for name, la in posteriors.items()
+    }
+    methods = [
+        *held_out.point_predictions(network, validation, data.validation.labels),
+        *(
+            method
+            for name, la in posteriors.items()
+            for method in held_out.posterior_predictions(name, la, _choices(curves[name]))
+        ),
+    ]
+    return RunResults(
+        data=config.data.name,
+        num_images={name: len(getattr(data, name).labels) for name in ("train", "validation", "test")},
+        split=config.evaluation.split,
+        ood=config.evaluation.ood,
+        num_weights=size(network.params),
+        seed=config.seed,
+        config=dataclasses.asdict(config),
+        seconds=seconds,
+        methods=methods,
+        curves=curves,
+        curve_link="MC",
+        krylov=krylov_result(config, posteriors["Lanczos"], curves["Lanczos"].evidence_optimum),
+        history=trained.history,
+        gradient_norm=trained.joint_gradient_norm,
+        prior_gradient_norm=trained.joint_gradient_norm / trained.joint_gradient_to_prior,
+        mode_in_training=mode_distance(posteriors["Lanczos"], trained.prior_precision),
+        mode_of_evidence=mode_distance(posteriors["Lanczos"], curves["Lanczos"].evidence_optimum),
+    )
+
+
+def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, labels: np.ndarray) -> PrecisionCurve:
+    """Evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima.
+
+    Where the samples have not converged, NLL and ECE are not those of the posterior: such precisions are marked in
+    `converged`, and the validation NLL does not choose them.
+    """
+    interruption.stop_if_requested(_STOPPED)
+    settings = config.evaluation
+    grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
+    evidence = la.evidence_curve(grid).log_marginal_likelihood
+    optimum = la.evidence_optimum()
+    heldout = la.validation_curve(
+        images,
+        labels,
+        grid,
+        key=_key(config, _CURVE_STREAM),
+        num_samples=config.curvature.num_probes,
+        microbatch=config.curvature.microbatch,
+    )
+    # The log-determinant is at most this much too high, so the evidence at most half as much too low.
+    truncation = np.array([0.5 * la.structure.truncation(delta).mean() for delta in grid])
+    nll_optimum, nll_at_bound = lowest_nll(name, grid, heldout.negative_log_likelihood, heldout.converged)
+    return PrecisionCurve(
+        precision=grid,
+        log_evidence=evidence.mean,
+        log_evidence_sem=evidence.sem,
+        log_evidence_truncation=truncation,
+        validation_nll=heldout.negative_log_likelihood,
+        validation_ece=heldout.expected_calibration_error,
+        converged=heldout.converged,
+        evidence_optimum=optimum.prior_precision,
+        evidence_optimum_low=optimum.low,
+        evidence_optimum_high=optimum.high,
+        evidence_at_bound=optimum.at_bound,
+        nll_optimum=nll_optimum,
+        nll_at_bound=nll_at_bound,
+    )
+
+
+def lowest_nll(name: str, grid: np.ndarray, nll: np.ndarray, converged: np.ndarray) -> tuple[float, bool]:
+    """The precision with the lowest NLL among those that may be chosen, and whether it is the first or last of them.
+
+    Raises
+    ------
+    UserError
+        None may be chosen: nowhere on the grid are the samples converged and the NLL finite.
+    """
+    eligible = np.flatnonzero(converged & np.isfinite(nll))
+    if not len(eligible):
+        raise UserError(
+            f"the {name} posterior must have converged samples and a finite validation NLL at one prior precision of "
+            f"the grid at least; got none of {len(grid)} from {grid[0]:g} to {grid[-1]:g}; raise "
+            "--evaluation.grid-high and go on with --resume"
+        )
+    best = eligible[np.argmin(nll[eligible])]
+    return float(grid[best]), bool(best in (eligible[0], eligible[-1]))
+
+
+def krylov_result(config: Config, la: Laplace, prior_precision: float) -> KrylovResult:
+    """What the decomposition cost and how far it can be off, at one prior precision."""
+    structure = la.structure
+    error = structure.error(prior_precision)
+    upper = float(structure.log_determinant(prior_precision).mean())
+    return KrylovResult(
+        depth=len(structure.ritz.values) // structure.num_probes,
+        num_vectors=len(structure.ritz.values),
+        num_probes=structure.num_probes,
+        converged=structure.has_converged(error),
+        sample_error_bound=error.sample,
+        log_det_low=upper - error.log_determinant,
+        log_det_high=upper,
+        effective_parameters=error.effective_parameters,
+        ritz_values=np.asarray(structure.ritz.values),
+    )
+
+
+def mode_distance(la: Laplace, prior_precision: float) -> ModeDistance:
+    """How far the weights are from the mode at one prior precision, beside how far a posterior sample is."""
+    effective = la.structure.error(prior_precision).effective_parameters
+    return ModeDistance(prior_precision, la.mode_decrement(prior_precision), effective)
+
+
+@dataclasses.dataclass(frozen=True)
+class _HeldOut:
+    """Images to evaluate on; every method sees the same ones and the same resamples."""
+
+    config: Config
+    images: np.ndarray
+    """Those of the split, then the out-of-distribution ones: one array, so that one program serves both."""
+    labels: np.ndarray
+    """Of the split."""
+
+    def point_predictions(self, network: Network, validation: np.ndarray, labels: np.ndarray) -> Iterator[MethodResult]:
+        """MAP, and MAP with the temperature that validation chooses."""
+        logits, chosen_on = (
+            np.asarray(outputs(network, x, microbatch=self.config.curvature.microbatch), np.float64)
+            for x in (self.images, validation)
+        )
+        yield self._result(softmax(logits, axis=1), structure="MAP")
+        fitted = fit_temperature(chosen_on, labels)
+        yield self._result(
+            softmax(logits / fitted.temperature, axis=1),
+            structure="MAP",
+            temperature=fitted.temperature,
+            temperature_at_bound=fitted.at_bound,
+        )
+
+    def posterior_predictions(self, name: str, la: Laplace, choices: Mapping[str, float]) -> Iterator[MethodResult]:
+        """One posterior at each chosen prior precision, through each link."""
+        interruption.stop_if_requested(_STOPPED)
+        settings = self.config.curvature
+        posteriors = la.functional_posteriors(
+            self.images,
+            list(choices.values()),
+            key=_key(self.config, _SAMPLE_STREAM),
+            num_samples=settings.num_probes,
+            microbatch=settings.microbatch,
+        )
+        for (choice, precision), found in zip(choices.items(), posteriors, strict=True):
+            variance = np.diagonal(found.variance, axis1=1, axis2=2)
+            by_link = {
+                "MC": link.monte_carlo(la.likelihood, found.mean, found.deviations),
+                "probit": link.probit(la.likelihood, found.mean, variance),
+            }
+            for link_name, probs in by_link.items():
+                probs = np.asarray(probs, np.float64)
+                probs /= probs.sum(axis=1, keepdims=True)  # rows that sum to one in double precision too
+                labels = {"structure": name, "prior_choice": choice, "prior_precision": precision, "link": link_name}
+                yield self._result(probs, **labels)
+
+    def _result(self, probs: np.ndarray, **description: Any) -> MethodResult:
+        settings, count = self.config.evaluation, len(self.labels)
+        return MethodResult(
+            bootstrap=calibration.bootstrap(
+                probs[:count],
+                self.labels,
+                probs[count:],
+                seed=self.config.seed,
+                num_bins=settings.bins,
+                resamples=settings.resamples,
+            ),
+            reliability=calibration.reliability_bins(probs[:count], self.labels, settings.bins),
+            **description,
+        )
+
+
+def _choices(curve: PrecisionCurve) -> dict[str, float]:
+    return {"evidence": curve.evidence_optimum, "validation NLL": curve.nll_optimum}
+
+
+def _key(config: Config, stream: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(config.seed), stream)

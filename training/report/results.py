@@ -1,0 +1,211 @@
+"""What a run found, in one typed record, and `metrics.json`, its form on disk."""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, intervals, paired_differences
+from bnnlaplace.calibration.metrics import ReliabilityBins
+from bnnlaplace.plots import PrecisionCurve
+from training.workdir import write_atomically
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """One way to predict, evaluated on the held-out images."""
+
+    structure: str
+    """MAP, diagonal or Lanczos."""
+    bootstrap: Bootstrap
+    """Metrics and their resamples, from `bnnlaplace.calibration.bootstrap` with the run's seed for every method."""
+    reliability: ReliabilityBins
+    prior_choice: str | None = None
+    """What chose the prior precision: evidence or validation NLL; None without a posterior."""
+    prior_precision: float | None = None
+    link: str | None = None
+    """MC or probit; None without a posterior."""
+    temperature: float | None = None
+    """The fitted temperature, where the method has one."""
+    temperature_at_bound: bool = False
+    """Whether the temperature sits at an end of its search range."""
+
+    @property
+    def label(self) -> str:
+        """The method in words, unique in a run: `MAP + temperature`, `Lanczos (evidence, MC)`."""
+        if self.temperature is not None:
+            return f"{self.structure} + temperature"
+        choices = ", ".join(part for part in (self.prior_choice, self.link) if part)
+        return f"{self.structure} ({choices})" if choices else self.structure
+
+    @property
+    def metrics(self) -> dict[str, Interval]:
+        """All metrics with their 95 % intervals."""
+        return intervals(self.bootstrap)
+
+
+@dataclass(frozen=True)
+class KrylovResult:
+    """The block Krylov decomposition of the GGN behind the Lanczos results, and its errors."""
+
+    depth: int
+    """Block steps."""
+    num_vectors: int
+    """Basis vectors kept, each as long as the weights."""
+    num_probes: int
+    converged: bool
+    """Whether the bound on the sample error fell below the tolerance."""
+    sample_error_bound: float
+    """Bound on the relative error of a posterior sample, at the prior precision of the evidence."""
+    log_det_low: float
+    """Lower end of the truncation bracket of log det(I + GGN / prior precision), nats."""
+    log_det_high: float
+    """Upper end of that bracket."""
+    effective_parameters: float
+    """tr G (G + delta I)^-1 at the prior precision of the evidence: how many directions the data determine."""
+    ritz_values: np.ndarray
+
+
+class ModeDistance(NamedTuple):
+    """How far the trained weights are from the mode of the log joint at one prior precision."""
+
+    prior_precision: float
+    decrement: float
+    """Squared distance in standard deviations of the Lanczos posterior; twice the nats that a Gauss-Newton step
+    promises."""
+    effective_parameters: float
+    """The same of a posterior sample, on average, in the directions that the data determine."""
+
+
+@dataclass(frozen=True)
+class RunResults:
+    """Everything that the table, `metrics.json` and `report.html` show."""
+
+    data: str
+    """Name of the image set."""
+    num_images: Mapping[str, int]
+    """By split, e.g. train, validation, test."""
+    split: str
+    """The split that the methods are evaluated on."""
+    ood: str | None
+    """The out-of-distribution images; None where there are none."""
+    num_weights: int
+    seed: int
+    config: Mapping[str, Any]
+    """The resolved configuration, nested by section."""
+    seconds: Mapping[str, float]
+    """Wall-clock seconds by stage."""
+    methods: Sequence[MethodResult]
+    """In the order of the table; the first is MAP, with which the others are compared."""
+    curves: Mapping[str, PrecisionCurve]
+    """By structure, named as in `methods`; Lanczos among them."""
+    curve_link: str
+    """The predictive behind the validation curves: MC or probit."""
+    krylov: KrylovResult
+    history: Sequence[Mapping[str, Any]]
+    """One record per epoch; see `bnnlaplace.plots.training_curve`."""
+    gradient_norm: float
+    """Norm of the gradient of the log joint over all training images, at the weights that Laplace expands at."""
+    prior_gradient_norm: float
+    """Norm of the prior term's gradient there, the scale on which `gradient_norm` is small or not."""
+    mode_in_training: ModeDistance
+    """At the prior precision of training, whose mode training heads for."""
+    mode_of_evidence: ModeDistance
+    """At the prior precision of the Lanczos evidence, whose mode is another one."""
+    chosen_on: str = "validation"
+    """The split that the temperature and the second prior precision of each structure were chosen on."""
+
+    def __post_init__(self) -> None:
+        labels = [method.label for method in self.methods]
+        if not labels or len(set(labels)) < len(labels):
+            raise ValueError(f"methods must be at least one, each with a label of its own; got {labels}")
+        if "Lanczos" not in self.curves:
+            raise ValueError(f"curves must hold Lanczos, whose decomposition is `krylov`; got {list(self.curves)}")
+
+    @property
+    def held_out(self) -> bool:
+        """Whether the images that the methods are evaluated on had no part in choosing anything."""
+        return self.split != self.chosen_on
+
+
+def difference_from_map(results: RunResults, method: MethodResult) -> dict[str, Interval]:
+    """Paired 95 % intervals of each metric, `method` minus MAP (the first method)."""
+    return paired_differences(method.bootstrap, results.methods[0].bootstrap)
+
+
+def environment() -> dict[str, str | int | None]:
+    """Versions and hardware, as far as they can change the numbers."""
+    found: dict[str, str | int | None] = {"python": platform.python_version()}
+    for package in ("bnnlaplace", "jax", "jaxlib", "flax", "optax", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None  # run from a source tree that is not installed
+    device = jax.devices()[0]
+    return found | {"platform": device.platform, "device": device.device_kind, "cpu_count": os.cpu_count()}
+
+
+def write_metrics(path: Path, results: RunResults) -> None:
+    """Write `metrics.json`, atomically: a file under its final name is complete.
+
+    Strict JSON: a value that is not finite (the NLL of an impossible label, an empty bin) is null. Intervals are
+    objects of value, low and high; bootstrap replicates are left out, their paired differences from MAP are in.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
+    """
+    content = {
+        "format_version": FORMAT_VERSION,
+        "environment": environment(),
+        **{
+            field.name: getattr(results, field.name)
+            for field in dataclasses.fields(results)
+            if field.name not in ("methods", "krylov")
+        },
+        "held_out": results.held_out,
+        "methods": [
+            {
+                "label": method.label,
+                "structure": method.structure,
+                "prior_choice": method.prior_choice,
+                "prior_precision": method.prior_precision,
+                "link": method.link,
+                "temperature": method.temperature,
+                "temperature_at_bound": method.temperature_at_bound,
+                "metrics": method.metrics,
+                "difference_from_map": difference_from_map(results, method),
+                "reliability": method.reliability,
+            }
+            for method in results.methods
+        ],
+        "krylov": dataclasses.asdict(results.krylov),
+    }
+    write_atomically(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    """The same content in the types that JSON has."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

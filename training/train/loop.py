@@ -1,0 +1,330 @@
+"""Training to a mode of the posterior: the loop around `train_step`, and what it keeps on disk.
+
+Phase "train" runs with batch statistics, drop-path and augmentation live. Then the batch statistics are replaced by
+those of the whole training set, and phase "polish" runs with all three off: on the deterministic network that the
+Laplace approximation expands, whose loss is exactly its negative log joint over N. How close the end is to a mode is
+measured and reported: the gradient of the log joint over all training images.
+
+Images, keys and schedules are pure functions of (seed, step), and the state of a step is all that a checkpoint
+holds, so a run interrupted after any step continues to the same numbers. What is on disk: see `record`.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+from rich.console import Console
+
+from training.cli import interruption
+from training.config import Config
+from training.data import augment
+from training.data.load import ImageData, Split, normalise
+from training.errors import Interrupted, UserError
+from training.train import progress
+from training.train.batch_statistics import make_moments, population_statistics
+from training.train.batches import Plan, fixed_order, weighted_batches
+from training.train.checkpoints import (
+    Journal,
+    TrainResult,
+    append_log,
+    list_steps,
+    load_progress,
+    load_trained,
+    result_of,
+    rewrite_log,
+    save_progress,
+    seconds_of,
+)
+from training.train.objective import Batches, JointGradient, Passes, evaluate, joint_gradient, make_passes
+from training.train.step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
+
+__all__ = ["TrainResult", "UpdatePrior", "load_trained", "seconds_of", "train"]
+
+CHECKPOINTS = 10
+CHECKPOINT_SECONDS = 10.0
+
+# The host prepares batches while the device computes, but no further ahead than this, so that a run stops promptly.
+STEPS_IN_FLIGHT = 2
+
+UpdatePrior = Callable[[Any, Any, float, int], float]
+
+
+class _Run(NamedTuple):
+    """What stays the same from the first step of a run to the last."""
+
+    config: Config
+    data: ImageData
+    plan: Plan
+    passes: Passes
+    steps: Steps
+    moments: Callable[..., Any]
+    key_init: jax.Array
+    key_drop_path: jax.Array
+    workdir: Path
+    console: Console
+    update_prior: UpdatePrior | None
+
+
+def train(
+    config: Config,
+    data: ImageData,
+    module: nn.Module,
+    *,
+    workdir: Path,
+    resume: bool,
+    console: Console,
+    update_prior: UpdatePrior | None = None,
+) -> TrainResult:
+    """Train a network to a mode of the posterior, or continue where an earlier run was interrupted.
+
+    Parameters
+    ----------
+    config
+        The run; `data` must be what its data section describes.
+    module
+        A Flax network: ``module.apply(variables, x, train=..., rngs={"drop_path": key}, mutable=["batch_stats"])``
+        returns logits. Its batch statistics, if any, are those of `flax.linen.BatchNorm` layers.
+    workdir
+        A directory claimed by `config_io.open_workdir`.
+    resume
+        Continue from the newest good checkpoint in `workdir`; where there is none, start at the beginning and say so.
+        A finished run is returned as it is, without computing anything.
+    console
+        For the progress bar and for what the user should know.
+    update_prior
+        ``update_prior(params, batch_stats, prior_precision, epoch)`` returns the new precision. Called after every
+        `prior.every_epochs` epochs where `prior.update` is online, the last time no later than half way through
+        polishing, so that the run ends at a mode under the prior that it reports. It must be deterministic for the
+        run to be resumable to the same numbers.
+
+    Raises
+    ------
+    UserError
+        The batch is larger than the training set; loss or gradient is not finite (the step is named, the last good
+        checkpoint kept); no checkpoint of several is good.
+    Interrupted
+        Ctrl-C or SIGTERM came; the running step was finished and a checkpoint written.
+
+    Notes
+    -----
+    Cost: beside the steps, one gradient over the training set at the end of each phase, and a few
+    forward passes over it between the phases. One compilation for each kind of pass.
+    """
+    run = _prepare(config, data, module, workdir, console, update_prior)
+    state, journal = (_restore(run) if resume else None) or _begin(run)
+    rewrite_log(workdir, journal.history)
+    with (
+        interruption.watch() as interrupted,
+        progress.show(console, journal.step, run.plan.total_steps, run.plan.total_epochs) as display,
+    ):
+        saved_at = time.monotonic()
+        while journal.step < run.plan.total_steps:
+            state = _run_epoch(run, state, journal, display, interrupted)
+            _require_finite(run, state)
+            epoch = len(journal.history) + 1
+            if journal.step == run.plan.end_of_epoch(epoch):
+                state = _end_epoch(run, state, journal)
+                display.epoch(journal.history[-1])
+            if interrupted():
+                path = _save(run, state, journal)
+                raise Interrupted(f"stopped after step {journal.step}; saved as {path}; continue with --resume")
+            if _checkpoint_is_due(run.plan, journal, time.monotonic() - saved_at):
+                _save(run, state, journal)
+                saved_at = time.monotonic()
+    return result_of(state, journal)
+
+
+def check_batch_size(config: Config, data: ImageData) -> None:
+    """Raise a UserError if a batch is larger than the training set; `train` checks it too."""
+    num_examples = len(data.train.labels)
+    if config.optimizer.batch_size > num_examples:
+        raise UserError(
+            f"`optimizer.batch_size` must be at most the number of training images, {num_examples}; "
+            f"got {config.optimizer.batch_size}; make it smaller"
+        )
+
+
+# --- start ----------------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    config: Config,
+    data: ImageData,
+    module: nn.Module,
+    workdir: Path,
+    console: Console,
+    update_prior: UpdatePrior | None,
+) -> _Run:
+    check_batch_size(config, data)
+    optimizer, num_examples = config.optimizer, len(data.train.labels)
+    if config.prior.update == "online" and update_prior is None:
+        raise ValueError("`train(update_prior=...)` must be given where prior.update is online; got None; pass one")
+    plan = Plan(num_examples, optimizer.batch_size, optimizer.epochs, optimizer.polish_epochs)
+
+    def prepare(images: Any) -> Any:
+        return normalise(images, data.mean, data.std)
+
+    passes = make_passes(module, prepare)
+    key_init, key_drop_path = jax.random.split(jax.random.key(config.seed))
+    return _Run(
+        config=config,
+        data=data,
+        plan=plan,
+        passes=passes,
+        steps=make_steps(passes, optimizer, plan),
+        moments=make_moments(module, prepare),
+        key_init=key_init,
+        key_drop_path=key_drop_path,
+        workdir=workdir,
+        console=console,
+        update_prior=update_prior,
+    )
+
+
+def _initial_state(run: _Run) -> TrainState:
+    params, batch_stats = run.passes.initialise(run.key_init, run.data.train.images[:1])
+    return initial_state(params, batch_stats, run.config.optimizer, run.config.prior.precision)
+
+
+def _begin(run: _Run) -> tuple[TrainState, Journal]:
+    state = _initial_state(run)
+    return state, Journal()
+
+
+def _restore(run: _Run) -> tuple[TrainState, Journal] | None:
+    like = jax.eval_shape(lambda: _initial_state(run))
+    found = load_progress(run.workdir, like, report=lambda message: _say(run, message))
+    if found is None:
+        _say(run, f"no training checkpoint in {run.workdir}: starting at the beginning")
+        return None
+    state, journal, finished = found
+    if finished:
+        _say(run, f"training is finished: {journal.step} steps, {len(journal.history)} epochs")
+    else:
+        _say(run, f"resuming after step {journal.step} of {run.plan.total_steps}")
+    return state, journal
+
+
+# --- epochs ---------------------------------------------------------------------------------------------------------
+
+
+def _run_epoch(
+    run: _Run, state: TrainState, journal: Journal, display: progress.Display, interrupted: Callable[[], bool]
+) -> TrainState:
+    """Take the steps that are left of the present epoch, or fewer if the run is interrupted."""
+    started = time.monotonic() - journal.epoch_seconds
+    epoch = len(journal.history)
+    polishing = epoch >= run.plan.epochs
+    take_step = run.steps.polish if polishing else run.steps.train
+    in_flight: deque[TrainState] = deque()
+    for step in range(journal.step, run.plan.end_of_epoch(epoch + 1)):
+        indices = run.plan.indices(run.config.seed, step)
+        images = run.data.train.images[indices]
+        if run.config.data.augment and not polishing:
+            images = augment(images, np.random.default_rng((run.config.seed, step)))
+        state = take_step(state, images, run.data.train.labels[indices], run.key_drop_path)
+        journal.step = step + 1
+        in_flight.append(state)
+        if len(in_flight) > STEPS_IN_FLIGHT:
+            arrived = jax.block_until_ready(in_flight.popleft())
+            display.step(journal.step, arrived.sums, run.plan.batch_size)
+        if interrupted():
+            break
+    jax.block_until_ready(state)
+    journal.epoch_seconds = time.monotonic() - started
+    return state
+
+
+def _end_epoch(run: _Run, state: TrainState, journal: Journal) -> TrainState:
+    """Evaluate and record a complete epoch; freeze the network after the last of phase "train"; update the prior."""
+    started, epoch = time.monotonic(), len(journal.history) + 1
+    end_of_phase = journal.step in (run.plan.train_steps, run.plan.total_steps)
+    loss, correct, steps = (np.asarray(total).item() for total in state.sums)
+    if epoch == run.plan.epochs:
+        state = _freeze(run, state)
+    nll, accuracy = evaluate(run.passes, state.params, state.batch_stats, _batches(run, run.data.validation))
+    gradient_norm = None
+    if end_of_phase:
+        gradient_norm, journal.prior_gradient_norm = _joint_gradient(run, state)
+        journal.gradient_norm = gradient_norm
+    record = {
+        "epoch": epoch,
+        "phase": "train" if epoch <= run.plan.epochs else "polish",
+        "loss": loss / steps,
+        "accuracy": correct / (steps * run.plan.batch_size),
+        "validation_nll": nll,
+        "validation_accuracy": accuracy,
+        "prior_precision": float(state.prior_precision),
+        "learning_rate": run.steps.learning_rate(journal.step - 1),
+        "gradient_norm": gradient_norm,
+    }
+    state = _updated_prior(run, state, epoch)
+    record["seconds"] = round(journal.epoch_seconds + time.monotonic() - started, 3)
+    journal.history.append(record)
+    journal.epoch_seconds = 0.0
+    append_log(run.workdir, record)
+    return state._replace(sums=no_sums())
+
+
+def _freeze(run: _Run, state: TrainState) -> TrainState:
+    def batches() -> Iterator[tuple[np.ndarray, float]]:
+        return weighted_batches(run.data.train.images, run.plan.batch_size)
+
+    batch_stats = population_statistics(run.moments, state.params, state.batch_stats, batches)
+    return frozen_state(state, batch_stats, run.config.optimizer)
+
+
+def _updated_prior(run: _Run, state: TrainState, epoch: int) -> TrainState:
+    prior, last = run.config.prior, run.plan.epochs + run.plan.polish_epochs // 2
+    due = prior.update == "online" and epoch % prior.every_epochs == 0 and epoch <= last
+    # After the very last epoch nothing would move the weights to the new mode.
+    if not due or epoch == run.plan.total_epochs:
+        return state
+    precision = float(run.update_prior(state.params, state.batch_stats, float(state.prior_precision), epoch))
+    if not (math.isfinite(precision) and precision > 0):
+        raise UserError(
+            f"the evidence must give a positive prior precision; got {precision} after epoch {epoch}; "
+            "use --prior.update fixed, or another --prior.precision to start from"
+        )
+    return state._replace(prior_precision=jax.numpy.float32(precision))
+
+
+def _batches(run: _Run, split: Split) -> Batches:
+    return fixed_order(split, run.plan.batch_size)
+
+
+def _joint_gradient(run: _Run, state: TrainState) -> JointGradient:
+    batches = _batches(run, run.data.train)
+    return joint_gradient(run.passes, state.params, state.batch_stats, float(state.prior_precision), batches)
+
+
+def _require_finite(run: _Run, state: TrainState) -> None:
+    bad_step = int(state.bad_step)
+    if bad_step >= 0:
+        kept = list_steps(run.workdir / "train")
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
+        raise UserError(
+            f"loss and gradient must stay finite; they did not at step {bad_step + 1} of {run.plan.total_steps}; "
+            f"use a smaller --optimizer.learning-rate or --optimizer.clip-norm in another --workdir ({last})"
+        )
+
+
+def _save(run: _Run, state: TrainState, journal: Journal) -> Path:
+    return save_progress(run.workdir, state, journal, finished=journal.step == run.plan.total_steps)
+
+
+def _checkpoint_is_due(plan: Plan, journal: Journal, seconds: float) -> bool:
+    """At the end, and at most ten times before, no two within ten seconds."""
+    every = -(-plan.total_epochs // CHECKPOINTS)
+    regular = len(journal.history) % every == 0 and seconds >= CHECKPOINT_SECONDS
+    return regular or journal.step == plan.total_steps
+
+
+def _say(run: _Run, message: str) -> None:
+    run.console.print(message, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,75 @@
+"""What a person sees of a run: a live bar on a terminal, a few plain lines elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from training.train.step import EpochSums
+
+PLAIN_LINES = 10
+SECONDS_BETWEEN_UPDATES = 0.25
+
+
+class Display(NamedTuple):
+    """How the loop reports."""
+
+    step: Callable[[int, EpochSums, int], None]
+    """After a step: steps done, sums over the epoch so far (computed, not pending), and images per step."""
+    epoch: Callable[[dict[str, Any]], None]
+    """After an epoch: its record."""
+
+
+@contextmanager
+def show(console: Console, steps_done: int, total_steps: int, total_epochs: int) -> Iterator[Display]:
+    """Show the progress of a run within the block."""
+    if not console.is_terminal:
+        every = -(-total_epochs // PLAIN_LINES)
+
+        def line(record: dict[str, Any]) -> None:
+            if record["epoch"] % every == 0 or record["epoch"] == total_epochs:
+                text = f"epoch {record['epoch']}/{total_epochs} ({record['phase']}): {_numbers(record)}"
+                console.print(text, highlight=False, soft_wrap=True)
+
+        yield Display(lambda done, sums, batch_size: None, line)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("loss {task.fields[loss]:.4f}  accuracy {task.fields[accuracy]:.3f}"),
+        TextColumn("{task.fields[validation]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, refresh_per_second=1 / SECONDS_BETWEEN_UPDATES) as progress:
+        task = progress.add_task(
+            "train", total=total_steps, completed=steps_done, loss=float("nan"), accuracy=float("nan"), validation=""
+        )
+
+        shown_at = 0.0
+
+        def step(done: int, sums: EpochSums, batch_size: int) -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at < SECONDS_BETWEEN_UPDATES:
+                return
+            shown_at = time.monotonic()
+            loss, correct, steps = (np.asarray(total).item() for total in sums)
+            progress.update(task, completed=done, loss=loss / steps, accuracy=correct / (steps * batch_size))
+
+        def epoch(record: dict[str, Any]) -> None:
+            validation = f"validation {record['validation_accuracy']:.3f}"
+            description = f"{record['phase']} {record['epoch']}/{total_epochs}"
+            progress.update(task, description=description, validation=validation)
+
+        yield Display(step, epoch)
+
+
+def _numbers(record: dict[str, Any]) -> str:
+    return (
+        f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.3f}, validation NLL {record['validation_nll']:.4f}, "
+        f"validation accuracy {record['validation_accuracy']:.3f}, prior precision {record['prior_precision']:.3g}"
+    )

@@ -1,0 +1,317 @@
+"""Where a run's settings come from and where they are kept: config files, the command line, `workdir/config.json`.
+
+A config file is a Python file that defines ``config``, a `training.config.Config`; its docstring is the experiment's
+card (command, hardware, time, expected result). The command line overrides single fields.
+"""
+
+import argparse
+import dataclasses
+import json
+import runpy
+import tempfile
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from bnnlaplace.checkpoint import atomic as files
+from training.cli import arguments as command_line
+from training.config import Config
+from training.errors import UserError
+
+DEFAULT_CONFIG = Path("configs/van_digits.py")
+
+CONFIG_FILE = "config.json"
+
+POSTERIORS = "laplace"
+"""The folder of a work directory that holds the fitted posteriors."""
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+# What a run may leave to measurement: None agrees with whatever the saved config records.
+_MEASURED = {"data.mean", "data.std"}
+
+# What a resumed run may change at any time: how it is evaluated, and how many images are in memory at once.
+_CHANGEABLE = ("evaluation.", "curvature.microbatch:")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Train a Visual Attention Network, put a Laplace approximation on it, and evaluate both on held-out images.
+
+    Every setting below comes from the config file; an option overrides it.
+    """
+
+    config: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """The experiment: a Python file that defines `config`. The defaults shown below are those of this file."""
+    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Where the run writes its config, log, checkpoints and report; default: checkpoints/<name of the config file>."""
+    resume: tyro.conf.FlagCreatePairsOff[bool]
+    """Continue the run in the work directory to the same numbers as if it had not been interrupted; after training
+    has finished, go on with what comes after it."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+
+def parse(argv: Sequence[str], program: str) -> Arguments:
+    """Parse ``--config FILE --workdir DIR --resume`` and one option for every field of the config.
+
+    Parameters
+    ----------
+    argv
+        The arguments after the program's name.
+    program
+        What the user typed to start the program, for `--help`.
+
+    Raises
+    ------
+    UserError
+        The config file cannot be used; an option is unknown; a value is of the wrong type or out of its range.
+    SystemExit
+        After `--help`.
+    """
+    config = _find(_config_option(argv) or DEFAULT_CONFIG)
+    settings = load_config(config)
+    default = Arguments(config=config, workdir=Path("checkpoints") / config.stem, resume=False, settings=settings)
+    arguments = command_line.parse(Arguments, argv, program, default=default, config=())
+    return dataclasses.replace(arguments, config=config)
+
+
+def load_config(path: Path) -> Config:
+    """Run a config file and return the ``config`` that it defines.
+
+    Raises
+    ------
+    UserError
+        The file does not exist, fails, or does not define a `Config` called ``config``.
+    """
+    if not path.is_file():
+        known = ", ".join(str(file) for file in sorted((_ROOT / "configs").glob("*.py"))) or "none"
+        raise UserError(f"`--config` must name a Python file; there is none at {path}; known configs: {known}")
+    try:
+        names = runpy.run_path(str(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        fault = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"a config file must run without errors; {path} raised {fault}; mend the file") from None
+    config = names.get("config")
+    if not isinstance(config, Config):
+        found = "nothing of that name" if "config" not in names else type(config).__name__
+        raise UserError(f"a config file must define `config`, a training.config.Config; {path} has {found}; define it")
+    return config
+
+
+def _config_option(argv: Sequence[str]) -> Path | None:
+    """The value of `--config`, found before tyro runs because the defaults that tyro shows depend on it."""
+    scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scanner.add_argument("--config", type=Path)
+    try:
+        return scanner.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        return None  # The value is missing: tyro says so.
+
+
+def _find(path: Path) -> Path:
+    """The path as given, or the same path below the repository, so that the programs run from anywhere."""
+    return _ROOT / path if not path.exists() and (_ROOT / path).exists() else path
+
+
+# --- the work directory ---------------------------------------------------------------------------------------------
+
+
+def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
+    """Claim a work directory for a run, and return the config to run with.
+
+    ======================================  ===============================  ==================
+    the directory                           without ``resume``               with ``resume``
+    ======================================  ===============================  ==================
+    is absent, or empty                     is created; the config is saved  the same
+    holds only a config                     is used; the config is saved     is used; see below
+    holds a partial or finished run of it   UserError                        is used; see below
+    holds a run of another config           UserError with the differences   the same
+    holds other files                       UserError                        UserError
+    ======================================  ===============================  ==================
+
+    A directory with only a config is what a run leaves that ended before it kept anything. A finished run that is
+    resumed keeps its training and goes on to what comes after it.
+
+    A resumed run may change what nothing on disk was computed with: ``evaluation`` and ``curvature.microbatch``
+    (memory, not results) always; the rest of ``curvature`` as long as no posterior is fitted, unless online updates of
+    the prior use it during training. The config is saved with the change. Pixel statistics that ``config`` leaves to
+    measurement agree with whatever the saved config records, and are taken from it.
+
+    Raises
+    ------
+    UserError
+        As in the table; or the directory cannot be written.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"`--workdir` must be a directory; {workdir} is a file; use another --workdir")
+    if fault := why_not_writable(workdir):
+        raise UserError(f"`--workdir` must be writable; got {fault}; use another --workdir, or free the disk")
+    entries = list(workdir.iterdir()) if workdir.exists() else []
+    entries = sorted(entry for entry in entries if not entry.name.startswith("."))
+    if not entries:
+        save_config(workdir, config)
+        return config
+    if CONFIG_FILE not in (entry.name for entry in entries):
+        raise UserError(
+            f"`--workdir` must be new, empty, or hold a run; {workdir} holds {entries[0].name} and no {CONFIG_FILE}; "
+            "use another --workdir"
+        )
+    saved = load_saved_config(workdir)
+    # A file without content, such as the log before its first record, holds nothing that could be lost.
+    holds_more = any(entry.name != CONFIG_FILE and not _is_empty_file(entry) for entry in entries)
+    if not holds_more and not resume:
+        save_config(workdir, config)
+        return config
+    _require_same_run(workdir, saved, config, holds_more)
+    if not resume:
+        raise UserError(
+            f"a run must not overwrite another; {workdir} holds one that these settings continue; "
+            "continue it with --resume, or use another --workdir"
+        )
+    continued = dataclasses.replace(saved, evaluation=config.evaluation, curvature=config.curvature)
+    if continued != saved:
+        save_config(workdir, continued)
+    return continued
+
+
+def _is_empty_file(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _require_same_run(workdir: Path, saved: Config, config: Config, holds_more: bool) -> None:
+    """Refuse settings under which what is in the directory would have come out differently."""
+    fitted = (workdir / POSTERIORS).exists()
+    used = fitted or config.prior.update == "online"
+    changeable = _CHANGEABLE if used else (*_CHANGEABLE, "curvature.")
+    differences = [line for line in describe_difference(saved, config) if not line.startswith(changeable)]
+    if not differences:
+        return
+    advice = "the same settings with --resume"
+    if not holds_more:
+        advice = "start anew there without --resume"
+    elif config.prior.update == "fixed" and all(line.startswith("curvature.") for line in differences):
+        advice = f"remove {workdir / POSTERIORS} to have the posteriors fitted again"
+    raise UserError(
+        f"`--workdir` must hold a run of the same settings; {workdir} differs in {'; '.join(differences)}; "
+        f"use another --workdir, or {advice}"
+    )
+
+
+def save_config(workdir: Path, config: Config) -> None:
+    """Write `workdir/config.json`, atomically."""
+    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
+    write_atomically(workdir / CONFIG_FILE, text + "\n")
+
+
+def load_saved_config(workdir: Path) -> Config:
+    """Read `workdir/config.json` back, every field in its declared type."""
+    path = workdir / CONFIG_FILE
+    try:
+        return _decode(Config, json.loads(path.read_text()), "")
+    except FileNotFoundError:
+        raise UserError(f"a work directory must hold {CONFIG_FILE}; {workdir} does not; check the path") from None
+    except (ValueError, UserError) as error:
+        advice = "restore it, or use another --workdir"
+        raise UserError(f"{path} must be a config as it was saved; {error}; {advice}") from None
+
+
+def describe_difference(there: Config, here: Config) -> list[str]:
+    """One line for each field that differs, such as ``optimizer.learning_rate: 0.003 there, 0.001 here``.
+
+    Pixel statistics that are None here (left to measurement) agree with any there.
+    """
+    ours = dict(_fields(here))
+    return [
+        f"{name}: {value} there, {ours[name]} here"
+        for name, value in _fields(there)
+        if value != ours[name] and not (name in _MEASURED and ours[name] is None)
+    ]
+
+
+def _fields(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names and values of all fields."""
+    flat: list[tuple[str, Any]] = []
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        name = prefix + field.name
+        flat += _fields(value, f"{name}.") if dataclasses.is_dataclass(value) else [(name, value)]
+    return flat
+
+
+def _decode(declared: Any, value: Any, name: str) -> Any:
+    """A JSON value as the declared type, which is one of those that `training.config` uses."""
+    if dataclasses.is_dataclass(declared):
+        hints = typing.get_type_hints(declared)
+        if not isinstance(value, dict):
+            raise ValueError(f"{name or 'the file'} has the value {value!r}")
+        if unknown := sorted(value.keys() - hints.keys()):
+            raise ValueError(f"the field {unknown[0]} is unknown")
+        # A field that a later release has added takes its default.
+        return declared(**{key: _decode(hints[key], item, f"{name}.{key}".strip(".")) for key, item in value.items()})
+    origin, arguments = typing.get_origin(declared), typing.get_args(declared)
+    if origin is types.UnionType:
+        return None if value is None else _decode(arguments[0], value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], item, name) for item in value)
+    if origin is Literal and value in arguments:
+        return value
+    if declared is Path and isinstance(value, str):
+        return Path(value)
+    if declared is float and type(value) in (int, float):
+        return float(value)
+    if declared in (bool, int, str) and type(value) is declared:
+        return value
+    raise ValueError(f"{name} has the value {value!r}")
+
+
+# Files of a run: written whole or not at all, in a directory that was found writable before work was spent on it.
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file: readers see the old one or the new one, whole.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written.
+    """
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path at which to make a file, which takes the place of `path` once it is whole.
+
+    Raises
+    ------
+    UserError
+        The file cannot be written; what `path` held is still there.
+    """
+    try:
+        with files.replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise UserError(
+            f"{path} must be writable; got {error.strerror or error}; free the disk or choose another directory"
+        ) from error
+
+
+def why_not_writable(directory: Path) -> str | None:
+    """Say why no file could be made in a directory, or in the one that it would be made in; None where one could.
+
+    Leaves nothing behind, the directory itself included.
+    """
+    place = directory.absolute()
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return f"{place}: {error.strerror or error}"
