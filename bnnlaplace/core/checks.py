@@ -1,20 +1,89 @@
-"""Random keys as users pass them."""
+"""Checks of arguments, and warnings: the one place that words them.
 
+Every message says what the argument must be, what it was, and what to try: "X must ...; got ...; try ...". `where` is
+what a message calls the argument, such as ``"fit(tolerance=...)"``. Import the module rather than its functions, whose
+names are those of common arguments: ``checks.key(key, "sample(key=...)")``.
+"""
+
+import operator
+import sys
+import warnings
+from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+Probs = Float[np.ndarray, "N C"] | Float[Array, "N C"]
+Labels = Int[np.ndarray, " N"] | Int[Array, " N"]
+
+# Rows of probabilities that were computed in float32 sum to one within this.
+_SUM_TOLERANCE = 1e-4
+# A warning names the line of the user's code: frames of these packages are passed over. jaxtyping puts a frame between
+# a function and its caller when its checks of annotations are on.
+_PASSED_OVER = ("bnnlaplace", "jaxtyping")
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def positive(value: Any, where: str, *, advice: str = "try 1.0") -> None:
+    """Raise ValueError unless `value` is one positive, finite number; only the shape of a traced one is checked."""
+    is_one_number = _is_real(value) and np.shape(value) == ()
+    if is_one_number and (isinstance(value, jax.core.Tracer) or 0 < float(value) < float("inf")):
+        return
+    got = f"shape {np.shape(value)}" if hasattr(value, "shape") and value.shape != () else f"{value!r:.80}"
+    raise ValueError(f"{where} must be one positive, finite number; got {got}; {advice}")
+
+
+def all_positive(numbers: Any, where: str, *, advice: str = "try 1.0") -> None:
+    """Raise ValueError unless every one of the numbers is positive and finite; traced ones pass."""
+    if isinstance(numbers, jax.core.Tracer):
+        return
+    known = np.asarray(numbers)  # an operation of JAX would be traced inside `jit`
+    if not np.all((known > 0) & np.isfinite(known)):
+        got = f"{known}" if known.size <= 8 else f"numbers from {known.min():.3g} to {known.max():.3g}"
+        raise ValueError(f"{where} must be positive and finite; got {got}; {advice}")
+
+
+def count(value: Any, where: str, *, least: int = 1, most: int | None = None, advice: str = "") -> int:
+    """Return an integer from `least` to `most` as a Python int.
+
+    Integers of NumPy and concrete ones of JAX are accepted, bools are not. `advice` defaults to the nearest value that
+    is allowed.
+
+    Raises
+    ------
+    ValueError
+        If `value` is not an integer, or out of range.
+    """
+    allowed = f"an integer of at least {least}" if most is None else f"an integer from {least} to {most}"
+    try:
+        number = None if isinstance(value, (bool, np.bool_)) else operator.index(value)
+    except TypeError:  # floats, arrays of several numbers, traced numbers
+        number = None
+    if number is not None and number >= least and (most is None or number <= most):
+        return number
+    nearest = most if number is not None and most is not None and number > most else least
+    got = value if number is None or isinstance(value, int) else number
+    raise ValueError(f"{where} must be {allowed}; got {got!r:.80}; {advice or f'try {nearest}'}")
+
+
+def _is_real(value: Any) -> bool:
+    """Whether it is a number, or an array of real numbers; bools and strings are not."""
+    if hasattr(value, "dtype"):
+        return jnp.issubdtype(value.dtype, jnp.integer) or jnp.issubdtype(value.dtype, jnp.floating)
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+# --- keys and names ---------------------------------------------------------------------------------------------
+
 
 def is_key(value: Any) -> bool:
-    """Whether it is one key of `jax.random.key`, or a raw one of `jax.random.PRNGKey`.
-
-    Parameters
-    ----------
-    value
-        Anything.
-    """
+    """Whether it is one random key: of `jax.random.key`, or a raw one of `jax.random.PRNGKey`."""
     dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)
     if dtype is None:
         return False
@@ -23,74 +92,110 @@ def is_key(value: Any) -> bool:
     return dtype == np.uint32 and shape in ((2,), (4,))
 
 
-def check_key(value: Any, where: str) -> None:
-    """Check that it is a key.
+def key(value: Any, where: str) -> None:
+    """Raise ValueError unless `value` is one random key."""
+    if not is_key(value):
+        got = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.80}"
+        raise ValueError(f"{where} must be one random key; got {got}; try jax.random.key(0)")
 
-    Parameters
-    ----------
-    value
-        Anything.
-    where
-        The name of the argument, for the message.
+
+def choice(value: Any, where: str, options: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of the strings in `options`."""
+    if not isinstance(value, str) or value not in options:
+        names = [repr(option) for option in options]
+        listed = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        raise ValueError(f"{where} must be {listed}; got {value!r:.80}")
+
+
+# --- class probabilities and labels -----------------------------------------------------------------------------
+
+
+def predictions(probs: Probs, labels: Labels) -> tuple[Float[np.ndarray, "N C"], Int[np.ndarray, " N"]]:
+    """Return class probabilities in float64 and their labels in int64, or raise as `probabilities` and `classes` do."""
+    checked = probabilities(probs, "probs")
+    return checked, classes(labels, *checked.shape)
+
+
+def probabilities(probs: Probs, where: str) -> Float[np.ndarray, "N C"]:
+    """Return rows of class probabilities in float64.
 
     Raises
     ------
     ValueError
-        If it is none.
+        If the shape is wrong, an entry is negative or NaN, or a row does not sum to one.
     """
-    if not is_key(value):
-        got = repr(value) if not hasattr(value, "shape") else f"{value.dtype} of shape {value.shape}"
-        raise ValueError(f"{where} must be one random key; got {got}; pass jax.random.key(0)")
-
-
-# What metrics take: class probabilities and labels, as float64 and int64 NumPy, or a message that says what is wrong.
-#
-# Every function raises `ValueError` for arrays of the wrong shape, rows that are no distributions, NaN, and labels that
-# are no classes.
-Probs = Float[np.ndarray, "N C"] | Float[Array, "N C"]
-Labels = Int[np.ndarray, "N"] | Int[Array, "N"]
-
-_SUM_TOLERANCE = 1e-4  # rows of probabilities computed in float32 add up to one well within this
-
-
-def checked(probs: Probs, labels: Labels) -> tuple[np.ndarray, np.ndarray]:
-    """Class probabilities in float64 and the labels that go with them."""
-    probs = checked_probs("probs", probs)
-    return probs, checked_labels(labels, *probs.shape)
-
-
-def checked_probs(name: str, probs: Probs) -> np.ndarray:
-    """Rows of class probabilities in float64; `name` is what the message calls them."""
-    probs = np.asarray(probs, np.float64)
-    if probs.ndim != 2 or 0 in probs.shape:
+    rows = np.asarray(probs, np.float64)
+    if rows.ndim != 2 or 0 in rows.shape:
         raise ValueError(
-            f"{name} must be a non-empty (N, C) array; got shape {probs.shape}; average over posterior samples first"
+            f"{where} must be a non-empty (N, C) array; got shape {rows.shape}; average over posterior samples first"
         )
-    if np.isnan(probs).any():
-        raise ValueError(f"{name} must not contain NaN; got {described(probs)}; check the predictive")
-    if probs.min() < 0:
-        raise ValueError(f"{name} must not be negative; got {probs.min():.6g}; apply the softmax first")
-    worst = np.argmax(np.abs(probs.sum(axis=1) - 1))
-    total = probs[worst].sum()
+    if np.isnan(rows).any():
+        raise ValueError(f"{where} must not contain NaN; got {shape_and_faults(rows)}; check the predictive")
+    if rows.min() < 0:
+        raise ValueError(f"{where} must not be negative; got {rows.min():.6g}; apply the softmax first")
+    worst = np.argmax(np.abs(rows.sum(axis=1) - 1))
+    total = rows[worst].sum()
     if not abs(total - 1) <= _SUM_TOLERANCE:
-        raise ValueError(f"{name} must have rows that sum to 1; row {worst} sums to {total:.6g}; apply the softmax")
-    return probs
+        raise ValueError(f"{where} must have rows that sum to 1; row {worst} sums to {total:.6g}; apply the softmax")
+    return rows
 
 
-def checked_labels(labels: Labels, num_examples: int, num_classes: int) -> np.ndarray:
-    """Classes, one per example, in int64."""
-    labels = np.asarray(labels)
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integer classes; got dtype {labels.dtype}; convert them with astype(int)")
-    if labels.shape != (num_examples,):
-        raise ValueError(f"labels must have shape ({num_examples},), one per example; got {labels.shape}")
-    if labels.min() < 0 or labels.max() >= num_classes:
+def classes(labels: Labels, num_examples: int, num_classes: int) -> Int[np.ndarray, " N"]:
+    """Return labels in int64: for each example the number of its class.
+
+    Raises
+    ------
+    ValueError
+        If they are not integers, not one for each example, or not below `num_classes`.
+    """
+    numbers = np.asarray(labels)
+    if not np.issubdtype(numbers.dtype, np.integer):
+        raise ValueError(f"labels must be integer classes; got dtype {numbers.dtype}; convert them with astype(int)")
+    if numbers.shape != (num_examples,):
+        raise ValueError(f"labels must have shape ({num_examples},), one per example; got {numbers.shape}")
+    if numbers.min() < 0 or numbers.max() >= num_classes:
         raise ValueError(
-            f"labels must lie in 0..{num_classes - 1}; got {labels.min()}..{labels.max()}; check the number of classes"
+            f"labels must lie in 0..{num_classes - 1}; got {numbers.min()}..{numbers.max()}; check the number of "
+            "classes"
         )
-    return labels.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
-def described(array: np.ndarray) -> str:
-    """What is wrong with an array, for a message."""
+def shape_and_faults(array: np.ndarray) -> str:
+    """Describe an array in a message: its shape, and how many entries are NaN or infinite."""
     return f"shape {array.shape} with {np.count_nonzero(~np.isfinite(array))} non-finite entries"
+
+
+# --- warnings ---------------------------------------------------------------------------------------------------
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the first caller outside this package, however deep inside it the warning arises."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _is_passed_over(frame):
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__", "<unknown>"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _is_passed_over(frame: FrameType) -> bool:
+    return frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER
+
+
+# Former names, until all callers have moved.
+check_key = key
+checked = predictions
+described = shape_and_faults
+
+
+def checked_probs(name: str, probs: Probs) -> Float[np.ndarray, "N C"]:
+    return probabilities(probs, name)
+
+
+checked_labels = classes
