@@ -13,15 +13,15 @@ import tyro
 from rich.console import Console
 
 from training import posteriors
-from training import workdir as config_io
-from training.cli import arguments as command_line
 from training.cli import program
-from training.data import load
+from training.cli.arguments import parse_record
+from training.data.load import load
 from training.errors import UserError
 from training.models import van
-from training.report import evaluation as heldout
-from training.train import loop
-from training.workdir import why_not_writable
+from training.report import evaluation
+from training.report.html import write_results
+from training.train.checkpoints import load_trained
+from training.workdir import load_saved_config, why_not_writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate(argv: Sequence[str], console: Console) -> None:
     """Read config, weights and posteriors back, verified, and evaluate them."""
-    arguments = command_line.parse(Arguments, argv, "python -m training.evaluate")
-    config = config_io.load_saved_config(arguments.workdir)
+    arguments = parse_record(Arguments, argv, "python -m training.evaluate")
+    config = load_saved_config(arguments.workdir)
     chosen = {name: value for name in ("split", "ood") if (value := getattr(arguments, name)) is not None}
     config = dataclasses.replace(
         config,
@@ -62,15 +62,15 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
         raise UserError(f"the work directory must be writable; got {fault}; evaluate a copy of it")
     watch = program.Stopwatch(console, kept="nothing is written")
     with watch.stage("data"):
-        trained = loop.load_trained(arguments.workdir)
+        trained = load_trained(arguments.workdir)
         data = load(config.data)
-        foreign = heldout.foreign_images(config, data)
+        foreign = evaluation.foreign_images(config, data)
         module = van.from_config(config.model, len(data.class_names))
         network = posteriors.make_network(module, trained.params, trained.batch_stats)
         fitted = posteriors.load(arguments.workdir, network)
     with watch.stage("evaluation"):
-        results = heldout.evaluate(config, data, foreign, trained, fitted, watch.seconds)
-    program.write_results(directory, results, console)
+        results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
+    write_results(directory, results, console)
 
 
 if __name__ == "__main__":

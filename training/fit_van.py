@@ -16,15 +16,17 @@ from rich.console import Console
 
 from bnnlaplace import Laplace, Network
 from training import posteriors
-from training import workdir as config_io
 from training.cli import program
+from training.cli.arguments import parse
 from training.config import Config
-from training.data import load
-from training.data.load import ImageData
+from training.data.load import ImageData, load
 from training.errors import UserError
 from training.models import van
-from training.report import evaluation as heldout
+from training.report import evaluation
+from training.report.html import write_results
 from training.train import loop
+from training.train.checkpoints import seconds_of
+from training.workdir import POSTERIORS, open_workdir
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def fit(argv: Sequence[str], console: Console) -> None:
     """Data, training, posteriors, evaluation, report."""
-    arguments = config_io.parse(argv, "python -m training.fit_van")
+    arguments = parse(argv, "python -m training.fit_van")
     watch = program.Stopwatch(console, kept="continue with --resume")
     with watch.stage("data"):
         data = load(arguments.settings.data)
@@ -42,9 +44,9 @@ def fit(argv: Sequence[str], console: Console) -> None:
         config = dataclasses.replace(arguments.settings, data=measured)
         module = van.from_config(config.model, len(data.class_names))
         _check(config, data, module)
-        foreign = heldout.foreign_images(config, data)
+        foreign = evaluation.foreign_images(config, data)
         workdir = arguments.workdir
-        config = config_io.open_workdir(workdir, config, arguments.resume)
+        config = open_workdir(workdir, config, arguments.resume)
     with watch.stage("training"):
         trained = loop.train(
             config,
@@ -56,7 +58,7 @@ def fit(argv: Sequence[str], console: Console) -> None:
             update_prior=posteriors.online_update(config, data, module, console),
         )
     # Also what earlier sessions spent, where this one has resumed the run.
-    watch.seconds["training"] = loop.seconds_of(trained)
+    watch.seconds["training"] = seconds_of(trained)
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     with watch.stage("posterior"):
         fitted = _fitted(workdir, network, console) if arguments.resume else None
@@ -66,13 +68,13 @@ def fit(argv: Sequence[str], console: Console) -> None:
             posteriors.save(workdir, fitted, seconds=perf_counter() - started)
     watch.seconds["posterior"] = posteriors.seconds_to_fit(workdir) or watch.seconds["posterior"]
     with watch.stage("evaluation"):
-        results = heldout.evaluate(config, data, foreign, trained, fitted, watch.seconds)
-    program.write_results(workdir, results, console)
+        results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
+    write_results(workdir, results, console)
 
 
 def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
     """The posteriors that an earlier, finished run left; None, and a word why, where one is damaged."""
-    if not (workdir / config_io.POSTERIORS).exists():
+    if not (workdir / POSTERIORS).exists():
         return None
     try:
         return posteriors.load(workdir, network)

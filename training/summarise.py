@@ -14,8 +14,8 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from rich.console import Console
 
-from training.cli import arguments as command_line
 from training.cli import program
+from training.cli.arguments import parse_record
 from training.errors import UserError
 from training.report.results import FORMAT_VERSION
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def summarise(argv: Sequence[str], console: Console) -> None:
     """Read the metrics of each run and print the table."""
-    arguments = command_line.parse(Arguments, argv, "python -m training.summarise")
+    arguments = parse_record(Arguments, argv, "python -m training.summarise")
     if not arguments.workdirs:
         raise UserError(
             "at least one work directory must be named; got none; try python -m training.summarise checkpoints/*"

@@ -1,126 +1,29 @@
-"""Where a run's settings come from and where they are kept: config files, the command line, `workdir/config.json`.
+"""The work directory of a run: who may use it, the config that it keeps, and files that are written whole."""
 
-A config file is a Python file that defines ``config``, a `training.config.Config`; its docstring is the experiment's
-card (command, hardware, time, expected result). The command line overrides single fields.
-"""
-
-import argparse
 import dataclasses
 import json
-import runpy
 import tempfile
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-from bnnlaplace.checkpoint import atomic as files
-from training.cli import arguments as command_line
+from bnnlaplace.checkpoint.atomic import replacing
 from training.config import Config
 from training.errors import UserError
-
-DEFAULT_CONFIG = Path("configs/van_digits.py")
 
 CONFIG_FILE = "config.json"
 
 POSTERIORS = "laplace"
 """The folder of a work directory that holds the fitted posteriors."""
 
-_ROOT = Path(__file__).resolve().parents[1]
-
 # What a run may leave to measurement: None agrees with whatever the saved config records.
 _MEASURED = {"data.mean", "data.std"}
 
 # What a resumed run may change at any time: how it is evaluated, and how many images are in memory at once.
 _CHANGEABLE = ("evaluation.", "curvature.microbatch:")
-
-
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """Train a Visual Attention Network, put a Laplace approximation on it, and evaluate both on held-out images.
-
-    Every setting below comes from the config file; an option overrides it.
-    """
-
-    config: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """The experiment: a Python file that defines `config`. The defaults shown below are those of this file."""
-    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Where the run writes its config, log, checkpoints and report; default: checkpoints/<name of the config file>."""
-    resume: tyro.conf.FlagCreatePairsOff[bool]
-    """Continue the run in the work directory to the same numbers as if it had not been interrupted; after training
-    has finished, go on with what comes after it."""
-    settings: Annotated[Config, tyro.conf.arg(name="")]
-
-
-def parse(argv: Sequence[str], program: str) -> Arguments:
-    """Parse ``--config FILE --workdir DIR --resume`` and one option for every field of the config.
-
-    Parameters
-    ----------
-    argv
-        The arguments after the program's name.
-    program
-        What the user typed to start the program, for `--help`.
-
-    Raises
-    ------
-    UserError
-        The config file cannot be used; an option is unknown; a value is of the wrong type or out of its range.
-    SystemExit
-        After `--help`.
-    """
-    config = _find(_config_option(argv) or DEFAULT_CONFIG)
-    settings = load_config(config)
-    default = Arguments(config=config, workdir=Path("checkpoints") / config.stem, resume=False, settings=settings)
-    arguments = command_line.parse(Arguments, argv, program, default=default, config=())
-    return dataclasses.replace(arguments, config=config)
-
-
-def load_config(path: Path) -> Config:
-    """Run a config file and return the ``config`` that it defines.
-
-    Raises
-    ------
-    UserError
-        The file does not exist, fails, or does not define a `Config` called ``config``.
-    """
-    if not path.is_file():
-        known = ", ".join(str(file) for file in sorted((_ROOT / "configs").glob("*.py"))) or "none"
-        raise UserError(f"`--config` must name a Python file; there is none at {path}; known configs: {known}")
-    try:
-        names = runpy.run_path(str(path))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (Exception, SystemExit) as error:
-        fault = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"a config file must run without errors; {path} raised {fault}; mend the file") from None
-    config = names.get("config")
-    if not isinstance(config, Config):
-        found = "nothing of that name" if "config" not in names else type(config).__name__
-        raise UserError(f"a config file must define `config`, a training.config.Config; {path} has {found}; define it")
-    return config
-
-
-def _config_option(argv: Sequence[str]) -> Path | None:
-    """The value of `--config`, found before tyro runs because the defaults that tyro shows depend on it."""
-    scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    scanner.add_argument("--config", type=Path)
-    try:
-        return scanner.parse_known_args(argv)[0].config
-    except argparse.ArgumentError:
-        return None  # The value is missing: tyro says so.
-
-
-def _find(path: Path) -> Path:
-    """The path as given, or the same path below the repository, so that the programs run from anywhere."""
-    return _ROOT / path if not path.exists() and (_ROOT / path).exists() else path
-
-
-# --- the work directory ---------------------------------------------------------------------------------------------
 
 
 def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
@@ -294,7 +197,7 @@ def writing(path: Path) -> Iterator[Path]:
         The file cannot be written; what `path` held is still there.
     """
     try:
-        with files.replacing(path) as temporary:
+        with replacing(path) as temporary:
             yield temporary
     except OSError as error:
         raise UserError(

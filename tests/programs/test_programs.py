@@ -17,9 +17,8 @@ from bnnlaplace import Laplace
 from bnnlaplace.structure import KrylovStructure
 from training import evaluate, fit_van, summarise
 from training.cli import interruption
-from training.data import load as data
-from training.data import reading
-from training.report import evaluation as heldout
+from training.data import foreign, load, reading
+from training.report import evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -184,8 +183,8 @@ def test_a_signal_between_the_structures(finished, config_file, tmp_path, capsys
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_evaluating_writes_nothing(finished, tmp_path, capsys, monkeypatch, number):
-    original = heldout.evaluate
-    monkeypatch.setattr(heldout, "evaluate", lambda *args: signal.raise_signal(number) or original(*args))
+    original = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *args: signal.raise_signal(number) or original(*args))
     before = files_of(finished)
     status, error = run(evaluate, capsys, finished, "--ood", "noise")
     assert (status, error) == (130, "stopped in stage evaluation; nothing of it is written\n")
@@ -210,7 +209,8 @@ def test_a_finished_run_can_be_resumed_with_another_evaluation(finished, config_
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     reads = []
-    monkeypatch.setattr(data, "load_split", lambda *split: reads.append(split[:2]) or reading.load_split(*split))
+    for module in (load, foreign):
+        monkeypatch.setattr(module, "load_split", lambda *split: reads.append(split[:2]) or reading.load_split(*split))
     before = sorted((path, path.stat().st_mtime_ns) for path in (copy / "laplace").rglob("*"))
     options = ["--evaluation.ood", "digits", "--evaluation.split", "validation", "--evaluation.grid-high", "1e6"]
     assert fit_van.main(["--config", str(config_file), "--workdir", str(copy), "--resume", *options]) == 0

@@ -1,20 +1,33 @@
-"""The command line as a typed record, and one line for one that cannot be used."""
+"""Command lines as typed records, and the config file that a command line of `training.fit_van` starts from.
 
+A config file is a Python file that defines ``config``, a `training.config.Config`; its docstring is the experiment's
+card (command, hardware, time, expected result). The command line overrides single fields.
+"""
+
+import argparse
 import contextlib
+import dataclasses
 import io
+import runpy
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from training.config import Config
 from training.errors import UserError
+
+DEFAULT_CONFIG = Path("configs/van_digits.py")
+
+_ROOT = Path(__file__).resolve().parents[2]
 
 Record = TypeVar("Record")
 
 _FRAME = "│╭╮╰╯─ "
 
 
-def parse(record: type[Record], argv: Sequence[str], program: str, **options: Any) -> Record:
+def parse_record(record: type[Record], argv: Sequence[str], program: str, **options: Any) -> Record:
     """Read the arguments into a record, by `tyro.cli`, which takes the `options`.
 
     Raises
@@ -45,3 +58,84 @@ def first_paragraph(box: str) -> str:
             break
     said = " ".join(lines).removeprefix("Error parsing ").removesuffix(" (required)").rstrip(".")
     return said or "the arguments must be those that the program knows"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Train a Visual Attention Network, put a Laplace approximation on it, and evaluate both on held-out images.
+
+    Every setting below comes from the config file; an option overrides it.
+    """
+
+    config: Annotated[Path, tyro.conf.arg(metavar="FILE")]
+    """The experiment: a Python file that defines `config`. The defaults shown below are those of this file."""
+    workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Where the run writes its config, log, checkpoints and report; default: checkpoints/<name of the config file>."""
+    resume: tyro.conf.FlagCreatePairsOff[bool]
+    """Continue the run in the work directory to the same numbers as if it had not been interrupted; after training
+    has finished, go on with what comes after it."""
+    settings: Annotated[Config, tyro.conf.arg(name="")]
+
+
+def parse(argv: Sequence[str], program: str) -> Arguments:
+    """Parse ``--config FILE --workdir DIR --resume`` and one option for every field of the config.
+
+    Parameters
+    ----------
+    argv
+        The arguments after the program's name.
+    program
+        What the user typed to start the program, for `--help`.
+
+    Raises
+    ------
+    UserError
+        The config file cannot be used; an option is unknown; a value is of the wrong type or out of its range.
+    SystemExit
+        After `--help`.
+    """
+    config = _find(_config_option(argv) or DEFAULT_CONFIG)
+    settings = load_config(config)
+    default = Arguments(config=config, workdir=Path("checkpoints") / config.stem, resume=False, settings=settings)
+    arguments = parse_record(Arguments, argv, program, default=default, config=())
+    return dataclasses.replace(arguments, config=config)
+
+
+def load_config(path: Path) -> Config:
+    """Run a config file and return the ``config`` that it defines.
+
+    Raises
+    ------
+    UserError
+        The file does not exist, fails, or does not define a `Config` called ``config``.
+    """
+    if not path.is_file():
+        known = ", ".join(str(file) for file in sorted((_ROOT / "configs").glob("*.py"))) or "none"
+        raise UserError(f"`--config` must name a Python file; there is none at {path}; known configs: {known}")
+    try:
+        names = runpy.run_path(str(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (Exception, SystemExit) as error:
+        fault = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"a config file must run without errors; {path} raised {fault}; mend the file") from None
+    config = names.get("config")
+    if not isinstance(config, Config):
+        found = "nothing of that name" if "config" not in names else type(config).__name__
+        raise UserError(f"a config file must define `config`, a training.config.Config; {path} has {found}; define it")
+    return config
+
+
+def _config_option(argv: Sequence[str]) -> Path | None:
+    """The value of `--config`, found before tyro runs because the defaults that tyro shows depend on it."""
+    scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    scanner.add_argument("--config", type=Path)
+    try:
+        return scanner.parse_known_args(argv)[0].config
+    except argparse.ArgumentError:
+        return None  # The value is missing: tyro says so.
+
+
+def _find(path: Path) -> Path:
+    """The path as given, or the same path below the repository, so that the programs run from anywhere."""
+    return _ROOT / path if not path.exists() and (_ROOT / path).exists() else path

@@ -1,4 +1,4 @@
-"""What the command-line programs share: one line for a fault, exit codes, the compilation cache, where results go."""
+"""What the command-line programs share: one line for a fault, exit codes, the compilation cache, and a stopwatch."""
 
 import os
 import sys
@@ -13,9 +13,7 @@ from rich.console import Console
 from bnnlaplace.checkpoint.pytree import CheckpointError
 from training.cli import interruption
 from training.errors import Interrupted, UserError
-from training.report import html as report
-from training.report.results import RunResults, write_metrics
-from training.workdir import why_not_writable, writing
+from training.workdir import why_not_writable
 
 USER_FAULT, INTERRUPTED = 2, interruption.EXIT_STATUS
 
@@ -92,25 +90,3 @@ class Stopwatch:
         yield
         self.seconds[name] = perf_counter() - started
         interruption.stop_if_requested(f"stopped after stage {name}; {self.kept}")
-
-
-def write_results(directory: Path, results: RunResults, console: Console) -> None:
-    """Write metrics.json, report.html and the figures, each whole or not at all, and print the table.
-
-    Raises
-    ------
-    UserError
-        A file cannot be written.
-    """
-    figures = report.draw_figures(results)
-    for name, figure in figures.items():
-        with writing(directory / "figures" / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
-    write_metrics(directory / "metrics.json", results)
-    report.write_report(directory / "report.html", results, figures)
-    report.print_table(console, results)
-    total = sum(results.seconds.values())
-    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results.seconds.items())
-    console.print(f"{total:.0f} s in all ({stages}). Report:", highlight=False)
-    # The last line and nothing else on it, so that it can be clicked on, copied, and read by a script.
-    console.out(str(directory / "report.html"), highlight=False)

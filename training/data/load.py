@@ -1,41 +1,18 @@
-"""Image-classification data for a run: its splits in memory, normalisation, batch order, foreign images.
+"""The image data of a run: its splits in memory, the statistics of its pixels, and the order of its epochs."""
 
-`python -m training.data prepare NAME --dir DIR` downloads a TFDS set and prepares it for reading.
-"""
-
-import argparse
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from training.config import Data
-from training.data.augment import augment
+from training.data import catalog
 from training.data.reading import Split, load_split
 from training.data.shuffle import permutation, stratified_indices
 from training.errors import UserError
 
-__all__ = [
-    "ImageData",
-    "Split",
-    "augment",
-    "epoch_order",
-    "load",
-    "load_split",
-    "main",
-    "normalise",
-    "out_of_distribution",
-]
-
 # Constants, so that all runs share their splits; large, so that no run's own seed draws the same numbers.
 _HOLD_OUT_SEED, _SUBSET_SEED = 2**63 + 1, 2**63 + 2
-
-# Streams of the run's seed; epochs use 0, 1, ...
-_NOISE_STREAM, _FOREIGN_STREAM = 2**63 + 1, 2**63 + 2
 
 
 class ImageData(NamedTuple):
@@ -139,66 +116,6 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     return permutation(seed, epoch, num_examples)
 
 
-def out_of_distribution(name: str, split: Split, data_dir: Path | None, seed: int) -> np.ndarray:
-    """Return images that the model was not trained for, in the shape of those of `split`.
-
-    Parameters
-    ----------
-    name : str
-        `inverted`: the split's own images with intensities reversed (255 - x). `noise`: independent uniform pixels.
-        Otherwise a prepared TFDS set, whose test images are converted to the split's channels (grey repeated, colour
-        to ITU-R 601 luma) and resized bilinearly to its height and width.
-    split : Split
-        The in-distribution examples.
-    data_dir : Path or None
-        As for `load_split`.
-    seed : int
-        Seed of the noise, and of the choice where the foreign set has more images than `split`.
-
-    Returns
-    -------
-    ndarray of uint8, shape (M, H, W, C)
-        M is the number of images in `split`, or fewer where a foreign set has no more.
-
-    Raises
-    ------
-    UserError
-        As `load_split`.
-    """
-    if name == "inverted":
-        return 255 - split.images
-    if name == "noise":
-        rng = np.random.default_rng((seed % 2**64, _NOISE_STREAM))
-        return rng.integers(256, size=split.images.shape, dtype=np.uint8)
-    foreign, _ = load_split(name, "test", data_dir)
-    chosen = np.sort(permutation(seed, _FOREIGN_STREAM, len(foreign.images))[: len(split.images)])
-    _, height, width, channels = split.images.shape
-    return _resize(_to_channels(foreign.images[chosen], channels), height, width)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `python -m training.data`; return the exit status: 0, 2 for a fault of the user's, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m training.data", description="Prepare data sets for training.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    prepare = commands.add_parser("prepare", help="download a TFDS set and write it in array_record format")
-    prepare.add_argument("name", metavar="NAME", help="a set as TFDS names it, NAME or NAME/CONFIG")
-    prepare.add_argument("--dir", type=Path, help="data directory; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets")
-    options = parser.parse_args(arguments)
-    directory = catalog.data_directory(options.dir)
-    try:
-        catalog.prepare(options.name, directory)
-        builder = catalog.open_set(options.name, directory)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"interrupted: {options.name} is not prepared", file=sys.stderr)
-        return 130
-    sizes = ", ".join(f"{split} {info.num_examples:,}" for split, info in builder.info.splits.items())
-    print(f"{options.name} is prepared in {builder.data_dir}: {sizes} examples")
-    return 0
-
-
 def _hold_out(train: Split, count: int | None) -> tuple[Split, Split]:
     """Part the training split into training and validation examples, stratified, in their original order."""
     total = len(train.labels)
@@ -264,32 +181,3 @@ def _measure(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean = [int(t) / (255 * count) for t in total]
     std = [(count * int(s) - int(t) ** 2) ** 0.5 / (255 * count) for t, s in zip(total, squares, strict=True)]
     return tuple(mean), tuple(std)
-
-
-def _to_channels(images: np.ndarray, channels: int) -> np.ndarray:
-    if images.shape[-1] == channels:
-        return images
-    if channels == 3:
-        return np.repeat(images, 3, axis=-1)
-    luma = images.astype(np.uint32) @ np.array([299, 587, 114], dtype=np.uint32)
-    return ((luma + 500) // 1000).astype(np.uint8)[..., None]
-
-
-def _resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
-    if images.shape[1:3] == (height, width):
-        return images
-    size, channels = (width, height), images.shape[-1]
-    resized = [
-        np.asarray(Image.fromarray(image[..., 0] if channels == 1 else image).resize(size, Image.Resampling.BILINEAR))
-        for image in images
-    ]
-    return np.stack(resized).reshape(-1, height, width, channels)
-
-
-if __name__ == "__main__":
-    status = main()
-    if status == 130:
-        # An orderly exit would first wait for the download threads of TFDS, which nothing can stop.
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)

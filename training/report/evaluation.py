@@ -20,7 +20,7 @@ from training.data.foreign import out_of_distribution
 from training.data.load import ImageData, Split, normalise
 from training.errors import UserError
 from training.report.results import KrylovResult, MethodResult, ModeDistance, RunResults
-from training.train.loop import TrainResult
+from training.train.checkpoints import TrainResult
 
 _CURVE_STREAM, _SAMPLE_STREAM = 201, 202
 _STOPPED = "stopped in stage evaluation; nothing of it is written"

@@ -20,19 +20,8 @@ from rich.table import Table
 from bnnlaplace import plots
 from bnnlaplace.calibration.bootstrap import Interval, paired_differences
 from training.report.findings import findings, number, precision, reservations
-from training.report.results import KrylovResult, MethodResult, RunResults, environment, write_metrics
-from training.workdir import write_atomically
-
-__all__ = [
-    "KrylovResult",
-    "MethodResult",
-    "RunResults",
-    "best_methods",
-    "draw_figures",
-    "print_table",
-    "write_metrics",
-    "write_report",
-]
+from training.report.results import MethodResult, RunResults, environment, write_metrics
+from training.workdir import write_atomically, writing
 
 
 class _Column(NamedTuple):
@@ -114,6 +103,28 @@ def print_table(console: Console, results: RunResults) -> None:
     console.print(note if wide else f"{note} Intervals: metrics.json and report.html.", style="dim")
     for reservation in reservations(results):
         console.print(f"note: {reservation}", style="yellow", markup=False, highlight=False)
+
+
+def write_results(directory: Path, results: RunResults, console: Console) -> None:
+    """Write metrics.json, report.html and the figures, each whole or not at all, and print the table.
+
+    Raises
+    ------
+    UserError
+        A file cannot be written.
+    """
+    figures = draw_figures(results)
+    for name, figure in figures.items():
+        with writing(directory / "figures" / f"{name}.png") as temporary:
+            figure.savefig(temporary, format="png", dpi=150)
+    write_metrics(directory / "metrics.json", results)
+    write_report(directory / "report.html", results, figures)
+    print_table(console, results)
+    total = sum(results.seconds.values())
+    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results.seconds.items())
+    console.print(f"{total:.0f} s in all ({stages}). Report:", highlight=False)
+    # The last line and nothing else on it, so that it can be clicked on, copied, and read by a script.
+    console.out(str(directory / "report.html"), highlight=False)
 
 
 def draw_figures(results: RunResults) -> dict[str, Figure]:

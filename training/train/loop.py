@@ -1,4 +1,4 @@
-"""Training to a mode of the posterior: the loop around `train_step`, and what it keeps on disk.
+"""Training to a mode of the posterior: the loop around the steps, and what it keeps on disk.
 
 Phase "train" runs with batch statistics, drop-path and augmentation live. Then the batch statistics are replaced by
 those of the whole training set, and phase "polish" runs with all three off: on the deterministic network that the
@@ -6,7 +6,8 @@ Laplace approximation expands, whose loss is exactly its negative log joint over
 measured and reported: the gradient of the log joint over all training images.
 
 Images, keys and schedules are pure functions of (seed, step), and the state of a step is all that a checkpoint
-holds, so a run interrupted after any step continues to the same numbers. What is on disk: see `record`.
+holds, so a run interrupted after any step continues to the same numbers. `training.train.checkpoints` says what is on
+disk.
 """
 
 import math
@@ -23,7 +24,7 @@ from rich.console import Console
 
 from training.cli import interruption
 from training.config import Config
-from training.data import augment
+from training.data.augment import augment
 from training.data.load import ImageData, Split, normalise
 from training.errors import Interrupted, UserError
 from training.train import progress
@@ -35,16 +36,12 @@ from training.train.checkpoints import (
     append_log,
     list_steps,
     load_progress,
-    load_trained,
     result_of,
     rewrite_log,
     save_progress,
-    seconds_of,
 )
 from training.train.objective import Batches, JointGradient, Passes, evaluate, joint_gradient, make_passes
 from training.train.step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
-
-__all__ = ["TrainResult", "UpdatePrior", "load_trained", "seconds_of", "train"]
 
 CHECKPOINTS = 10
 CHECKPOINT_SECONDS = 10.0
@@ -91,7 +88,7 @@ def train(
         A Flax network: ``module.apply(variables, x, train=..., rngs={"drop_path": key}, mutable=["batch_stats"])``
         returns logits. Its batch statistics, if any, are those of `flax.linen.BatchNorm` layers.
     workdir
-        A directory claimed by `config_io.open_workdir`.
+        A directory claimed by `training.workdir.open_workdir`.
     resume
         Continue from the newest good checkpoint in `workdir`; where there is none, start at the beginning and say so.
         A finished run is returned as it is, without computing anything.

@@ -13,7 +13,7 @@ from training.cli import program
 from training.errors import UserError
 from training.report import html as report
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_nothing_is_wrapped_where_there_is_no_terminal(capsys, monkeypatch):
@@ -36,9 +36,9 @@ def test_the_path_of_the_report_is_the_last_line_alone_at_any_width(tmp_path, mo
 
     monkeypatch.setattr(report, "draw_figures", lambda results: {})
     for name in ("write_metrics", "write_report", "print_table"):
-        monkeypatch.setattr(report if name != "write_metrics" else program, name, lambda *_: None)
+        monkeypatch.setattr(report, name, lambda *_: None)
     directory = tmp_path / ("long [bold] :smile: " * 9)
-    program.write_results(directory, Results(), Console(width=30))
+    report.write_results(directory, Results(), Console(width=30))
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == str(directory / "report.html")
     assert "3 s in all (data 1, evaluation 2)." in " ".join(lines[:-1])
@@ -52,7 +52,7 @@ def test_a_figure_that_cannot_be_written_is_one_line_and_leaves_nothing_half_don
 
     monkeypatch.setattr(report, "draw_figures", lambda results: {"evidence": Figure()})
     with pytest.raises(UserError, match=r"evidence.png must be writable; got No space left on device; free the disk"):
-        program.write_results(tmp_path, None, Console())
+        report.write_results(tmp_path, None, Console())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -114,7 +114,7 @@ def test_programs_run_with_directories_that_cannot_be_written(tmp_path):
 IN_A_CALLBACK = """
 import gc, os, signal, sys, time
 from rich.console import Console
-from training import interruption, program
+from training.cli import interruption, program
 
 def main(console):
     def interrupt(phase, info):

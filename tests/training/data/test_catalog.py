@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from training.data import catalog
-from training.data.load import main
+from training.data.__main__ import main
 from training.errors import UserError
 
 
@@ -179,7 +179,7 @@ def test_a_set_that_needs_tensorflow_says_so(tmp_path, monkeypatch, capfd):
 def test_interruption_leaves_nothing_and_does_not_wait_for_downloads(tmp_path):
     # The thread stands for a download of TFDS that is under way.
     code = (
-        "import runpy, sys, threading, time; from training import digits\n"
+        "import runpy, sys, threading, time; from training.data import digits\n"
         "def interrupt(self, split):\n"
         "    threading.Thread(target=time.sleep, args=(60,)).start()\n"
         "    raise KeyboardInterrupt\n"

@@ -82,7 +82,7 @@ def test_a_process_that_finishes_second_uses_the_first_one_s_set(tmp_path, monke
 
 def test_a_killed_preparation_is_not_taken_for_a_set(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from training import catalog, digits\n"
+        "import os, sys; from pathlib import Path; from training.data import catalog, digits\n"
         "digits.Digits._generate_examples = lambda self, split: os._exit(9)\n"
         "catalog.prepare('digits', Path(sys.argv[1]))"
     )
@@ -97,8 +97,8 @@ def test_tensorflow_is_never_imported(tmp_path):
     (tmp_path / "tensorflow.py").write_text("raise RuntimeError('tensorflow was imported')")
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from training import data; from training.config import Data\n"
-        "print(len(data.load(Data(dir=Path(sys.argv[1]))).train.labels))"
+        "from training.data.load import load; from training.config import Data\n"
+        "print(len(load(Data(dir=Path(sys.argv[1]))).train.labels))"
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code, tmp_path], timeout=60, capture_output=True)
     assert (done.stdout.decode(), done.stderr.decode()) == ("1257\n", "")

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from training.data.foreign import out_of_distribution
 
 from training.config import Data
-from training.data import load
-from training.data.load import Split, epoch_order, load_split, normalise
+from training.data.foreign import out_of_distribution
+from training.data.load import epoch_order, load, normalise
+from training.data.reading import Split, load_split
 from training.errors import UserError
 
 

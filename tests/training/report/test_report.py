@@ -20,17 +20,8 @@ from bnnlaplace.calibration.metrics import reliability_bins
 from bnnlaplace.plots import PrecisionCurve
 from training.errors import UserError
 from training.report.findings import confidence_gap, findings, number, precision, reservations
-from training.report.html import (
-    KrylovResult,
-    MethodResult,
-    RunResults,
-    best_methods,
-    draw_figures,
-    print_table,
-    write_metrics,
-    write_report,
-)
-from training.report.results import ModeDistance
+from training.report.html import best_methods, draw_figures, print_table, write_report
+from training.report.results import KrylovResult, MethodResult, ModeDistance, RunResults, write_metrics
 
 HOSTILE = "\"><script>alert('x')</script> & [bold]"
 NUM_IMAGES = 80

@@ -24,9 +24,7 @@ from training.cli import interruption
 from training.config import Config, Optimizer, Prior
 from training.data.load import ImageData, Split, epoch_order, normalise
 from training.errors import Interrupted, UserError
-from training.train import checkpoints as record
-from training.train import checkpoints as steps
-from training.train import loop
+from training.train import checkpoints, loop
 from training.train.batch_statistics import make_moments, population_statistics
 from training.train.batches import Plan, fixed_order, weighted_batches
 from training.train.checkpoints import TrainResult, load_trained
@@ -174,7 +172,7 @@ def two_checkpoints(signal_at, tmp_path: Path) -> Path:
         with pytest.raises(Interrupted):
             run(tmp_path, resume=step == 5)
     signal_at(NEVER)
-    assert [path.name for path in steps.list_steps(tmp_path / "train")] == ["step_00000003", "step_00000005"]
+    assert [path.name for path in checkpoints.list_steps(tmp_path / "train")] == ["step_00000003", "step_00000005"]
     return tmp_path
 
 
@@ -229,10 +227,11 @@ def test_a_finished_run_is_returned_without_training(finished, monkeypatch: pyte
 def test_regular_checkpoints_keep_the_newest_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved = []
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(record, "save_step", lambda *args: saved.append(args[1]) or steps.save_step(*args))
+    save_step = checkpoints.save_step
+    monkeypatch.setattr(checkpoints, "save_step", lambda *args: saved.append(args[1]) or save_step(*args))
     run(tmp_path)
     assert saved == [4, 7, 10, 14, 17]
-    assert [path.name for path in steps.list_steps(tmp_path / "train")] == ["step_00000014", "step_00000017"]
+    assert [path.name for path in checkpoints.list_steps(tmp_path / "train")] == ["step_00000014", "step_00000017"]
 
 
 def test_a_second_signal_stops_at_once_and_handlers_return(capfd: pytest.CaptureFixture[str]) -> None:
@@ -259,9 +258,9 @@ def test_a_watch_within_another_asks_the_outer_one(capfd: pytest.CaptureFixture[
 
 
 def test_a_checkpoint_of_an_earlier_release_is_read(finished, tmp_path: Path) -> None:
-    tree, metadata = load_pytree(steps.list_steps(finished[1] / "train")[-1])
+    tree, metadata = load_pytree(checkpoints.list_steps(finished[1] / "train")[-1])
     metadata["journal"]["initial_gradient_norm"] = 2.0
-    steps.save_step(tmp_path / "train", 17, tree, metadata)
+    checkpoints.save_step(tmp_path / "train", 17, tree, metadata)
     assert_same_result(load_trained(tmp_path), finished[0])
 
 
@@ -475,7 +474,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
     # The second epoch ends with step 7; from there on the gradient overflows.
     with pytest.raises(UserError, match="did not at step 8 of 17.*last good checkpoint is .*step_00000007"):
         run(tmp_path, online(), update_prior=lambda params, stats, precision, epoch: 1.0 if epoch == 1 else 1e38)
-    kept = [path.name for path in steps.list_steps(tmp_path / "train")]
+    kept = [path.name for path in checkpoints.list_steps(tmp_path / "train")]
     assert kept == ["step_00000004", "step_00000007"]
 
 

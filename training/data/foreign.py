@@ -1,0 +1,69 @@
+"""Images that a network was not trained for: inverted ones, noise, or those of another data set."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from training.data.reading import Split, load_split
+from training.data.shuffle import permutation
+
+# Streams of the run's seed. The epochs use the streams 0, 1, ...
+_NOISE_STREAM, _FOREIGN_STREAM = 2**63 + 1, 2**63 + 2
+
+
+def out_of_distribution(name: str, split: Split, data_dir: Path | None, seed: int) -> np.ndarray:
+    """Return images that the model was not trained for, in the shape of those of `split`.
+
+    Parameters
+    ----------
+    name : str
+        `inverted`: the split's own images with intensities reversed (255 - x). `noise`: independent uniform pixels.
+        Otherwise a prepared TFDS set, whose test images are converted to the split's channels (grey repeated, colour
+        to ITU-R 601 luma) and resized bilinearly to its height and width.
+    split : Split
+        The in-distribution examples.
+    data_dir : Path or None
+        As for `load_split`.
+    seed : int
+        Seed of the noise, and of the choice where the foreign set has more images than `split`.
+
+    Returns
+    -------
+    ndarray of uint8, shape (M, H, W, C)
+        M is the number of images in `split`, or fewer where a foreign set has no more.
+
+    Raises
+    ------
+    UserError
+        As `load_split`.
+    """
+    if name == "inverted":
+        return 255 - split.images
+    if name == "noise":
+        rng = np.random.default_rng((seed % 2**64, _NOISE_STREAM))
+        return rng.integers(256, size=split.images.shape, dtype=np.uint8)
+    foreign, _ = load_split(name, "test", data_dir)
+    chosen = np.sort(permutation(seed, _FOREIGN_STREAM, len(foreign.images))[: len(split.images)])
+    _, height, width, channels = split.images.shape
+    return _resize(_to_channels(foreign.images[chosen], channels), height, width)
+
+
+def _to_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    if images.shape[-1] == channels:
+        return images
+    if channels == 3:
+        return np.repeat(images, 3, axis=-1)
+    luma = images.astype(np.uint32) @ np.array([299, 587, 114], dtype=np.uint32)
+    return ((luma + 500) // 1000).astype(np.uint8)[..., None]
+
+
+def _resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    if images.shape[1:3] == (height, width):
+        return images
+    size, channels = (width, height), images.shape[-1]
+    resized = [
+        np.asarray(Image.fromarray(image[..., 0] if channels == 1 else image).resize(size, Image.Resampling.BILINEAR))
+        for image in images
+    ]
+    return np.stack(resized).reshape(-1, height, width, channels)
