@@ -1,4 +1,4 @@
-"""What every stage needs: records, pytrees as vectors, products in full precision, checks of arguments, free memory."""
+"""What every stage needs: pytrees as vectors, full-precision algebra, checks of arguments, memory, shared records."""
 
 from bnnlaplace.core.memory import MemoryEstimate
 from bnnlaplace.core.tree import leaf_names

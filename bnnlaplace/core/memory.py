@@ -1,4 +1,4 @@
-"""Memory that a curvature takes, known before it is computed, and what the device has free."""
+"""How much memory a fit needs, known before it starts, and how much the device has free."""
 
 import os
 from collections.abc import Iterator
@@ -9,16 +9,16 @@ import jax
 
 
 class MemoryEstimate(NamedTuple):
-    """What fitting takes at its peak, without the activations of a microbatch.
+    """Memory that a fit needs at its peak, without the activations of a microbatch.
 
     Attributes
     ----------
     needed
-        Bytes.
+        Bytes that the fit needs.
     free
-        Bytes that the device has free; None where that cannot be told.
+        Bytes that the device has free; None if that is not known.
     shrink
-        The options that make `needed` smaller.
+        The options that lower `needed`, for the message of `check`.
     """
 
     needed: int
@@ -26,7 +26,7 @@ class MemoryEstimate(NamedTuple):
     shrink: str
 
     def check(self) -> None:
-        """Raise MemoryError where more is needed than there is."""
+        """Raise MemoryError if more is needed than is free."""
         if self.free is not None and self.needed > self.free:
             raise MemoryError(
                 f"this fit needs about {in_words(self.needed)} of memory and {in_words(self.free)} are free; "
@@ -35,7 +35,7 @@ class MemoryEstimate(NamedTuple):
 
 
 def in_words(count: float) -> str:
-    """A number of bytes for people."""
+    """Write a number of bytes with a unit that people read: ``1.5 GB``."""
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = 0
     while count >= 1000 and power < len(units) - 1:
@@ -44,9 +44,9 @@ def in_words(count: float) -> str:
 
 
 def free_bytes(device: jax.Device | None = None) -> int | None:
-    """What a device has free; of the host, the smaller of what the machine and its control group have.
+    """Bytes that a device has free, by default the first local one; None if that is not known.
 
-    None where neither says.
+    For the host it is the smaller of what the machine and what the control group of this process have left.
     """
     device = jax.local_devices()[0] if device is None else device
     stats = device.memory_stats() or {}
@@ -56,6 +56,7 @@ def free_bytes(device: jax.Device | None = None) -> int | None:
 
 
 def _host_available() -> int | None:
+    """Bytes that this machine has available; on a system without /proc all of its memory."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -67,8 +68,8 @@ def _host_available() -> int | None:
         return None
 
 
-class _Files(NamedTuple):
-    """What a version of control groups calls the limit, the use, and of that the cached files, which make room."""
+class _GroupFiles(NamedTuple):
+    """Names that a version of control groups gives to its limit, its use, and its entry for cached files."""
 
     limit: str
     used: str
@@ -76,21 +77,21 @@ class _Files(NamedTuple):
 
 
 _VERSIONS = {
-    1: _Files("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    2: _Files("memory.max", "memory.current", "inactive_file"),
+    1: _GroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: _GroupFiles("memory.max", "memory.current", "inactive_file"),
 }
 
 
 def _control_group_available(
     groups: Path = Path("/proc/self/cgroup"), mounted: Path = Path("/sys/fs/cgroup")
 ) -> int | None:
-    """The least that the control group of this process and those around it have left; None without a limit."""
-    found = [_left(group, files) for group, files in _control_groups(groups, mounted)]
-    return min((count for count in found if count is not None), default=None)
+    """Least number of bytes that the control group of this process and its parents have left; None without a limit."""
+    remaining = [_remaining(group, files) for group, files in _control_groups(groups, mounted)]
+    return min((count for count in remaining if count is not None), default=None)
 
 
-def _control_groups(groups: Path, mounted: Path) -> Iterator[tuple[Path, _Files]]:
-    """The group of this process in each hierarchy that may limit memory, and those around it."""
+def _control_groups(groups: Path, mounted: Path) -> Iterator[tuple[Path, _GroupFiles]]:
+    """Yield the group of this process in each hierarchy that may limit memory, and the parents of that group."""
     try:
         lines = groups.read_text().splitlines()
     except OSError:
@@ -98,23 +99,25 @@ def _control_groups(groups: Path, mounted: Path) -> Iterator[tuple[Path, _Files]
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if not controllers:
-            version, tree = 2, mounted
+            version, root = 2, mounted
         elif "memory" in controllers.split(","):
-            version, tree = 1, mounted / "memory"
+            version, root = 1, mounted / "memory"
         else:
             continue
-        group = tree / path.lstrip("/")
-        # In a container the path may be that outside of it: then the root of the tree alone is there.
+        group = root / path.lstrip("/")
+        # A container may be told its path on the host, which does not exist inside it. The root then still counts.
         for place in (group, *group.parents):
             yield place, _VERSIONS[version]
-            if place == tree:
+            if place == root:
                 break
 
 
-def _left(group: Path, files: _Files) -> int | None:
+def _remaining(group: Path, files: _GroupFiles) -> int | None:
+    """Bytes between the limit and the use of a group; None without a limit."""
     try:
-        left = int((group / files.limit).read_text()) - int((group / files.used).read_text())
+        unused = int((group / files.limit).read_text()) - int((group / files.used).read_text())
         counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return left + int(counts.get(files.cached, 0))
-    except (OSError, ValueError):  # not there, or "max"
+        # Cached files count as free: the kernel drops them when a process asks for memory.
+        return unused + int(counts.get(files.cached, 0))
+    except (OSError, ValueError):  # a file is missing, or the limit is "max"
         return None

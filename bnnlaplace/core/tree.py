@@ -1,4 +1,4 @@
-"""Pytrees: flat vectors of them (the one place that ravels), and classes that are some."""
+"""Pytrees of weights as flat vectors, their leaves by name and by kind, and classes that are pytrees."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,45 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
+
+# --- trees as vectors: the one place that ravels ----------------------------------------------------------------
 
 
-def summed_type(dtype: Any) -> Any:
-    """What numbers of a type are summed in: float32 at least, as the sums of this package are long."""
+def summed_type(dtype: Any) -> np.dtype:
+    """Type in which numbers of `dtype` are summed: float32 at least, because the sums of this package are long."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def concatenated(tree: PyTree) -> Float[Array, " P"]:
-    """All leaves, in the order of `jax.tree.leaves`, as one vector."""
-    return ravel_pytree(tree)[0]
-
-
-def ravel(tree: PyTree) -> Float[Array, " P"]:
-    """The same of weights and their gradients, in float32 at least."""
-    vector = concatenated(tree)
-    return vector.astype(summed_type(vector.dtype))
-
-
-def unraveler(tree: PyTree) -> Callable[[Float[Array, " P"]], Any]:
-    """Return the map from a vector of `size(tree)` numbers to the structure, shapes and dtypes of `tree`.
-
-    `tree` may hold arrays, tracers or `jax.ShapeDtypeStruct`s: only its structure and shapes are used, so that the
-    result holds no array alive.
-    """
-    leaves, treedef = jax.tree.flatten(tree)
-    shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
-
-    def unravel(vector: Float[Array, " P"]) -> Any:
-        parts = jnp.split(vector, ends)
-        filled = [p.reshape(s).astype(d) for p, s, d in zip(parts, shapes, dtypes, strict=True)]
-        return jax.tree.unflatten(treedef, filled)
-
-    return unravel
-
-
-def number_type(tree: PyTree) -> jnp.dtype:
-    """The type that `ravel` gives, without making the vector."""
+def number_type(tree: PyTree) -> np.dtype:
+    """Type of the vector that `ravel` returns, without making the vector."""
     return summed_type(jnp.result_type(*jax.tree.leaves(tree)))
 
 
@@ -57,31 +30,62 @@ def size(tree: PyTree) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def num_examples(inputs: PyTree[Float[Array, "N ..."]]) -> int:
-    """The length of the leading axis of the leaves."""
-    return jax.tree.leaves(inputs)[0].shape[0]
+def concatenated(tree: PyTree) -> Num[Array, " P"]:
+    """Concatenate all leaves, in the order of `jax.tree.leaves`, to one vector of their common type."""
+    return ravel_pytree(tree)[0]
 
 
-def examples(inputs: PyTree[Float[Array, "N ..."]], index: Any) -> PyTree[Float[Array, "M ..."]]:
-    """Some of the examples, which lie along the leading axis: by an array, a slice, or None for a batch of one."""
-    return jax.tree.map(lambda leaf: leaf[index], inputs)
+def ravel(tree: PyTree) -> Float[Array, " P"]:
+    """Concatenate all leaves to one vector of float32 or a wider type: for weights and their gradients."""
+    vector = concatenated(tree)
+    return vector.astype(summed_type(vector.dtype))
 
 
-def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
+def unraveler(tree: PyTree) -> Callable[[Num[Array, " P"]], Any]:
+    """Return the map from a vector of `size(tree)` numbers to the structure, shapes and dtypes of `tree`.
+
+    `tree` may hold arrays, tracers or `jax.ShapeDtypeStruct`s. The map keeps only its structure and shapes, so it holds
+    no array in memory.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
+    ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
+
+    def unravel(vector: Num[Array, " P"]) -> Any:
+        pieces = jnp.split(vector, ends)
+        restored = [
+            piece.reshape(shape).astype(dtype) for piece, shape, dtype in zip(pieces, shapes, dtypes, strict=True)
+        ]
+        return jax.tree.unflatten(structure, restored)
+
+    return unravel
+
+
+def squared_norm(tree: PyTree) -> float:
+    """Sum the squares of all numbers, in float64 on the host."""
+    vector = np.asarray(ravel(tree), np.float64)
+    return float(vector @ vector)
+
+
+# --- one number per weight --------------------------------------------------------------------------------------
+
+
+def as_vector(value: PyTree, like: PyTree) -> Num[Array, " P"]:
     """Broadcast a scalar, a vector or a pytree with the structure of `like` to one number per weight.
 
     Raises
     ------
     ValueError
-        If `value` has neither no dimension, nor one number per weight, nor the structure of `like`.
+        If `value` is none of the three.
     """
     count, structure = size(like), jax.tree.structure(value)
-    if structure == jax.tree.structure(0) and jnp.shape(value) in ((), (count,)):
+    is_leaf = structure == jax.tree.structure(0)
+    if is_leaf and jnp.shape(value) in ((), (count,)):
         return jnp.broadcast_to(jnp.asarray(value), (count,))
     if structure == jax.tree.structure(like):
         try:
-            return ravel(jax.tree.map(lambda part, leaf: jnp.broadcast_to(part, leaf.shape), value, like))
-        except ValueError:  # of leaves that do not broadcast
+            return ravel(jax.tree.map(lambda numbers, leaf: jnp.broadcast_to(numbers, leaf.shape), value, like))
+        except ValueError:  # leaves that do not broadcast: the message below says what would
             pass
     raise ValueError(
         f"a value per weight must be a scalar, a vector of {count} numbers or a pytree like the weights; "
@@ -89,29 +93,56 @@ def as_vector(value: PyTree, like: PyTree) -> Float[Array, " P"]:
     )
 
 
+def group_sums(
+    per_weight: Num[Array | np.ndarray, "... P"], groups: Int[np.ndarray, " P"]
+) -> Float[np.ndarray, "... g"]:
+    """Sum over the weights of each group, in float64. `groups` holds the number of each weight's group."""
+    values = np.asarray(per_weight, np.float64)
+    rows = values.reshape(-1, values.shape[-1])
+    num_groups = int(groups.max()) + 1
+    sums = [np.bincount(groups, weights=row, minlength=num_groups) for row in rows]
+    return np.stack(sums).reshape(*values.shape[:-1], num_groups)
+
+
 def described(value: Any) -> str:
-    """What messages say they got: the shape of an array, of anything else its type and itself."""
+    """Describe an argument in a message: an array by its shape, anything else by its type and itself."""
     return f"shape {value.shape}" if hasattr(value, "shape") else f"{type(value).__name__} {value!r:.80}"
 
 
+# --- examples along the leading axis ----------------------------------------------------------------------------
+
+
+def num_examples(inputs: PyTree[Shaped[Any, "N ..."]]) -> int:
+    """Length of the leading axis, which all leaves share."""
+    return jax.tree.leaves(inputs)[0].shape[0]
+
+
+def examples(inputs: PyTree, index: Any) -> PyTree:
+    """Select examples by an array of indices or a slice; None turns one example into a batch of one."""
+    return jax.tree.map(lambda leaf: leaf[index], inputs)
+
+
+# --- names of leaves --------------------------------------------------------------------------------------------
+
+
 def leaf_names(tree: PyTree) -> list[str]:
-    """The path of each leaf, in the order of `jax.tree.leaves`: ``layer/kernel``.
+    """Return the path of each leaf, such as ``layer/kernel``, in the order of `jax.tree.leaves`.
 
     Parameters
     ----------
     tree
-        Any pytree, such as `network.params`.
+        Any pytree, for example `network.params`.
     """
     return [path_name(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def path_name(keys: Sequence[Any]) -> str:
-    """A path as checkpoints store it: ``params/layer/kernel``; a tree that is one leaf is called ``value``."""
+    """Write a path as checkpoints store it: ``params/layer/kernel``. A tree that is one leaf is called ``value``."""
     return "/".join(str(path_entry(key)[1]) for key in keys) or "value"
 
 
-def path_entry(key: Any) -> tuple[str, Any]:
-    """Whether one step of a path is an index or a key, and which."""
+def path_entry(key: Any) -> tuple[str, int | str]:
+    """Take one step of a path apart: ("index", position) in a sequence, ("key", name) in a dictionary or a record."""
     match key:
         case SequenceKey(idx=index):
             return "index", index
@@ -124,48 +155,49 @@ def path_entry(key: Any) -> tuple[str, Any]:
     return "key", str(key)
 
 
+# --- leaves that can be differentiated --------------------------------------------------------------------------
+
+
 class Floating(NamedTuple):
-    """The leaves of a tree that can be differentiated, apart from the rest of it.
+    """The leaves of a tree that can be differentiated, and the way back to the tree.
 
     Attributes
     ----------
     leaves
         The floating-point leaves.
     fill
-        Others in their place -> the tree.
+        Puts others in their place and returns the tree.
     cotangent
-        Their cotangents -> a tree of cotangents, with None for what cannot be differentiated.
+        Puts their cotangents in their place and returns a tree with None for every other leaf.
     """
 
-    leaves: list[Array]
-    fill: Callable[[list[Array]], Any]
-    cotangent: Callable[[list[Array]], Any]
+    leaves: list[Any]
+    fill: Callable[[Sequence[Any]], Any]
+    cotangent: Callable[[Sequence[Any]], Any]
 
 
 def floating(tree: PyTree) -> Floating:
-    """Take a tree apart into what can be differentiated and what cannot."""
+    """Separate the leaves that can be differentiated from the rest of a tree."""
     leaves, structure = jax.tree.flatten(tree)
-    active = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
+    is_floating = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
 
-    def put(rest: list[Any], replacements: list[Array]) -> Any:
-        following = iter(replacements)
-        return jax.tree.unflatten(structure, [next(following) if a else r for r, a in zip(rest, active, strict=True)])
+    def put(others: list[Any], replacements: Sequence[Any]) -> Any:
+        remaining = iter(replacements)
+        merged = [next(remaining) if put_here else kept for kept, put_here in zip(others, is_floating, strict=True)]
+        return jax.tree.unflatten(structure, merged)
 
-    kept = [leaf for leaf, is_active in zip(leaves, active, strict=True) if is_active]
-    return Floating(kept, partial(put, leaves), partial(put, [None] * len(leaves)))
+    differentiable = [leaf for leaf, keep in zip(leaves, is_floating, strict=True) if keep]
+    return Floating(differentiable, partial(put, leaves), partial(put, [None] * len(leaves)))
 
 
-def squared_norm(tree: PyTree) -> float:
-    """The sum of squares of all numbers, in float64 on the host."""
-    vector = np.asarray(ravel(tree), np.float64)
-    return float(vector @ vector)
+# --- classes that are pytrees -----------------------------------------------------------------------------------
 
 
 def register_unchecked(data_fields: tuple[str, ...], meta_fields: tuple[str, ...]) -> Callable[[type], type]:
-    """Register a frozen dataclass as a pytree, as `jax.tree_util.register_dataclass` does, but past its constructor.
+    """Register a frozen dataclass as a pytree whose reconstruction skips the constructor.
 
-    JAX rebuilds pytrees with leaves that are no arrays, or batches of them, which a constructor that checks its
-    arguments would refuse.
+    `jax.tree_util.register_dataclass` calls the constructor. JAX also rebuilds pytrees from leaves that are not arrays,
+    and from batches of arrays, which a constructor that checks its arguments would refuse.
     """
 
     def flatten(record: Any) -> tuple[list[tuple[GetAttrKey, Any]], tuple[Any, ...]]:
@@ -183,13 +215,3 @@ def register_unchecked(data_fields: tuple[str, ...], meta_fields: tuple[str, ...
         return cls
 
     return register
-
-
-# Sums over groups of weights.
-def group_sums(per_weight: Float[Array, "... P"], groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "... g"]:
-    """Sum over the weights of each group, in float64."""
-    values = np.asarray(per_weight, np.float64)
-    flat = values.reshape(-1, values.shape[-1])
-    count = int(groups.max()) + 1
-    sums = [np.bincount(groups, weights=row, minlength=count) for row in flat]
-    return np.stack(sums).reshape(*values.shape[:-1], count)

@@ -1,4 +1,4 @@
-"""The records that cross stage boundaries: an estimate with its error, and a linear operator."""
+"""Records that several stages share: an estimate with its error, a linear operator, and the warning of a fit."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ class Estimate(NamedTuple):
     mean
         The estimate.
     sem
-        Its standard error; exactly zero where nothing was sampled.
+        Its standard error; exactly zero if nothing was sampled.
     """
 
     mean: Float[ArrayLike, "*shape"]

@@ -1,4 +1,4 @@
-"""Every matrix product and convolution of the package asks for full precision: accelerators do not give it unasked."""
+"""Every matrix product and convolution asks for full precision, which accelerators give only on request."""
 
 from functools import cache, partial
 
@@ -12,8 +12,8 @@ from problems import two_layers
 import bnnlaplace
 from bnnlaplace import evidence, krylov
 from bnnlaplace.curvature import dense, diagonal, ggn, jacobian, kronecker, tapped
-from bnnlaplace.model import batched as forward
-from bnnlaplace.predictive import functional as posterior
+from bnnlaplace.model import batched
+from bnnlaplace.predictive import functional
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KrylovStructure, SpectralStructure
 from bnnlaplace.structure.kronecker import KroneckerStructure
 
@@ -39,7 +39,7 @@ def forward_gradient(side):
 
 @cache
 def structure():
-    """Three Krylov vectors; not to be computed while a test traces."""
+    """A structure of three Krylov vectors. It must exist before a test traces what uses it."""
     return KrylovStructure.from_decomposition(next(krylov.block_lanczos(lambda v: v, ROWS, max_vectors=3)))
 
 
@@ -49,12 +49,12 @@ def kronecker_structure():
 
 
 def function_samples(num_precisions):
-    push = partial(forward.pushforward, NETWORK, X)
+    push = partial(batched.pushforward, NETWORK, X)
     return list(structure().function_samples(push, jax.random.key(0), 2, [1.0, 2.0][:num_precisions]))
 
 
 def gradient_of_basis(method):
-    """The first field of a Krylov result, differentiated."""
+    """Differentiate the first field of a Krylov result."""
     return jax.grad(lambda start: jnp.sum(method(lambda v: jnp.arange(43.0) * v, start, num_matvecs=3)[0]))(ROWS[0])
 
 
@@ -85,9 +85,9 @@ CASES = {
     "Arnoldi": lambda: gradient_of_basis(krylov.arnoldi),
     "Arnoldi, single pass": lambda: gradient_of_basis(partial(krylov.arnoldi, reorthogonalise="none")),
     "Lanczos, recurrence only": lambda: gradient_of_basis(partial(krylov.lanczos, reorthogonalise="none")),
-    "pushforward": lambda: forward.pushforward(NETWORK, X, ROWS),
-    "samples at each input": lambda: posterior.marginal_samples(jax.random.key(0), jnp.ones((2, 3, 3)), 4),
-    "variance from samples": lambda: posterior.sample_variance(jnp.ones((4, 2, 3))),
+    "pushforward": lambda: batched.pushforward(NETWORK, X, ROWS),
+    "samples at each input": lambda: functional.marginal_samples(jax.random.key(0), jnp.ones((2, 3, 3)), 4),
+    "variance from samples": lambda: functional.sample_variance(jnp.ones((4, 2, 3))),
     "diagonal variance": lambda: covariance(DiagonalStructure(ROWS[0])),
     "dense variance at many precisions": lambda: [covariance(dense_structure) for _ in range(3)],
     "spectral variance": lambda: covariance(SpectralStructure(ROWS[0, :3], ROWS[:3])),
@@ -103,7 +103,7 @@ CASES = {
 
 
 def precisions(jaxpr):
-    """The precision that each product in a jaxpr and those inside it asks for."""
+    """Yield the precision that each product asks for, in a jaxpr and in those inside it."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             yield equation.params["precision"]
@@ -117,15 +117,13 @@ def precisions(jaxpr):
 def test_products_ask_for_full_precision(name):
     structure()
     kronecker_structure()
-    found = list(precisions(jax.make_jaxpr(CASES[name])().jaxpr))
     highest = jax.lax.Precision.HIGHEST
-    assert found and set(found) == {(highest, highest)}
+    assert set(precisions(jax.make_jaxpr(CASES[name])().jaxpr)) == {(highest, highest)}
 
 
 def test_a_precision_that_the_network_states_is_kept():
     network = bnnlaplace.Network.from_function(partial(jnp.matmul, precision="default"), X.T)
-    found = set(precisions(jax.make_jaxpr(network)(X.T, X).jaxpr))
-    assert found == {(jax.lax.Precision.DEFAULT,) * 2}
+    assert set(precisions(jax.make_jaxpr(network)(X.T, X).jaxpr)) == {(jax.lax.Precision.DEFAULT,) * 2}
 
 
 def test_a_plain_product_is_told_apart():

@@ -1,4 +1,4 @@
-"""What control groups leave of the memory of a machine."""
+"""Free memory within control groups, of both versions."""
 
 import pytest
 
@@ -46,5 +46,5 @@ def test_no_control_groups(tmp_path):
     assert memory._control_group_available(tmp_path / "none", tmp_path) is None
 
 
-def test_this_machine_has_some():
+def test_this_machine_has_free_memory():
     assert memory.free_bytes() > 0
