@@ -1,7 +1,7 @@
 """Bootstrap intervals for metrics that are functions of weights on the examples.
 
-A metric is written once, for rows of weights: all ones give its value, multinomial counts give it on a resample, and
-a thousand resamples cost a few matrix products.
+A metric is written once, for rows of weights. A row of ones gives its value on the data, and a row of multinomial
+counts gives its value on a resample, so a thousand resamples cost a few matrix products.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-Statistics = Callable[..., dict[str, Float[np.ndarray, "R"]]]
+from bnnlaplace.core import checks
+
+Statistics = Callable[..., dict[str, Float[np.ndarray, " R"]]]
 
 _LEVELS = (0.025, 0.975)
-_CHUNK_ELEMENTS = 2**21  # weights held at a time: 16 MiB an array, about 100 MiB with a metric's temporaries
+_CHUNK_ELEMENTS = 2**21  # weights in memory at a time: 16 MiB an array, about 100 MiB with a metric's temporaries
 
 
 class Interval(NamedTuple):
@@ -38,15 +40,15 @@ class Bootstrap(NamedTuple):
     Attributes
     ----------
     values
-        Of each metric on the data, by name.
+        By name, the value of each metric on the data.
     replicates
-        Of each metric on the R resamples.
+        By name, the R values of each metric on the resamples.
     biased_upwards
         Names of the metrics that resampling inflates.
     """
 
     values: dict[str, float]
-    replicates: dict[str, Float[np.ndarray, "R"]]
+    replicates: dict[str, Float[np.ndarray, " R"]]
     biased_upwards: tuple[str, ...]
 
 
@@ -63,12 +65,13 @@ def resample(
     Parameters
     ----------
     statistics
-        Takes one array of weights (R, N_i) per set of examples, with row sums N_i, and returns arrays (R,) by name.
+        Takes one array of weights (R, N_i) for each set of examples, with row sums N_i, and returns arrays (R,) by
+        name.
     sizes
-        The numbers of examples N_i; the sets are resampled independently.
+        The numbers of examples N_i. The sets are resampled independently.
     seed
-        Resamples depend on this and on `sizes` alone: methods evaluated on the same examples with the same seed see
-        the same resamples, which is what makes `paired_differences` paired.
+        Seeds the resamples, which depend on nothing but this and `sizes`. Two methods that are evaluated on the same
+        examples with the same seed see the same resamples, so `paired_differences` can pair them.
     resamples
         How many resamples R.
     biased_upwards
@@ -77,69 +80,71 @@ def resample(
     Returns
     -------
     Bootstrap
-        Memory is bounded by chunks of resamples, whose size does not change the result.
+        Resamples are drawn in chunks, which bounds memory and does not change the result.
 
     Raises
     ------
     ValueError
-        `resamples` below 1.
+        If `resamples` is below 1.
     """
-    if resamples < 1:
-        raise ValueError(f"resamples must be at least 1; got {resamples}; 1000 is usual for 95 % intervals")
-    streams = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(len(sizes))]
-    rows = max(1, _CHUNK_ELEMENTS // sum(sizes))
+    resamples = checks.count(resamples, "resamples=...", advice="1000 is usual for 95 % intervals")
+    generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(len(sizes))]
+    rows_per_chunk = max(1, _CHUNK_ELEMENTS // sum(sizes))
     chunks = []
-    for start in range(0, resamples, rows):
-        now = min(rows, resamples - start)
-        chunks.append(statistics(*(_multinomial(rng, now, size) for rng, size in zip(streams, sizes, strict=True))))
-    values = {name: float(value[0]) for name, value in statistics(*(np.ones((1, size)) for size in sizes)).items()}
+    for start in range(0, resamples, rows_per_chunk):
+        rows = min(rows_per_chunk, resamples - start)
+        weights = [_multinomial(rng, rows, size) for rng, size in zip(generators, sizes, strict=True)]
+        chunks.append(statistics(*weights))
+    on_the_data = statistics(*(np.ones((1, size)) for size in sizes))
+    values = {name: float(value[0]) for name, value in on_the_data.items()}
     replicates = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in values}
     return Bootstrap(values, replicates, tuple(biased_upwards))
 
 
 def intervals(result: Bootstrap) -> dict[str, Interval]:
-    """95 % intervals of all metrics.
+    """Return a 95 % interval for every metric.
 
-    Percentile intervals, but for metrics that are biased upwards: a resample of calibrated predictions is further
-    from calibrated than the sample, as the sample is further than the truth. There the interval is reflected about
-    the value (the basic bootstrap: Davison and Hinkley, "Bootstrap methods and their application", 1997, equation
-    5.6), cut at 0 and extended to the value itself. With few examples and a small
-    calibration error the percentile interval misses the truth more often than it holds it (`tests/test_calibration.py`
-    simulates both).
+    Most metrics get the percentile interval. Metrics that are biased upwards get the basic one, which is the percentile
+    interval reflected about the value (Davison and Hinkley, "Bootstrap methods and their application", 1997, equation
+    5.6), cut at 0 and extended to the value itself. The reason is that a resample of calibrated predictions is further
+    from calibrated than the sample, just as the sample is further from calibrated than the truth. With few examples and
+    a small calibration error the percentile interval misses the truth more often than it holds it; the tests simulate
+    both.
 
-    A metric that is at its limit on every example (accuracy 1) gets an interval of no width.
+    A metric that is at its limit on every example (accuracy 1) gets an interval of width 0.
 
     Parameters
     ----------
     result
         From `bootstrap` or `resample`.
     """
-    found = {}
+    by_name = {}
     for name, value in result.values.items():
         low, high = _ends(result, name, value, result.replicates[name])
         if name in result.biased_upwards:
             low, high = max(0.0, low), max(value, high)
-        found[name] = Interval(value, low, high)
-    return found
+        by_name[name] = Interval(value, low, high)
+    return by_name
 
 
 def paired_differences(result: Bootstrap, reference: Bootstrap) -> dict[str, Interval]:
-    """95 % intervals of `result` minus `reference`, metric by metric, from shared resamples.
+    """Return 95 % intervals of `result` minus `reference`, metric by metric, from shared resamples.
 
-    Both must come from the same examples, seed and number of resamples. Much narrower than the two intervals
-    suggest: most of the uncertainty is in the examples, which both have in common. NaN where both are infinite.
+    Both must come from the same examples, seed and number of resamples. The intervals are much narrower than those of
+    the two methods suggest, because most of the uncertainty is in the examples, which both have in common. A difference
+    of two infinite values is NaN.
 
     Parameters
     ----------
     result, reference
-        Of the two methods.
+        The two methods, from `bootstrap` or `resample`.
 
     Raises
     ------
     ValueError
-        Other metrics or another number of resamples in the two.
+        If the two hold different metrics or different numbers of resamples.
     """
-    found = {}
+    by_name = {}
     for name, value in result.values.items():
         ours, theirs = result.replicates[name], reference.replicates.get(name, np.empty(0))
         if ours.shape != theirs.shape:
@@ -149,19 +154,21 @@ def paired_differences(result: Bootstrap, reference: Bootstrap) -> dict[str, Int
             )
         with np.errstate(invalid="ignore"):  # inf - inf is the documented NaN
             difference = float(np.float64(value) - reference.values[name])
-            found[name] = Interval(difference, *_ends(result, name, difference, ours - theirs))
-    return found
+            by_name[name] = Interval(difference, *_ends(result, name, difference, ours - theirs))
+    return by_name
 
 
-def _multinomial(rng: np.random.Generator, rows: int, size: int) -> np.ndarray:
-    """(rows, size) counts of `size` draws with replacement; counting draws is several times faster than binomials."""
+def _multinomial(rng: np.random.Generator, rows: int, size: int) -> Float[np.ndarray, "{rows} {size}"]:
+    """Draw rows of counts of `size` draws with replacement."""
+    # Counting draws is several times faster than drawing from a multinomial distribution, which draws binomials.
     draws = rng.integers(0, size, (rows, size)) + size * np.arange(rows)[:, None]
     return np.bincount(draws.ravel(), minlength=rows * size).reshape(rows, size).astype(np.float64)
 
 
-def _ends(result: Bootstrap, name: str, value: float, replicates: np.ndarray) -> tuple[float, float]:
-    """Order statistics rather than interpolated quantiles: infinite replicates stay infinite instead of NaN."""
+def _ends(result: Bootstrap, name: str, value: float, replicates: Float[np.ndarray, " R"]) -> tuple[float, float]:
+    """Ends of the percentile interval, reflected about the value if the metric is biased upwards."""
     if np.isnan(value) or np.isnan(replicates).any():
         return np.nan, np.nan
+    # Order statistics rather than interpolated quantiles, so that infinite replicates stay infinite instead of NaN.
     low, high = (float(end) for end in np.quantile(replicates, _LEVELS, method="inverted_cdf"))
     return (2 * value - high, 2 * value - low) if name in result.biased_upwards else (low, high)

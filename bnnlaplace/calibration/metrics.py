@@ -1,25 +1,28 @@
-"""Numbers that say how good predicted class probabilities are: accuracy, proper scores, calibration.
+"""Metrics of predicted class probabilities: accuracy, proper scores, calibration.
 
-Everything here is float64 NumPy on the probabilities that a predictive returns. A Bayesian predictive must be
-averaged over posterior samples *before* it comes here: the score of the mean probability is not the mean score.
+Everything is float64 NumPy on the probabilities that a predictive returns. Average a Bayesian predictive over posterior
+samples *before* it comes here: the score of the mean probability is not the mean of the scores.
 
-Every metric comes as a function of its own and, through `evaluate`, with a bootstrap interval; there the scores of
-out-of-distribution detection (`detection`) join it.
+Every metric has a function of its own. `evaluate` returns all of them with bootstrap intervals, together with the
+scores of out-of-distribution detection.
 """
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, intervals, resample
 from bnnlaplace.calibration.detection import weighted_detection
-from bnnlaplace.core.checks import Labels, Probs, checked, checked_probs
+from bnnlaplace.core import checks
+from bnnlaplace.core.checks import Labels, Probs
 
 Binning = Literal["equal_width", "equal_mass"]
+ProbsOutside = Float[np.ndarray, "M C"] | Float[Array, "M C"]
 
-_BIASED_UPWARDS = ("ece", "ece_equal_mass")  # |mean gap| per bin: sampling noise makes it larger
+# Both are sums of |mean gap| over bins, which sampling noise makes larger.
+_BIASED_UPWARDS = ("ece", "ece_equal_mass")
 
 
 class ReliabilityBins(NamedTuple):
@@ -28,42 +31,42 @@ class ReliabilityBins(NamedTuple):
     Attributes
     ----------
     edges
-        Of the B bins, ascending.
+        Edges of the B bins, ascending.
     counts
-        Examples in each bin.
+        Number of examples in each bin.
     confidence, accuracy
-        Their means; NaN in an empty bin.
+        Their means over the examples of each bin; NaN in an empty bin.
     """
 
-    edges: Float[np.ndarray, "B+1"]
-    counts: Int[np.ndarray, "B"]
-    confidence: Float[np.ndarray, "B"]
-    accuracy: Float[np.ndarray, "B"]
+    edges: Float[np.ndarray, " B+1"]
+    counts: Int[np.ndarray, " B"]
+    confidence: Float[np.ndarray, " B"]
+    accuracy: Float[np.ndarray, " B"]
 
 
 # --- one metric each --------------------------------------------------------------------------------------------
 
 
 def accuracy(probs: Probs, labels: Labels) -> float:
-    """Fraction of examples whose most probable class is the label (the first of equal ones counts).
+    """Fraction of examples whose most probable class is the label; among equal probabilities the first counts.
 
     Parameters
     ----------
     probs, labels
         (N, C) class probabilities and (N,) integer classes.
     """
-    return float(_per_example(*checked(probs, labels))["accuracy"].mean())
+    return float(_per_example(*checks.predictions(probs, labels))["accuracy"].mean())
 
 
 def mean_confidence(probs: Probs) -> float:
-    """Mean over examples of the largest probability; above the accuracy, the predictions are overconfident.
+    """Mean over examples of the largest probability. Predictions are overconfident if it exceeds the accuracy.
 
     Parameters
     ----------
     probs
         (N, C) class probabilities.
     """
-    return float(checked_probs("probs", probs).max(axis=1).mean())
+    return float(checks.probabilities(probs, "probs").max(axis=1).mean())
 
 
 def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
@@ -79,15 +82,14 @@ def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
     Returns
     -------
     float
-        A label that was given probability exactly 0 makes it `inf`: that is the value of the score, and no floor hides
-        it.
+        Infinite if a label was given probability exactly 0: that is the value of the score, and no floor hides it.
 
     Raises
     ------
     ValueError
-        Wrong shapes, rows that are no distributions, labels outside the classes.
+        If shapes are wrong, a row is not a distribution, or a label lies outside the classes.
     """
-    return float(_per_example(*checked(probs, labels))["nll"].mean())
+    return float(_per_example(*checks.predictions(probs, labels))["nll"].mean())
 
 
 def brier_score(probs: Probs, labels: Labels) -> float:
@@ -98,7 +100,7 @@ def brier_score(probs: Probs, labels: Labels) -> float:
     probs, labels
         (N, C) class probabilities and (N,) integer classes.
     """
-    return float(_per_example(*checked(probs, labels))["brier"].mean())
+    return float(_per_example(*checks.predictions(probs, labels))["brier"].mean())
 
 
 def expected_calibration_error(
@@ -116,19 +118,20 @@ def expected_calibration_error(
     num_bins
         How many bins of confidence.
     binning
-        `equal_width`: bins (k/B, (k+1)/B], so that a confidence exactly on an edge belongs to the bin below and the
-        last bin holds 1. `equal_mass`: bins [lower, upper) between quantiles of the confidences, the last one
-        closed; examples of equal confidence are never parted, so the result does not depend on their order.
+        "equal_width": bins (k/B, (k+1)/B]. A confidence exactly on an edge belongs to the bin below, and the last bin
+        holds 1. "equal_mass": bins [lower, upper) between quantiles of the confidences, the last one closed. Examples
+        of equal confidence share a bin, so the result does not depend on their order.
     """
-    probs, labels = checked(probs, labels)
+    probs, labels = checks.predictions(probs, labels)
     gaps = _binned_gaps(_per_example(probs, labels), num_bins, binning)
     return float(np.abs(gaps.sum(axis=0)).sum() / len(labels))
 
 
-def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> np.ndarray:
-    """Sums of confidence - correctness over the examples of each bin of equal width; those of several batches add up.
+def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> Float[np.ndarray, " num_bins"]:
+    """Sum confidence - correctness over the examples of each bin of equal width.
 
-    Of all N examples `expected_calibration_error` is the sum of their absolute values, divided by N.
+    The sums of several batches add up. `expected_calibration_error` is the sum of their absolute values over all N
+    examples, divided by N.
 
     Parameters
     ----------
@@ -138,22 +141,22 @@ def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> np.nda
     Returns
     -------
     np.ndarray
-        (num_bins,).
+        One sum for each bin, (num_bins,).
     """
-    return _binned_gaps(_per_example(*checked(probs, labels)), num_bins, "equal_width").sum(axis=0)
+    return _binned_gaps(_per_example(*checks.predictions(probs, labels)), num_bins, "equal_width").sum(axis=0)
 
 
 def reliability_bins(
     probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
 ) -> ReliabilityBins:
-    """Counts, mean confidence and accuracy in the bins of `expected_calibration_error`: for a reliability diagram.
+    """Counts, mean confidence and accuracy in the bins of `expected_calibration_error`, for a reliability diagram.
 
     Parameters
     ----------
     probs, labels, num_bins, binning
         As for `expected_calibration_error`.
     """
-    columns = _per_example(*checked(probs, labels))
+    columns = _per_example(*checks.predictions(probs, labels))
     edges, index = _binned(columns["confidence"], num_bins, binning)
     counts = np.bincount(index, minlength=num_bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN of an empty bin
@@ -168,25 +171,25 @@ def reliability_bins(
 def bootstrap(
     probs: Probs,
     labels: Labels,
-    probs_ood: Probs | None = None,
+    probs_ood: ProbsOutside | None = None,
     *,
     seed: int,
     num_bins: int = 15,
     resamples: int = 1000,
 ) -> Bootstrap:
-    """All metrics on the data and on resamples of it, the same resamples for every method that is given `seed`.
+    """Evaluate all metrics on the data and on resamples of it. Methods that share `seed` share the resamples.
 
     Parameters
     ----------
     probs, labels
         (N, C) class probabilities and (N,) integer classes.
     probs_ood
-        (M, C) class probabilities of out-of-distribution images. With it come `auroc` and `fpr95` of the largest
-        probability, both sets resampled independently.
+        (M, C) class probabilities of out-of-distribution images. They add `auroc` and `fpr95` of the largest
+        probability. Both sets are resampled independently.
     seed
         Seeds the resamples.
     num_bins
-        Bins of the calibration errors. The edges of the equal-mass bins are those of the whole sample.
+        Bins of the calibration errors. Resamples use the equal-mass bins of the whole sample.
     resamples
         How many resamples R.
 
@@ -194,23 +197,26 @@ def bootstrap(
     -------
     Bootstrap
         Values and replicates of accuracy, nll, ece, ece_equal_mass, brier, confidence and, with `probs_ood`, auroc and
-        fpr95; for `intervals` and `paired_differences`. Time O(R (N B + M)).
+        fpr95, for `intervals` and `paired_differences`. Time O(R (N B + M)).
 
     Raises
     ------
     ValueError
-        Wrong shapes, rows that are no distributions, labels outside the classes, no resamples.
+        If shapes are wrong, a row is not a distribution, a label lies outside the classes, or `resamples` is below 1.
     """
-    probs, labels = checked(probs, labels)
+    probs, labels = checks.predictions(probs, labels)
     metrics = _weighted_metrics(probs, labels, num_bins)
     if probs_ood is None:
         return resample(metrics, [len(probs)], seed=seed, resamples=resamples, biased_upwards=_BIASED_UPWARDS)
-    probs_ood = checked_probs("probs_ood", probs_ood)
+    probs_ood = checks.probabilities(probs_ood, "probs_ood")
     if probs_ood.shape[1] != probs.shape[1]:
-        raise ValueError(f"probs_ood must have the {probs.shape[1]} classes of probs; got {probs_ood.shape[1]} columns")
+        raise ValueError(
+            f"probs_ood must have the {probs.shape[1]} classes of probs; got {probs_ood.shape[1]} columns; "
+            "predict both with one network"
+        )
     detection = weighted_detection(probs.max(axis=1), probs_ood.max(axis=1))
     return resample(
-        lambda weights_in, weights_out: metrics(weights_in) | detection(weights_in, weights_out),
+        lambda weights, weights_ood: metrics(weights) | detection(weights, weights_ood),
         [len(probs), len(probs_ood)],
         seed=seed,
         resamples=resamples,
@@ -221,13 +227,13 @@ def bootstrap(
 def evaluate(
     probs: Probs,
     labels: Labels,
-    probs_ood: Probs | None = None,
+    probs_ood: ProbsOutside | None = None,
     *,
     seed: int,
     num_bins: int = 15,
     resamples: int = 1000,
 ) -> dict[str, Interval]:
-    """All metrics with 95 % bootstrap intervals: `intervals(bootstrap(...))`.
+    """Return all metrics with 95 % bootstrap intervals: `intervals(bootstrap(...))`.
 
     Parameters
     ----------
@@ -243,11 +249,11 @@ def evaluate(
     return intervals(bootstrap(probs, labels, probs_ood, seed=seed, num_bins=num_bins, resamples=resamples))
 
 
-# --- the engine -------------------------------------------------------------------------------------------------
+# --- weighted metrics -------------------------------------------------------------------------------------------
 
 
-def _per_example(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """The metrics that are means over examples, before the mean."""
+def _per_example(probs: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> dict[str, Float[np.ndarray, " N"]]:
+    """Metrics that are means over examples, before the mean is taken."""
     at_label = np.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
     with np.errstate(divide="ignore"):  # -log 0 = inf is the documented value
         nll = 0.0 - np.log(at_label)  # not -log: a certain prediction scores 0, not -0
@@ -259,25 +265,25 @@ def _per_example(probs: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]
     }
 
 
-def _binned(confidence: np.ndarray, num_bins: int, binning: Binning) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of the bins and the bin of each example.
-
-    Only inner edges are compared, so that a confidence of 1 + rounding is safe. Quantile bins are closed below:
-    confidences saturated at 1, often most of them, then have the last bin to themselves.
-    """
-    if num_bins < 1:
-        raise ValueError(f"num_bins must be at least 1; got {num_bins}; 15 is usual")
+def _binned(
+    confidence: Float[np.ndarray, " N"], num_bins: int, binning: Binning
+) -> tuple[Float[np.ndarray, " {num_bins}+1"], Int[np.ndarray, " N"]]:
+    """Edges of the bins, and the number of each example's bin."""
+    num_bins = checks.count(num_bins, "num_bins=...", advice="15 is usual")
+    checks.choice(binning, "binning=...", get_args(Binning))
     levels = np.linspace(0, 1, num_bins + 1)
+    # Only inner edges are compared, so a confidence of 1 + rounding has a bin.
     if binning == "equal_width":
         return levels, np.searchsorted(levels[1:-1], confidence, side="left")
-    if binning == "equal_mass":
-        edges = np.quantile(confidence, levels)
-        return edges, np.searchsorted(edges[1:-1], confidence, side="right")
-    raise ValueError(f"binning must be equal_width or equal_mass; got {binning!r}")
+    # Quantile bins are closed below. Confidences saturated at 1, often most of them, then have the last bin alone.
+    edges = np.quantile(confidence, levels)
+    return edges, np.searchsorted(edges[1:-1], confidence, side="right")
 
 
-def _binned_gaps(columns: dict[str, np.ndarray], num_bins: int, binning: Binning) -> np.ndarray:
-    """(N, B): confidence - correctness of each example, in the column of its bin."""
+def _binned_gaps(
+    columns: dict[str, Float[np.ndarray, " N"]], num_bins: int, binning: Binning
+) -> Float[np.ndarray, "N {num_bins}"]:
+    """Put confidence - correctness of each example into the column of its bin."""
     _, index = _binned(columns["confidence"], num_bins, binning)
     gaps = np.zeros((len(index), num_bins))
     gaps[np.arange(len(index)), index] = columns["confidence"] - columns["accuracy"]
@@ -285,21 +291,22 @@ def _binned_gaps(columns: dict[str, np.ndarray], num_bins: int, binning: Binning
 
 
 def _weighted_metrics(
-    probs: np.ndarray, labels: np.ndarray, num_bins: int
-) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Map weights (R, N) that add up to N in each row to the R values of every metric of labelled examples."""
+    probs: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"], num_bins: int
+) -> Callable[[Float[np.ndarray, "R N"]], dict[str, Float[np.ndarray, " R"]]]:
+    """Return the map from weights (R, N), whose rows sum to N, to the R values of each metric of labelled examples."""
     columns = _per_example(probs, labels)
     impossible = np.isinf(columns["nll"])
-    columns["nll"] = np.where(impossible, 0.0, columns["nll"])  # 0 * inf would be NaN: counted apart below
+    columns["nll"] = np.where(impossible, 0.0, columns["nll"])  # 0 * inf would be NaN; set to inf below
     gaps = {
         name: _binned_gaps(columns, num_bins, binning)
         for name, binning in (("ece", "equal_width"), ("ece_equal_mass", "equal_mass"))
     }
 
-    def metrics(weights: np.ndarray) -> dict[str, np.ndarray]:
-        found = {name: weights @ column / len(labels) for name, column in columns.items()}
-        found["nll"] = np.where(weights[:, impossible].any(axis=1), np.inf, found["nll"])
-        found |= {name: np.abs(weights @ gap).sum(axis=1) / len(labels) for name, gap in gaps.items()}
-        return {name: found[name] for name in ("accuracy", "nll", "ece", "ece_equal_mass", "brier", "confidence")}
+    def metrics(weights: Float[np.ndarray, "R N"]) -> dict[str, Float[np.ndarray, " R"]]:
+        means = {name: weights @ column / len(labels) for name, column in columns.items()}
+        means["nll"] = np.where(weights[:, impossible].any(axis=1), np.inf, means["nll"])
+        errors = {name: np.abs(weights @ gap).sum(axis=1) / len(labels) for name, gap in gaps.items()}
+        scores = means | errors
+        return {name: scores[name] for name in ("accuracy", "nll", "ece", "ece_equal_mass", "brier", "confidence")}
 
     return metrics

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 Probs = Float[np.ndarray, "N C"] | Float[Array, "N C"]
-Labels = Int[np.ndarray, " N"] | Int[Array, " N"]
+Labels = Integer[np.ndarray, " N"] | Integer[Array, " N"]
 
 # Rows of probabilities that were computed in float32 sum to one within this.
 _SUM_TOLERANCE = 1e-4
@@ -188,14 +188,4 @@ def _is_passed_over(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER
 
 
-# Former names, until all callers have moved.
-check_key = key
-checked = predictions
-described = shape_and_faults
-
-
-def checked_probs(name: str, probs: Probs) -> Float[np.ndarray, "N C"]:
-    return probabilities(probs, name)
-
-
-checked_labels = classes
+check_key = key  # the former name, until all callers have moved

@@ -41,6 +41,7 @@ def test_detection_limits():
     assert detection.fpr_at_95_tpr(np.r_[0.0, 0.0, high[2:]], np.array([1.0])) == 1
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("scores_in", "scores_out", "message"),
     [

@@ -40,6 +40,7 @@ def test_temperature_at_its_bounds():
     assert hopeless.at_bound and hopeless.temperature == 20.0
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("logits", "bounds", "message"),
     [
