@@ -1,78 +1,73 @@
-"""Laplace: the front object. It assembles the stages and holds no algorithm."""
+"""Laplace: the front object. It holds settings and a fitted posterior; each method is one call into a stage."""
 
-import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from bnnlaplace import prior as priors
-from bnnlaplace.checkpoint import posterior as saved
-from bnnlaplace.core.checks import check_key
+from bnnlaplace.checkpoint import posterior as on_disk
+from bnnlaplace.core import checks
 from bnnlaplace.core.memory import MemoryEstimate
-from bnnlaplace.core.tree import ravel, register_unchecked, unraveler
-from bnnlaplace.core.tree import size as tree_size
+from bnnlaplace.core.tree import register_unchecked, size
 from bnnlaplace.core.types import Estimate
-from bnnlaplace.evidence import marginal as evidence
-from bnnlaplace.evidence.log_joint import BestNoise, FixedNoise
-from bnnlaplace.evidence.log_likelihood import DataTerms
-from bnnlaplace.fitting import fit as fitting
-from bnnlaplace.fitting import optimize_prior as choice
-from bnnlaplace.fitting.mode import warn_unless_mode
-from bnnlaplace.model import subset
-from bnnlaplace.model.data import Inputs, as_data, check_inputs, checked_pairs
-from bnnlaplace.model.likelihood import Likelihood, gaussian, resolve
+from bnnlaplace.evidence.marginal import EvidenceCurve
+from bnnlaplace.fitted import Fitted, Settings, Unfitted
+from bnnlaplace.fitting.fit import fit
+from bnnlaplace.fitting.krylov import KrylovOptions
+from bnnlaplace.fitting.optimize_prior import Chosen, by_evidence, check_method
+from bnnlaplace.fitting.prepare import memory_estimate
+from bnnlaplace.model.data import Inputs, as_data, check_inputs
+from bnnlaplace.model.likelihood import Likelihood, resolve
 from bnnlaplace.model.network import Network
-from bnnlaplace.predictive import functional as posterior
-from bnnlaplace.predictive import predictions as predictive
-from bnnlaplace.predictive import validation
-from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
+from bnnlaplace.model.subset import Subset
+from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
+from bnnlaplace.predictive.predictions import predictions
+from bnnlaplace.predictive.validation import DEFAULT_GRID, ValidationCurve, validation_curve
+from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer, is_scalar
+from bnnlaplace.prior.scalar import PriorOptimum, checked_grid
+from bnnlaplace.structure import KrylovError, KrylovStructure, Structure
+
+# Inputs with examples along the first axis and their targets, whole or in batches that can be iterated over.
+PairOrBatches = tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]
 
 
-@register_unchecked(
-    ("network", "likelihood", "prior_precision", "prior_mean", "structure", "fitted"),
-    ("subset_of_weights", "hessian_structure", "prior_groups"),
-)
+@register_unchecked(("state", "settings"), ())
 @dataclass(frozen=True, init=False, repr=False)
 class Laplace:
-    """A Laplace approximation N(theta*, (G + P0)^-1) around the weights of a network, P0 the precision of the prior.
+    """A Laplace approximation N(theta*, (G + P0)^-1) around the weights of a network; P0 is the prior precision.
 
-    Immutable: every method returns a new object. A pytree. With "diag", "kron" and "full" it can be an argument of
-    jitted functions that call `predictive`, `functional_variance`, `sample` or `mode_gradient`. With "lanczos" it
-    cannot where the small matrices of a decomposition are on the host: close over the object, or call it outside `jit`.
-    Fitting, the evidence, the choice of the prior precision and saving are for outside `jit` with every structure;
-    `bnnlaplace.evidence.log_marginal_likelihood` is the traceable evidence.
+    A `Laplace` is immutable: every method returns a new object, so assign the result. It is also a pytree. With "diag",
+    "kron" and "full" it can be an argument of jitted functions that call `predictive`, `functional_variance`, `sample`
+    or `mode_gradient`. With "lanczos" the small matrices of a decomposition are on the host: close over the object
+    instead, or call it outside `jit`. Fitting, the evidence, the choice of the prior precision and saving belong
+    outside `jit` with every structure. `bnnlaplace.evidence.log_marginal_likelihood` is the traceable evidence.
 
     Parameters
     ----------
     network
-        From `Network.from_linen`, `from_nnx` or `from_function`, at the weights training found: a mode of the log joint
-        with the prior whose evidence is to be computed (`mode_gradient` says how nearly). After `fit` its `params` are
-        the weights that have a posterior.
+        From `Network.from_linen`, `from_nnx` or `from_function`, at the weights that training found. They should be a
+        mode of the log joint with the prior whose evidence is to be computed; `mode_gradient` tells how near they are.
+        After `fit`, `network.params` are the weights that have a posterior.
     likelihood
         "classification", "regression", "binary", or a `Likelihood`.
     subset_of_weights
-        Which weights get a posterior, the others being frozen and without a prior: "all"; "last_layer", which is found,
-        see `bnnlaplace.subset`; or a function from the path of a weight, such as "Dense_0/kernel", to a bool.
+        Which weights get a posterior: "all"; "last_layer", which is found in the forward pass; or a function from the
+        path of a weight, such as "Dense_0/kernel", to a bool. The other weights are frozen and have no prior.
     hessian_structure
-        "lanczos": the whole GGN by block Krylov, matrix-free. "kron": Kronecker factors of each layer (KFAC), see
-        `bnnlaplace.curvature.kronecker`. "diag": the exact diagonal. "full": dense, for small networks.
+        "lanczos": the whole GGN by block Krylov, matrix-free. "kron": Kronecker factors of each layer (KFAC). "diag":
+        the exact diagonal. "full": the dense matrix, for small networks.
     prior_precision
-        Of the Gaussian prior N(mu, P0^-1), P0 = diag(delta): one number; a dictionary with one for each group of
-        weights; one for each weight, as a vector or a pytree like the weights with a posterior.
+        delta of the Gaussian prior N(mu, P0^-1), P0 = diag(delta): one number; a dictionary with one number for each
+        group of weights; or one number for each weight, as a vector or a pytree like the weights with a posterior.
     prior_mean
         mu: one number, or a pytree like the weights.
     prior_groups
-        From the path of a weight to the name of its group; by default each layer is one, "Dense_0" for instance.
+        From the path of a weight to the name of its group. By default each layer is a group, such as "Dense_0".
     sigma_noise
-        Standard deviation of the noise of "regression", one number or one for each output. As an attribute: the
-        likelihood's, or None.
+        Standard deviation of the noise of "regression": one number, or one for each output.
 
     Raises
     ------
@@ -94,88 +89,95 @@ class Laplace:
     (5, 2)
     """
 
-    network: Network
-    likelihood: Likelihood
-    subset_of_weights: subset.Subset
-    hessian_structure: str
-    prior_precision: priors.Precision
-    prior_mean: PyTree
-    prior_groups: priors.Groups
-    structure: Structure | None
-    fitted: DataTerms | None
+    state: Unfitted | Fitted
+    settings: Settings
 
-    # By hand, as `sigma_noise` is an argument that ends up in the likelihood: a field would shadow the property.
+    # Written by hand, because a user gives a network, a likelihood and a noise where the object holds a `state`.
     def __init__(
         self,
         network: Network,
         likelihood: Likelihood | str = "classification",
-        subset_of_weights: subset.Subset = "all",
+        subset_of_weights: Subset = "all",
         hessian_structure: Literal["lanczos", "kron", "diag", "full"] = "lanczos",
-        prior_precision: priors.Precision = 1.0,
+        prior_precision: Precision = 1.0,
         prior_mean: PyTree = 0.0,
-        prior_groups: priors.Groups = priors.by_layer,
-        structure: Structure | None = None,
-        fitted: DataTerms | None = None,
-        sigma_noise: float | Float[Array, "*C"] = 1.0,
+        prior_groups: Groups = by_layer,
+        sigma_noise: float | Float[ArrayLike, "*C"] = 1.0,
     ) -> None:
         if not isinstance(network, Network):
             raise TypeError(
                 f"Laplace(network=...) must be a bnnlaplace.Network; got {type(network).__name__}; wrap a Flax model "
                 "by Network.from_linen(module, variables) or Network.from_nnx(model), a function by from_function"
             )
-        if hessian_structure not in BY_NAME:
-            raise ValueError(
-                f"Laplace(hessian_structure=...) must be one of {sorted(BY_NAME)}; got {hessian_structure!r}"
-            )
-        subset.check(subset_of_weights)
-        if priors.is_scalar(prior_precision):
-            priors.check(prior_precision, "Laplace(prior_precision=...)")
-        if not callable(prior_groups):
-            raise ValueError(
-                "Laplace(prior_groups=...) must be a function from the path of a weight to the name of its group; got "
-                f"{prior_groups!r}"
-            )
-        values = {
-            "network": network,
-            "likelihood": resolve(likelihood, sigma_noise),
-            "subset_of_weights": subset_of_weights,
-            "hessian_structure": hessian_structure,
-            "prior_precision": prior_precision,
-            "prior_mean": prior_mean,
-            "prior_groups": prior_groups,
-            "structure": structure,
-            "fitted": fitted,
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-        if subset_of_weights == "all":  # otherwise the weights are known once there are data
-            _ = self.prior
+        settings = Settings(subset_of_weights, hessian_structure, prior_precision, prior_mean, prior_groups)
+        state = Unfitted.of(network, resolve(likelihood, sigma_noise), settings)
+        object.__setattr__(self, "state", state)
+        object.__setattr__(self, "settings", settings)
+
+    @classmethod
+    def _of(cls, state: Unfitted | Fitted, settings: Settings) -> "Laplace":
+        la = object.__new__(cls)
+        object.__setattr__(la, "state", state)
+        object.__setattr__(la, "settings", settings)
+        return la
 
     def __repr__(self) -> str:
-        state = "not fitted" if self.structure is None else f"fitted as {type(self.structure).__name__}"
+        fit_as = "not fitted" if self.structure is None else f"fitted as {type(self.structure).__name__}"
         precision = self.prior_precision
-        if not priors.is_scalar(precision):
+        if not is_scalar(precision):
             precision = f"{len(precision)} groups" if isinstance(precision, dict) else "one for each weight"
         return (
-            f"Laplace({self.likelihood.name!r}, {self.hessian_structure!r}, {tree_size(self.network.params)} weights, "
-            f"prior_precision={precision}, {state})"
+            f"Laplace({self.likelihood.name!r}, {self.hessian_structure!r}, {size(self.network.params)} weights, "
+            f"prior_precision={precision}, {fit_as})"
         )
 
     @property
+    def network(self) -> Network:
+        """The network. After `fit`: as a function of the weights with a posterior, at the centre of the expansion."""
+        return self.state.network
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """The likelihood p(y | f)."""
+        return self.state.likelihood
+
+    @property
     def sigma_noise(self) -> Float[Array, "*C"] | None:
-        """Standard deviation of a regression's noise, read from the likelihood; None where it has none."""
+        """Standard deviation of the noise of a regression, from the likelihood. None for other likelihoods."""
         return self.likelihood.sigma_noise
 
     @property
-    def prior(self) -> priors.Prior:
-        """The prior of the weights with a posterior, as an overall factor, relative precisions and a mean."""
-        return priors.resolve(self.prior_precision, self.prior_mean, self.network.params, self.prior_groups)
+    def hessian_structure(self) -> str:
+        """The name of the structure that `fit` gives the curvature."""
+        return self.settings.hessian_structure
+
+    @property
+    def prior_precision(self) -> Precision:
+        """The prior precision, in the form in which it was given."""
+        return self.settings.prior_precision
+
+    @property
+    def prior(self) -> Prior:
+        """The prior of the weights with a posterior: an overall precision, relative precisions and a mean."""
+        return self.settings.prior(self.network) if self.state.prior is None else self.state.prior
+
+    @property
+    def structure(self) -> Structure | None:
+        """The fitted curvature. None before `fit`."""
+        return self.state.structure if isinstance(self.state, Fitted) else None
+
+    @property
+    def fitted(self) -> Fitted:
+        """The fitted posterior, which every answer below comes from. Raises ValueError before `fit`."""
+        if not isinstance(self.state, Fitted):
+            raise ValueError("this Laplace has no curvature yet; call la = la.fit((x, y), ...) first")
+        return self.state.check_concrete()
 
     # --- fitting ----------------------------------------------------------------------------------------------------
 
     def fit(
         self,
-        data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]],
+        data: PairOrBatches,
         *,
         key: Array | None = None,
         mean: Literal["network", "linear"] = "network",
@@ -192,25 +194,25 @@ class Laplace:
         Parameters
         ----------
         data
-            (x, y), x an array or a pytree of them, without augmentation; or such batches, read a pass at a time, which
-            an object that can be iterated over again gives: the data need not fit in memory. Kept nowhere afterwards.
+            (x, y), without augmentation; x is an array or a pytree of arrays. Or batches of such pairs that can be
+            iterated over again: they are read a pass at a time and need not fit in memory. The data are not kept.
         key
             Seeds the probes; needed for "lanczos" alone.
         mean
-            "network": around its weights. "linear": the network is replaced by its linearisation there, and expanded at
-            the mode of that one's log joint, which exists whatever training did; see `bnnlaplace.linear_mode`.
+            "network": expand around the weights of the network. "linear": replace the network by its linearisation
+            there, and expand around the mode of the log joint of that, which exists whatever training did.
         num_data
-            Where `data` is a random subset: the size of the whole training set. Log likelihood and curvature are
+            The size of the whole training set, if `data` is a random subset of it. Log likelihood and curvature are
             multiplied by num_data / (examples in `data`).
         num_probes
             Lanczos: normal probes in a block, which is also the number of posterior samples.
         max_vectors
-            Lanczos: the largest number of basis vectors, each of P numbers. Data with no more outputs than these are
-            not decomposed by products: the curvature is exact then, from one gradient for each output.
+            Lanczos: the largest number of basis vectors, each of P numbers. If all data together have no more outputs
+            than this, the curvature is exact and costs one gradient for each output.
         tolerance
-            Lanczos: grow until the bound on the relative error of a posterior sample is below this.
+            Lanczos: the decomposition grows until the bound on the relative error of a posterior sample is below this.
         target_precision
-            Lanczos: the prior precision at which it must be; default: the maximiser of the evidence.
+            Lanczos: the prior precision at which that must hold; by default the maximiser of the evidence.
         microbatch
             Examples linearised at a time; bounds memory.
         on_block
@@ -219,117 +221,78 @@ class Laplace:
         Raises
         ------
         ValueError
-            If data are empty, batches differ in structure or from pass to pass, they can be read once where more passes
-            are needed, targets are out of range, outputs not (B, ..., C), inputs or weights not finite, the network is
-            not deterministic, no weight is in the subset, the prior does not fit it, or `num_data` or `tolerance` are
-            not positive.
+            If data are empty, batches differ in structure or from pass to pass, data that can be read once are needed
+            more often, targets are out of range, outputs are not (B, ..., C), inputs or weights are not finite, the
+            network is not deterministic, no weight is in the subset, the prior does not fit it, or an option is not
+            positive.
         MemoryError
             If the curvature is larger than what the device has free; see `memory_estimate`.
 
         Notes
         -----
         Cost in GGN products of one vector over all data: "lanczos" at most `max_vectors`; "diag" and "kron" about C
-        backward passes per example; "full" P^2 memory. Warns (`NotAModeWarning`) where the weights are far from a mode
-        of the log joint.
+        backward passes per example; "full" P^2 memory. Warns (`NotAModeWarning`) if the weights are far from a mode of
+        the log joint.
         """
-        if num_data is not None and not 0 < num_data < float("inf"):
-            raise ValueError(f"fit(num_data=...) must be positive: the size of the training set; got {num_data}")
-        if not tolerance > 0:
-            raise ValueError(f"fit(tolerance=...) must be positive; got {tolerance}; try 0.05")
-        if mean not in ("network", "linear"):
-            raise ValueError(f"fit(mean=...) must be 'network' or 'linear'; got {mean!r}")
-        model = self._model(data, linear=mean == "linear", microbatch=microbatch)
-        found = fitting.fit(
-            model,
-            dataclasses.replace(self, network=model.network).prior,
-            self.hessian_structure,
-            mean=mean,
-            num_data=num_data,
-            microbatch=microbatch,
-            key=key,
-            num_probes=num_probes,
-            max_vectors=max_vectors,
-            tolerance=tolerance,
-            target_precision=target_precision,
-            on_block=on_block,
-        )
-        la = dataclasses.replace(self, network=found.network, structure=found.structure, fitted=found.terms)
-        warn_unless_mode(la.structure, la.mode_decrement(), la.effective_parameters(), float(la.prior.precision))
-        return la
+        options = KrylovOptions(key, num_probes, max_vectors, tolerance, target_precision, on_block)
+        how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "krylov": options}
+        return Laplace._of(fit(self.state, self.settings, as_data(data), **how), self.settings)
 
     def memory_estimate(
         self,
-        data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]],
+        data: PairOrBatches,
         *,
         max_vectors: int = 512,
         microbatch: int = 64,
     ) -> MemoryEstimate:
-        """What `fit` with the same arguments takes at its peak, beside the activations of a microbatch; it is not run.
+        """How much memory `fit` with the same arguments takes at its peak, beside the activations of a microbatch.
 
-        Of `data` the first batch is used, to find the shapes and the weights with a posterior. Features before those
-        weights are counted for arrays; of batches they are kept too, in at most a quarter of the free memory.
+        Nothing is fitted. The first batch is read, to find the shapes and the weights with a posterior. Features before
+        those weights are counted for arrays; of batches they take at most a quarter of the free memory.
 
         Parameters
         ----------
         data, max_vectors, microbatch
-            As for `fit`; data that can be read once only are refused, as their first batch would be missing then.
+            As for `fit`. Data that can be read once are refused, because their first batch would be missing afterwards.
         """
-        found = as_data(data)
-        found.check_repeatable("memory_estimate(data=...) must be readable again, as its first batch is used")
-        model = self._model(found.few(), linear=False, microbatch=microbatch)
-        return fitting.estimate(model, self.hessian_structure, max_vectors, microbatch)
-
-    def _model(self, data: Any, *, linear: bool, microbatch: int) -> fitting.Model:
-        return fitting.prepare(
-            self.network, self.likelihood, as_data(data), self.subset_of_weights, linear=linear, microbatch=microbatch
-        )
+        options = {"max_vectors": max_vectors, "microbatch": microbatch}
+        return memory_estimate(self.state, self.settings, as_data(data), **options)
 
     # --- evidence and prior -----------------------------------------------------------------------------------------
 
-    def log_marginal_likelihood(self, prior_precision: priors.Precision | None = None) -> Estimate:
-        """The log evidence in nats at `prior_precision`, by default the object's own.
+    def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> Estimate:
+        """The log evidence in nats at `prior_precision`, by default at the object's own.
 
-        `sem` is the standard error over the probes, 0 where the evidence is exact. What stopping the recurrence costs
-        is no part of it: it lowers the mean by at most half of `krylov_error().log_determinant`.
+        `sem` is the standard error over the probes; it is 0 if the evidence is exact. It does not include the
+        truncation error of the Lanczos recurrence, which lowers the mean by at most `krylov_error().log_determinant /
+        2`.
 
         Parameters
         ----------
         prior_precision
-            As `Laplace` takes it; for "lanczos" with the ratios that it was fitted at. Here and below.
+            As `Laplace` takes it. "lanczos" can answer at the ratios between weights that it was fitted at.
         """
-        la = self._at(prior_precision)
-        la._usable_posterior()
-        point = la.evidence_curve([float(la.prior.precision)]).log_marginal_likelihood
-        return Estimate(float(point.mean[0]), float(point.sem[0]))
+        return self._at(prior_precision).warn_unless_converged().log_marginal_likelihood()
 
-    def evidence_curve(self, precisions: Iterable[float] | None = None) -> evidence.EvidenceCurve:
+    def evidence_curve(self, precisions: Iterable[float] | None = None) -> EvidenceCurve:
         """The log evidence at many prior precisions, from the curvature already computed.
 
         Parameters
         ----------
         precisions
-            Numbers; of a prior that is not isotropic geometric means over the weights, at the ratios that it has. By
-            default 61 over six decades around the maximum, from the same decomposition.
+            Numbers. If the prior is not isotropic, they are geometric means over the weights, and the ratios between
+            weights are kept. By default 61 numbers over six decades around the maximum.
         """
-        structure, fitted = self._require_fit()
         if precisions is None:
             precisions = self.evidence_optimum().prior_precision * np.geomspace(1e-3, 1e3, 61)
-        grid = priors.checked_grid(precisions, "evidence_curve(precisions=...)")
-        squared = self.prior.squared_distance(self.network.params)
-        return evidence.curve(structure.log_determinant, FixedNoise(float(fitted.log_likelihood)), squared, grid)
+        return self.fitted.evidence_curve(checked_grid(precisions, "evidence_curve(precisions=...)"))
 
-    def evidence_optimum(self) -> priors.PriorOptimum:
-        """The prior precision that maximises the evidence, and an interval for its errors, probes and truncation.
+    def evidence_optimum(self) -> PriorOptimum:
+        """The prior precision that maximises the evidence, and an interval for the errors of probes and truncation.
 
-        As for `evidence_curve` the geometric mean, where the prior is not isotropic.
+        If the prior is not isotropic, it is the geometric mean over the weights, as for `evidence_curve`.
         """
-        structure, fitted = self._require_fit()
-        return priors.optimum(
-            structure.log_determinant,
-            FixedNoise(float(fitted.log_likelihood)),
-            self.prior.squared_distance(self.network.params),
-            truncation=structure.truncation,
-        )
+        return self.fitted.evidence_optimum()
 
     def optimize_prior_precision(
         self,
@@ -339,7 +302,7 @@ class Laplace:
         optimize_sigma_noise: bool = False,
         refit: Callable[["Laplace"], "Laplace"] | None = None,
         max_refits: int = 10,
-        validation: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]] | None = None,
+        validation: PairOrBatches | None = None,
         precisions: Iterable[float] | None = None,
         key: Array | None = None,
         num_samples: int | None = None,
@@ -349,22 +312,22 @@ class Laplace:
         Parameters
         ----------
         method
-            "marglik": maximise the evidence. Warns where the optimum is at an end of the search range. "gridsearch":
-            try `precisions`, in one pass for all of them, and choose among those where "lanczos" has converged; of a
-            prior that is not isotropic they are as for `evidence_curve`.
+            "marglik": maximise the evidence. Warns if the optimum is at an end of the search range. "gridsearch": try
+            `precisions`, all in one pass, and choose among those at which "lanczos" has converged.
         prior_structure
             What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
-            ("layerwise"), for each weight ("diag"); None keeps the ratios of the precisions and chooses a common
-            factor, for which no curvature is computed again.
+            ("layerwise"), or for each weight ("diag"). None keeps the ratios between the precisions and chooses a
+            common factor, for which no curvature is computed again.
         optimize_sigma_noise
-            Of a regression: maximise over a common factor of the noise, too; no curvature is computed again for it.
+            For a regression: also maximise over a common factor of the noise. No curvature is computed again for it.
         refit
-            "lanczos" has to be fitted again where ratios change, from la to la.fit(data, key=...) for instance.
+            "lanczos" has to be fitted again if ratios change. A function from the new `Laplace` to the fitted one, such
+            as lambda la: la.fit(data, key=key).
         max_refits
-            The largest number of such fits; each is one step of MacKay's fixed point, from the last fit alone.
+            The largest number of such fits. Each is one step of MacKay's fixed point.
         validation, precisions, key, num_samples
-            For "gridsearch": arrays (x, y) or batches of such pairs, which are read once; the rest is as for
-            `validation_curve`, and `precisions` defaults to 25 values from 0.01 to 10,000.
+            For "gridsearch": arrays (x, y), or batches of such pairs, which are read once; the rest as for
+            `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.
 
         Raises
         ------
@@ -372,28 +335,18 @@ class Laplace:
             If a name is unknown, an argument is missing or of the other method, or "kron" is asked for one precision
             for each weight.
         """
-        self._require_fit()
         of_evidence = {"prior_structure": prior_structure, "optimize_sigma_noise": optimize_sigma_noise, "refit": refit}
         of_grid = {"validation": validation, "precisions": precisions, "key": key, "num_samples": num_samples}
-        foreign = {"marglik": of_grid, "gridsearch": of_evidence}.get(method, {})
-        if given := [name for name, value in foreign.items() if value is not None and value is not False]:
-            raise ValueError(
-                f"optimize_prior_precision({method!r}) must not be given {given[0]}=..., which is of the other method; "
-                "leave it out"
-            )
+        chosen = Chosen(self.fitted, self.settings, self._refit_by(refit))
+        check_method(method, of_evidence, of_grid)
         if method == "marglik":
-            options = {"optimize_sigma_noise": optimize_sigma_noise, "refit": refit, "max_refits": max_refits}
-            return choice.by_evidence(self, prior_structure, **options)
-        if method != "gridsearch":
-            raise ValueError(f"optimize_prior_precision(method=...) must be 'marglik' or 'gridsearch'; got {method!r}")
-        if validation is None:
-            raise ValueError(
-                "optimize_prior_precision('gridsearch') must be given validation=(x, y) or batches of such pairs"
-            )
-        grid = np.geomspace(1e-2, 1e4, 25) if precisions is None else precisions
-        curve = self._validation_curve(validation, grid, key=key, num_samples=num_samples)
-        factor = curve.best_precision / self.prior.precision
-        return self.with_prior_precision(jax.tree.map(lambda value: value * factor, self.prior_precision))
+            options = {"optimize_sigma_noise": optimize_sigma_noise, "max_refits": max_refits}
+            best = by_evidence(chosen, prior_structure, **options)
+        else:
+            grid = DEFAULT_GRID if precisions is None else precisions
+            curve = validation_curve(self.fitted, validation, grid, key=key, num_samples=num_samples)
+            best = chosen.times(curve.best_precision / self.prior.precision)
+        return Laplace._of(best.fitted, best.settings)
 
     def validation_curve(
         self,
@@ -404,7 +357,7 @@ class Laplace:
         key: Array | None = None,
         num_samples: int | None = None,
         microbatch: int = 64,
-    ) -> validation.ValidationCurve:
+    ) -> ValidationCurve:
         """NLL and ECE of the predictive at many prior precisions; see `bnnlaplace.validation`.
 
         Parameters
@@ -414,14 +367,15 @@ class Laplace:
         precisions
             As for `evidence_curve`.
         key, num_samples
-            Of the samples, the same at every prior precision; by default 32, or fewer where "lanczos" has fewer
-            probes. A regression needs none, and no key.
+            Of the samples, which are the same at every prior precision. By default 32 samples, or fewer if "lanczos"
+            has fewer probes. A regression needs neither.
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        return self._validation_curve((x, y), precisions, key=key, num_samples=num_samples, microbatch=microbatch)
+        options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
+        return validation_curve(self.fitted, (x, y), precisions, **options)
 
-    def with_prior_precision(self, prior_precision: priors.Precision) -> "Laplace":
+    def with_prior_precision(self, prior_precision: Precision) -> "Laplace":
         """The same posterior at another prior precision.
 
         Parameters
@@ -432,109 +386,79 @@ class Laplace:
         Raises
         ------
         ValueError
-            If it does not fit the weights, or "lanczos" would have to be fitted again, as ratios of precisions differ.
+            If it does not fit the weights, or "lanczos" would have to be fitted again because ratios between weights
+            change.
         """
-        new = dataclasses.replace(self, prior_precision=prior_precision)
-        if self.structure is None:
-            return new
-        before, after = self.prior.relative, new.prior.relative
-        if before is None and after is None:
-            return new
-        ratio = (1.0 if after is None else after) / (1.0 if before is None else before)
-        return dataclasses.replace(new, structure=self.structure.whitened(ratio))
+        settings = self.settings.at(prior_precision)
+        if isinstance(self.state, Fitted):
+            return Laplace._of(self._at(prior_precision), settings)
+        return Laplace._of(Unfitted.of(self.network, self.likelihood, settings), settings)
 
-    def with_sigma_noise(self, sigma_noise: float | Float[Array, "*C"]) -> "Laplace":
-        """The same posterior of a regression at another noise; no curvature is computed again.
+    def with_sigma_noise(self, sigma_noise: float | Float[ArrayLike, "*C"]) -> "Laplace":
+        """The same posterior of a regression at another noise. No curvature is computed again.
 
         Parameters
         ----------
         sigma_noise
-            One standard deviation or one for each output, all changed by the same factor.
+            One standard deviation, or one for each output, all changed by the same factor.
 
         Raises
         ------
         ValueError
             If the likelihood has no noise, or the ratios between the outputs change: fit again for that.
         """
-        _, fitted = self._require_fit()
-        if self.sigma_noise is None:
-            raise ValueError(f"with_sigma_noise must be asked of a regression; got {self.likelihood.name!r}")
-        new = resolve("regression", sigma_noise)
-        factors = np.atleast_1d(np.asarray(new.sigma_noise, np.float64) / np.asarray(self.sigma_noise)) ** 2
-        if not np.allclose(factors, factors[0], rtol=1e-5):
-            raise ValueError(
-                f"with_sigma_noise(sigma_noise=...) must keep the ratios between outputs; got {sigma_noise} for "
-                f"{self.sigma_noise}; construct Laplace(sigma_noise=...) and fit again"
-            )
-        factor = float(factors[0])
-        noise = BestNoise.of(float(fitted.squared_residuals), float(fitted.num_outputs), self.sigma_noise)
-        terms = fitted._replace(
-            log_likelihood=jnp.asarray(noise.log_likelihood(factor), fitted.log_likelihood.dtype),
-            log_likelihood_gradient=fitted.log_likelihood_gradient / factor,
-            squared_residuals=fitted.squared_residuals / factor,
-        )
-        likelihood = gaussian(jnp.asarray(new.sigma_noise, self.sigma_noise.dtype))
-        return dataclasses.replace(
-            self, likelihood=likelihood, fitted=terms, structure=self.structure.scaled(1 / factor)
-        )
+        return Laplace._of(self.fitted.with_sigma_noise(sigma_noise), self.settings)
 
-    def mode_gradient(self, prior_precision: priors.Precision | None = None) -> Float[Array, " P"]:
+    def mode_gradient(self, prior_precision: Precision | None = None) -> Float[Array, " P"]:
         """Gradient of the log joint in the weights: zero at a mode of the model whose evidence is computed."""
-        _, fitted = self._require_fit()
-        la = dataclasses.replace(self, prior_precision=self._precision(prior_precision))
-        return fitted.log_likelihood_gradient + la.prior.gradient(self.network.params)
+        prior = self.prior if prior_precision is None else self.settings.at(prior_precision).prior(self.network)
+        return self.fitted._replace(prior=prior).mode_gradient()
 
-    def mode_decrement(self, prior_precision: priors.Precision | None = None) -> float:
+    def mode_decrement(self, prior_precision: Precision | None = None) -> float:
         """g' (G + P0)^-1 g with g = `mode_gradient`: the squared distance to the mode in posterior deviations.
 
-        Twice what a Gauss-Newton step promises to gain, in nats. Unlike the norm of g it does not depend on how weights
-        are scaled, and it sees directions that only the prior determines. Small against `effective_parameters`: the
-        weights are near a mode. Exact for "diag" and "kron" (of their own posteriors) and "full"; for "lanczos" from
-        above, as directions outside the basis count with the precision of the prior alone.
+        It is twice what a Gauss-Newton step promises to gain, in nats. Unlike the norm of g it does not depend on how
+        weights are scaled, and it sees directions that only the prior determines. If it is small against
+        `effective_parameters`, the weights are near a mode. It is exact for "diag" and "kron" (of their own posteriors)
+        and for "full". For "lanczos" it is an upper bound: directions outside the basis count with the precision of the
+        prior alone.
         """
-        la = self._at(prior_precision)
-        gradient = la.prior.whiten(la.mode_gradient())
-        return la.structure.inverse_quadratic_form(np.asarray(gradient, np.float64), float(la.prior.precision))
+        return self._at(prior_precision).mode_decrement()
 
-    def effective_parameters(self, prior_precision: priors.Precision | None = None) -> float:
+    def effective_parameters(self, prior_precision: Precision | None = None) -> float:
         """tr G (G + P0)^-1: the number of directions that the data determine rather than the prior."""
-        la = self._at(prior_precision)
-        groups = np.zeros(tree_size(la.network.params), int)
-        return float(la.structure.effective_parameters(float(la.prior.precision), groups).mean())
+        return self._at(prior_precision).effective_parameters()
 
     def krylov_error(self) -> KrylovError | None:
-        """Bounds on what truncation costs at the object's prior precision; None for structures that have none."""
-        structure, _ = self._require_fit()
-        return structure.error(float(self.prior.precision)) if isinstance(structure, KrylovStructure) else None
+        """Bounds on what truncation costs at the object's prior precision. None for structures without truncation."""
+        return self.fitted.krylov_error()
 
     # --- posterior and predictions ----------------------------------------------------------------------------------
 
     def sample(self, key: Array, num_samples: int) -> PyTree:
-        """Posterior samples of the weights, a pytree like `network.params` with a leading axis of `num_samples`.
+        """Posterior samples of the weights: a pytree like `network.params` with a leading axis of `num_samples`.
 
         `network.full_params` puts one sample of a subset in its place among all weights.
 
         Parameters
         ----------
         key
-            Of the noise; for "lanczos" of the choice among its samples and of their signs.
+            Of the noise. For "lanczos": of the choice among its samples and of their signs.
         num_samples
             For "lanczos" at most the number of probes.
         """
-        usable = self._usable_posterior()
-        check_key(key, "sample(key=...)")
-        predictive.check_num_samples(num_samples, "sample(num_samples=...)", least=0)
-        deviations = usable.deviations(key, num_samples, self.prior.precision)
-        return jax.vmap(unraveler(self.network.params))(ravel(self.network.params) + deviations)
+        checks.key(key, "sample(key=...)")
+        checks.count(num_samples, "sample(num_samples=...)", least=0, advice="try 32")
+        return self.fitted.warn_unless_converged().samples(key, num_samples)
 
     def functional_posteriors(
-        self, x: Array, precisions: Sequence[float], *, key: Array, num_samples: int, microbatch: int = 64
-    ) -> Iterator[posterior.FunctionalPosterior]:
-        """Mean, covariance and samples of the linearised outputs at each input, for each of several prior precisions.
+        self, x: Inputs, precisions: Sequence[float], *, key: Array, num_samples: int, microbatch: int = 64
+    ) -> Iterator[FunctionalPosterior]:
+        """Mean, covariance and samples of the linearised outputs at each input, for several prior precisions.
 
-        The network is differentiated once for all of them. Where variances are exact samples are drawn at each input
-        from its covariance; for "lanczos" they are weight samples pushed through the Jacobian, at most one per
-        probe, and the covariance is estimated from them. See `bnnlaplace.posterior.functional_posteriors`.
+        The network is differentiated once for all of them. A structure with exact variances draws samples at each input
+        from its covariance. "lanczos" pushes samples of the weights through the Jacobian, at most one for each probe,
+        and estimates the covariance from them. See `bnnlaplace.predictive.functional_posteriors`.
 
         Parameters
         ----------
@@ -547,14 +471,14 @@ class Laplace:
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        found = self._posterior()
+        fitted = self.fitted
         check_inputs(self.network, x)
-        check_key(key, "functional_posteriors(key=...)")
-        predictive.check_num_samples(num_samples, "functional_posteriors(num_samples=...)")
-        grid = priors.checked_grid(precisions, "functional_posteriors(precisions=...)")
-        return posterior.functional_posteriors(found, x, grid, key=key, num_samples=num_samples, microbatch=microbatch)
+        checks.key(key, "functional_posteriors(key=...)")
+        checks.count(num_samples, "functional_posteriors(num_samples=...)", advice="try 32")
+        grid = checked_grid(precisions, "functional_posteriors(precisions=...)")
+        return functional_posteriors(fitted, x, grid, key=key, num_samples=num_samples, microbatch=microbatch)
 
-    def functional_variance(self, x: Array, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
+    def functional_variance(self, x: Inputs, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
         """Covariance J (G + P0)^-1 J' of the linearised outputs; for "lanczos" from all its samples.
 
         Parameters
@@ -564,13 +488,13 @@ class Laplace:
         microbatch
             Inputs differentiated at a time; bounds memory.
         """
-        usable = self._usable_posterior()
+        fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)
-        return next(posterior.functional_variances(usable, x, [self.prior.precision], microbatch=microbatch))
+        return next(functional_variances(fitted, x, [fitted.prior.precision], microbatch=microbatch))
 
     def predictive(
         self,
-        x: Array,
+        x: Inputs,
         pred_type: Literal["glm", "nn"] = "glm",
         link_approx: Literal["probit", "mc", "bridge"] = "probit",
         *,
@@ -586,42 +510,33 @@ class Laplace:
         x
             Inputs (B, ...).
         pred_type
-            "glm": of the linearised network, whose posterior this is. "nn": of the network at samples of the weights,
-            which may lie where the linearisation no longer holds.
+            "glm": predict with the linearised network, whose posterior this is. "nn": predict with the network at
+            samples of the weights, which may lie where the linearisation no longer holds.
         link_approx
             "probit": MacKay's approximation from marginal variances. "mc": the mean probability over samples. "bridge":
             the mean of a matching Dirichlet distribution, from the covariance of the outputs.
         with_noise
-            For regression: add the variance of the noise to that of the outputs.
+            For a regression: add the variance of the noise to that of the outputs.
         key, num_samples
-            For "mc" and "nn"; by default as many samples as "lanczos" has probes, otherwise 100.
+            For "mc" and "nn". By default as many samples as "lanczos" has probes, otherwise 100.
         microbatch
             Inputs at a time; bounds memory.
 
         Returns
         -------
         Array or (Array, Array)
-            Class probabilities (B, ..., C); for regression (mean, variance), (B, ..., C) each. For no inputs no rows.
+            Class probabilities (B, ..., C). For a regression (mean, variance), (B, ..., C) each. No inputs give no
+            rows.
 
         Raises
         ------
         ValueError
             If inputs are not finite, a name is unknown, "mc" lacks a key, or more samples are asked for than there are.
         """
-        usable = self._usable_posterior()
+        fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)
-        return predictive.predictions(
-            usable,
-            self.likelihood,
-            x,
-            self.prior.precision,
-            pred_type=pred_type,
-            link_approx=link_approx,
-            with_noise=with_noise,
-            key=key,
-            num_samples=num_samples,
-            microbatch=microbatch,
-        )
+        options = {"with_noise": with_noise, "key": key, "num_samples": num_samples, "microbatch": microbatch}
+        return predictions(fitted, x, pred_type=pred_type, link_approx=link_approx, **options)
 
     # --- on disk ----------------------------------------------------------------------------------------------------
 
@@ -633,10 +548,7 @@ class Laplace:
         path
             The directory to create; a checkpoint there is replaced.
         """
-        self._require_fit()
-        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del parts["subset_of_weights"]  # the network is that of the subset
-        saved.save(Path(path), **parts)
+        on_disk.save(Path(path), self.fitted, self.settings)
 
     @classmethod
     def load(cls, path: Path | str, network: Network, likelihood: Likelihood | None = None) -> "Laplace":
@@ -647,10 +559,10 @@ class Laplace:
         path
             The directory.
         network
-            One of the same structure, whose weights are replaced by the saved ones. Where only some weights have a
-            posterior, that of all of them, as it was given to `Laplace`.
+            A network of the same structure; its weights are replaced by the saved ones. If only some weights have a
+            posterior: the network of all weights, as it was given to `Laplace`.
         likelihood
-            One of one's own must be passed again; its leaves are replaced by the saved ones.
+            A likelihood of your own must be passed again; its leaves are replaced by the saved ones.
 
         Raises
         ------
@@ -659,68 +571,28 @@ class Laplace:
         """
         if not isinstance(network, Network):
             raise TypeError(f"load(network=...) must be a bnnlaplace.Network; got {type(network).__name__}")
-        return cls(**saved.load(Path(path), network, likelihood))
+        return cls._of(*on_disk.load(Path(path), network, likelihood))
 
     # --- internals --------------------------------------------------------------------------------------------------
 
-    def _validation_curve(
-        self,
-        data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]],
-        precisions: Iterable[float],
-        *,
-        key: Array | None,
-        num_samples: int | None,
-        microbatch: int = 64,
-    ) -> validation.ValidationCurve:
-        found = self._posterior()
-        if validation.needs_samples(self.likelihood):
-            check_key(key, "validation_curve(key=...)")
-        if num_samples is None:
-            num_samples = min(32, found.structure.num_probes) if isinstance(found.structure, SampleStructure) else 32
-        predictive.check_num_samples(num_samples, "validation_curve(num_samples=...)")
-        pairs = checked_pairs(self.network, data)
-        options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return validation.validation_curve(found, self.likelihood, pairs, precisions, **options)
-
-    def _posterior(self) -> posterior.Posterior:
-        structure, _ = self._require_fit()
-        return posterior.Posterior(self.network, structure, self.prior.relative)
-
-    def _usable_posterior(self) -> posterior.Posterior:
-        """The posterior, after a warning where it has not converged at the prior precision it is to be used at."""
-        found = self._posterior()
-        if isinstance(found.structure, SampleStructure):
-            reservation = found.structure.reservation(float(self.prior.precision))
-            if reservation is not None:
-                warnings.warn(
-                    f"{reservation}; fit again with target_precision= that or more max_vectors, or use "
-                    "optimize_prior_precision()",
-                    stacklevel=3,
-                )
-        return found
-
-    def _require_fit(self) -> tuple[Structure, DataTerms]:
-        if self.structure is None:
-            raise ValueError("this Laplace has no curvature yet; call la = la.fit((x, y), ...) first")
-        if isinstance(self.structure, KrylovStructure):
-            leaves = jax.tree.leaves((self.structure, self.prior_precision))
-            if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-                raise TypeError(
-                    "a Laplace with hessian_structure='lanczos' must not be traced, nor its prior precision, as its "
-                    "small matrices are on the host; got an argument of jit, vmap or grad; close over the object "
-                    "(jax.jit(lambda x: la.predictive(x))), or call it outside"
-                )
-        return self.structure, self.fitted
-
-    def _precision(self, prior_precision: priors.Precision | None) -> priors.Precision:
-        """The one given, checked, or the object's own."""
+    def _at(self, prior_precision: Precision | None) -> Fitted:
+        """The fitted posterior at another prior precision, or as it is."""
         if prior_precision is None:
-            return self.prior_precision
-        if priors.is_scalar(prior_precision):
-            priors.check(prior_precision, "prior_precision=...")
-        return prior_precision
+            return self.fitted
+        return self.fitted.at(self.settings.at(prior_precision).prior(self.network))
 
-    def _at(self, prior_precision: priors.Precision | None) -> "Laplace":
-        """At the one given, checked, or itself."""
-        self._require_fit()
-        return self if prior_precision is None else self.with_prior_precision(self._precision(prior_precision))
+    def _refit_by(self, refit: Callable[["Laplace"], "Laplace"] | None) -> Callable[[Fitted, Settings], Fitted] | None:
+        """The user's `refit` as a function of records."""
+        if refit is None:
+            return None
+
+        def fit_again(fitted: Fitted, settings: Settings) -> Fitted:
+            again = refit(Laplace._of(Unfitted.of(fitted.network, fitted.likelihood, settings), settings))
+            if getattr(again, "structure", None) is None:
+                raise ValueError(
+                    f"optimize_prior_precision(refit=...) must return the fitted Laplace; got {type(again).__name__}; "
+                    "pass refit=lambda la: la.fit(data, key=key)"
+                )
+            return again.fitted
+
+        return fit_again

@@ -1,12 +1,37 @@
-"""Shared fixtures: memory of compiled programs, double precision on request, and a small problem with its exact GGN."""
+"""Shared fixtures, and how programs are compiled in tests: fast to compile rather than fast to run."""
 
-import jax
-import jaxtyping
-import numpy as np
-import pytest
-from problems import Problem, random_problem
+import os
+import subprocess
+import sys
 
-import bnnlaplace
+# Compile time dominates the tests. Without the expensive passes of LLVM and the fusion emitters a program takes about a
+# seventh of it, and the numbers differ by rounding alone. The variable is set before JAX is imported, and inherited by
+# the workers and by the programs that tests start.
+_QUICK_COMPILATION = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+)
+
+
+def _compile_quickly() -> None:
+    """Set the flags if this XLA knows them all: it ends the process at one that it does not know."""
+    if "XLA_FLAGS" in os.environ:
+        return
+    environment = {**os.environ, "XLA_FLAGS": _QUICK_COMPILATION}
+    probe = [sys.executable, "-c", "import jax; jax.devices()"]
+    known = subprocess.run(probe, env=environment, capture_output=True, timeout=120).returncode == 0
+    os.environ["XLA_FLAGS"] = _QUICK_COMPILATION if known else ""
+
+
+_compile_quickly()
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+from problems import Problem, random_problem  # noqa: E402
+
+import bnnlaplace  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)

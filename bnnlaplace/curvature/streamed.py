@@ -117,7 +117,7 @@ def primal_product(
         As for `operator`.
     """
     product = partial(batch_product, network, likelihood, microbatch=microbatch)
-    return lambda vectors: accumulate(data, lambda batch: product(batch, scale, vectors))
+    return lambda vectors: accumulate(data, lambda batch: product(batch, scale, vectors))[0]
 
 
 def _dual(

@@ -1,88 +1,60 @@
 """The terms of the evidence beside the determinant, as a function of q = (theta - mu)' P0 (theta - mu).
 
-The prior's normalisation is not among them: in the evidence it cancels against that of the posterior.
+The normalisation of the prior is not among them: in the evidence it cancels against that of the posterior.
 """
 
 import math
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import ArrayLike, Float
 
 
-class LogJoint(Protocol):
-    """log p(y | f) - q / 2, the likelihood as it is or with its noise at the maximum."""
+class LogJoint(NamedTuple):
+    """log p(y | f) - q / 2, with the noise of the likelihood as it is, or at its best for each q.
 
-    def __call__(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
-        """The value, in nats."""
-        ...
+    Multiplying the noise variance of a regression by s divides the GGN by s. The determinant of G / s with the prior
+    precision P0 / s is that of G with P0. With q taken at P0, the other terms of the evidence are
 
-    def slope(self, q: float) -> float:
-        """Its derivative."""
-        ...
+        -(r + q) / (2 s) - n / 2 log s - const,    which is largest at s = (r + q) / n.
 
-
-class FixedNoise(NamedTuple):
-    """log p(y | f) - q / 2.
+    So the evidence with its noise maximised is one more function of q, and every search over the prior takes either.
 
     Attributes
     ----------
-    log_likelihood
-        scale * sum_n log p(y_n | f_n), in nats.
-    """
-
-    log_likelihood: float
-
-    def __call__(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
-        """The value."""
-        return self.log_likelihood - 0.5 * q
-
-    def slope(self, q: float) -> float:
-        """Minus a half."""
-        return -0.5
-
-
-class BestNoise(NamedTuple):
-    """The same of a Gaussian likelihood, maximised over a factor s of the noise variance.
-
-    With the variance s sigma^2 the GGN is G / s. Its determinant with the prior precision P0 / s is that of G with P0,
-    so that with q taken at P0 the rest of the evidence is
-
-        -(r + q) / (2 s) - n / 2 log s - const,    largest at s = (r + q) / n.
-
-    Attributes
-    ----------
-    squared_residuals
-        r = sum ((y - f) / sigma)^2.
-    num_outputs
-        n: the number of targets, all outputs of all examples counted.
     constant
-        log p(y | f) + r / 2, which depends on sigma alone.
+        The part that does not depend on q: scale * sum_n log p(y_n | f_n) in nats, plus r / 2 where the noise is at its
+        best.
+    squared_residuals
+        r = sum ((y - f) / sigma)^2; used where the noise is at its best.
+    num_targets
+        n, the number of targets: all outputs of all examples. None where the noise is fixed.
     """
 
-    squared_residuals: float
-    num_outputs: float
     constant: float
+    squared_residuals: float = 0.0
+    num_targets: float | None = None
 
     @classmethod
-    def of(cls, squared_residuals: float, num_outputs: float, sigma_noise: Float[np.ndarray, "*C"]) -> "BestNoise":
-        """From the residuals over the noise `sigma_noise`, one for all outputs or one each."""
-        sigma = np.asarray(sigma_noise, np.float64)
-        constant = -num_outputs * (float(np.log(sigma).mean()) + 0.5 * math.log(2 * math.pi))
-        return cls(squared_residuals, num_outputs, constant)
-
-    def factor(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
-        """s: the best noise variance over that of the likelihood."""
-        return (self.squared_residuals + q) / self.num_outputs
-
-    def log_likelihood(self, factor: float) -> float:
-        """log p(y | f) with the noise variance multiplied by `factor`."""
-        return self.constant - 0.5 * (self.squared_residuals / factor + self.num_outputs * math.log(factor))
+    def at_best_noise(
+        cls, squared_residuals: float, num_targets: float, sigma_noise: Float[ArrayLike, "*C"]
+    ) -> "LogJoint":
+        """Maximise over a common factor of the noise variances; `sigma_noise` is one number or one for each output."""
+        # From the noise itself: log p + r / 2 would lose all digits where r is large.
+        mean_log_sigma = float(np.log(np.asarray(sigma_noise, np.float64)).mean())
+        constant = -num_targets * (mean_log_sigma + 0.5 * math.log(2 * math.pi))
+        return cls(constant, squared_residuals, num_targets)
 
     def __call__(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
-        """The value at s."""
-        return self.constant - 0.5 * self.num_outputs * (1 + np.log(self.factor(q)))
+        """The value in nats."""
+        if self.num_targets is None:
+            return self.constant - 0.5 * q
+        return self.constant - 0.5 * self.num_targets * (1 + np.log(self.noise_factor(q)))
 
     def slope(self, q: float) -> float:
-        """-1 / (2 s)."""
-        return float(-0.5 / self.factor(q))
+        """The derivative in q, -1 / (2 s)."""
+        return float(-0.5 / self.noise_factor(q))
+
+    def noise_factor(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
+        """The best noise variance over that of the likelihood; 1 where the noise is fixed."""
+        return 1.0 if self.num_targets is None else (self.squared_residuals + q) / self.num_targets

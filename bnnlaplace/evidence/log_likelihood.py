@@ -1,62 +1,87 @@
-"""What the evidence needs of the data beside the curvature: the log likelihood at the weights, and its gradient."""
+"""The log likelihood at the weights and its gradient, summed over the data a microbatch at a time."""
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from bnnlaplace.core.tree import number_type, ravel
 from bnnlaplace.curvature import microbatch as mb
+from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 
 
-class DataTerms(NamedTuple):
-    """The log likelihood at the weights, and its gradient; they add up over batches.
+class LogLikelihood(NamedTuple):
+    """The log likelihood at the weights and what belongs to it. The log likelihoods of batches add up.
 
     Attributes
     ----------
-    log_likelihood
+    value
         scale * sum_n log p(y_n | f_n), in nats.
-    log_likelihood_gradient
-        Its gradient in the weights, shape (P,): with the prior's, it says how far from a mode the weights are.
-    num_outputs
-        scale * (the number of outputs, of all positions of all examples).
+    gradient
+        Its gradient in the weights, shape (P,). With the gradient of the prior it says how far the weights are from a
+        mode.
+    num_targets
+        scale * (the number of outputs, at all positions of all examples).
     squared_residuals
-        scale * sum_n |(y_n - f_n) / sigma|^2 of a likelihood with noise sigma, else 0. It follows from the log
-        likelihood by a difference, but not with enough digits.
+        scale * sum_n |(y_n - f_n) / sigma|^2 if the likelihood has a noise sigma, otherwise 0. The difference of two
+        log likelihoods would not have enough digits to tell it.
     """
 
-    log_likelihood: Float[Array, ""]
-    log_likelihood_gradient: Float[Array, " P"]
-    num_outputs: Float[Array, ""]
+    value: Float[Array, ""]
+    gradient: Float[Array, " P"]
+    num_targets: Float[Array, ""]
     squared_residuals: Float[Array, ""]
 
-    def check(self) -> "DataTerms":
-        """Return them, or raise ValueError where the log likelihood or its gradient is not finite."""
-        if not bool(jnp.isfinite(self.log_likelihood) & jnp.isfinite(self.log_likelihood_gradient).all()):
+    def check(self) -> "LogLikelihood":
+        """Return the record, or raise ValueError if the value or the gradient is not finite."""
+        if not bool(jnp.isfinite(self.value) & jnp.isfinite(self.gradient).all()):
             raise ValueError(
                 "fit: the log likelihood or its gradient is not finite at these weights and data; look for NaN or "
                 "infinite values in the inputs, the targets and the weights"
             )
         return self
 
+    def scaled(self, scale: float) -> "LogLikelihood":
+        """The log likelihood of `scale` times as many examples."""
+        return jax.tree.map(lambda part: scale * part, self)
+
+    def log_joint(self) -> LogJoint:
+        """The terms of the evidence beside the determinant, with the noise as it is."""
+        return LogJoint(float(self.value))
+
+    def log_joint_at_best_noise(self, sigma_noise: Float[Array, "*C"]) -> LogJoint:
+        """The same with the best noise for each prior; `sigma_noise` is the noise of the likelihood."""
+        return LogJoint.at_best_noise(float(self.squared_residuals), float(self.num_targets), sigma_noise)
+
+    def with_noise_variance(self, factor: float, sigma_noise: Float[Array, "*C"]) -> "LogLikelihood":
+        """The log likelihood of a regression whose noise variance is `factor` times that of `sigma_noise`."""
+        residuals, count = float(self.squared_residuals), float(self.num_targets)
+        constant = self.log_joint_at_best_noise(sigma_noise).constant
+        value = constant - 0.5 * (residuals / factor + count * math.log(factor))
+        return self._replace(
+            value=jnp.asarray(value, self.value.dtype),
+            gradient=self.gradient / factor,
+            squared_residuals=self.squared_residuals / factor,
+        )
+
 
 @partial(jax.jit, static_argnames="microbatch")
-def data_terms(
+def batch_log_likelihood(
     network: Network,
     likelihood: Likelihood,
     params: PyTree,
-    inputs: PyTree[Float[Array, "N ..."]],
-    targets: Array,
+    inputs: PyTree[Shaped[Array, "N ..."]],
+    targets: Shaped[Array, "..."],
     weights: Float[Array, " N"] | None = None,
     *,
-    scale: float = 1.0,
     microbatch: int = 64,
-) -> DataTerms:
-    """The log likelihood of one batch and its gradient, a microbatch at a time; examples at weight zero do not count.
+) -> LogLikelihood:
+    """Sum the log likelihood of one batch, and its gradient. Examples of weight zero do not count.
 
     Cost: one gradient of the batch. Memory: the activations of a microbatch.
     """
@@ -74,8 +99,9 @@ def data_terms(
             squares = jnp.sum(mb.over_outputs(batch.weights, residuals) * residuals**2)
         return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob), (count, squares)
 
-    def of_batch(part: tuple[mb.Microbatches, Array]) -> DataTerms:
-        (log_likelihood, (count, squares)), gradient = jax.value_and_grad(value, has_aux=True)(params, *part)
-        return DataTerms(log_likelihood, ravel(gradient), count, squares)
+    def of_microbatch(batch_and_targets: tuple[mb.Microbatches, Array]) -> LogLikelihood:
+        with_gradient = jax.value_and_grad(value, has_aux=True)
+        (log_likelihood, (count, squares)), gradient = with_gradient(params, *batch_and_targets)
+        return LogLikelihood(log_likelihood, ravel(gradient), count, squares)
 
-    return jax.tree.map(lambda part: scale * part, mb.summed(of_batch, (batches, labels)))
+    return mb.summed(of_microbatch, (batches, labels))

@@ -322,20 +322,29 @@ def curve(
     squared_norm: float,
     precisions: Float[np.ndarray, " D"],
 ) -> EvidenceCurve:
-    """The evidence at each prior precision from a fitted structure's `log_determinant`: no product is computed.
+    """Evaluate the evidence at each prior precision, from a fitted structure's `log_determinant` alone.
 
     Parameters
     ----------
     log_determinant
         delta -> log det(I + G / delta) for each probe.
     log_joint, squared_norm
-        From q = delta * squared_norm to the other terms of the evidence; see `bnnlaplace.log_joint`.
+        From q = delta * squared_norm to the other terms of the evidence; see `LogJoint`.
     precisions
         The grid.
+
+    Notes
+    -----
+    No GGN product is computed.
     """
-    forms = np.stack([log_determinant(delta) for delta in precisions])
-    mean = log_joint(precisions * squared_norm) - 0.5 * forms.mean(axis=1)
-    count = forms.shape[1]
-    # A single value is an exact one, as `structure` promises.
-    sem = 0.5 * forms.std(axis=1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(forms))
-    return EvidenceCurve(precisions, Estimate(mean, sem))
+    points = [estimate_of_forms(log_joint(delta * squared_norm), log_determinant(delta)) for delta in precisions]
+    return EvidenceCurve(precisions, Estimate(*map(np.array, zip(*points, strict=True))))
+
+
+def estimate_of_forms(other_terms: float, forms: Float[np.ndarray, " S"]) -> Estimate:
+    """The evidence from its terms beside the determinant and the log-determinant of each probe.
+
+    A single value is exact, as `bnnlaplace.structure.Structure` promises: its standard error is 0.
+    """
+    sem = 0.5 * forms.std(ddof=1) / np.sqrt(len(forms)) if len(forms) > 1 else 0.0
+    return Estimate(float(other_terms - 0.5 * forms.mean()), float(sem))

@@ -1,110 +1,94 @@
 """Grow a block Krylov decomposition until the posterior has converged where it will be used."""
 
-import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
-import numpy as np
 from jaxtyping import Array
 
-from bnnlaplace import krylov, prior
+from bnnlaplace import krylov
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import streamed
 from bnnlaplace.evidence.log_joint import LogJoint
-from bnnlaplace.model.data import Data
-from bnnlaplace.model.likelihood import Likelihood
-from bnnlaplace.model.network import Network
-from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
+from bnnlaplace.fitting.prepare import Model
+from bnnlaplace.prior import bracket, maximiser
+from bnnlaplace.structure import KrylovError, KrylovStructure
+
+
+@dataclass(frozen=True)
+class KrylovOptions:
+    """What `Laplace.fit` is told about the decomposition; each field is documented there."""
+
+    key: Array | None = None
+    num_probes: int = 32
+    max_vectors: int = 512
+    tolerance: float = 0.05
+    target_precision: float | None = None
+    on_block: Callable[[KrylovStructure, KrylovError], None] | None = None
+
+    def check(self, dimension: int) -> None:
+        """Raise ValueError if the options do not suit a network of `dimension` weights."""
+        checks.key(self.key, "fit(key=...), which seeds the probes of 'lanczos',")
+        checks.count(
+            self.num_probes,
+            "fit(num_probes=...)",
+            least=2,
+            advice="the spread of the probes is the error of the evidence; try 32",
+        )
+        if self.max_vectors < min(self.num_probes, dimension):
+            raise ValueError(
+                f"fit(max_vectors=...) must be at least num_probes, {self.num_probes}; got {self.max_vectors}; raise "
+                "it, or lower num_probes"
+            )
+        if self.target_precision is not None:
+            checks.positive(self.target_precision, "fit(target_precision=...)")
 
 
 def fit_krylov(
-    network: Network,
-    likelihood: Likelihood,
-    data: Data,
+    model: Model,
     scale: float,
+    options: KrylovOptions,
     *,
-    key: Array,
     log_joint: LogJoint,
     squared_norm: float,
-    num_probes: int,
-    max_vectors: int,
-    tolerance: float,
     microbatch: int,
-    target_precision: float | None = None,
-    on_block: Callable[[KrylovStructure, KrylovError], None] | None = None,
 ) -> KrylovStructure:
-    """Grow a block Krylov decomposition until the posterior has converged where it will be used.
+    """Grow the decomposition of a whitened model's GGN until it has converged, or `max_vectors` is reached.
 
-    That is at `target_precision`, by default where the evidence has its maximum. While the recurrence is short its
-    evidence is too low at small precisions, so that its maximiser is too large: both ends of the bracket, Gauss and
-    Gauss-Radau, are maximised and the smaller precision, the harder one, is taken. Converged means: the bound on the
-    relative error of a sample is below `tolerance`, and truncation moves the log-determinant by less than its standard
-    error or 0.1 nat.
+    It has to converge at `target_precision`, by default at the maximum of the evidence, which `log_joint` and
+    `squared_norm` place. Converged means two things: the bound on the relative error of a posterior sample is below
+    `tolerance`, and truncation moves the log-determinant by less than its standard error or 0.1 nat.
 
-    Parameters
-    ----------
-    key
-        Of the normal probes.
-    log_joint, squared_norm
-        See `prior.optimum`: they place the maximum of the evidence.
-    num_probes, max_vectors
-        Size of a block, and of all blocks together.
-    on_block
-        Called after each block with (structure, error); for progress. Keeping the structures keeps their bases.
-
-    Raises
-    ------
-    ValueError
-        As `check_block` does.
-
-    Notes
-    -----
-    Cost: at most `max_vectors` GGN products, S at a time, each S a pass over the data. Memory: the basis, m P numbers,
-    and 2 m P while a block is appended to it. Warns where `max_vectors` is reached first.
+    Cost: at most `max_vectors` GGN products, as many at a time as there are probes; each block is a pass over the data.
+    Memory: the basis, m P numbers, and 2 m P while a block is appended to it.
     """
-    dimension = size(network.params)
-    check_block(num_probes, max_vectors, target_precision, dimension)
-    probes = jax.random.normal(key, (min(num_probes, dimension), dimension), number_type(network.params))
-    product = streamed.primal_product(network, likelihood, data, scale, microbatch=microbatch)
-    for decomposition in krylov.block_lanczos(product, probes, max_vectors=max_vectors):
-        structure = KrylovStructure.from_decomposition(decomposition, tolerance)
-        target = target_precision
+    dimension = size(model.head.params)
+    options.check(dimension)
+    shape = (min(options.num_probes, dimension), dimension)
+    probes = jax.random.normal(options.key, shape, number_type(model.head.params))
+    product = streamed.primal_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)
+    for decomposition in krylov.block_lanczos(product, probes, max_vectors=options.max_vectors):
+        structure = KrylovStructure.from_decomposition(decomposition, options.tolerance)
+        target = options.target_precision
         if target is None:
-            target = hardest_optimum(structure, log_joint, squared_norm)
+            target = _hardest_optimum(structure, log_joint, squared_norm)
         error = structure.error(target)
-        if on_block is not None:
-            on_block(structure, error)
+        if options.on_block is not None:
+            options.on_block(structure, error)
         if structure.has_converged(error):
             return structure
-    warnings.warn(f"{structure.reservation(target)}; raise max_vectors", stacklevel=4)
+    checks.warn(f"{structure.reservation(target)}; raise max_vectors")
     return structure
 
 
-def check_block(num_probes: int, max_vectors: int, target_precision: float | None, dimension: int) -> None:
-    """Check the options of `fit_krylov` for a network of `dimension` weights.
+def _hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_norm: float) -> float:
+    """The smaller of the maximisers of the two bounds on the evidence.
 
-    Raises
-    ------
-    ValueError
-        If there are fewer than two probes or more than `max_vectors`, or `target_precision` is not positive.
+    The evidence of a short recurrence is too low at small precisions, so its maximiser is too large. A small precision
+    is harder to converge at than a large one. So the smaller maximiser is the safe target.
     """
-    if not isinstance(num_probes, (int, np.integer)) or num_probes < 2:
-        raise ValueError(
-            "fit(num_probes=...) must be an integer of at least 2, as their spread is the error of the evidence; got "
-            f"{num_probes}"
-        )
-    if max_vectors < min(num_probes, dimension):
-        raise ValueError(
-            f"fit(max_vectors=...) must be at least num_probes, {num_probes}; got {max_vectors}; raise it, or lower "
-            "num_probes"
-        )
-    if target_precision is not None:
-        prior.check(target_precision, "fit(target_precision=...)")
-
-
-def hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_norm: float) -> float:
-    """The smaller of the maximisers of the upper and the lower bound on the evidence."""
     return min(
-        prior.maximiser(log_determinant, log_joint, squared_norm)
-        for log_determinant in prior.bracket(structure.log_determinant, structure.truncation)
+        maximiser(log_determinant, log_joint, squared_norm)
+        for log_determinant in bracket(structure.log_determinant, structure.truncation)
     )

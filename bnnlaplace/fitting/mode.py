@@ -1,66 +1,127 @@
-"""The mode of a linearised network's log joint: a convex problem, solved by Newton's method without a matrix.
+"""How far the weights are from a mode of the log joint, and the mode of a linearised network.
 
-The evidence of a network at weights that are no mode of its log joint is that of no model. The linearised network has
-one mode for every prior precision, whatever training did: its evidence is well defined. Source: Antoran, Janz,
-Allingham, Daxberger, Barbano, Nalisnick, Hernandez-Lobato, "Adapting the linearised Laplace model evidence for modern
-deep learning", 2022, arXiv 2206.08900.
+The Laplace evidence is defined only at a mode of the log joint. Away from one it is the evidence of no model. The
+linearised network has exactly one mode for every prior precision, whatever training did, so its evidence is well
+defined (Antoran, Janz, Allingham, Daxberger, Barbano, Nalisnick, Hernandez-Lobato, "Adapting the linearised Laplace
+model evidence for modern deep learning", 2022, arXiv 2206.08900). To find it is a convex problem, solved here by
+Newton's method with GGN products alone.
 """
 
-import warnings
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 from scipy.sparse.linalg import LinearOperator, cg
 
+from bnnlaplace.core import checks
+from bnnlaplace.core.tree import number_type, ravel, unraveler
 from bnnlaplace.core.types import NotAModeWarning
-from bnnlaplace.structure import KrylovStructure, Structure
+from bnnlaplace.curvature import streamed
+from bnnlaplace.fitted import Fitted
+from bnnlaplace.fitting.prepare import Model
+from bnnlaplace.prior import Prior
+from bnnlaplace.structure import KrylovStructure
 
-# Newton steps, and halvings of one: a convex problem started where the network was trained takes a few.
+# The squared distance to the mode over that of a posterior sample. At a quarter the mode is half a sample away.
+LARGEST_RATIO = 0.25
+
+# Newton steps, and halvings of one step. The problem is convex and starts where the network was trained: it takes few.
 MOST_STEPS, MOST_HALVINGS = 50, 12
 
 
+def warn_unless_mode(fitted: Fitted) -> None:
+    """Warn if the mode of the log joint is not much nearer to the weights than a posterior sample is.
+
+    The decrement g' (G + P0)^-1 g is the squared distance to the mode of a quadratic log joint, in posterior standard
+    deviations. The effective parameters are that of a posterior sample, on average, in the directions that the data
+    determine.
+    """
+    decrement, effective = fitted.mode_decrement(), fitted.effective_parameters()
+    if not decrement > LARGEST_RATIO * effective:
+        return
+    # A truncated recurrence bounds the decrement from above.
+    up_to = "up to " if isinstance(fitted.structure, KrylovStructure) else ""
+    checks.warn(
+        f"the weights are not at a mode of the log joint for prior precision {float(fitted.prior.precision):.3g}: one "
+        f"Gauss-Newton step would gain {up_to}{0.5 * decrement:.3g} nats and move {up_to}{decrement**0.5:.3g} "
+        f"posterior standard deviations (a posterior sample moves {effective**0.5:.3g}); train longer, pass the prior "
+        "precision used in training (weight decay times the number of examples), or use fit(mean='linear')",
+        NotAModeWarning,
+    )
+
+
+def at_linear_mode(model: Model, prior: Prior, *, microbatch: int) -> Model:
+    """Expand the linearised network at the mode of its log joint."""
+    # In whitened weights the prior is isotropic, and conjugate gradients need fewer products.
+    white = model.whitened(prior)
+    unravel, dtype = unraveler(white.head.params), number_type(white.head.params)
+
+    def at(point: Float[np.ndarray, " P"]) -> Model:
+        return white.at(unravel(jnp.asarray(point, dtype)))
+
+    scale = 1.0
+
+    def log_likelihood(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
+        nonlocal scale  # known after a pass over the data; the first pass precedes the first product
+        value, scale = at(point).log_likelihood(microbatch=microbatch)
+        return float(value.value), np.asarray(value.gradient, np.float64)
+
+    def ggn_product(point: Float[np.ndarray, " P"], vector: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
+        there = at(point)
+        product = streamed.primal_product(there.head, there.likelihood, there.data, scale, microbatch=microbatch)
+        return np.asarray(product(jnp.asarray(vector, dtype).reshape(1, -1))[0], np.float64)
+
+    mode = linear_mode(
+        log_likelihood,
+        ggn_product,
+        ravel(white.head.params),
+        prior_precision=float(prior.precision),
+        prior_mean=np.asarray(prior.mean * jnp.sqrt(prior.relative), np.float64),
+    )
+    return model.at(unraveler(model.network.params)(prior.whiten(jnp.asarray(mode, dtype))))
+
+
 def linear_mode(
-    terms: Callable[[Float[np.ndarray, " P"]], tuple[float, Float[np.ndarray, " P"]]],
+    log_likelihood: Callable[[Float[np.ndarray, " P"]], tuple[float, Float[np.ndarray, " P"]]],
     product: Callable[[Float[np.ndarray, " P"], Float[np.ndarray, " P"]], Float[np.ndarray, " P"]],
-    start: Float[Array, " P"],
+    start: Float[Array, " P"] | Float[np.ndarray, " P"],
     *,
     prior_precision: float,
-    prior_mean: Float[Array, " P"] | None = None,
+    prior_mean: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 0.0,
     tolerance: float = 1e-2,
     max_products: int = 200,
 ) -> Float[np.ndarray, " P"]:
-    """Maximise log p(y | theta) - delta / 2 |theta - mu|^2, log-concave in theta.
+    """Maximise log p(y | theta) - delta / 2 |theta - mu|^2, which is concave in theta, by Newton's method.
 
     Parameters
     ----------
-    terms
+    log_likelihood
         theta -> log p(y | theta) and its gradient.
     product
-        (theta, v) -> G(theta) v, which is minus the Hessian of the first of them, as the network is linear.
+        (theta, v) -> G(theta) v. The network is linear, so G is minus the Hessian of log p(y | theta).
     start
         Where to begin.
     prior_precision, prior_mean
-        delta and mu of the isotropic prior; None is zero.
+        delta and mu of the isotropic prior.
     tolerance
-        Stop where the Newton decrement g' (G + delta I)^-1 g, twice the gain in nats that is left, is below this.
+        Stop if the Newton decrement g' (G + delta I)^-1 g is below this: twice the gain in nats that is left.
     max_products
         GGN products in one Newton step.
 
     Notes
     -----
-    Cost: for each step one gradient and as many products as conjugate gradients take. Warns where the decrement stays
-    above the tolerance; rounding of the log likelihood in single precision limits what can be reached.
+    Cost: one gradient for each step, and as many products as conjugate gradients take. Warns if the decrement stays
+    above the tolerance: rounding of the log likelihood in single precision limits what can be reached.
     """
     point = np.asarray(start, np.float64)
-    centre = np.zeros_like(point) if prior_mean is None else np.asarray(prior_mean, np.float64)
 
-    def joint(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
-        value, gradient = terms(point)
-        deviation = point - centre
+    def log_joint(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
+        value, gradient = log_likelihood(point)
+        deviation = point - prior_mean
         return value - 0.5 * prior_precision * deviation @ deviation, gradient - prior_precision * deviation
 
-    value, gradient = joint(point)
+    value, gradient = log_joint(point)
     decrement = np.inf
     for number in range(1, MOST_STEPS + 1):  # noqa: B007
         step = _newton_step(lambda v, at=point: product(at, v) + prior_precision * v, gradient, max_products)
@@ -68,17 +129,16 @@ def linear_mode(
         if decrement <= tolerance:
             return point + step
         for halving in range(MOST_HALVINGS):
-            size = 0.5**halving
-            candidate, next_gradient = joint(point + size * step)
-            if candidate >= value + 1e-4 * size * decrement:
+            length = 0.5**halving
+            candidate, candidate_gradient = log_joint(point + length * step)
+            if candidate >= value + 1e-4 * length * decrement:  # Armijo's condition
                 break
         else:
             break
-        point, value, gradient = point + size * step, candidate, next_gradient
-    warnings.warn(
-        f"the mode of the linearised network was not found: {0.5 * decrement:.2g} nats are left to gain after "
-        f"{number} Newton steps; a larger prior precision makes the problem easier",
-        stacklevel=4,
+        point, value, gradient = point + length * step, candidate, candidate_gradient
+    checks.warn(
+        f"the mode of the linearised network was not found: {0.5 * decrement:.2g} nats are left to gain after {number} "
+        "Newton steps; a larger prior precision makes the problem easier"
     )
     return point
 
@@ -86,39 +146,6 @@ def linear_mode(
 def _newton_step(
     product: Callable[[np.ndarray], np.ndarray], gradient: Float[np.ndarray, " P"], max_products: int
 ) -> Float[np.ndarray, " P"]:
+    """Solve (G + delta I) step = gradient. An inexact solution is still a direction of ascent."""
     operator = LinearOperator((len(gradient), len(gradient)), matvec=product, dtype=gradient.dtype)
-    # An inexact solution of a positive definite system is still a direction of ascent.
     return cg(operator, gradient, rtol=1e-3, maxiter=max_products)[0]
-
-
-# Whether the weights are a mode of the log joint whose evidence is computed, and how far from one they are.
-# Squared distance to the mode over that of a posterior sample: at a quarter the mode is half a sample away.
-LARGEST_RATIO = 0.25
-
-
-def warn_unless_mode(structure: Structure, decrement: float, effective_parameters: float, precision: float) -> None:
-    """Warn where the mode is not much nearer than a posterior sample is.
-
-    Parameters
-    ----------
-    structure
-        What the numbers come from.
-    decrement
-        g' (G + P0)^-1 g with the gradient g of the log joint: the squared distance to the mode, in posterior standard
-        deviations, of a quadratic log joint. For a truncated recurrence an upper bound.
-    effective_parameters
-        tr G (G + P0)^-1: that of a sample, on average, in the directions that the data determine.
-    precision
-        The prior precision that was assumed.
-    """
-    if not decrement > LARGEST_RATIO * effective_parameters:
-        return
-    most = "at most " if isinstance(structure, KrylovStructure) else ""
-    warnings.warn(
-        f"the weights are no mode of the log joint at prior precision {precision:.3g}: a Gauss-Newton step gains "
-        f"{most}{0.5 * decrement:.3g} nats and goes {most}{decrement**0.5:.3g} posterior standard deviations, where a "
-        f"sample goes {effective_parameters**0.5:.3g}; pass the prior precision of training (weight decay times the "
-        "number of examples), train on, or use fit(mean='linear')",
-        NotAModeWarning,
-        stacklevel=3,
-    )

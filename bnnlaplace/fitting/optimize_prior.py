@@ -1,201 +1,231 @@
-"""The choice of prior precisions, and of a regression's noise, for a fitted Laplace."""
+"""Maximise the evidence over prior precisions, and over the noise of a regression, for a fitted posterior."""
 
-import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
-from bnnlaplace import prior
+from bnnlaplace.core import checks
+from bnnlaplace.core.tree import size
 from bnnlaplace.core.types import NotAModeWarning
-from bnnlaplace.evidence.log_joint import BestNoise, FixedNoise, LogJoint
+from bnnlaplace.evidence.log_joint import LogJoint
+from bnnlaplace.fitted import Fitted, Settings
+from bnnlaplace.prior import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum, optimum
+from bnnlaplace.prior.gaussian import Precision, group_names, group_numbers, is_scalar
+from bnnlaplace.structure import SampleStructure
 
 PriorStructure = Literal["scalar", "layerwise", "diag"]
 
-# Steps of the fixed point end where the largest one changes a precision by less than this factor, or than its error.
-NEGLIGIBLE = np.log(1.1)
+# Steps of the fixed point end if the largest one changes a precision by less than this factor, or than its error.
+NEGLIGIBLE_FACTOR = 1.1
 
 
-def by_evidence(
-    la: Any,
-    prior_structure: PriorStructure | None = None,
-    *,
-    optimize_sigma_noise: bool = False,
-    refit: Callable[[Any], Any] | None = None,
-    max_refits: int = 10,
-) -> Any:
-    """The same Laplace at the maximum of its evidence; `Laplace.optimize_prior_precision` says what is maximised over.
+class Chosen(NamedTuple):
+    """A fitted posterior, with the settings in which its prior precision is stated as a user states it.
 
-    Parameters
+    Attributes
     ----------
-    la
-        A fitted `Laplace`.
-    prior_structure
-        None keeps the ratios of the prior precisions; otherwise one for all weights, for each group, for each weight.
+    fitted
+        The posterior under the prior.
+    settings
+        Its prior precision is one number, a number for each group, or a number for each weight.
     refit
-        Needed where the curvature has to be fitted again for other ratios.
-    max_refits
-        Steps of the fixed point then.
+        Fits the posterior again under other settings, for a structure that other ratios of precisions need that for.
+        None if the user gave no way.
+    """
+
+    fitted: Fitted
+    settings: Settings
+    refit: Callable[[Fitted, Settings], Fitted] | None = None
+
+    def at(self, precision: Precision) -> "Chosen":
+        """The same curvature at another precision. Raises ValueError if ratios change that the structure is tied to."""
+        settings = self.settings.at(precision)
+        return self._replace(fitted=self.fitted.at(settings.prior(self.fitted.network)), settings=settings)
+
+    def times(self, factor: float) -> "Chosen":
+        """All precisions times a factor."""
+        prior = self.fitted.prior
+        scaled = jax.tree.map(lambda value: value * factor, self.settings.prior_precision)
+        fitted = self.fitted.at(prior._replace(precision=float(prior.precision) * factor))
+        return self._replace(fitted=fitted, settings=self.settings.at(scaled))
+
+    def at_ratios(self, precision: Precision) -> "Chosen":
+        """At a precision of other ratios between weights, by fitting again if the structure needs that."""
+        if not isinstance(self.fitted.structure, SampleStructure):
+            return self.at(precision)
+        if self.refit is None:
+            raise ValueError(
+                "optimize_prior_precision(refit=...) must be given for 'lanczos' if ratios of prior precisions change, "
+                "because its space depends on them; pass refit=lambda la: la.fit(data, key=key), or use 'diag', 'kron' "
+                "or 'full'"
+            )
+        settings = self.settings.at(precision)
+        with warnings.catch_warnings():
+            # To move the prior precision at fixed weights is what was asked for.
+            warnings.simplefilter("ignore", NotAModeWarning)
+            return self._replace(fitted=self.refit(self.fitted, settings), settings=settings)
+
+    def at_best_noise(self, log_joint: LogJoint, q: float) -> tuple["Chosen", float]:
+        """With the noise that is best at q, and the factor by which its variance has changed."""
+        factor = float(log_joint.noise_factor(q))
+        if log_joint.num_targets is None:
+            return self, factor
+        sigma_noise = self.fitted.likelihood.sigma_noise * np.sqrt(factor)
+        return self._replace(fitted=self.fitted.with_sigma_noise(sigma_noise)), factor
+
+
+class _Grouping(NamedTuple):
+    """Which weights share a precision."""
+
+    numbers: Int[np.ndarray, " P"]
+    """For each weight the position of its group."""
+    names: list[str]
+    as_given: Callable[[Float[np.ndarray, " g"]], Precision]
+    """From one precision a group to what `Laplace(prior_precision=...)` takes."""
+
+    def start(self, fitted: Fitted) -> Float[np.ndarray, " g"]:
+        """The present precisions, a geometric mean in each group."""
+        relative = np.broadcast_to(np.asarray(fitted.prior.relative, float), self.numbers.shape)
+        logs = np.bincount(self.numbers, weights=np.log(relative)) / np.bincount(self.numbers)
+        return float(fitted.prior.precision) * np.exp(logs)
+
+
+def check_method(method: str, of_evidence: dict[str, Any], of_grid: dict[str, Any]) -> None:
+    """Check the method of `Laplace.optimize_prior_precision`, and that it is given no argument of the other one.
+
+    An argument that is None or False counts as not given.
 
     Raises
     ------
     ValueError
-        If a name is unknown, the noise is none of a regression, or `refit` is needed and not given.
+        If the method is unknown, an argument belongs to the other one, or validation data are missing.
+    """
+    checks.choice(method, "optimize_prior_precision(method=...)", ("marglik", "gridsearch"))
+    of_the_other = of_grid if method == "marglik" else of_evidence
+    for name, value in of_the_other.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"optimize_prior_precision({method!r}) must not be given {name}=..., which is of the other method; "
+                "leave it out"
+            )
+    if method == "gridsearch" and of_grid["validation"] is None:
+        raise ValueError(
+            "optimize_prior_precision('gridsearch') must be given validation=(x, y) or batches of such pairs"
+        )
+
+
+def by_evidence(
+    chosen: Chosen,
+    prior_structure: PriorStructure | None = None,
+    *,
+    optimize_sigma_noise: bool = False,
+    max_refits: int = 10,
+) -> Chosen:
+    """Move to the maximum of the evidence; `Laplace.optimize_prior_precision` says what is maximised over.
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown, the noise of another likelihood is asked for, or `refit` is needed and not given.
     """
     if prior_structure not in (None, "scalar", "layerwise", "diag"):
         raise ValueError(
             "optimize_prior_precision(prior_structure=...) must be 'scalar', 'layerwise', 'diag', or None to keep the "
             f"ratios of the precisions; got {prior_structure!r}"
         )
-    if optimize_sigma_noise and la.sigma_noise is None:
-        raise ValueError(
-            f"optimize_prior_precision(optimize_sigma_noise=True) must be asked of a regression; got "
-            f"{la.likelihood.name!r}"
-        )
-    if max_refits < 1:
-        raise ValueError(f"optimize_prior_precision(max_refits=...) must be at least 1; got {max_refits}; try 10")
+    checks.count(max_refits, "optimize_prior_precision(max_refits=...)", advice="try 10")
+    fitted = chosen.fitted
     if optimize_sigma_noise:
-        la = _at_residual_noise(la)
-    if prior_structure == "scalar" and la.prior.relative is not None:
-        la = _at(la, la.prior.precision, refit)
+        if fitted.likelihood.sigma_noise is None:
+            raise ValueError(
+                "optimize_prior_precision(optimize_sigma_noise=True) must be asked of a regression; got "
+                f"{fitted.likelihood.name!r}"
+            )
+        # In units of the noise of the residuals alone the search range of the precisions is a wide one.
+        log_joint = fitted.log_joint(best_noise=True)
+        if log_joint.noise_factor(0.0) > 0:
+            chosen, _ = chosen.at_best_noise(log_joint, 0.0)
+    if prior_structure == "scalar" and not fitted.prior.is_isotropic:
+        chosen = chosen.at_ratios(fitted.prior.precision)
     if prior_structure in (None, "scalar"):
-        return _overall(la, optimize_sigma_noise)
+        return _overall(chosen, optimize_sigma_noise)
+    params = fitted.network.params
     if prior_structure == "layerwise":
-        names = prior.group_names(la.network.params, la.prior_groups)
-        numbers = prior.group_numbers(la.network.params, la.prior_groups)
-        as_given = lambda precisions: dict(zip(names, map(float, precisions), strict=True))  # noqa: E731
+        names = group_names(params, chosen.settings.prior_groups)
+        numbers = group_numbers(params, chosen.settings.prior_groups)
+        grouping = _Grouping(numbers, names, lambda precisions: dict(zip(names, map(float, precisions), strict=True)))
     else:
-        numbers = np.arange(sum(leaf.size for leaf in jax.tree.leaves(la.network.params)))
-        names = [f"weight {number}" for number in numbers]
-        as_given = np.asarray
-    grouping = _Grouping(numbers, names, as_given)
-    if hasattr(la.structure, "num_probes"):
-        return _by_fixed_point(la, grouping, optimize_sigma_noise, refit, max_refits)
-    return _by_gradient(la, grouping, optimize_sigma_noise)
+        numbers = np.arange(size(params))
+        grouping = _Grouping(numbers, [f"weight {number}" for number in numbers], np.asarray)
+    if isinstance(fitted.structure, SampleStructure):
+        return _by_fixed_point(chosen, grouping, optimize_sigma_noise, max_refits)
+    return _by_gradient(chosen, grouping, optimize_sigma_noise)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Grouping:
-    numbers: np.ndarray
-    """For each weight the position of its group."""
-    names: list[str]
-    as_given: Callable[[np.ndarray], Any]
-    """From one precision a group to what `Laplace(prior_precision=...)` takes."""
-
-    def start(self, la: Any) -> np.ndarray:
-        """The present precisions, a geometric mean in each group."""
-        relative = np.ones(len(self.numbers)) if la.prior.relative is None else np.asarray(la.prior.relative, float)
-        logs = np.bincount(self.numbers, weights=np.log(relative)) / np.bincount(self.numbers)
-        return float(la.prior.precision) * np.exp(logs)
-
-
-def _log_joint(la: Any, optimize_sigma_noise: bool) -> LogJoint:
-    if not optimize_sigma_noise:
-        return FixedNoise(float(la.fitted.log_likelihood))
-    return BestNoise.of(float(la.fitted.squared_residuals), float(la.fitted.num_outputs), la.sigma_noise)
-
-
-def _at_residual_noise(la: Any) -> Any:
-    """With the noise that the residuals alone have: in its units the search range of the precisions is a wide one."""
-    log_joint = _log_joint(la, optimize_sigma_noise=True)
-    return _with_noise(la, log_joint, 0.0)[0] if log_joint.factor(0.0) > 0 else la
-
-
-def _with_noise(la: Any, log_joint: LogJoint, q: float) -> tuple[Any, float]:
-    """The Laplace with the noise that is best at q, and the factor of its variance."""
-    if not isinstance(log_joint, BestNoise):
-        return la, 1.0
-    factor = log_joint.factor(q)
-    return la.with_sigma_noise(la.sigma_noise * np.sqrt(factor)), factor
-
-
-def _overall(la: Any, optimize_sigma_noise: bool) -> Any:
-    """One factor of all precisions: from the decomposition at hand."""
-    log_joint = _log_joint(la, optimize_sigma_noise)
-    squared = la.prior.squared_distance(la.network.params)
-    found = prior.optimum(la.structure.log_determinant, log_joint, squared)
-    if found.at_bound:
-        warnings.warn(
-            f"the evidence still rises at the end of its search range, prior precision {found.prior_precision:.3g}: "
-            "the optimum is not inside it; look for weights that are zero",
-            stacklevel=4,
+def _overall(chosen: Chosen, best_noise: bool) -> Chosen:
+    """The best common factor of all precisions, from the decomposition at hand."""
+    fitted = chosen.fitted
+    log_joint, squared = fitted.log_joint(best_noise=best_noise), fitted.squared_distance
+    best = optimum(fitted.structure.log_determinant, log_joint, squared)
+    if best.at_bound:
+        checks.warn(
+            f"the evidence still rises at the end of its search range, prior precision {best.prior_precision:.3g}: the "
+            "optimum is not inside it; look for weights that are zero"
         )
-    before = float(la.prior.precision)
-    la, factor = _with_noise(la, log_joint, found.prior_precision * squared)
-    ratio = found.prior_precision / factor / before
-    if prior.is_scalar(la.prior_precision):
-        return la.with_prior_precision(found.prior_precision / factor)
-    return la.with_prior_precision(jax.tree.map(lambda value: value * ratio, la.prior_precision))
+    before = float(fitted.prior.precision)
+    # The optimum is that of P0 / s with the noise variance times s.
+    chosen, noise_factor = chosen.at_best_noise(log_joint, best.prior_precision * squared)
+    after = best.prior_precision / noise_factor
+    return chosen.at(after) if is_scalar(chosen.settings.prior_precision) else chosen.times(after / before)
 
 
-def _by_gradient(la: Any, grouping: _Grouping, optimize_sigma_noise: bool) -> Any:
-    log_joint = _log_joint(la, optimize_sigma_noise)
-    squares = np.asarray(la.prior.deviation(la.network.params), np.float64) ** 2
-    plain = _at(la, 1.0, None).structure
-    found = prior.grouped_optimum(plain, log_joint, squares, grouping.numbers, grouping.start(la))
-    _report_bounds(found, grouping)
-    q = float(found.precisions[grouping.numbers] @ squares)
-    la, factor = _with_noise(la, log_joint, q)
-    return la.with_prior_precision(grouping.as_given(found.precisions / factor))
+def _by_gradient(chosen: Chosen, grouping: _Grouping, best_noise: bool) -> Chosen:
+    """One precision for each group by L-BFGS, for a structure that can be whitened at will."""
+    fitted = chosen.fitted
+    log_joint = fitted.log_joint(best_noise=best_noise)
+    squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
+    plain = chosen.at(1.0).fitted.structure
+    best = grouped_optimum(plain, log_joint, squares, grouping.numbers, grouping.start(fitted))
+    _report_bounds(best, grouping)
+    q = float(best.precisions[grouping.numbers] @ squares)
+    chosen, noise_factor = chosen.at_best_noise(log_joint, q)
+    return chosen.at(grouping.as_given(best.precisions / noise_factor))
 
 
-def _by_fixed_point(
-    la: Any,
-    grouping: _Grouping,
-    optimize_sigma_noise: bool,
-    refit: Callable[[Any], Any] | None,
-    max_refits: int,
-) -> Any:
-    squares = np.asarray(la.prior.deviation(la.network.params), np.float64) ** 2
+def _by_fixed_point(chosen: Chosen, grouping: _Grouping, best_noise: bool, max_refits: int) -> Chosen:
+    """One precision for each group by MacKay's fixed point, for a structure that each step has to fit again."""
+    fitted = chosen.fitted
+    squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
     before = None
     for _ in range(max_refits):
-        la = _overall(la, optimize_sigma_noise)
-        now = grouping.start(la)
-        gamma = la.structure.effective_parameters(float(la.prior.precision), grouping.numbers)
-        found = prior.fixed_point_step(gamma, _log_joint(la, optimize_sigma_noise), squares, grouping.numbers, now)
-        towards = prior.accelerated(now, found.precisions, before)
-        la, before = _at(la, grouping.as_given(towards), refit), (now, found.precisions)
-        if found.largest_step <= max(NEGLIGIBLE, found.step_error):
+        chosen = _overall(chosen, best_noise)
+        fitted = chosen.fitted
+        now = grouping.start(fitted)
+        effective = fitted.structure.effective_parameters(float(fitted.prior.precision), grouping.numbers)
+        log_joint = fitted.log_joint(best_noise=best_noise)
+        step = fixed_point_step(effective, log_joint, squares, grouping.numbers, now)
+        towards = accelerated(now, step.precisions, before)
+        chosen, before = chosen.at_ratios(grouping.as_given(towards)), (now, step.precisions)
+        if step.largest_step <= max(np.log(NEGLIGIBLE_FACTOR), step.step_error):
             break
     else:
-        warnings.warn(
+        checks.warn(
             f"the prior precisions have not settled after {max_refits} fits: the last step changed one by a factor of "
-            f"{np.exp(found.largest_step):.2g}; raise max_refits",
-            stacklevel=4,
+            f"{np.exp(step.largest_step):.2g}; raise max_refits"
         )
-    _report_bounds(found, grouping)
-    return la
+    _report_bounds(step, grouping)
+    return chosen
 
 
-def _at(la: Any, prior_precision: Any, refit: Callable[[Any], Any] | None) -> Any:
-    """At other ratios of the precisions, by fitting again where the structure needs that."""
-    if not hasattr(la.structure, "num_probes"):
-        return la.with_prior_precision(prior_precision)
-    if refit is None:
-        raise ValueError(
-            "optimize_prior_precision(refit=...) must be given for 'lanczos' where ratios of prior precisions change, "
-            "as its space depends on them; pass refit=lambda la: la.fit(data, key=key), or use 'diag', 'kron' or 'full'"
-        )
-    with warnings.catch_warnings():
-        # Moving the prior precision at fixed weights is what was asked for.
-        warnings.simplefilter("ignore", NotAModeWarning)
-        again = refit(dataclasses.replace(la, prior_precision=prior_precision, structure=None, fitted=None))
-    if getattr(again, "structure", None) is None:
-        raise ValueError(
-            f"optimize_prior_precision(refit=...) must return the fitted Laplace; got {type(again).__name__}; pass "
-            "refit=lambda la: la.fit(data, key=key)"
-        )
-    return again
-
-
-def _report_bounds(found: prior.GroupedOptimum, grouping: _Grouping) -> None:
-    stuck = [f"{grouping.names[i]} at {found.precisions[i]:.3g}" for i in np.flatnonzero(found.at_bound)]
+def _report_bounds(best: GroupedOptimum, grouping: _Grouping) -> None:
+    stuck = [f"{grouping.names[i]} at {best.precisions[i]:.3g}" for i in np.flatnonzero(best.at_bound)]
     if stuck:
         more = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
-        warnings.warn(
+        checks.warn(
             f"the evidence does not determine the prior precision of {', '.join(stuck[:5])}{more}: it was stopped at "
-            "an end of the search range; look for weights that are zero or that outputs do not depend on",
-            stacklevel=5,
+            "an end of the search range; look for weights that are zero or that outputs do not depend on"
         )

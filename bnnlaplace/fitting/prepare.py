@@ -1,121 +1,171 @@
-"""Check data against the network, select the weights and compute their features once; how much memory a fit takes."""
+"""Check the data against the network, select the weights, compute their features once; estimate the memory of a fit."""
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from bnnlaplace.core import memory
+from bnnlaplace.core import checks, memory
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import kronecker
+from bnnlaplace.evidence.log_likelihood import LogLikelihood, batch_log_likelihood
+from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.model import features, subset
-from bnnlaplace.model.data import Batch, Data, check_fits_model
+from bnnlaplace.model.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.model.determinism import check_deterministic
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import Shapes, output_shape
+from bnnlaplace.prior import Prior
+
+Total = TypeVar("Total")
 
 
 class Model(NamedTuple):
-    """What is expanded, and how it is computed.
+    """What is expanded, and the data that it is expanded for.
 
     Attributes
     ----------
     network
         A function of the weights with a posterior, at the centre of the expansion.
     head
-        The same function of features that no such weight enters; `network` itself where there are none.
+        The same function of the features, if the weights with a posterior follow features; otherwise `network` itself.
     likelihood
         p(y | f).
     data
         With inputs for `head`.
+    num_data
+        The size of the whole training set; None if `data` is all of it.
     """
 
     network: Network
     head: Network
     likelihood: Likelihood
     data: Data
+    num_data: int | None = None
 
     def at(self, params: PyTree) -> "Model":
-        """The same, expanded elsewhere."""
+        """The same model, expanded at other weights."""
         return self._replace(network=self.network.with_params(params), head=self.head.with_params(params))
+
+    def whitened(self, prior: Prior) -> "Model":
+        """The model as a function of the weights times sqrt(D), in which the prior is isotropic."""
+        if prior.is_isotropic:  # weights that are scaled first are not layers: curvature would be slower for them
+            return self
+        factors = prior.whiten(jnp.ones_like(prior.relative))
+        return self._replace(network=self.network.scaled(factors), head=self.head.scaled(factors))
+
+    def accumulate(self, step: Callable[[Batch], Total]) -> tuple[Total, float]:
+        """Sum `step` over the batches in one pass; return it with (all training examples) / (examples in `data`)."""
+        total, count = accumulate(self.data, step)
+        if self.num_data is not None and self.num_data < count:
+            raise ValueError(
+                f"fit(num_data=...) must be the size of the whole training set, so at least that of data, {count}; got "
+                f"{self.num_data}"
+            )
+        return total, 1.0 if self.num_data is None else self.num_data / count
+
+    def batch_log_likelihood(self, batch: Batch, *, microbatch: int) -> LogLikelihood:
+        """The log likelihood of one batch, and its gradient."""
+        return batch_log_likelihood(self.head, self.likelihood, self.head.params, *batch, microbatch=microbatch)
+
+    def log_likelihood(self, *, microbatch: int) -> tuple[LogLikelihood, float]:
+        """The log likelihood of all training examples, estimated from `data` in one pass, and the scale of `data`."""
+        total, scale = self.accumulate(partial(self.batch_log_likelihood, microbatch=microbatch))
+        return total.scaled(scale), scale
 
 
 def prepare(
-    network: Network,
-    likelihood: Likelihood,
+    state: Unfitted | Fitted,
+    settings: Settings,
     data: Data,
-    selection: subset.Subset,
     *,
     linear: bool = False,
     microbatch: int = 64,
+    num_data: int | None = None,
 ) -> Model:
-    """Check data against the network, select the weights, and compute what precedes them once.
+    """Check the data against the network, select the weights, and compute the features before them once.
+
+    `linear` linearises the network at its weights.
 
     Raises
     ------
     ValueError
-        If the network is not deterministic, no weight is selected, or, while data are read for the first time, they do
-        not fit.
+        If the network is not deterministic, no weight is selected, or the data do not fit (found while they are read
+        for the first time).
     """
+    network, likelihood, selection = state.network, state.likelihood, settings.subset_of_weights
     first = data.first
     check_deterministic(network, first)
     data = data.checked(partial(check_fits_model, network, likelihood))
     chosen = subset.select(network, selection, first)
-    # Where the posterior is over all weights nothing precedes them.
+    # Nothing precedes the weights if all of them get a posterior.
     cut = None if selection == "all" else features.cut(chosen, first)
     head = chosen if cut is None else cut.network
     if linear and not chosen.is_linearised:
         chosen, head = chosen.linearised(), head.linearised()
     if cut is not None:
         data = data.mapped(partial(features.compute, cut, microbatch=microbatch), features.most_bytes())
-    return Model(chosen, head, likelihood, data)
+    return Model(chosen, head, likelihood, data, num_data)
 
 
-def estimate(model: Model, hessian_structure: str, max_vectors: int, microbatch: int) -> memory.MemoryEstimate:
-    """What `fit` needs at its peak; nothing is computed."""
-    count, itemsize = size(model.head.params), number_type(model.head.params).itemsize
+def memory_estimate(
+    state: Unfitted | Fitted, settings: Settings, data: Data, *, max_vectors: int, microbatch: int
+) -> memory.MemoryEstimate:
+    """How much memory a fit needs at its peak, from the first batch of the data."""
+    data.check_repeatable("memory_estimate(data=...) must be readable again, as its first batch is used")
+    model = prepare(state, settings, data.few(), microbatch=microbatch)
+    return memory_of(model, settings.hessian_structure, max_vectors)
+
+
+def memory_of(model: Model, hessian_structure: str, max_vectors: int) -> memory.MemoryEstimate:
+    """How much memory the fit of a prepared model needs at its peak. Nothing is computed for it."""
+    max_vectors = checks.count(max_vectors, "max_vectors=...", advice="try 512")
+    weight_bytes = size(model.head.params) * number_type(model.head.params).itemsize
     kept = model.data.mapped_bytes
-    if max_vectors < 1:
-        raise ValueError(f"max_vectors=... must be at least 1; got {max_vectors}; try 512")
     if hessian_structure == "lanczos":
-        one = 2 * count * itemsize
-        outputs = _num_outputs(model)
-        if outputs is not None:  # of few outputs all rows of B' J are the basis
+        vector_bytes = 2 * weight_bytes  # a basis vector, and its copy while a block is appended
+        outputs = num_outputs(model)
+        if outputs is not None:  # the rows of B' J of few outputs are the whole basis
             max_vectors = min(max_vectors, outputs)
         free = memory.free_bytes()
-        most = max_vectors if free is None else max(0, free - kept) // one
+        most = max_vectors if free is None else max(0, free - kept) // vector_bytes
         fits = f" (at most {most} fit)" if most < max_vectors else ""
         shrink = (
             f"lower max_vectors, now {max_vectors}{fits}, use hessian_structure='diag', or give fewer weights a "
             "posterior with subset_of_weights"
         )
-        return memory.MemoryEstimate(kept + one * max_vectors, free, shrink)
-    if hessian_structure == "kron":
-        batch = Batch(Shapes.of_example(model.data.first).batch(1), None, jnp.ones(1))
-
-        def of_batch(network: Network, likelihood: Likelihood, batch: Batch) -> Any:
-            return kronecker.factors(
-                network, likelihood, network.params, batch.inputs, weights=batch.weights, microbatch=1
-            )
-
-        result = jax.eval_shape(of_batch, model.head, model.likelihood, batch)
-        held = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(result))
-    else:
-        held = count**2 * itemsize if hessian_structure == "full" else count * itemsize
-    # The sum over batches, a batch's share of it, and what an eigendecomposition takes besides.
+        return memory.MemoryEstimate(kept + vector_bytes * max_vectors, free, shrink)
+    # The sum over batches, the share of a batch, and for a matrix what its eigendecomposition takes besides.
     copies = 2 if hessian_structure == "diag" else 4
     shrink = "give fewer weights a posterior with subset_of_weights"
     if hessian_structure != "diag":
         shrink = f"use hessian_structure='diag', or 'lanczos' with few max_vectors, or {shrink}"
-    return memory.MemoryEstimate(kept + copies * held, memory.free_bytes(), shrink)
+    curvature_bytes = {
+        "diag": lambda: weight_bytes,
+        "kron": lambda: _kronecker_bytes(model),
+        "full": lambda: size(model.head.params) * weight_bytes,
+    }[hessian_structure]()
+    return memory.MemoryEstimate(kept + copies * curvature_bytes, memory.free_bytes(), shrink)
 
 
-def _num_outputs(model: Model) -> int | None:
-    """Of all examples, where their number is known before they are read."""
+def _kronecker_bytes(model: Model) -> int:
+    """Bytes of the Kronecker factors, by abstract evaluation for one example."""
+    example = Shapes.of_example(model.data.first).batch(1)
+
+    def factors(network: Network, likelihood: Likelihood, inputs: PyTree) -> list[kronecker.LeafSums]:
+        return kronecker.factors(network, likelihood, network.params, inputs, weights=jnp.ones(1), microbatch=1)
+
+    sums = jax.eval_shape(factors, model.head, model.likelihood, example)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums))
+
+
+def num_outputs(model: Model) -> int | None:
+    """The number of outputs of all examples; None if the number of examples is not known before they are read."""
     if model.data.length is None:
         return None
     return model.data.length * math.prod(output_shape(model.head, model.data.first)[1:])

@@ -210,13 +210,13 @@ def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data
     return Data(itertools.chain(found, iterator) if once else data, head, once)
 
 
-def accumulate(data: Data, step: Callable[[Batch], Any]) -> Any:
-    """The sum over batches of a pytree computed from each; one pass."""
+def accumulate(data: Data, step: Callable[[Batch], Any]) -> tuple[Any, int]:
+    """Sum a pytree that is computed from each batch, in one pass; return the sum and the number of examples."""
     total = None
     for batch in data:
-        found = step(batch)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-    return total
+        of_batch = step(batch)
+        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
+    return total, data.num_examples
 
 
 def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: Array) -> None:

@@ -1,4 +1,4 @@
-"""The posterior of the weights, and of the linearised outputs f(x; theta*) + J(x) (theta - theta*) that follows."""
+"""The posterior of the linearised outputs f(x; theta*) + J(x) (theta - theta*)."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,11 +14,12 @@ from bnnlaplace.core.linalg import eigh, einsum
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
-from bnnlaplace.model.batched import at_features, by_microbatch, check_microbatch, outputs, pushforward
+from bnnlaplace.fitted import Fitted
+from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs, pushforward
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import Outline, output_shape
-from bnnlaplace.structure import CovarianceStructure, OutputCovariance, SampleStructure, Structure
+from bnnlaplace.structure import CovarianceStructure, OutputCovariance, SampleStructure
 
 # Of derivatives of outputs, and what is made of them, in memory at a time, and as much again of the activations of
 # backward passes that are run together; on CPU less, as more gains nothing there. Passes that have to be run in turn
@@ -26,55 +27,6 @@ from bnnlaplace.structure import CovarianceStructure, OutputCovariance, SampleSt
 JACOBIAN_BYTES, CPU_JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**25, 2**23
 # Inputs that one program takes at least before it takes several outputs of each.
 FEW_INPUTS = 8
-
-
-class Posterior(NamedTuple):
-    """N(theta*, D^-1/2 (G + delta I)^-1 D^-1/2) at any prior precision delta.
-
-    Attributes
-    ----------
-    network
-        At theta*.
-    structure
-        G, the curvature in the weights times sqrt(D), in which the prior is isotropic.
-    relative
-        The diagonal of D, one number for each weight; None where it is one.
-    """
-
-    network: Network
-    structure: Structure
-    relative: Float[Array, " P"] | None = None
-
-    @property
-    def factors(self) -> Float[Array, " P"] | None:
-        """D^-1/2, from the coordinates of the structure to those of the weights; None where it is one."""
-        return None if self.relative is None else 1 / jnp.sqrt(self.relative)
-
-    def deviations(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
-        """Samples of theta - theta*.
-
-        Parameters
-        ----------
-        key, num_samples
-            Of the samples; of a `SampleStructure` at most as many as it has.
-        prior_precision
-            delta.
-        """
-        samples, factors = self.structure.samples(key, num_samples, prior_precision), self.factors
-        return samples if factors is None else samples * factors
-
-    def at_features(
-        self, inputs: PyTree[Float[Array, "B ..."]], *, microbatch: int
-    ) -> tuple["Posterior", PyTree[Float[Array, "B ..."]]]:
-        """What follows the features of the network, and those of all inputs; see `forward.at_features`.
-
-        Parameters
-        ----------
-        inputs, microbatch
-            (B, ...), and how many at a time.
-        """
-        network, inputs = at_features(self.network, inputs, microbatch=microbatch)
-        return self._replace(network=network), inputs
 
 
 class FunctionalPosterior(NamedTuple):
@@ -96,7 +48,7 @@ class FunctionalPosterior(NamedTuple):
 
 
 def functional_posteriors(
-    posterior: Posterior,
+    fitted: Fitted,
     inputs: PyTree[Float[Array, "B ..."]],
     precisions: Sequence[float],
     *,
@@ -112,8 +64,8 @@ def functional_posteriors(
 
     Parameters
     ----------
-    posterior
-        Of the weights.
+    fitted
+        The posterior of the weights. Its own prior gives the ratios of the precisions.
     inputs
         (B, ...); none are allowed.
     precisions
@@ -123,18 +75,18 @@ def functional_posteriors(
     microbatch
         Inputs differentiated at a time; bounds memory.
     """
-    posterior, inputs = posterior.at_features(inputs, microbatch=microbatch)
-    mean = outputs(posterior.network, inputs, microbatch=microbatch)
-    if isinstance(posterior.structure, SampleStructure):
-        for deviations in _sampled(posterior, inputs, key, num_samples, precisions, microbatch=microbatch):
+    fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
+    mean = outputs(fitted.network, inputs, microbatch=microbatch)
+    if isinstance(fitted.structure, SampleStructure):
+        for deviations in _sampled(fitted, inputs, key, num_samples, precisions, microbatch=microbatch):
             yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
         return
-    for variance in _covariances(posterior, inputs, precisions, microbatch=microbatch):
+    for variance in _covariances(fitted, inputs, precisions, microbatch=microbatch):
         yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
 
 
 def functional_variances(
-    posterior: Posterior,
+    fitted: Fitted,
     inputs: PyTree[Float[Array, "B ..."]],
     precisions: Sequence[float],
     *,
@@ -145,23 +97,23 @@ def functional_variances(
 
     Parameters
     ----------
-    posterior, inputs, precisions, microbatch
+    fitted, inputs, precisions, microbatch
         As for `functional_posteriors`.
     marginal
         Its diagonal alone, the variance of each output.
     """
-    posterior, inputs = posterior.at_features(inputs, microbatch=microbatch)
-    if not isinstance(posterior.structure, SampleStructure):
-        yield from _covariances(posterior, inputs, precisions, microbatch=microbatch, marginal=marginal)
+    fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
+    if not isinstance(fitted.structure, SampleStructure):
+        yield from _covariances(fitted, inputs, precisions, microbatch=microbatch, marginal=marginal)
         return
     # All samples are used, so that the key only orders them.
-    key, count = jax.random.key(0), posterior.structure.num_probes
-    for deviations in _sampled(posterior, inputs, key, count, precisions, microbatch=microbatch):
+    key, count = jax.random.key(0), fitted.structure.num_probes
+    for deviations in _sampled(fitted, inputs, key, count, precisions, microbatch=microbatch):
         yield jnp.mean(deviations**2, axis=0) if marginal else sample_variance(deviations)
 
 
 def _sampled(
-    posterior: Posterior,
+    fitted: Fitted,
     inputs: PyTree[Float[Array, "B ..."]],
     key: Array,
     num_samples: int,
@@ -170,13 +122,14 @@ def _sampled(
     microbatch: int,
 ) -> Iterator[Float[Array, "S B ... C"]]:
     """J times samples at each prior precision."""
-    options = {"factors": posterior.factors, "microbatch": microbatch}
-    push = partial(pushforward, posterior.network.unlinearised(), inputs, **options)
-    return posterior.structure.function_samples(push, key, num_samples, precisions)
+    # The directions are whitened a few rows at a time: no copy is made of a whole basis.
+    factors = None if fitted.prior.is_isotropic else 1 / jnp.sqrt(fitted.prior.relative)
+    push = partial(pushforward, fitted.network.unlinearised(), inputs, factors=factors, microbatch=microbatch)
+    return fitted.structure.function_samples(push, key, num_samples, precisions)
 
 
 def _covariances(
-    posterior: Posterior,
+    fitted: Fitted,
     inputs: PyTree[Float[Array, "B ..."]],
     precisions: Sequence[float],
     *,
@@ -189,11 +142,11 @@ def _covariances(
     makes of them, are in memory at a time: those of fewer inputs than a microbatch if need be, or of some outputs of
     one input: single ones for the diagonal, the C of one position at least for covariances.
     """
-    network, structure = posterior.network.unlinearised(), posterior.structure
+    network, structure = fitted.network.unlinearised(), fitted.structure
     shape = output_shape(network, inputs)[1:]
     unit = 1 if marginal else shape[-1]
     sizes = _sizes(network, inputs, structure, math.prod(shape) // unit, unit, len(precisions), microbatch)
-    covariance = structure.output_covariance(precisions, posterior.relative)
+    covariance = structure.output_covariance(precisions, fitted.prior.relative)
     found = by_microbatch(partial(_of_microbatch, network, covariance, sizes), inputs, sizes.inputs)
     return jnp.swapaxes(found, 0, 1).reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
 

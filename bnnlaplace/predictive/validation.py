@@ -7,20 +7,27 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from bnnlaplace import prior
-from bnnlaplace.calibration import metrics as calibration
+from bnnlaplace.calibration.metrics import calibration_gaps, negative_log_likelihood
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import examples
+from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import check_microbatch, outputs
+from bnnlaplace.model.data import checked_pairs
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive import link
-from bnnlaplace.predictive.functional import FunctionalPosterior, Posterior, functional_posteriors, functional_variances
+from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
+from bnnlaplace.prior.scalar import checked_grid, lowest
 from bnnlaplace.structure import SampleStructure
 
 # Numbers in the covariances and samples of a part of the validation data, where that is not less than a microbatch.
 MOST_NUMBERS = 2**24
+
+
+# Prior precisions that `optimize_prior_precision("gridsearch")` tries by default.
+DEFAULT_GRID = np.geomspace(1e-2, 1e4, 25)
 
 
 class ValidationCurve(NamedTuple):
@@ -59,132 +66,134 @@ class ValidationCurve(NamedTuple):
                 "more max_vectors"
             )
         eligible = np.where(self.converged, self.negative_log_likelihood, np.nan)
-        return float(self.prior_precision[prior.lowest(eligible, "the validation NLL")])
+        return float(self.prior_precision[lowest(eligible, "the validation NLL")])
 
 
 def needs_samples(likelihood: Likelihood) -> bool:
-    """Whether the predictive is an average over samples; of a regression it is a Gaussian.
-
-    Parameters
-    ----------
-    likelihood
-        p(y | f).
-    """
+    """Whether the predictive is an average over samples. That of a regression is a Gaussian."""
     return likelihood.sigma_noise is None
 
 
 def validation_curve(
-    posterior: Posterior,
-    likelihood: Likelihood,
-    batches: Iterable[tuple[PyTree[Float[Array, "B ..."]], Array]],
+    fitted: Fitted,
+    data: tuple[PyTree[Shaped[Array, "B ..."]], Array] | Iterable[tuple[PyTree[Shaped[Array, "B ..."]], Array]],
     precisions: Iterable[float],
     *,
     key: Array | None = None,
-    num_samples: int = 32,
+    num_samples: int | None = None,
     microbatch: int = 64,
 ) -> ValidationCurve:
     """NLL and ECE of the predictive at many prior precisions.
 
-    Of class labels by Monte Carlo, probabilities averaged over samples; of soft targets the cross-entropy, and no ECE.
-    Of a regression the Gaussian of each output is known: its variance is that of the linearised output and of the
-    noise. Of any other likelihood the mean of p(y | f) over samples.
+    Class labels are scored by Monte Carlo, with probabilities averaged over samples, and soft targets by their
+    cross-entropy, without an ECE. The predictive of a regression is the Gaussian of each output: its variance is that
+    of the linearised output plus that of the noise. Any other likelihood is scored by the mean of p(y | f) over
+    samples.
 
     Parameters
     ----------
-    posterior, likelihood
-        Of the weights, and what outputs mean.
-    batches
-        Validation data: inputs and a target for each output position, read once.
+    fitted
+        The posterior of the weights. Its own prior gives the ratios of the precisions.
+    data
+        Validation data: (x, y), or batches of such pairs, read once.
     precisions
         The grid.
     key, num_samples
-        Of the samples, as for `posterior.functional_posteriors`, where there are any. The same at every prior
-        precision, so that the curve is smooth.
+        Of the samples. They are the same at every prior precision, so the curve is smooth. By default 32, or fewer if
+        a `SampleStructure` has fewer. A regression needs neither.
     microbatch
         Inputs differentiated at a time; bounds memory.
 
     Raises
     ------
     ValueError
-        If the grid is not positive, there are no data, inputs or predictions are not finite, or targets do not fit the
-        outputs.
+        If the grid is not positive, there are no data, inputs or predictions are not finite, targets do not fit the
+        outputs, or samples are needed and there is no key.
 
     Notes
     -----
-    The network is differentiated once for the whole grid: see `posterior.functional_posteriors`. Memory: covariances
-    and samples of a microbatch of inputs at all precisions, or of as many inputs as have few of them.
+    The network is differentiated once for the whole grid; see `functional_posteriors`. Memory: covariances and samples
+    of a microbatch of inputs at all precisions, or of more inputs if they have few of them.
     """
-    grid = prior.checked_grid(precisions, "validation_curve(precisions=...)")
+    if needs_samples(fitted.likelihood):
+        checks.key(key, "validation_curve(key=...)")
+    if num_samples is None:
+        num_samples = min(32, fitted.structure.num_probes) if isinstance(fitted.structure, SampleStructure) else 32
+    checks.count(num_samples, "validation_curve(num_samples=...)", advice="try 32")
+    batches = checked_pairs(fitted.network, data)
+    grid = checked_grid(precisions, "validation_curve(precisions=...)")
     check_microbatch(microbatch)
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-    sizes = len(grid), num_samples, microbatch
     sums = [
-        _scores(posterior, likelihood, inputs, targets, grid, part, **options)
-        for part, (inputs, targets) in enumerate(_parts(posterior, likelihood, batches, *sizes))
+        _scores(fitted, inputs, targets, grid, number, **options)
+        for number, (inputs, targets) in enumerate(_parts(fitted, batches, len(grid), num_samples, microbatch))
     ]
     if not sums:
         raise ValueError("validation data must hold at least one example; got none; an iterator may be used up already")
     total, count, *gaps = np.sum(sums, axis=0).T
     converged = np.ones(len(grid), bool)
-    if isinstance(posterior.structure, SampleStructure):
-        converged = np.array([posterior.structure.reservation(precision) is None for precision in grid])
+    if isinstance(fitted.structure, SampleStructure):
+        converged = np.array([fitted.structure.reservation(precision) is None for precision in grid])
     return ValidationCurve(grid, total / count, np.abs(gaps).sum(axis=0) / count, converged)
 
 
 def _parts(
-    posterior: Posterior,
-    likelihood: Likelihood,
-    batches: Iterable[tuple[PyTree[Float[Array, "B ..."]], Array]],
+    fitted: Fitted,
+    batches: Iterable[tuple[PyTree[Shaped[Array, "B ..."]], Array]],
     num_precisions: int,
     num_samples: int,
     microbatch: int,
-) -> Iterator[tuple[PyTree[Float[Array, "b ..."]], Array]]:
-    """The data in parts, each a number of microbatches, after a check of the targets of each batch."""
+) -> Iterator[tuple[PyTree[Shaped[Array, "b ..."]], Array]]:
+    """The data in parts of several microbatches, after a check of the targets of each batch."""
     for inputs, targets in batches:
-        shape = output_shape(posterior.network, inputs)
-        check_targets(likelihood, shape, targets, "validation_curve(targets=...)")
-        of_input = math.prod(shape[1:]) * (num_precisions * shape[-1] + num_samples)
-        size = microbatch * max(1, MOST_NUMBERS // (microbatch * of_input))
+        shape = output_shape(fitted.network, inputs)
+        check_targets(fitted.likelihood, shape, targets, "validation_curve(targets=...)")
+        numbers_of_input = math.prod(shape[1:]) * (num_precisions * shape[-1] + num_samples)
+        size = microbatch * max(1, MOST_NUMBERS // (microbatch * numbers_of_input))
         for start in range(0, len(targets), size):
             part = slice(start, start + size)
             yield examples(inputs, part), targets[part]
 
 
 def _scores(
-    posterior: Posterior,
-    likelihood: Likelihood,
-    inputs: PyTree[Float[Array, "b ..."]],
+    fitted: Fitted,
+    inputs: PyTree[Shaped[Array, "b ..."]],
     targets: Array,
     grid: Float[np.ndarray, " D"],
-    part: int,
+    number: int,
     *,
     key: Array | None,
     num_samples: int,
     microbatch: int,
 ) -> Float[np.ndarray, "D k"]:
-    """At each precision the sum of the NLL, the number of its terms, and the gaps of each bin of the ECE."""
-    posterior, inputs = posterior.at_features(inputs, microbatch=microbatch)
+    """For each precision: the sum of the NLL, the number of its terms, and the gap of each bin of the ECE.
+
+    `number` is the position of the part among all parts.
+    """
+    likelihood = fitted.likelihood
+    fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
     if not needs_samples(likelihood):
-        mean = outputs(posterior.network, inputs, microbatch=microbatch)
-        variances = functional_variances(posterior, inputs, grid, microbatch=microbatch, marginal=True)
+        mean = outputs(fitted.network, inputs, microbatch=microbatch)
+        variances = functional_variances(fitted, inputs, grid, microbatch=microbatch, marginal=True)
         return np.array([_gaussian_score(likelihood, mean, variance, targets) for variance in variances])
-    if part and not isinstance(posterior.structure, SampleStructure):  # the samples of one are of all outputs together
-        key = jax.random.fold_in(key, part)
+    # The samples of a `SampleStructure` are functions: they stay the same for all parts.
+    if number and not isinstance(fitted.structure, SampleStructure):
+        key = jax.random.fold_in(key, number)
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-    found = functional_posteriors(posterior, inputs, grid, **options)
+    posteriors = functional_posteriors(fitted, inputs, grid, **options)
     score = _label_score if likelihood.target_kind == "label" else _number_score
-    return np.array([score(likelihood, at_precision, targets) for at_precision in found])
+    return np.array([score(likelihood, posterior, targets) for posterior in posteriors])
 
 
-def _label_score(likelihood: Likelihood, found: FunctionalPosterior, labels: Int[Array, "b ..."]) -> list[float]:
-    probs = np.asarray(link.monte_carlo(likelihood, found.mean, found.deviations), np.float64)
+def _label_score(likelihood: Likelihood, posterior: FunctionalPosterior, labels: Int[Array, "b ..."]) -> list[float]:
+    probs = np.asarray(link.monte_carlo(likelihood, posterior.mean, posterior.deviations), np.float64)
     if np.shape(labels) == probs.shape and np.issubdtype(np.asarray(labels).dtype, np.floating):  # soft targets
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = np.where(np.asarray(labels) > 0, labels * np.log(probs), 0.0)
         return [-terms.sum(), terms[..., 0].size, np.nan]
     probs, labels = probs.reshape(-1, probs.shape[-1]), np.reshape(labels, -1)
-    total = len(labels) * calibration.negative_log_likelihood(probs, labels)
-    return [total, len(labels), *calibration.calibration_gaps(probs, labels)]
+    total = len(labels) * negative_log_likelihood(probs, labels)
+    return [total, len(labels), *calibration_gaps(probs, labels)]
 
 
 def _gaussian_score(
@@ -195,7 +204,9 @@ def _gaussian_score(
     return [-float(log_prob.sum()), log_prob.size, np.nan]
 
 
-def _number_score(likelihood: Likelihood, found: FunctionalPosterior, targets: Float[Array, "b ... C"]) -> list[float]:
-    log_probs = likelihood.log_prob(found.mean + found.deviations, jnp.asarray(targets))
+def _number_score(
+    likelihood: Likelihood, posterior: FunctionalPosterior, targets: Float[Array, "b ... C"]
+) -> list[float]:
+    log_probs = likelihood.log_prob(posterior.mean + posterior.deviations, jnp.asarray(targets))
     mean = jax.nn.logsumexp(log_probs, axis=0) - np.log(len(log_probs))
     return [-float(mean.sum()), math.prod(jnp.shape(targets)), np.nan]

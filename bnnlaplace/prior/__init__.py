@@ -1,39 +1,21 @@
 """The Gaussian prior of the weights, and the choice of its precisions by the evidence."""
 
-from bnnlaplace.prior.gaussian import (
-    Groups,
-    Precision,
-    Prior,
-    by_layer,
-    check,
-    group_names,
-    group_numbers,
-    is_by_group,
-    is_scalar,
-    resolve,
-)
+from bnnlaplace.prior.gaussian import Prior, by_layer, group_names, group_numbers, resolve
 from bnnlaplace.prior.grouped import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum
-from bnnlaplace.prior.scalar import SEARCH_RANGE, PriorOptimum, bracket, checked_grid, lowest, maximiser, optimum
+from bnnlaplace.prior.scalar import SEARCH_RANGE, PriorOptimum, bracket, maximiser, optimum
 
 __all__ = [
     "SEARCH_RANGE",
     "GroupedOptimum",
-    "Groups",
-    "Precision",
     "Prior",
     "PriorOptimum",
     "accelerated",
     "bracket",
     "by_layer",
-    "check",
-    "checked_grid",
     "fixed_point_step",
     "group_names",
     "group_numbers",
     "grouped_optimum",
-    "is_by_group",
-    "is_scalar",
-    "lowest",
     "maximiser",
     "optimum",
     "resolve",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import as_vector, described, leaf_names, number_type, ravel, size
 
 Precision = float | Array | Mapping[str, Any] | PyTree
@@ -19,40 +20,43 @@ Groups = Callable[[str], str]
 
 
 class Prior(NamedTuple):
-    """N(mu, (tau D)^-1).
+    """The Gaussian N(mu, (tau D)^-1) of the weights.
 
     Attributes
     ----------
     precision
-        tau: the prior precision, or the geometric mean over the weights where they differ in it.
+        tau: the prior precision, or the geometric mean over the weights if they differ in it.
     relative
-        D, (P,); None where all are one.
+        D: one number for each weight, shape (P,), of geometric mean one. The number 1.0 for an isotropic prior.
     mean
-        mu, (P,); None for zero.
+        mu: one number for each weight, shape (P,), or the number 0.0.
     """
 
     precision: Float[ArrayLike, ""]
-    relative: Float[Array, " P"] | None = None
-    mean: Float[Array, " P"] | None = None
+    relative: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 1.0
+    mean: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 0.0
+
+    @property
+    def is_isotropic(self) -> bool:
+        """Whether all weights have the same precision. It is read off a shape, so it is known inside `jit` too."""
+        return jnp.ndim(self.relative) == 0
 
     def deviation(self, params: PyTree) -> Float[Array, " P"]:
         """theta - mu."""
-        return ravel(params) if self.mean is None else ravel(params) - self.mean
+        return ravel(params) - self.mean
 
     def squared_distance(self, params: PyTree) -> float:
         """(theta - mu)' D (theta - mu), in float64 on the host."""
         deviation = np.asarray(self.deviation(params), np.float64)
-        weighted = deviation if self.relative is None else deviation * np.asarray(self.relative, np.float64)
-        return float(deviation @ weighted)
+        return float(deviation @ (deviation * np.asarray(self.relative, np.float64)))
 
     def gradient(self, params: PyTree) -> Float[Array, " P"]:
-        """Of the log density in the weights: -P0 (theta - mu)."""
-        weighted = -self.precision * self.deviation(params)
-        return weighted if self.relative is None else self.relative * weighted
+        """Gradient of the log density in the weights, -P0 (theta - mu)."""
+        return self.relative * (-self.precision * self.deviation(params))
 
     def whiten(self, vector: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        """D^-1/2 v: a gradient in the coordinates sqrt(D) theta, or a deviation of them in those of theta."""
-        return vector if self.relative is None else vector / jnp.sqrt(self.relative)
+        """D^-1/2 v. It takes a gradient to the coordinates sqrt(D) theta, and a deviation from them back to theta."""
+        return vector if self.is_isotropic else vector / jnp.sqrt(self.relative)
 
 
 def by_layer(path: str) -> str:
@@ -107,39 +111,46 @@ def group_numbers(params: PyTree, groups: Groups) -> Int[np.ndarray, " P"]:
 def resolve(
     precision: Precision, mean: PyTree, params: PyTree, groups: Groups = by_layer, where: str = "Laplace"
 ) -> Prior:
-    """The prior of the weights `params` as a user states it.
+    """Turn the prior as a user states it into a `Prior` of the weights `params`.
 
     Parameters
     ----------
     precision
-        One number; a dictionary with one number for each group; (P,); or a pytree like `params`, or with more leaves,
-        of which those of `params` are taken, that broadcast.
+        One number; a dictionary with one number for each group; a vector (P,); or a pytree whose leaves broadcast to
+        those of `params`. A pytree with more leaves than `params` serves too: the matching ones are taken.
     mean
-        One number, (P,), or a pytree like `params` or with more leaves, of which those of `params` are taken.
+        One number, a vector (P,), or a pytree like `params` or with more leaves.
     params
         The weights with a posterior.
     groups
         From the path of a weight to the name of its group.
     where
-        Who asks, in messages.
+        Who asks, for messages.
 
     Raises
     ------
     ValueError
         If a precision is not positive and finite, or either does not fit the weights; the message names the groups.
     """
-    prior_mean = _mean(mean, params, where)
+    factor, relative = _split(precision, params, groups, where)
+    return Prior(factor, relative, _mean(mean, params, where))
+
+
+def _split(
+    precision: Precision, params: PyTree, groups: Groups, where: str
+) -> tuple[Float[ArrayLike, ""], Float[ArrayLike, ""] | Float[Array, " P"]]:
+    """Prior precisions as a user states them, as an overall factor tau and relative precisions D."""
     if is_scalar(precision):
-        check(precision, f"{where}(prior_precision=...)")
-        return Prior(precision, None, prior_mean)
-    # A vector has one number for each weight; groups have one for each leaf, so that little is computed.
+        checks.positive(precision, f"{where}(prior_precision=...)")
+        return precision, 1.0
+    # A vector has one number for each weight. Groups have one for each leaf, so that little is computed.
     by_group = is_by_group(precision, params, groups)
     numbers = _of_leaves(precision, params, groups) if by_group else _per_weight(precision, params, groups, where)
     counts = [leaf.size for leaf in jax.tree.leaves(params)] if by_group else 1
     if isinstance(numbers, jax.core.Tracer):
         vector = jnp.repeat(numbers, np.asarray(counts), total_repeat_length=size(params))
         factor = jnp.exp(jnp.mean(jnp.log(vector)))
-        return Prior(factor, vector / factor, prior_mean)
+        return factor, vector / factor
     exact = np.asarray(numbers, np.float64)  # operations of JAX would be traced inside `jit`
     if not np.all((exact > 0) & np.isfinite(exact)):
         raise ValueError(
@@ -147,10 +158,10 @@ def resolve(
             f"{exact.min():.3g} to {exact.max():.3g}; try 1.0"
         )
     if np.all(exact == exact[0]):
-        return Prior(float(exact[0]), None, prior_mean)
+        return float(exact[0]), 1.0
     factor = float(np.exp(np.average(np.log(exact), weights=counts if by_group else None)))
     relative = np.repeat((exact / factor).astype(number_type(params)), counts)
-    return Prior(factor, jnp.asarray(relative), prior_mean)
+    return factor, jnp.asarray(relative)
 
 
 def is_scalar(precision: Precision) -> bool:
@@ -162,29 +173,6 @@ def is_scalar(precision: Precision) -> bool:
         As a user states it.
     """
     return not isinstance(precision, (Mapping, tuple, list, str)) and np.ndim(precision) == 0
-
-
-def check(precision: float | Float[Array, ""], where: str) -> None:
-    """Check a scalar prior precision; of a traced one, its shape alone.
-
-    Parameters
-    ----------
-    precision
-        The number.
-    where
-        The name of the argument, for the message.
-
-    Raises
-    ------
-    ValueError
-        If it is not one positive, finite number.
-    """
-    if isinstance(precision, jax.core.Tracer) and precision.shape == ():
-        return
-    is_number = isinstance(precision, (int, float, np.number, np.ndarray, jax.Array))
-    if not is_number or np.shape(precision) != () or not 0 < float(precision) < float("inf"):
-        got = f"shape {np.shape(precision)}" if np.shape(precision) else repr(precision)
-        raise ValueError(f"{where} must be one positive, finite number; got {got}; try 1.0")
 
 
 def is_by_group(precision: Precision, params: PyTree, groups: Groups) -> bool:
@@ -230,9 +218,9 @@ def _of_chosen(values: PyTree, params: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), [known[name] for name in names])
 
 
-def _mean(mean: PyTree, params: PyTree, where: str) -> Float[Array, " P"] | None:
+def _mean(mean: PyTree, params: PyTree, where: str) -> Float[ArrayLike, ""] | Float[Array, " P"]:
     if isinstance(mean, (int, float)) and mean == 0:
-        return None
+        return 0.0
     try:
         vector = as_vector(_of_chosen(mean, params), params)
     except (ValueError, TypeError):

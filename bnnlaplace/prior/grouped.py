@@ -8,31 +8,16 @@ w = 1, or 1 / s where the noise variance is at its best factor s (`bnnlaplace.lo
 delta_g = gamma_g / (w s_g): the number of weights that the data determine over their squared size (MacKay 1992).
 """
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import minimize
 
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.prior.scalar import SEARCH_RANGE
-
-
-class Whitenable(Protocol):
-    """What is asked of a curvature here; `bnnlaplace.structure.Structure` says what each method gives."""
-
-    def whitened(self, relative: Float[Array, " P"]) -> "Whitenable":
-        """That of D^-1/2 G D^-1/2."""
-        ...
-
-    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " S"]:
-        """log det(I + G / delta)."""
-        ...
-
-    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "S g"]:
-        """tr_g G (G + delta I)^-1."""
-        ...
+from bnnlaplace.structure.protocol import Structure
 
 
 class GroupedOptimum(NamedTuple):
@@ -58,7 +43,7 @@ class GroupedOptimum(NamedTuple):
 
 
 def grouped_optimum(
-    structure: Whitenable,
+    structure: Structure,
     log_joint: LogJoint,
     squares: Float[np.ndarray, " P"],
     groups: Int[np.ndarray, " P"],

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
-from bnnlaplace.structure.protocol import OutputCovariance
+from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("matrix",), meta_fields=())
@@ -92,9 +92,7 @@ class DenseStructure:
             return matmul(noise, _traced_root(self.matrix, prior_precision).T)
         return matmul(noise, self._remembered(float(prior_precision)).root.T)
 
-    def output_covariance(
-        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
-    ) -> OutputCovariance:
+    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """J -> (J L'^-1) (J L'^-1)' for each delta, or by J V (lambda + delta)^-1/2 where there are many."""
         if not isinstance(self.matrix, jax.core.Tracer) and self._many_covariances(precisions):
             values, vectors = self._eigenvectors()
@@ -208,14 +206,14 @@ def _shifted_cholesky(matrix: Float[Array, "P P"], delta: float) -> Float[np.nda
 
 
 def _by_triangles(
-    roots: list[Float[Array, "P P"]], relative: Float[Array, " P"] | None, jacobian: Jacobian
+    roots: list[Float[Array, "P P"]], relative: RelativePrecisions, jacobian: Jacobian
 ) -> Float[Array, "D M U C C"]:
     """(J D^-1/2 S) (J D^-1/2 S)' for each S, which is upper triangular."""
     return jnp.stack([_by_triangle(root, relative, jacobian) for root in roots])
 
 
 def _by_triangle(
-    root: Float[Array, "P P"], relative: Float[Array, " P"] | None, jacobian: Jacobian
+    root: Float[Array, "P P"], relative: RelativePrecisions, jacobian: Jacobian
 ) -> Float[Array, "M U C C"]:
     """In four blocks of columns: most zeros of the triangle are left out."""
     ends = np.unique(np.linspace(0, len(root), 5).astype(int))  # fewer where there are fewer columns
@@ -226,12 +224,13 @@ def _by_triangle(
 def _by_eigenvectors(
     vectors: Float[Array, "P P"],
     variances: Float[Array, "D P"],
-    relative: Float[Array, " P"] | None,
+    relative: RelativePrecisions,
     jacobian: Jacobian,
 ) -> Float[Array, "D M U C C"]:
     rows = jacobian.times(_divided(vectors, relative))
     return jax.lax.map(lambda variance: inner_products(rows * jnp.sqrt(variance)), variances)
 
 
-def _divided(matrix: Float[Array, "p R"], relative: Float[Array, " P"] | None) -> Float[Array, "p R"]:
-    return matrix if relative is None else matrix / jnp.sqrt(relative)[: len(matrix), None]
+def _divided(matrix: Float[Array, "p R"], relative: RelativePrecisions) -> Float[Array, "p R"]:
+    """The first p rows of D^-1/2 times a matrix of p rows."""
+    return matrix if jnp.ndim(relative) == 0 else matrix / jnp.sqrt(relative)[: len(matrix), None]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.curvature.jacobian import Jacobian
-from bnnlaplace.structure.protocol import OutputCovariance
+from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
 
 
 class DiagonalStructure(NamedTuple):
@@ -62,9 +62,7 @@ class DiagonalStructure(NamedTuple):
         noise = jax.random.normal(key, (num_samples, self.diagonal.size), self.diagonal.dtype)
         return noise / jnp.sqrt(self.diagonal + prior_precision)
 
-    def output_covariance(
-        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
-    ) -> OutputCovariance:
+    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """J -> J diag(1 / (D (diag(G) + delta))) J' for each delta."""
         return Partial(_covariances, self.diagonal, jnp.asarray(precisions, self.diagonal.dtype), relative)
 
@@ -72,7 +70,7 @@ class DiagonalStructure(NamedTuple):
 def _covariances(
     diagonal: Float[Array, " P"],
     precisions: Float[Array, " D"],
-    relative: Float[Array, " P"] | None,
+    relative: RelativePrecisions,
     jacobian: Jacobian,
 ) -> Float[Array, "D M U C C"]:
     factors = [leaf.factors() for leaf in jacobian.leaves]
@@ -80,7 +78,7 @@ def _covariances(
 
     def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
         variances = 1 / (diagonal + delta)
-        parts = jnp.split(variances if relative is None else variances / relative, ends)
+        parts = jnp.split(variances / relative, ends)
         leaves = zip(jacobian.leaves, factors, parts, strict=True)
         return sum(found.weighted(leaf.as_matrix(part)) for leaf, found, part in leaves)
 

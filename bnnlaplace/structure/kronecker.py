@@ -13,7 +13,7 @@ from bnnlaplace.core.linalg import eigh, einsum, matmul
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
-from bnnlaplace.structure.protocol import OutputCovariance
+from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
 
 
 class KroneckerBlock(NamedTuple):
@@ -256,11 +256,11 @@ class KroneckerStructure(NamedTuple):
             axis=-1,
         )
 
-    def output_covariance(
-        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
-    ) -> OutputCovariance:
+    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """J -> J V (lambda + delta)^-1 V' J' / D for each delta, block by block."""
-        numbers = None if relative is None else [part[0] for _, part in self._parts(jnp.asarray(relative))]
+        numbers = [relative] * len(self.blocks)
+        if jnp.ndim(relative):  # all weights of a block have the same one, as `whitened` makes sure
+            numbers = [part[0] for _, part in self._parts(jnp.asarray(relative))]
         dtype = jax.tree.leaves(self)[0].dtype
         return Partial(_covariances, self.blocks, jnp.asarray(precisions, dtype), numbers)
 
@@ -273,10 +273,9 @@ class KroneckerStructure(NamedTuple):
 
 
 def _covariances(
-    blocks: list[Block], precisions: Float[Array, " D"], relative: list[Array] | None, jacobian: Jacobian
+    blocks: list[Block], precisions: Float[Array, " D"], divisors: list[Array], jacobian: Jacobian
 ) -> Float[Array, "D M U C C"]:
     factors = [_in_eigenvectors(leaf, block) for leaf, block in zip(jacobian.leaves, blocks, strict=True)]
-    divisors = [1.0] * len(blocks) if relative is None else relative
 
     def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
         parts = zip(factors, blocks, divisors, strict=True)

@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnnlaplace.curvature.jacobian import Jacobian
+
+# The diagonal of D, or the number 1.0.
+RelativePrecisions = Float[ArrayLike, ""] | Float[ArrayLike, " P"]
 
 
 class Structure(Protocol):
@@ -76,9 +79,7 @@ class CovarianceStructure(Structure, Protocol):
     rows_for_output: float
     rows_for_column: float
 
-    def output_covariance(
-        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
-    ) -> OutputCovariance:
+    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """J -> J D^-1/2 (G + delta I)^-1 D^-1/2 J' for each delta, J being in the coordinates of the network.
 
         A `jax.tree_util.Partial`. Traceable, with `precisions` traced too. `relative` is the diagonal of D, one where

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
-from bnnlaplace.structure.protocol import OutputCovariance
+from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
 
 
 class SpectralStructure(NamedTuple):
@@ -83,9 +83,7 @@ class SpectralStructure(NamedTuple):
         change = 1 / jnp.sqrt(self.eigenvalues + prior_precision) - 1 / jnp.sqrt(prior_precision)
         return noise / jnp.sqrt(prior_precision) + matmul(matmul(noise, vectors.T) * change, vectors)
 
-    def output_covariance(
-        self, precisions: Sequence[float], relative: Float[Array, " P"] | None = None
-    ) -> OutputCovariance:
+    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """J -> J V' (lambda + delta)^-1 V J' inside of V, and the prior's outside, for each delta.
 
         The part of J outside is formed before it is squared: as a difference of two squares it would be rounding where
@@ -97,10 +95,10 @@ class SpectralStructure(NamedTuple):
 def _covariances(
     structure: SpectralStructure,
     precisions: Float[Array, " D"],
-    relative: Float[Array, " P"] | None,
+    relative: RelativePrecisions,
     jacobian: Jacobian,
 ) -> Float[Array, "D M U C C"]:
-    rows = jacobian.rows() if relative is None else jacobian.rows() / jnp.sqrt(relative)
+    rows = jacobian.rows() / jnp.sqrt(relative)
     inside = matmul(rows, structure.eigenvectors.T)
     outside = inner_products(rows - matmul(inside, structure.eigenvectors))
 

@@ -10,7 +10,7 @@ import bnnlaplace
 from bnnlaplace import evidence, krylov, prior
 from bnnlaplace.core.tree import ravel
 from bnnlaplace.curvature import dense
-from bnnlaplace.evidence.log_joint import FixedNoise
+from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.structure import DenseStructure
 
 PROBES = {"primal": np.sqrt(43) * np.eye(43), "dual": np.sqrt(36) * np.eye(36)}
@@ -223,14 +223,14 @@ def test_curve_is_the_evidence_at_each_precision(classification, determinant):
     network, likelihood, inputs, targets, _ = classification
     log_likelihood = float(jnp.sum(likelihood.log_prob(network(network.params, inputs), targets)))
     norm = float(ravel(network.params) @ ravel(network.params))
-    curve = evidence.curve(determinant, FixedNoise(log_likelihood), norm, np.array([0.1, 1.0, 10.0]))
+    curve = evidence.curve(determinant, LogJoint(log_likelihood), norm, np.array([0.1, 1.0, 10.0]))
     expected = [exact(network.params, delta, classification, scale=1.0) for delta in (0.1, 1.0, 10.0)]
     np.testing.assert_allclose(curve.log_marginal_likelihood.mean, expected, rtol=1e-10)
     np.testing.assert_array_equal(curve.log_marginal_likelihood.sem, 0)
 
 
 def test_optimum_has_no_slope(classification, determinant):
-    found = prior.optimum(determinant, FixedNoise(-3.0), 40.0)
+    found = prior.optimum(determinant, LogJoint(-3.0), 40.0)
     slope = jax.grad(lambda d: -20.0 * d - 0.5 * jnp.linalg.slogdet(jnp.eye(43) + classification.ggn / d)[1])
     assert abs(slope(found.prior_precision) * found.prior_precision) < 1e-4
     assert found.low == found.prior_precision == found.high
@@ -239,31 +239,31 @@ def test_optimum_has_no_slope(classification, determinant):
 
 def test_optimum_of_a_truncated_determinant_reaches_to_the_other_end_of_its_bracket(determinant):
     lifted = prior.optimum(
-        lambda d: determinant(d) + 5 / d, FixedNoise(-3.0), 40.0, truncation=lambda d: np.array([5 / d])
+        lambda d: determinant(d) + 5 / d, LogJoint(-3.0), 40.0, truncation=lambda d: np.array([5 / d])
     )
-    exact = prior.maximiser(determinant, FixedNoise(-3.0), 40.0)
+    exact = prior.maximiser(determinant, LogJoint(-3.0), 40.0)
     assert lifted.low == pytest.approx(exact, rel=1e-5)
     assert lifted.low < lifted.prior_precision == lifted.high
 
 
 def test_interval_is_cut_at_the_search_range():
     # Probes that disagree about the slope of an evidence without curvature: nothing is known.
-    found = prior.optimum(lambda d: np.array([-0.5, -1.5]) * np.log(d), FixedNoise(0.0), 0.0, search_range=(1e-2, 1e2))
+    found = prior.optimum(lambda d: np.array([-0.5, -1.5]) * np.log(d), LogJoint(0.0), 0.0, search_range=(1e-2, 1e2))
     assert (found.low, found.high) == pytest.approx((1e-2, 1e2)) and found.at_bound
 
 
 def test_optimum_passes_over_what_is_no_number():
-    found = prior.maximiser(lambda d: np.array([np.nan if d < 1e-2 else 43 * np.log1p(1 / d)]), FixedNoise(0.0), 40.0)
+    found = prior.maximiser(lambda d: np.array([np.nan if d < 1e-2 else 43 * np.log1p(1 / d)]), LogJoint(0.0), 40.0)
     assert found == pytest.approx(
-        prior.maximiser(lambda d: np.array([43 * np.log1p(1 / d)]), FixedNoise(0.0), 40.0), rel=1e-6
+        prior.maximiser(lambda d: np.array([43 * np.log1p(1 / d)]), LogJoint(0.0), 40.0), rel=1e-6
     )
     with pytest.raises(ValueError, match="the evidence must be a number at one prior precision at least; got NaN at"):
-        prior.maximiser(lambda d: np.array([np.nan]), FixedNoise(0.0), 40.0)
+        prior.maximiser(lambda d: np.array([np.nan]), LogJoint(0.0), 40.0)
 
 
 def test_optimum_outside_the_range_says_so():
     # Weights at zero: the evidence rises with the precision without end.
-    found = prior.optimum(lambda delta: np.array([1 / delta]), FixedNoise(0.0), 0.0)
+    found = prior.optimum(lambda delta: np.array([1 / delta]), LogJoint(0.0), 0.0)
     assert found.at_bound
 
 

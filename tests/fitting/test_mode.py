@@ -103,7 +103,7 @@ def test_streamed_and_in_single_precision(problem, linear):
 def test_weights_that_are_no_mode_are_named_with_their_distance(problem):
     la = bnnlaplace.Laplace(problem.network, hessian_structure="full")
     with pytest.warns(
-        NotAModeWarning, match=r"no mode of the log joint at prior precision 1: .*nats and goes .*mean='lin"
+        NotAModeWarning, match=r"not at a mode of the log joint for prior precision 1: .*nats and move .*mean='lin"
     ):
         la = la.fit((problem.inputs, problem.targets))
     assert la.mode_decrement() > 0.25 * la.effective_parameters()

@@ -1,0 +1,239 @@
+"""The records behind `Laplace`: its settings, the model before data, and the fitted posterior that answers."""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+
+from bnnlaplace.core import checks
+from bnnlaplace.core.tree import ravel, register_unchecked, size, unraveler
+from bnnlaplace.core.types import Estimate
+from bnnlaplace.evidence.log_joint import LogJoint
+from bnnlaplace.evidence.log_likelihood import LogLikelihood
+from bnnlaplace.evidence.marginal import EvidenceCurve, curve, estimate_of_forms
+from bnnlaplace.model.batched import at_features
+from bnnlaplace.model.likelihood import Likelihood, gaussian
+from bnnlaplace.model.likelihood import resolve as resolve_likelihood
+from bnnlaplace.model.network import Network
+from bnnlaplace.model.subset import Subset
+from bnnlaplace.model.subset import check as check_subset
+from bnnlaplace.prior.gaussian import Groups, Precision, Prior, is_scalar, resolve
+from bnnlaplace.prior.scalar import PriorOptimum, optimum
+from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
+
+
+@register_unchecked(("prior_precision", "prior_mean"), ("subset_of_weights", "hessian_structure", "prior_groups"))
+@dataclass(frozen=True)
+class Settings:
+    """What a user asks for beside the network and the likelihood; `Laplace` documents each field."""
+
+    subset_of_weights: Subset
+    hessian_structure: str
+    prior_precision: Precision
+    prior_mean: PyTree
+    prior_groups: Groups
+
+    def __post_init__(self) -> None:
+        checks.choice(self.hessian_structure, "Laplace(hessian_structure=...)", sorted(BY_NAME))
+        check_subset(self.subset_of_weights)
+        if is_scalar(self.prior_precision):
+            checks.positive(self.prior_precision, "Laplace(prior_precision=...)")
+        if not callable(self.prior_groups):
+            raise ValueError(
+                "Laplace(prior_groups=...) must be a function from the path of a weight to the name of its group; got "
+                f"{self.prior_groups!r}"
+            )
+
+    def at(self, prior_precision: Precision) -> "Settings":
+        """The same settings at another prior precision."""
+        return replace(self, prior_precision=prior_precision)
+
+    def prior(self, network: Network) -> Prior:
+        """The prior of a network's weights, with its numbers resolved."""
+        return resolve(self.prior_precision, self.prior_mean, network.params, self.prior_groups)
+
+
+class Unfitted(NamedTuple):
+    """A network and a likelihood before they have seen data.
+
+    Attributes
+    ----------
+    network, likelihood
+        As the user gave them.
+    prior
+        The prior of all weights. None if only some weights get a posterior, because data tell which.
+    """
+
+    network: Network
+    likelihood: Likelihood
+    prior: Prior | None
+
+    @classmethod
+    def of(cls, network: Network, likelihood: Likelihood, settings: Settings) -> "Unfitted":
+        """Resolve the prior if that is possible before data are known: it reports faults early."""
+        return cls(network, likelihood, settings.prior(network) if settings.subset_of_weights == "all" else None)
+
+
+class Fitted(NamedTuple):
+    """The Laplace posterior N(theta*, D^-1/2 (G + tau I)^-1 D^-1/2), and what its evidence needs.
+
+    Everything that a fitted `Laplace` answers is answered from these five fields. The prior is resolved once, when it
+    is given: no method reads it again from what the user wrote.
+
+    Attributes
+    ----------
+    network
+        The network at theta*, as a function of the weights with a posterior.
+    likelihood
+        p(y | f).
+    prior
+        N(mu, (tau D)^-1).
+    structure
+        The curvature G in the weights times sqrt(D). In those coordinates the prior is isotropic, so one structure
+        serves every tau.
+    log_likelihood
+        The log likelihood of the data at theta*, and its gradient.
+    """
+
+    network: Network
+    likelihood: Likelihood
+    prior: Prior
+    structure: Structure
+    log_likelihood: LogLikelihood
+
+    # --- the same curvature at another prior or noise ---------------------------------------------------------------
+
+    def at(self, prior: Prior) -> "Fitted":
+        """The same curvature under another prior with the same mean. No curvature is computed again.
+
+        Raises
+        ------
+        ValueError
+            If the ratios of the precisions change and the structure would have to be fitted again for that.
+        """
+        self.check_concrete(prior)
+        if prior.is_isotropic and self.prior.is_isotropic:
+            return self._replace(prior=prior)
+        return self._replace(prior=prior, structure=self.structure.whitened(prior.relative / self.prior.relative))
+
+    def with_sigma_noise(self, sigma_noise: float | Float[ArrayLike, "*C"]) -> "Fitted":
+        """The same posterior of a regression at another noise. No curvature is computed again.
+
+        Raises
+        ------
+        ValueError
+            If the likelihood has no noise, or the ratios of the noise between outputs change.
+        """
+        before = self.likelihood.sigma_noise
+        if before is None:
+            raise ValueError(f"with_sigma_noise must be asked of a regression; got {self.likelihood.name!r}")
+        after = resolve_likelihood("regression", sigma_noise).sigma_noise
+        factors = np.atleast_1d(np.asarray(after, np.float64) / np.asarray(before)) ** 2
+        if not np.allclose(factors, factors[0], rtol=1e-5):
+            raise ValueError(
+                f"with_sigma_noise(sigma_noise=...) must keep the ratios between outputs; got {sigma_noise} for "
+                f"{before}; construct Laplace(sigma_noise=...) and fit again"
+            )
+        factor = float(factors[0])
+        return self._replace(
+            likelihood=gaussian(jnp.asarray(after, before.dtype)),
+            structure=self.structure.scaled(1 / factor),  # G is proportional to the inverse of the noise variance
+            log_likelihood=self.log_likelihood.with_noise_variance(factor, before),
+        )
+
+    # --- evidence ---------------------------------------------------------------------------------------------------
+
+    @property
+    def squared_distance(self) -> float:
+        """(theta* - mu)' D (theta* - mu)."""
+        return self.prior.squared_distance(self.network.params)
+
+    def log_joint(self, *, best_noise: bool = False) -> LogJoint:
+        """The terms of the evidence beside the determinant, with the noise as it is or at its best."""
+        if best_noise:
+            return self.log_likelihood.log_joint_at_best_noise(self.likelihood.sigma_noise)
+        return self.log_likelihood.log_joint()
+
+    def log_marginal_likelihood(self) -> Estimate:
+        """The log evidence at the prior."""
+        precision = float(self.prior.precision)
+        others = self.log_joint()(precision * self.squared_distance)
+        return estimate_of_forms(others, self.structure.log_determinant(precision))
+
+    def evidence_curve(self, precisions: Float[np.ndarray, " D"]) -> EvidenceCurve:
+        """The log evidence at each tau, with D as it is."""
+        return curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, precisions)
+
+    def evidence_optimum(self) -> PriorOptimum:
+        """The tau that maximises the evidence, and an interval for the errors of probes and truncation."""
+        structure = self.structure
+        return optimum(
+            structure.log_determinant, self.log_joint(), self.squared_distance, truncation=structure.truncation
+        )
+
+    def effective_parameters(self) -> float:
+        """tr G (G + tau I)^-1, averaged over the probes."""
+        groups = np.zeros(size(self.network.params), int)
+        return float(self.structure.effective_parameters(float(self.prior.precision), groups).mean())
+
+    # --- the mode ---------------------------------------------------------------------------------------------------
+
+    def mode_gradient(self) -> Float[Array, " P"]:
+        """Gradient of the log joint in the weights."""
+        return self.log_likelihood.gradient + self.prior.gradient(self.network.params)
+
+    def mode_decrement(self) -> float:
+        """g' (G + P0)^-1 g with the gradient g of the log joint."""
+        gradient = np.asarray(self.prior.whiten(self.mode_gradient()), np.float64)
+        return self.structure.inverse_quadratic_form(gradient, float(self.prior.precision))
+
+    # --- the posterior ----------------------------------------------------------------------------------------------
+
+    def deviations(self, key: Array, num_samples: int) -> Float[Array, "S P"]:
+        """Samples of theta - theta*. A `SampleStructure` gives at most as many as it has."""
+        return self.prior.whiten(self.structure.samples(key, num_samples, self.prior.precision))
+
+    def samples(self, key: Array, num_samples: int) -> PyTree[Float[Array, "S ..."]]:
+        """Samples of the weights, like `network.params` with a leading axis."""
+        flat = ravel(self.network.params) + self.deviations(key, num_samples)
+        return jax.vmap(unraveler(self.network.params))(flat)
+
+    def at_features(
+        self, inputs: PyTree[Shaped[Array, "B ..."]], *, microbatch: int
+    ) -> tuple["Fitted", PyTree[Shaped[Array, "B ..."]]]:
+        """Replace the network by what follows its features, and the inputs by those; see `batched.at_features`."""
+        network, features = at_features(self.network, inputs, microbatch=microbatch)
+        return self._replace(network=network), features
+
+    # --- what can go wrong ------------------------------------------------------------------------------------------
+
+    def krylov_error(self) -> KrylovError | None:
+        """Bounds on what truncation costs at the prior; None for a structure that truncates nothing."""
+        is_truncated = isinstance(self.structure, KrylovStructure)
+        return self.structure.error(float(self.prior.precision)) if is_truncated else None
+
+    def warn_unless_converged(self) -> "Fitted":
+        """Warn if the structure has not converged at the prior at which it is about to be used; return the record."""
+        if isinstance(self.structure, SampleStructure):
+            reservation = self.structure.reservation(float(self.prior.precision))
+            if reservation is not None:
+                checks.warn(
+                    f"{reservation}; fit again with target_precision= that or more max_vectors, or use "
+                    "optimize_prior_precision()"
+                )
+        return self
+
+    def check_concrete(self, prior: Prior | None = None) -> "Fitted":
+        """Return the record, or raise TypeError if a Krylov structure or its prior is traced by JAX."""
+        if isinstance(self.structure, KrylovStructure):
+            leaves = jax.tree.leaves((self.structure, self.prior, prior))
+            if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+                raise TypeError(
+                    "a Laplace with hessian_structure='lanczos' must not be traced, nor its prior precision, as its "
+                    "small matrices are on the host; got an argument of jit, vmap or grad; close over the object "
+                    "(jax.jit(lambda x: la.predictive(x))), or call it outside"
+                )
+        return self
