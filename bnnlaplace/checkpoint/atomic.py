@@ -1,7 +1,7 @@
-"""Files and directories that are complete under their final name, or not there at all.
+"""Atomic writes: under its final name a file or directory is complete, or it does not exist.
 
-They are made under a temporary name beside the final one, flushed to disk, and renamed. What a killed process leaves is
-a hidden temporary entry, which the next write to the same path removes.
+It is made under a temporary name beside the final one, flushed to disk, and renamed. A killed process leaves a hidden
+temporary entry, which the next write to the same path removes.
 """
 
 import os
@@ -13,17 +13,16 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path at which to make a file or a directory; on leaving, it takes the place of `path`.
+    """Yield a temporary path; what the block makes there, a file or a directory, then takes the place of `path`.
 
-    Until the last instant `path` holds what it held before. A process killed at any point leaves the old or the new
-    one; between the two renames that replacing a directory takes, the old one is under a hidden name, from which
-    `recover` fetches it back. Where the block fails, what it made is removed and `path` is as it was. Parents are
-    created. Two processes must not write to the same path at once.
+    Until then `path` stays as it was, and it stays so if the block fails. A process killed at any point leaves the old
+    content or the new. To replace a directory takes two renames; between them the old one is under a hidden name, from
+    which `recover` puts it back. Parents are created. Two processes must not write to the same path at once.
 
     Raises
     ------
     OSError
-        From the file system: the disk is full, a parent is a file, there is no permission.
+        If the file system refuses: the disk is full, a parent is a file, or permission is missing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
@@ -33,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
-        if path.exists() and not (path.is_file() and temporary.is_file()):  # no rename replaces a full directory
+        if path.exists() and not (path.is_file() and temporary.is_file()):  # a rename cannot replace a full directory
             os.replace(path, replaced)
         os.replace(temporary, path)
     except BaseException:
@@ -45,18 +44,19 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8: readers see the old one or the new one, whole. See `replacing`."""
+    """Write a file in UTF-8 by `replacing`: a reader sees all of the old text or all of the new."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def recover(path: Path) -> None:
-    """Put the old directory back where a write was killed between moving it aside and moving the new one in."""
+    """Put the old directory back if a write was killed between moving it aside and moving the new one in."""
     if not path.exists() and _replaced(path).exists():
         os.replace(_replaced(path), path)
 
 
 def _replaced(path: Path) -> Path:
+    """Where the old entry lies between the two renames."""
     return path.with_name(f".{path.name}.replaced")
 
 
@@ -68,14 +68,14 @@ def _remove(path: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Force a file, or all of a directory, to disk, so that the rename is never ahead of what it names."""
+    """Force a file, or all of a directory, to disk, so that the rename never reaches the disk before the content."""
     for entry in [*path.rglob("*"), path]:
         _flush_entry(entry)
 
 
 def _flush_entry(entry: Path) -> None:
     if entry.is_dir() and os.name == "nt":
-        return  # Windows neither needs nor allows it.
+        return  # Windows neither needs nor allows flushing a directory.
     descriptor = os.open(entry, os.O_RDONLY)
     try:
         os.fsync(descriptor)

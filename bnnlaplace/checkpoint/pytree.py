@@ -1,15 +1,15 @@
-"""Pytrees of arrays on disk, complete or not there at all, and verified before they are believed.
+"""Checkpoints of pytrees: written atomically, and verified byte by byte before they are read.
 
-Orbax writes the arrays. What it does not do is notice a flipped bit, which it restores without a word, so every
-file is listed with its SHA-256 in a manifest that is written last and checked before Orbax reads a byte:
+Orbax writes the arrays. It restores a flipped bit without noticing, so a manifest lists every file with its SHA-256.
+The manifest is written last and checked before Orbax reads a byte:
 
     path/
       arrays/         Orbax (OCDBT); one entry per leaf, named by the leaf's path in the pytree
       metadata.json   format version, the caller's metadata, and path, shape and dtype of every leaf
       manifest.json   size and SHA-256 of every other file
 
-Under its final name the directory is always complete (`files.replacing`). One process writes; arrays are gathered to
-the host first, so a checkpoint knows no devices.
+Under its final name the directory is always complete; see `atomic.replacing`. One process writes. Arrays are gathered
+to the host first, so a checkpoint can be loaded on other devices.
 """
 
 import hashlib
@@ -30,14 +30,13 @@ _ARRAYS, _METADATA, _MANIFEST = "arrays", "metadata.json", "manifest.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, incomplete, damaged, or of another structure than asked for."""
+    """A checkpoint is missing, incomplete or damaged, or has another structure than the one asked for."""
 
 
 def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     """Write a pytree of arrays and a dictionary of JSON values, atomically.
 
-    Until the last instant `path` holds what it held before; a process killed at any point leaves either the old
-    checkpoint or the new one (see `files.replacing`).
+    A process killed at any point leaves either the old checkpoint at `path` or the new one.
 
     Parameters
     ----------
@@ -53,13 +52,13 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     Raises
     ------
     TypeError
-        A leaf is not an array, or the metadata cannot be written as JSON.
+        If a leaf is not an array, or the metadata cannot be written as JSON.
     ValueError
-        Two leaves have the same path once written out, such as ``{"a/b": x, "a": {"b": y}}``.
+        If two leaves have the same path once written out, as in ``{"a/b": x, "a": {"b": y}}``.
 
     Notes
     -----
-    Cost: one copy of the tree in host memory, two reads of what was written.
+    Cost: one copy of the tree in host memory, and two reads of what was written.
     """
     path = Path(path)
     leaves, arrays = _describe(tree)
@@ -86,11 +85,11 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     path
         The directory.
     like
-        A pytree of the structure, shapes and dtypes that are expected, with arrays or `jax.ShapeDtypeStruct` as
-        leaves; NamedTuples, dataclasses and other registered containers come back as in `like`. Leaves come back
-        as NumPy arrays where `like` holds NumPy arrays, otherwise as `jax.Array` on the default device. Without
-        `like`: dictionaries (also in place of NamedTuples and dataclasses) and lists (also in place of tuples)
-        of NumPy arrays; containers without leaves are absent.
+        A pytree with the structure, shapes and dtypes that are expected. Its leaves are arrays or
+        `jax.ShapeDtypeStruct`. NamedTuples, dataclasses and other registered containers come back as in `like`. A leaf
+        comes back as a NumPy array if `like` holds one there, otherwise as a `jax.Array` on the default device.
+        Without `like` the result is made of dictionaries (also in place of NamedTuples and dataclasses) and lists (also
+        in place of tuples) of NumPy arrays, and containers without leaves are absent.
 
     Returns
     -------
@@ -100,8 +99,8 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     Raises
     ------
     CheckpointError
-        Names the file that is missing, truncated, changed or not listed; or the first leaf that differs from
-        `like`, with both sides.
+        If a file is missing, truncated, changed or not listed, or a leaf differs from `like`. The message names the
+        file, or the first such leaf with both sides.
 
     Notes
     -----
@@ -129,12 +128,12 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
 
 
 def restructure(path: Path, stored: Any, like: Any) -> Any:
-    """Give a part of what `load_pytree` read without `like` the structure of `like`, after checking that it fits.
+    """Give the structure of `like` to a part of what `load_pytree` read without it, after checking that it fits.
 
     Parameters
     ----------
     path
-        Which checkpoint; for messages.
+        The checkpoint, for messages.
     stored
         The part.
     like
@@ -143,7 +142,7 @@ def restructure(path: Path, stored: Any, like: Any) -> Any:
     Raises
     ------
     CheckpointError
-        Names the first leaf that differs in path, shape or dtype, with both sides.
+        If a leaf differs in path, shape or dtype. The message names the first one, with both sides.
     """
     arrays = {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stored)[0]}
     records = [{"path": name, "shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()]
@@ -162,8 +161,8 @@ def find_damage(path: Path) -> str | None:
     Returns
     -------
     str | None
-        None if all are as they were saved; otherwise a clause that names the first file that is missing, truncated,
-        changed, or not listed.
+        None if all files are as they were saved. Otherwise a clause that names the first file that is missing,
+        truncated, changed, or not listed.
     """
     path = Path(path)
     manifest = path / _MANIFEST
@@ -192,7 +191,7 @@ def find_damage(path: Path) -> str | None:
 
 
 def _describe(tree: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """One JSON record per leaf, and the non-empty arrays by path (Orbax stores no array of size zero)."""
+    """Return a JSON record for each leaf, and the arrays by path, without empty ones, which Orbax cannot store."""
     records: dict[str, dict[str, Any]] = {}
     arrays: dict[str, np.ndarray] = {}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -206,7 +205,7 @@ def _describe(tree: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
             raise ValueError(f"leaf paths must differ; got {name!r} twice; rename one of the two keys")
         shape, dtype = _signature(leaf)
         records[name] = {"path": name, "keys": [path_entry(key) for key in keys], "shape": shape, "dtype": dtype}
-        if _is_key(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             records[name]["prng"] = str(jax.random.key_impl(leaf))
             leaf = jax.random.key_data(leaf)
         array = np.asarray(leaf)
@@ -217,16 +216,13 @@ def _describe(tree: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
     return list(records.values()), arrays
 
 
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
 def _signature(leaf: Any) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype; anything that is no array has neither, so it differs from every stored leaf."""
+    """Shape and dtype. What is not an array gets its type as the dtype, so it differs from every stored leaf."""
     return tuple(getattr(leaf, "shape", ())), str(getattr(leaf, "dtype", type(leaf).__name__))
 
 
 def _read_arrays(path: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
+    """Read the arrays by the paths of their leaves, as NumPy arrays and as keys."""
     import orbax.checkpoint as ocp
 
     arrays: dict[str, Any] = {}
@@ -243,7 +239,7 @@ def _read_arrays(path: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _filled(like: Any, arrays: dict[str, Any]) -> Any:
-    """`like` with every leaf replaced by the array of its path."""
+    """Replace every leaf of `like` by the array of its path."""
     expected, structure = jax.tree_util.tree_flatten_with_path(like)
     return jax.tree_util.tree_unflatten(structure, [_as_in(leaf, arrays[path_name(keys)]) for keys, leaf in expected])
 
@@ -253,9 +249,10 @@ def _as_in(like: Any, array: Any) -> Any:
 
 
 def _check_like(path: Path, leaves: list[dict[str, Any]], like: Any) -> None:
-    there = {leaf["path"]: (tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves}
-    here = {path_name(keys): _signature(leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
-    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+    """Raise CheckpointError unless the stored leaves have the paths, shapes and dtypes of `like`."""
+    stored = {leaf["path"]: (tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves}
+    expected = {path_name(keys): _signature(leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
+    differing = [name for name in {**expected, **stored} if expected.get(name) != stored.get(name)]
     if not differing:
         return
 
@@ -267,16 +264,16 @@ def _check_like(path: Path, leaves: list[dict[str, Any]], like: Any) -> None:
 
     others = f" ({len(differing) - 1} more leaves differ)" if len(differing) > 1 else ""
     raise CheckpointError(
-        f"the checkpoint must have the structure asked for; {path} holds {describe(there)} at {differing[0]!r} where "
-        f"{describe(here)} is expected{others}; load it with the model and settings it was saved with"
+        f"the checkpoint must have the structure asked for; {path} holds {describe(stored)} at {differing[0]!r} where "
+        f"{describe(expected)} is expected{others}; load it with the model and settings it was saved with"
     )
 
 
-# --- without a structure to fill -------------------------------------------------------------------------------------
+# --- loading without `like` -------------------------------------------------------------------------------------------
 
 
 def _nested(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> Any:
-    """Dictionaries and lists from the recorded paths."""
+    """Build dictionaries and lists from the recorded paths."""
     root: dict[Any, Any] = {}
     for leaf in leaves:
         node = root
@@ -299,7 +296,7 @@ def _nested(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> Any:
 
 
 def _checkpointer() -> Any:
-    # Imported here because a third of a second is much for a program that saves nothing.
+    # Imported here, because a program that saves nothing should not wait a third of a second for it.
     import orbax.checkpoint as ocp
 
     return ocp.PyTreeCheckpointer()

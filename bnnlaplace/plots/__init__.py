@@ -1,7 +1,7 @@
-"""Figures of evidence, calibration, training and spectrum; nothing else in the package imports matplotlib.
+"""Figures of evidence, calibration, training and spectrum. Nothing else in the package imports matplotlib.
 
-Every function takes plain arrays and returns a `Figure` of its own: no pyplot state, no global settings. Save it with
-`figure.savefig(path)`.
+Every function takes plain arrays and returns a new `Figure`. No pyplot state and no global setting changes. Save a
+figure with `figure.savefig(path)`.
 """
 
 from bnnlaplace.plots.eigenvalues import spectrum

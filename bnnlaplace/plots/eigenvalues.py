@@ -1,31 +1,39 @@
-"""The spectrum of the GGN, and where prior precisions lie in it."""
+"""Figure of the spectrum of the GGN, with prior precisions as lines in it."""
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from bnnlaplace.plots.style import FONT, GREY, LINE_STYLES, PALETTE, cycle, finish, log_axis, new_figure, number
+from bnnlaplace.plots.style import FONT, GREY, LINE_STYLES, PALETTE, finish, log_axis, new_figure, number
 
 
-def spectrum(ritz_values: Float[np.ndarray, "K"], prior_precisions: Mapping[str, float]) -> Figure:
-    """Ritz values of the GGN in falling order, with prior precisions as lines.
+def spectrum(ritz_values: Float[np.ndarray, " K"], prior_precisions: Mapping[str, float]) -> Figure:
+    """Draw the Ritz values of the GGN in falling order, with prior precisions as lines.
 
-    Directions above a line are determined by the data, those below it by the prior. Ritz values that are not positive
-    (rounding) cannot be drawn on the logarithmic axis and are left out.
+    The data determine the directions above a line, the prior those below it. Ritz values that rounding has made zero or
+    negative are left out, because the axis is logarithmic.
 
     Parameters
     ----------
     ritz_values
-        In any order.
+        The Ritz values in any order.
     prior_precisions
         By name, in the order of the legend.
+
+    Raises
+    ------
+    ValueError
+        If no Ritz value is positive.
     """
     values = np.sort(np.asarray(ritz_values, np.float64))[::-1]
     values = values[values > 0]
     if not len(values):
-        raise ValueError(f"ritz_values must hold a positive value; got {len(ritz_values)} values and none is")
+        raise ValueError(
+            f"ritz_values must hold a positive value; got {len(ritz_values)} values of which none is; check the fit"
+        )
     figure = new_figure(6.6, 3.4)
     panel = figure.subplots()
     panel.plot(np.arange(1, len(values) + 1), values, color=GREY, lw=2, label="Ritz values of the GGN")

@@ -1,6 +1,7 @@
-"""Evidence and validation scores of several curvature structures against the prior precision."""
+"""Figure of the evidence and of validation scores against the prior precision, for several structures."""
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,42 +11,42 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bnnlaplace.plots.style import FONT, LINE_STYLES, PALETTE, cycle, finish, log_axis, new_figure, number, tick
+from bnnlaplace.plots.style import FONT, LINE_STYLES, PALETTE, finish, log_axis, new_figure, number, tick
 
-# The log evidence is drawn down to this multiple of the worst structure's best: further down lie prior precisions
-# that nobody considers, and their values, thousands of times larger, would flatten the peaks.
+# The log evidence is drawn down to this multiple of the lowest peak among the structures. Further down lie prior
+# precisions that nobody considers. Their evidence is thousands of times larger in size and would flatten the peaks.
 _EVIDENCE_RANGE = 20.0
-_LEAST_ECE = 1e-3  # drawn at this height where it is smaller: the axis is logarithmic, and 0 is possible
+_LEAST_ECE = 1e-3  # a smaller ECE is drawn at this height, since it can be 0 and the axis is logarithmic
 
 
 class PrecisionCurve(NamedTuple):
-    """One curvature structure against prior precision.
+    """Evidence and validation scores of one curvature structure on a grid of prior precisions.
 
     Attributes
     ----------
     precision
-        The grid, increasing; the other arrays belong to its points.
+        The grid, in increasing order. The other arrays have one entry for each of its points.
     log_evidence, log_evidence_sem, log_evidence_truncation
-        In nats; its standard error, and how much too low it can be because the recurrence was stopped.
+        The log evidence in nats, its standard error, and how much too low it can be because the recurrence was stopped.
     validation_nll, validation_ece
-        Of a predictive on validation images; the NLL in nats per image.
+        Scores of a predictive on validation images; the NLL in nats per image.
     converged
         Whether the samples behind that predictive have converged.
     evidence_optimum, evidence_optimum_low, evidence_optimum_high
-        The maximiser of the evidence, with its error band.
+        The prior precision that maximises the evidence, and the ends of its error band.
     evidence_at_bound, nll_at_bound
-        Whether the optimum is at an end of what was searched, and may lie beyond it.
+        Whether the optimum is at an end of its search range, and may lie beyond it.
     nll_optimum
-        The converged precision with the lowest validation NLL.
+        The prior precision with the lowest validation NLL among those whose samples have converged.
     """
 
-    precision: Float[np.ndarray, "G"]
-    log_evidence: Float[np.ndarray, "G"]
-    log_evidence_sem: Float[np.ndarray, "G"]
-    log_evidence_truncation: Float[np.ndarray, "G"]
-    validation_nll: Float[np.ndarray, "G"]
-    validation_ece: Float[np.ndarray, "G"]
-    converged: Bool[np.ndarray, "G"]
+    precision: Float[np.ndarray, " G"]
+    log_evidence: Float[np.ndarray, " G"]
+    log_evidence_sem: Float[np.ndarray, " G"]
+    log_evidence_truncation: Float[np.ndarray, " G"]
+    validation_nll: Float[np.ndarray, " G"]
+    validation_ece: Float[np.ndarray, " G"]
+    converged: Bool[np.ndarray, " G"]
     evidence_optimum: float
     evidence_optimum_low: float
     evidence_optimum_high: float
@@ -55,10 +56,10 @@ class PrecisionCurve(NamedTuple):
 
 
 def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
-    """Log evidence, validation NLL and validation ECE against prior precision.
+    """Draw log evidence, validation NLL and validation ECE against prior precision.
 
-    The band around the evidence is 2 standard errors, and upwards also the truncation. NLL and ECE are drawn thin and
-    faint where the samples behind them have not converged.
+    The band around the evidence is 2 standard errors, and upwards also the truncation. NLL and ECE are thin and faint
+    at prior precisions whose samples have not converged.
 
     Parameters
     ----------
@@ -70,46 +71,21 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
     Figure
         Three panels over one logarithmic axis. Vertical lines through all of them mark the optimum of the evidence
         (solid, its error band shaded) and that of the validation NLL (dotted).
+
+    Raises
+    ------
+    ValueError
+        If there are no curves.
     """
     if not curves:
         raise ValueError("curves must hold at least one structure; got none; pass {'diagonal': PrecisionCurve(...)}")
     figure = new_figure(6.6, 7.4)
-    evidence, nll, ece = axes = figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1, 1))
-    columns = []
-    for (name, curve), colour, style in zip(curves.items(), cycle(PALETTE), cycle(LINE_STYLES), strict=False):
-        band = 2 * np.asarray(curve.log_evidence_sem)
-        evidence.fill_between(
-            curve.precision,
-            curve.log_evidence - band,
-            curve.log_evidence + band + np.asarray(curve.log_evidence_truncation),
-            color=colour,
-            alpha=0.25,
-            lw=0,
-        )
-        drawn = {"color": colour, "linestyle": style, "lw": 1.8}
-        faint = {"color": colour, "linestyle": ":", "lw": 1.0, "alpha": 0.6}
-        everywhere = np.ones(len(curve.precision), bool)
-        converged = np.asarray(curve.converged, bool)
-        _line(evidence, curve.precision, curve.log_evidence, everywhere, drawn, faint)
-        _line(nll, curve.precision, curve.validation_nll, converged, drawn, faint)
-        _line(ece, curve.precision, np.maximum(curve.validation_ece, _LEAST_ECE), converged, drawn, faint)
-        for panel in axes:
-            panel.axvspan(curve.evidence_optimum_low, curve.evidence_optimum_high, color=colour, alpha=0.15, lw=0)
-            panel.axvline(curve.evidence_optimum, color=colour, lw=0.9, alpha=0.8)
-            panel.axvline(curve.nll_optimum, color=colour, lw=1.2, ls=(0, (1, 2)))
-        at_evidence = {"marker": "o", "ms": 6, "color": colour, "ls": "none"}
-        at_nll = {"marker": "D", "ms": 5.5, "color": colour, "mfc": "white", "mew": 1.5, "ls": "none"}
-        _mark(evidence, curve.precision, curve.log_evidence, curve.evidence_optimum, at_evidence)
-        _mark(nll, curve.precision, curve.validation_nll, curve.nll_optimum, at_nll)
-        columns.append(
-            [
-                Line2D([], [], label=name, **drawn),
-                Line2D([], [], label=f"best evidence: {_evidence_optimum(curve)}", **at_evidence),
-                Line2D([], [], label=f"best validation NLL: {_nll_optimum(curve)}", **at_nll),
-                *([] if converged.all() else [Line2D([], [], label="samples not converged", **faint)]),
-            ]
-        )
-    _legend_columns(figure, columns)
+    evidence, nll, ece = axes = list(figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1, 1)))
+    legend_columns = [
+        _draw_structure(axes, name, curve, colour, style)
+        for (name, curve), colour, style in zip(curves.items(), cycle(PALETTE), cycle(LINE_STYLES), strict=False)
+    ]
+    _legend(figure, legend_columns)
     finish(evidence, "log evidence (nats)")
     _evidence_axis(evidence, list(curves.values()))
     finish(nll, "validation NLL\n(nats per image)")
@@ -118,13 +94,44 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
     log_axis(ece)
     ece.set_xscale("log")
     ece.xaxis.set_major_formatter(FuncFormatter(tick))
-    ece.set_xlim(min(c.precision[0] for c in curves.values()), max(c.precision[-1] for c in curves.values()))
+    ece.set_xlim(
+        min(curve.precision[0] for curve in curves.values()), max(curve.precision[-1] for curve in curves.values())
+    )
     figure.align_ylabels(axes)
     return figure
 
 
+def _draw_structure(axes: Sequence[Axes], name: str, curve: PrecisionCurve, colour: str, style: Any) -> list[Line2D]:
+    """Draw one structure into the three panels, and return its entries of the legend."""
+    evidence, nll, ece = axes
+    band = 2 * np.asarray(curve.log_evidence_sem)
+    upper = curve.log_evidence + band + np.asarray(curve.log_evidence_truncation)
+    evidence.fill_between(curve.precision, curve.log_evidence - band, upper, color=colour, alpha=0.25, lw=0)
+    bold = {"color": colour, "linestyle": style, "lw": 1.8}
+    faint = {"color": colour, "linestyle": ":", "lw": 1.0, "alpha": 0.6}
+    everywhere = np.ones(len(curve.precision), bool)
+    converged = np.asarray(curve.converged, bool)
+    _line(evidence, curve.precision, curve.log_evidence, everywhere, bold, faint)
+    _line(nll, curve.precision, curve.validation_nll, converged, bold, faint)
+    _line(ece, curve.precision, np.maximum(curve.validation_ece, _LEAST_ECE), converged, bold, faint)
+    for panel in axes:
+        panel.axvspan(curve.evidence_optimum_low, curve.evidence_optimum_high, color=colour, alpha=0.15, lw=0)
+        panel.axvline(curve.evidence_optimum, color=colour, lw=0.9, alpha=0.8)
+        panel.axvline(curve.nll_optimum, color=colour, lw=1.2, ls=(0, (1, 2)))
+    at_evidence = {"marker": "o", "ms": 6, "color": colour, "ls": "none"}
+    at_nll = {"marker": "D", "ms": 5.5, "color": colour, "mfc": "white", "mew": 1.5, "ls": "none"}
+    _mark(evidence, curve.precision, curve.log_evidence, curve.evidence_optimum, at_evidence)
+    _mark(nll, curve.precision, curve.validation_nll, curve.nll_optimum, at_nll)
+    return [
+        Line2D([], [], label=name, **bold),
+        Line2D([], [], label=f"best evidence: {_evidence_optimum(curve)}", **at_evidence),
+        Line2D([], [], label=f"best validation NLL: {_nll_optimum(curve)}", **at_nll),
+        *([] if converged.all() else [Line2D([], [], label="samples not converged", **faint)]),
+    ]
+
+
 def _evidence_optimum(curve: PrecisionCurve) -> str:
-    """The optimum for the legend with its error band, or with the word that it is at an end of its search."""
+    """Write the optimum for the legend, with its error band or the remark that it is at an end of its search."""
     if curve.evidence_at_bound:
         return f"{number(curve.evidence_optimum)} (at end)"
     low, high = number(curve.evidence_optimum_low), number(curve.evidence_optimum_high)
@@ -132,11 +139,12 @@ def _evidence_optimum(curve: PrecisionCurve) -> str:
 
 
 def _nll_optimum(curve: PrecisionCurve) -> str:
+    """Write the optimum for the legend, with the remark that it is at an end of its search if it is."""
     return number(curve.nll_optimum) + (" (at end)" if curve.nll_at_bound else "")
 
 
-def _legend_columns(figure: Figure, columns: Sequence[list[Line2D]]) -> None:
-    """A legend above the panels with a column for each structure; blanks make the columns equally long."""
+def _legend(figure: Figure, columns: Sequence[list[Line2D]]) -> None:
+    """Put a legend above the panels, with one column for each structure; blanks make the columns equally long."""
     rows = max(map(len, columns))
     blank = Line2D([], [], ls="none", label=" ")
     handles = [handle for column in columns for handle in (*column, *[blank] * (rows - len(column)))]
@@ -145,35 +153,41 @@ def _legend_columns(figure: Figure, columns: Sequence[list[Line2D]]) -> None:
 
 def _line(
     panel: Axes,
-    precision: np.ndarray,
-    values: np.ndarray,
-    trusted: np.ndarray,
-    drawn: Mapping[str, Any],
+    precision: Float[np.ndarray, " G"],
+    values: Float[np.ndarray, " G"],
+    trusted: Bool[np.ndarray, " G"],
+    bold: Mapping[str, Any],
     faint: Mapping[str, Any],
 ) -> None:
-    """A curve with gaps where it is not finite, faint between points of which one is not trusted."""
+    """Draw a curve that is faint next to points that are not trusted, with gaps at values that are not finite."""
     values = np.where(np.isfinite(values), values, np.nan)
     if not trusted.all():
-        touched = ~trusted
-        touched[1:] |= ~trusted[:-1]
-        touched[:-1] |= ~trusted[1:]
-        panel.plot(precision, np.where(touched, values, np.nan), **faint)
-    panel.plot(precision, np.where(trusted, values, np.nan), **drawn)
+        beside = ~trusted  # and their neighbours, so that the faint line meets the bold one
+        beside[1:] |= ~trusted[:-1]
+        beside[:-1] |= ~trusted[1:]
+        panel.plot(precision, np.where(beside, values, np.nan), **faint)
+    panel.plot(precision, np.where(trusted, values, np.nan), **bold)
 
 
-def _mark(panel: Axes, precision: np.ndarray, values: np.ndarray, optimum: float, style: Mapping[str, Any]) -> None:
-    """A marker on the curve; between grid points it sits on the line that is drawn there."""
+def _mark(
+    panel: Axes,
+    precision: Float[np.ndarray, " G"],
+    values: Float[np.ndarray, " G"],
+    optimum: float,
+    style: Mapping[str, Any],
+) -> None:
+    """Draw a marker on the curve. Between two grid points it sits on the line that connects them."""
     height = np.interp(np.log(optimum), np.log(precision), values)
     panel.plot([optimum], [height], zorder=5, clip_on=False, **style)
 
 
 def _evidence_axis(panel: Axes, curves: Sequence[PrecisionCurve]) -> None:
-    """Linear over a modest range of evidence, else logarithmic in its size, and clipped to where the optima are."""
+    """Make the axis of the evidence linear over a modest range, else logarithmic in size; clip it below the peaks."""
     values = np.concatenate([np.asarray(curve.log_evidence) for curve in curves])
     values = values[np.isfinite(values)]
     peaks = [np.nanmax(curve.log_evidence) for curve in curves]
     top, bottom = max(peaks), values.min()
-    if top >= 0:  # densities can exceed one: no logarithm, but the same care for the peaks
+    if top >= 0:  # a density can exceed one: the axis cannot be logarithmic, but the peaks must stay visible
         bottom = max(bottom, min(peaks) - 2 * max(1.0, *np.abs(peaks)))
         panel.set_ylim(bottom, top + 0.1 * (top - bottom))
     if top >= 0 or bottom > 5 * top:

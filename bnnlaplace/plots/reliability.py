@@ -1,4 +1,4 @@
-"""Accuracy against confidence, bin by bin."""
+"""Reliability diagrams: accuracy against confidence, bin by bin."""
 
 from collections.abc import Mapping
 
@@ -11,30 +11,35 @@ from matplotlib.ticker import FuncFormatter
 from bnnlaplace.calibration.metrics import ReliabilityBins
 from bnnlaplace.plots.style import FONT, GREEN, GREY, VERMILLION, finish, new_figure, tick
 
-_REACHED = "#A6C8E0"  # a tint of the blue: bars that carry the two colours of a gap on top
+_REACHED = "#A6C8E0"  # a tint of the blue, for the bars that carry the two colours of a gap on top
 
 
 def reliability_diagram(methods: Mapping[str, ReliabilityBins], columns: int = 3) -> Figure:
-    """Small multiples: accuracy against confidence, the gap to the diagonal, and below it how many images lie where.
+    """Draw one reliability diagram for each method, with a histogram of the confidences below it.
 
     Parameters
     ----------
     methods
-        Bins by name of the method; see `bnnlaplace.calibration.reliability_bins`.
+        The bins of each method by its name; see `bnnlaplace.calibration.reliability_bins`.
     columns
-        Diagrams side by side.
+        How many diagrams to put side by side.
 
     Returns
     -------
     Figure
-        One diagram per method. Bars are accuracies, their coloured ends the gap to the mean confidence, whiskers 95 %
-        Wilson intervals of the accuracy: a gap that its whisker spans may be chance.
+        Bars are accuracies, and their coloured ends the gaps to the mean confidence. Whiskers are 95 % Wilson intervals
+        of the accuracy: a gap that its whisker spans may be chance.
+
+    Raises
+    ------
+    ValueError
+        If there are no methods.
     """
     if not methods:
         raise ValueError("methods must hold at least one method; got none; pass {'MAP': reliability_bins(...)}")
     columns = min(columns, len(methods))
     rows = -(-len(methods) // columns)
-    # Positions in inches: an automatic layout would make the first column, which has the labels, narrower.
+    # Panels are placed in inches. An automatic layout would make the first column narrower, because it has the labels.
     side, step_x, step_y, below, top = 1.95, 2.2, 3.4, 1.15, 0.5
     width, height = max(3.7, 0.9 + step_x * columns), top + step_y * rows
     figure = new_figure(width, height, layout="none")
@@ -71,10 +76,10 @@ def reliability_diagram(methods: Mapping[str, ReliabilityBins], columns: int = 3
 
 
 def _reliability_bars(panel: Axes, bins: ReliabilityBins) -> float:
-    """Draw one diagram; return the calibration error of these bins."""
-    full = bins.counts > 0
-    left, width = bins.edges[:-1][full], np.diff(bins.edges)[full]
-    accuracy, confidence, count = bins.accuracy[full], bins.confidence[full], bins.counts[full]
+    """Draw one diagram, and return the calibration error of its bins."""
+    occupied = bins.counts > 0
+    left, width = bins.edges[:-1][occupied], np.diff(bins.edges)[occupied]
+    accuracy, confidence, count = bins.accuracy[occupied], bins.confidence[occupied], bins.counts[occupied]
     panel.bar(left, np.minimum(accuracy, confidence), width, align="edge", color=_REACHED, edgecolor="white", lw=0.5)
     for sign, colour in ((-1, VERMILLION), (1, GREEN)):
         gap = np.where(sign * (accuracy - confidence) > 0, np.abs(accuracy - confidence), 0)
@@ -82,7 +87,7 @@ def _reliability_bars(panel: Axes, bins: ReliabilityBins) -> float:
             left, gap, width, bottom=np.minimum(accuracy, confidence), align="edge",
             color=colour, alpha=0.6, edgecolor="white", lw=0.5,
         )  # fmt: skip
-    # Wilson's interval: unlike the normal one it has a width at accuracy 0 and 1.
+    # Wilson's interval, which unlike the normal one has a width at accuracy 0 and 1.
     square = 1.96**2
     centre = (accuracy + square / (2 * count)) / (1 + square / count)
     half = 1.96 * np.sqrt(accuracy * (1 - accuracy) / count + square / (4 * count**2)) / (1 + square / count)

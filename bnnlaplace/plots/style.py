@@ -1,12 +1,10 @@
-"""What all figures share: colours, type size, axes, and numbers as they are written on them.
+"""Style of all figures: colours, type size, axes, and how numbers are written.
 
-Colours are those of Okabe and Ito, distinguishable with colour vision deficiencies; line styles carry the same
-distinctions for print in grey.
+The colours are those of Okabe and Ito, which readers with colour vision deficiencies can tell apart. Line styles make
+the same distinctions for print in grey.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
-
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -20,20 +18,14 @@ FONT = 9.0
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:
-    """A figure of its own, in inches, that pyplot knows nothing of."""
+    """Make a figure, in inches, that pyplot does not know of."""
     figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
-def cycle(values: Sequence[Any]) -> Iterable[Any]:
-    """The values over and over."""
-    while True:
-        yield from values
-
-
 def finish(panel: Axes, ylabel: str, xlabel: str = "") -> None:
-    """Labels, a faint grid, and no frame above and on the right."""
+    """Label the axes, draw a faint grid, and remove the frame above and on the right."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(color="#dddddd", lw=0.6)
     panel.set_axisbelow(True)
@@ -43,20 +35,22 @@ def finish(panel: Axes, ylabel: str, xlabel: str = "") -> None:
 
 
 def number(value: float) -> str:
-    """Two digits that count, and no powers of ten: 0.083, 1.7, 560, 1,800."""
+    """Write a number with two significant digits and without powers of ten: 0.083, 1.7, 560, 1,800."""
     return f"{float(f'{value:.2g}'):,.10g}"
 
 
-def tick(value: float, _: int) -> str:
-    """A tick's number as it is written: no powers of ten, a proper minus sign."""
+def tick(value: float | np.integer, position: int | None) -> str:  # as matplotlib calls a formatter
+    """Write the number of a tick without powers of ten and with a proper minus sign."""
     return f"{value:,.10g}".replace("-", "\N{MINUS SIGN}")
 
 
 def log_axis(panel: Axes) -> None:
-    """Ticks in plain numbers at 1, 2, 5 times powers of ten, at the powers alone over many decades; not for less
-    than a factor of three, where a logarithmic axis shows nothing that a linear one does not."""
+    """Make the vertical axis logarithmic if its values differ by more than a factor of three.
+
+    Ticks are plain numbers: 1, 2 and 5 times powers of ten, or over many decades the powers alone.
+    """
     low, high = panel.dataLim.intervaly
-    if not 0 < 3 * low < high:
+    if not 0 < 3 * low < high:  # a logarithmic axis would show nothing that a linear one does not
         return
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 300 * low else (1.0,), numticks=9))

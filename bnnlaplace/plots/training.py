@@ -1,9 +1,10 @@
-"""What was recorded over the epochs of training."""
+"""Figure of what training recorded in each epoch."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -11,7 +12,7 @@ from bnnlaplace.plots.style import FONT, LINE_STYLES, PALETTE, finish, log_axis,
 
 
 def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss and accuracy over the epochs, and where recorded the prior precision and the gradient of the log joint.
+    """Draw loss and accuracy over the epochs, and the prior precision and gradient of the log joint if recorded.
 
     Parameters
     ----------
@@ -19,6 +20,11 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
         One mapping per epoch: `epoch`, `phase` ("train" or "polish"; the latter is shaded), and any of `loss`
         (negative log joint per image, nats), `validation_nll`, `accuracy`, `validation_accuracy`, `prior_precision`,
         `gradient_norm`. Missing values and None leave gaps.
+
+    Raises
+    ------
+    ValueError
+        If the history is empty, or holds none of these values.
     """
     if not history:
         raise ValueError("history must hold at least one epoch; got none; train first")
@@ -41,9 +47,9 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
             present = np.isfinite(values)
             if not present.any():
                 continue
-            sparse = "o" if present.sum() < len(values) / 2 else None
-            drawn = {"color": colour, "ls": style, "lw": 1.6, "marker": sparse, "ms": 3}
-            panel.plot(epochs[present], values[present], label=name, **drawn)
+            marker = "o" if present.sum() < len(values) / 2 else None  # a line alone would hide how few points it has
+            look = {"color": colour, "ls": style, "lw": 1.6, "marker": marker, "ms": 3}
+            panel.plot(epochs[present], values[present], label=name, **look)
         if len(polished):
             ends = polished[0] - 0.5, polished[-1] + 0.5
             panel.axvspan(*ends, color="#999999", alpha=0.2, lw=0, label="polishing phase")
@@ -58,11 +64,12 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _series(history: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> Float[np.ndarray, " E"]:
+    """Values of one entry over the epochs; NaN if it is missing."""
     return np.array([np.nan if record.get(key) is None else record[key] for record in history], np.float64)
 
 
-def _varies(values: np.ndarray) -> bool:
-    """Whether there is a curve to draw; a prior precision that stayed where it was is none."""
+def _varies(values: Float[np.ndarray, " E"]) -> bool:
+    """Whether there is a curve to draw: a prior precision that never changed needs none."""
     values = values[np.isfinite(values)]
-    return len(values) > 0 and (len(values) == 1 or values.min() < values.max())
+    return len(values) == 1 or (len(values) > 1 and bool(values.min() < values.max()))

@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there."""
+"""Files and directories are whole under their final name, or do not exist."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints: exact round trips, nothing half-written, and no damaged byte believed."""
+"""Checkpoints: exact round trips, nothing half-written, and every damaged byte found."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from bnnlaplace import checkpoint
+from bnnlaplace.checkpoint import pytree
 from bnnlaplace.checkpoint.pytree import CheckpointError, load_pytree, save_pytree
 
 
@@ -103,7 +103,7 @@ def test_abstract_like_gives_jax_arrays(tmp_path: Path) -> None:
 
 
 def data_file(path: Path) -> Path:
-    """The largest file that Orbax wrote: the array data."""
+    """Return the largest file that Orbax wrote, which holds the array data."""
     return max((path / "arrays").rglob("*"), key=lambda file: file.stat().st_size * file.is_file())
 
 
@@ -182,7 +182,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
+    monkeypatch.setattr(pytree, "FORMAT_VERSION", 99)
     save_pytree(tmp_path / "x", {}, {})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="format version 1; got 99"):
@@ -233,35 +233,46 @@ def test_replacing_keeps_the_last_and_leaves_no_temporary(tmp_path: Path) -> Non
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
 
 
-@pytest.mark.parametrize("killed_at", range(3))
-def test_killed_while_replacing_leaves_a_good_checkpoint(killed_at: int, tmp_path: Path) -> None:
-    """The process dies (no cleanup runs) before the first rename, between the two, and after both."""
-    script = f"""
+KILLED = """
 import os, shutil, sys
 from pathlib import Path
 import numpy as np
-from bnnlaplace import checkpoint
-path = Path(sys.argv[1])
-checkpoint.save_pytree(path, {{"w": np.ones(2)}}, {{}})
-count, replace = 0, os.replace
-def dying(source, target):
-    global count
-    if Path(target).parent == path.parent:
-        if count == {killed_at}:
-            os._exit(9)
-        count += 1
-    replace(source, target)
-os.replace = dying
-shutil.rmtree = lambda *a, **k: os._exit(9) if count == 2 else None
-checkpoint.save_pytree(path, {{"w": np.full(2, 2.0)}}, {{}})
+from bnnlaplace.checkpoint.pytree import save_pytree
+
+def die_at(rename, path):
+    save_pytree(path, {"w": np.ones(2)}, {})
+    count, replace, remove = 0, os.replace, shutil.rmtree
+    def dying(source, target):
+        nonlocal count
+        if Path(target).parent == path.parent:
+            if count == rename:
+                os._exit(9)
+            count += 1
+        replace(source, target)
+    os.replace = dying
+    # After both renames the old directory is left to be removed.
+    shutil.rmtree = lambda *a, **k: os._exit(9) if count == 2 else remove(*a, **k)
+    save_pytree(path, {"w": np.full(2, 2.0)}, {})
+
+for rename in range(3):
+    process = os.fork()  # what was imported serves all three
+    if process == 0:
+        die_at(rename, Path(sys.argv[1]) / str(rename) / "x")
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
 """
-    path = tmp_path / "x"
-    assert subprocess.run([sys.executable, "-c", script, str(path)], timeout=120).returncode == 9
-    assert len(list(tmp_path.iterdir())) == 2, "the kill must come while a temporary directory exists"
-    assert load_pytree(path)[0]["w"][0] == (2.0 if killed_at == 2 else 1.0)
-    save_pytree(path, {"w": np.full(2, 3.0)}, {})
-    assert load_pytree(path)[0]["w"][0] == 3.0
-    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_killed_while_replacing_leaves_a_good_checkpoint(tmp_path: Path) -> None:
+    """The process dies (no cleanup runs) before the first rename, between the two, and after both."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, timeout=120)
+    for rename in range(3):
+        path = tmp_path / str(rename) / "x"
+        assert len(os.listdir(path.parent)) == 2, "the kill must come while a temporary directory exists"
+        assert load_pytree(path)[0]["w"][0] == (2.0 if rename == 2 else 1.0)
+        save_pytree(path, {"w": np.full(2, 3.0)}, {})
+        assert load_pytree(path)[0]["w"][0] == 3.0
+        assert os.listdir(path.parent) == ["x"]
 
 
 def test_metadata_file_is_plain_json(saved: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures: what they draw is what they were given, and every word of them can be read."""
+"""Figures draw the numbers that they were given, and every word on them can be read."""
 
 import itertools
 import subprocess
@@ -17,7 +17,7 @@ GRID = np.logspace(-2, 4, 13)
 
 
 def precision_curve(best, peak, nll_best, sem=20.0):
-    """Evidence over four decades, as in practice: a peak, and a prior term that grows without bound."""
+    """Evidence as in practice, over four decades: a peak, and a prior term that grows without bound."""
     evidence = peak * (1 + 0.3 * np.log(GRID / best) ** 2 + 0.05 * GRID)
     nll = 0.05 + 2.2 / (1 + GRID / (nll_best / 100)) + 0.01 * np.log1p(GRID / nll_best)
     return PrecisionCurve(
@@ -64,22 +64,23 @@ HISTORY = [
 
 
 def texts(figure):
-    """All visible texts that lie in view, with their boxes in pixels."""
+    """Return all texts that are in view, with their boxes in pixels."""
     figure.canvas.draw()
-    found = list(figure.texts)
+    visible = list(figure.texts)
     for legend in figure.legends + [panel.get_legend() for panel in figure.axes if panel.get_legend()]:
-        found += legend.get_texts()
+        visible += legend.get_texts()
     for panel in figure.axes:
-        found += [panel.title, panel.xaxis.label, panel.yaxis.label, *panel.texts]
+        visible += [panel.title, panel.xaxis.label, panel.yaxis.label, *panel.texts]
         for axis in (panel.xaxis, panel.yaxis):
             low, high = sorted(axis.get_view_interval())
             for tick in axis.get_major_ticks():
                 if low <= tick.get_loc() <= high and tick.label1.get_visible():
-                    found.append(tick.label1)
-    return [(text.get_text(), text.get_window_extent()) for text in found if text.get_text().strip()]
+                    visible.append(tick.label1)
+    return [(text.get_text(), text.get_window_extent()) for text in visible if text.get_text().strip()]
 
 
 def assert_readable(figure):
+    """Assert that all texts lie inside the figure and do not overlap; return them."""
     width, height = figure.canvas.get_width_height()
     boxes = texts(figure)
     for text, box in boxes:
@@ -88,6 +89,7 @@ def assert_readable(figure):
         # Neighbouring tick labels at a corner may touch by a pixel of their padding.
         shrunk = box.padded(-1)
         assert not (shrunk.overlaps(box_other.padded(-1))), f"{text!r} overlaps {other!r}"
+    return [text for text, _ in boxes]
 
 
 def test_evidence_curve_draws_its_curves_and_optima(curves):
@@ -102,9 +104,9 @@ def test_evidence_curve_draws_its_curves_and_optima(curves):
         assert len(marks) == 1
         on_the_line = np.interp(np.log(curve.nll_optimum), np.log(GRID), curve.validation_nll)
         assert marks[0].get_ydata()[0] == pytest.approx(on_the_line)
-    words = [text for text, _ in texts(figure)]
+    words = assert_readable(figure)
     assert "best evidence: 0.8 (0.67 to 0.96)" in words and "best validation NLL: 1,000" in words
-    assert_readable(figure)
+    assert "samples not converged" not in words
 
 
 def test_evidence_axis_keeps_the_peaks_in_view(curves):
@@ -143,7 +145,7 @@ def test_values_that_are_not_finite_leave_gaps(curves):
 
 @pytest.mark.parametrize("faint", [[0, 1, 2], [0, 12], [5]])
 def test_curves_are_faint_where_the_samples_have_not_converged(curves, faint):
-    """Of the values drawn in full none is unconverged; the faint line reaches the next converged points, no further."""
+    """The bold line holds converged values alone; the faint line reaches the next converged points, and no further."""
     converged = ~np.isin(np.arange(len(GRID)), faint)
     marked = curves["Lanczos"]._replace(converged=converged)
     figure = plots.evidence_curve({"diagonal": curves["diagonal"], "Lanczos": marked})
@@ -156,16 +158,16 @@ def test_curves_are_faint_where_the_samples_have_not_converged(curves, faint):
         assert thin.get_linewidth() < full.get_linewidth() and thin.get_alpha() < 1
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == len(GRID)]
     assert all(np.isfinite(line.get_ydata()).all() for line in lines)  # the evidence has a band of its own for it
-    words = [text for text, _ in texts(figure)]
-    assert words.count("samples not converged") == 1
-    assert_readable(figure)
-    assert "samples not converged" not in [text for text, _ in texts(plots.evidence_curve(curves))]
+    labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert labels.count("samples not converged") == 1
+    if len(faint) == 1:  # drawing takes most of the time, and one longer legend shows whether it is readable
+        assert_readable(figure)
 
 
 def test_an_optimum_at_the_end_of_its_search_is_called_that(curves):
     ended = curves["Lanczos"]._replace(evidence_at_bound=True, nll_optimum=1e5, nll_at_bound=True)
     figure = plots.evidence_curve({"diagonal": curves["diagonal"]._replace(nll_optimum=1e5), "Lanczos": ended})
-    words = [text for text, _ in texts(figure)]
+    words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     assert "best evidence: 0.8 (at end)" in words and "best validation NLL: 100,000 (at end)" in words
     assert "best validation NLL: 100,000" in words  # that of the diagonal
     both = plots.evidence_curve({"diagonal": ended, "Lanczos": ended})
@@ -180,21 +182,21 @@ def test_reliability_diagram(bins, count):
     methods = {f"diagonal (validation NLL, {n})": reliability_bins(probs, (labels + n) % 4) for n in range(count)}
     figure = plots.reliability_diagram(methods)
     assert len(figure.axes) == 2 * count
-    for n, (name, found) in enumerate(methods.items()):
+    for n, (name, expected) in enumerate(methods.items()):
         diagram, histogram = figure.axes[2 * n : 2 * n + 2]
         assert diagram.get_title() == f"{name}\nECE {expected_calibration_error(probs, (labels + n) % 4):.3f}"
         assert sum(bar.get_height() for bar in histogram.patches) == pytest.approx(1)
         reached, over, under = np.split(np.array([bar.get_height() for bar in diagram.patches]), 3)
-        full = found.counts > 0
-        np.testing.assert_allclose(reached + over, np.maximum(found.confidence[full], reached), atol=1e-12)
-        np.testing.assert_allclose(reached + under, found.accuracy[full], atol=1e-12)
+        full = expected.counts > 0
+        np.testing.assert_allclose(reached + over, np.maximum(expected.confidence[full], reached), atol=1e-12)
+        np.testing.assert_allclose(reached + under, expected.accuracy[full], atol=1e-12)
     assert_readable(figure)
 
 
 def test_whiskers_are_wilson_intervals():
     """At 8 right of 10 the interval is [0.490, 0.943] (Wilson 1927); at 10 of 10 it still has a width."""
-    found = reliability_bins(np.tile([0.7, 0.3], (10, 1)), np.repeat([0, 1], [8, 2]), num_bins=5)
-    diagram = plots.reliability_diagram({"MAP": found}).axes[0]
+    eight_of_ten = reliability_bins(np.tile([0.7, 0.3], (10, 1)), np.repeat([0, 1], [8, 2]), num_bins=5)
+    diagram = plots.reliability_diagram({"MAP": eight_of_ten}).axes[0]
     whisker = next(c for c in diagram.collections if isinstance(c, LineCollection)).get_segments()[0]
     np.testing.assert_allclose(whisker[:, 1], [0.4902, 0.9433], atol=1e-4)
 
@@ -229,21 +231,27 @@ def test_spectrum_sorts_and_leaves_out_what_is_not_positive():
     assert_readable(figure)
 
 
-def test_nothing_global_is_touched(curves):
+def test_nothing_global_is_touched_and_only_plots_import_matplotlib(curves):
     before = dict(matplotlib.rcParams)
     plots.evidence_curve(curves)
     assert dict(matplotlib.rcParams) == before
-    check = "import sys, bnnlaplace.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", check], timeout=60).returncode == 0
+    program = (
+        "import sys, bnnlaplace; "
+        "assert not {'matplotlib', 'bnnlaplace.plots', 'orbax.checkpoint'} & set(sys.modules), 'not light'; "
+        "import bnnlaplace.plots; "
+        "assert 'matplotlib.pyplot' not in sys.modules, 'pyplot has global state'"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_nothing_to_draw_is_refused():
-    for draw, message in [
+    refused = [
         (lambda: plots.evidence_curve({}), "curves must hold at least one structure"),
         (lambda: plots.reliability_diagram({}), "methods must hold at least one method"),
         (lambda: plots.training_curve([]), "history must hold at least one epoch"),
         (lambda: plots.training_curve([{"epoch": 0, "phase": "train"}]), "history must hold loss or accuracy"),
-        (lambda: plots.spectrum(np.zeros(3), {}), "ritz_values must hold a positive value"),
-    ]:
+        (lambda: plots.spectrum(np.zeros(3), {}), "ritz_values must hold a positive value; got 3 values"),
+    ]
+    for draw, message in refused:
         with pytest.raises(ValueError, match=message):
             draw()
