@@ -24,11 +24,10 @@ from bnnlaplace.core.tree import size
 from bnnlaplace.curvature import streamed
 from bnnlaplace.structure import KrylovStructure
 from training import posteriors
-from training import workdir as config_io
-from training.data import load
-from training.data.load import normalise
+from training.data.load import load
 from training.models import van
-from training.train import loop
+from training.train.checkpoints import load_trained
+from training.workdir import load_saved_config
 
 TOLERANCE, SAMPLES = 0.05, 64
 
@@ -43,14 +42,13 @@ def main(
         probes: Numbers of probes in a block.
         max_vectors: At which a decomposition ends that has not converged; its row then says so.
     """
-    config = config_io.load_saved_config(workdir)
+    config = load_saved_config(workdir)
     data = load(config.data)
-    trained = loop.load_trained(workdir)
-    module = van.from_config(config.model, len(data.class_names))
+    trained = load_trained(workdir)
+    module = van.from_config(config, len(data.class_names))
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     precision = posteriors.load(workdir, network)["Lanczos"].evidence_optimum().prior_precision
-    images = normalise(data.train.images, data.mean, data.std)
-    product = streamed.operator(network, categorical(), (images, data.train.labels), side="primal").matvec
+    product = streamed.operator(network, categorical(), tuple(data.train), side="primal").matvec
 
     table = Table(
         "probes in a block", "products a block", f"products for {SAMPLES} samples", "seconds", title_justify="left"

@@ -15,7 +15,7 @@ from rich.console import Console
 from training import posteriors
 from training.cli import program
 from training.cli.arguments import parse_record
-from training.data.load import load
+from training.data.load import load, with_statistics
 from training.errors import UserError
 from training.models import van
 from training.report import evaluation
@@ -65,7 +65,8 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
         trained = load_trained(arguments.workdir)
         data = load(config.data)
         foreign = evaluation.foreign_images(config, data)
-        module = van.from_config(config.model, len(data.class_names))
+        config = dataclasses.replace(config, data=with_statistics(config.data, data.train.images))
+        module = van.from_config(config, len(data.class_names))
         network = posteriors.make_network(module, trained.params, trained.batch_stats)
         fitted = posteriors.load(arguments.workdir, network)
     with watch.stage("evaluation"):

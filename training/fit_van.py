@@ -19,7 +19,7 @@ from training import posteriors
 from training.cli import program
 from training.cli.arguments import parse
 from training.config import Config
-from training.data.load import ImageData, load
+from training.data.load import ImageData, load, with_statistics
 from training.errors import UserError
 from training.models import van
 from training.report import evaluation
@@ -40,9 +40,9 @@ def fit(argv: Sequence[str], console: Console) -> None:
     watch = program.Stopwatch(console, kept="continue with --resume")
     with watch.stage("data"):
         data = load(arguments.settings.data)
-        measured = dataclasses.replace(arguments.settings.data, mean=data.mean, std=data.std)
-        config = dataclasses.replace(arguments.settings, data=measured)
-        module = van.from_config(config.model, len(data.class_names))
+        section = with_statistics(arguments.settings.data, data.train.images)
+        config = dataclasses.replace(arguments.settings, data=section)
+        module = van.from_config(config, len(data.class_names))
         _check(config, data, module)
         foreign = evaluation.foreign_images(config, data)
         workdir = arguments.workdir
@@ -86,7 +86,7 @@ def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Lapl
 def _check(config: Config, data: ImageData, module: van.VAN) -> None:
     """Find what would stop the run later, before a work directory is made for it: nothing is computed."""
     loop.check_batch_size(config, data)
-    image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.float32)
+    image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.uint8)
     try:
         jax.eval_shape(partial(module.init, train=False), {"params": jax.random.key(0)}, image)
     except ValueError as error:

@@ -17,7 +17,7 @@ from bnnlaplace.checkpoint.pytree import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
 from training.cli import interruption
 from training.config import Config
-from training.data.load import ImageData, normalise
+from training.data.load import ImageData
 from training.data.shuffle import stratified_indices
 from training.errors import UserError
 from training.workdir import POSTERIORS, write_atomically
@@ -50,14 +50,13 @@ def fit(
     Interrupted
         Ctrl-C or SIGTERM came; the running block was finished, nothing is kept.
     """
-    images = normalise(data.train.images, data.mean, data.std)
     posteriors = {}
     for name, structure in STRUCTURES.items():
         interruption.stop_if_requested(_STOPPED)
         la = Laplace(network, hessian_structure=structure, prior_precision=prior_precision)
         with _warnings_on(console):
             posteriors[name] = la.fit(
-                (images, data.train.labels),
+                (data.train.images, data.train.labels),
                 key=probe_key(config),
                 num_probes=config.curvature.num_probes,
                 max_vectors=config.curvature.max_vectors,
@@ -123,8 +122,7 @@ def online_update(
     """
     count = min(config.prior.examples, len(data.train.labels))
     chosen = np.sort(stratified_indices(data.train.labels, count, (config.seed + _SUBSET_STREAM) % 2**63))
-    images = normalise(data.train.images[chosen], data.mean, data.std)
-    labels = data.train.labels[chosen]
+    images, labels = data.train.images[chosen], data.train.labels[chosen]
 
     def update(params: Any, batch_stats: Any, precision: float, epoch: int) -> float:
         with _warnings_on(console):

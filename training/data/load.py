@@ -1,6 +1,6 @@
 """The image data of a run: its splits in memory, the statistics of its pixels, and the order of its epochs."""
 
-from collections.abc import Sequence
+import dataclasses
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +23,6 @@ class ImageData(NamedTuple):
     train: Split
     validation: Split
     test: Split
-    mean: tuple[float, ...]
-    """Per-channel mean of the training pixels scaled to [0, 1], or the configured one."""
-    std: tuple[float, ...]
-    """Per-channel standard deviation, likewise."""
 
 
 def load(config: Data) -> ImageData:
@@ -34,7 +30,7 @@ def load(config: Data) -> ImageData:
 
     The validation split is the set's own where it has one; otherwise a stratified part of the training split is held
     out, the same in every run. `train_examples` then chooses among what is left, so it never changes the validation
-    examples. Mean and standard deviation are measured on the training examples that remain.
+    examples.
 
     Parameters
     ----------
@@ -72,28 +68,41 @@ def load(config: Data) -> ImageData:
         _check_count("data.train_examples", config.train_examples, len(train.labels))
         train = _take(train, stratified_indices(train.labels, config.train_examples, _SUBSET_SEED))
     _check_shapes(config, train, validation, test)
-    mean, std = _statistics(config, train.images)
-    return ImageData(config.name, class_names, train, validation, test, mean, std)
+    return ImageData(config.name, class_names, train, validation, test)
 
 
-def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Return `(images / 255 - mean) / std`, per channel.
+def with_statistics(config: Data, images: np.ndarray) -> Data:
+    """Complete a configuration by the mean and standard deviation of the pixels, with which the network normalises.
 
     Parameters
     ----------
+    config : training.config.Data
+        What it leaves to measurement is measured.
     images : ndarray of uint8, shape (N, H, W, C)
-    mean, std : sequence of C floats
-        In units of pixels scaled to [0, 1].
+        The training images.
 
-    Returns
-    -------
-    ndarray of float32, shape (N, H, W, C)
+    Raises
+    ------
+    UserError
+        The configuration has another number of channels than the images, or a channel of the images does not vary.
     """
-    scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
-    offset = np.asarray(mean, dtype=np.float64) / np.asarray(std, dtype=np.float64)
-    normalised = images * scale.astype(np.float32)
-    normalised -= offset.astype(np.float32)
-    return normalised
+    channels = images.shape[-1]
+    for option, values in (("mean", config.mean), ("std", config.std)):
+        if values is not None and len(values) != channels:
+            raise UserError(
+                f"`data.{option}` must have one number per channel; got {len(values)} for the {channels} of "
+                f"{config.name!r}; give {channels}, or none to have them measured"
+            )
+    mean, std = config.mean, config.std
+    if mean is None or std is None:
+        measured_mean, measured_std = _measure(images)
+        mean, std = mean or measured_mean, std or measured_std
+    if not all(value > 0 for value in std):
+        raise UserError(
+            f"`data.std` must be positive in every channel; got {std} measured for {config.name!r}; set it, or use "
+            "images that vary"
+        )
+    return dataclasses.replace(config, mean=mean, std=std)
 
 
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
@@ -147,27 +156,6 @@ def _check_shapes(config: Data, *splits: Split) -> None:
             f"`data.augment` must be off for grey images, whose class a flip or crop may change; got it on for "
             f"{config.name!r}; remove the option"
         )
-
-
-def _statistics(config: Data, images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return the configured mean and standard deviation per channel, measuring what is not configured."""
-    channels = images.shape[-1]
-    for option, values in (("mean", config.mean), ("std", config.std)):
-        if values is not None and len(values) != channels:
-            raise UserError(
-                f"`data.{option}` must have one number per channel; got {len(values)} for the {channels} of "
-                f"{config.name!r}; give {channels}, or none to have them measured"
-            )
-    mean, std = config.mean, config.std
-    if mean is None or std is None:
-        measured_mean, measured_std = _measure(images)
-        mean, std = mean or measured_mean, std or measured_std
-    if not all(value > 0 for value in std):
-        raise UserError(
-            f"`data.std` must be positive in every channel; got {std} measured for {config.name!r}; set it, or use "
-            "images that vary"
-        )
-    return mean, std
 
 
 def _measure(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

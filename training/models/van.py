@@ -16,9 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
-from training import config
+from training.config import Config
 from training.errors import UserError
 from training.models.depthwise import Method, depthwise_conv
 
@@ -59,6 +60,20 @@ VARIANTS: dict[str, VANVariant] = {
     "cifar": VANVariant((32, 64, 96), (1, 2, 1), (4, 4, 2), 3, 2, (32, 32, 3)),
     "digits": VANVariant((16, 32), (1, 1), (2, 2), 3, 1, (8, 8, 1)),
 }
+
+
+class Normalise(nn.Module):
+    """Pixels from 0 to 255, channels last, to (pixel / 255 - mean) / std. The statistics are constants, not weights."""
+
+    mean: tuple[float, ...]
+    """Of each channel, for pixels scaled to [0, 1]."""
+    std: tuple[float, ...]
+    """Of each channel, for pixels scaled to [0, 1]."""
+
+    def __call__(self, x: Array) -> Array:
+        std = np.asarray(self.std, np.float64)
+        scale, offset = 1.0 / (255.0 * std), np.asarray(self.mean, np.float64) / std
+        return jnp.asarray(x) * scale.astype(np.float32) - offset.astype(np.float32)
 
 
 class Pointwise(nn.Module):
@@ -178,6 +193,9 @@ class VAN(nn.Module):
 
     num_classes
         Length of the logits.
+    pixel_mean, pixel_std
+        With them the first layer normalises the images, one number per channel; see `Normalise`. Without them the
+        images must be normalised already.
     drop_path
         Probability, in training, that a residual branch of the last block is dropped for an image; it grows linearly
         from 0 at the first block. Draws from the random stream "drop_path".
@@ -207,6 +225,8 @@ class VAN(nn.Module):
     stem_stride: int = 4
     drop_path: float = 0.0
     depthwise: Method = "auto"
+    pixel_mean: tuple[float, ...] = ()
+    pixel_std: tuple[float, ...] = ()
 
     @classmethod
     def from_variant(cls, variant: VANVariant, num_classes: int, **options: Any) -> "VAN":
@@ -217,6 +237,8 @@ class VAN(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
         self._check(x.shape)
+        if self.pixel_mean:
+            x = Normalise(self.pixel_mean, self.pixel_std, name="normalise")(x)
         x = jnp.transpose(x, (3, 1, 2, 0))
         rates = iter(self._drop_rates())
         for stage, (channels, depth, ratio) in enumerate(
@@ -248,6 +270,11 @@ class VAN(nn.Module):
             raise ValueError(f"VAN(drop_path=...) must lie in [0, 1); got {self.drop_path}")
         if len(shape) != 4:
             raise ValueError(f"VAN()(x) must get images (N, H, W, C); got shape {shape}; add the missing axes")
+        if not len(self.pixel_mean) == len(self.pixel_std) in (0, shape[3]):
+            raise ValueError(
+                "VAN(pixel_mean=..., pixel_std=...) must have one number for each channel of the images, "
+                f"{shape[3]}; got {self.pixel_mean} and {self.pixel_std}"
+            )
         smallest = self.stem_stride * 2 ** (len(self.embed_dims) - 1)
         if min(shape[1:3]) < smallest:
             raise ValueError(
@@ -262,13 +289,14 @@ class VAN(nn.Module):
             )
 
 
-def from_config(model: config.Model, num_classes: int) -> VAN:
+def from_config(config: Config, num_classes: int) -> VAN:
     """The network that a configuration describes.
 
     Parameters
     ----------
-    model
-        Variant, overrides of its stem, and drop-path.
+    config
+        Its model section has the variant, overrides of its stem, and drop-path. Its data section has the statistics
+        of the pixels, measured or configured (`training.data.load.with_statistics`).
     num_classes
         Classes of the data.
 
@@ -277,6 +305,11 @@ def from_config(model: config.Model, num_classes: int) -> VAN:
     UserError
         An unknown variant, an even stem kernel, or a stem stride that leaves pixels out.
     """
+    model, data = config.model, config.data
+    if data.mean is None or data.std is None:
+        raise ValueError(
+            "`from_config(config=...)` must have the statistics of the pixels; got none; use `with_statistics` first"
+        )
     if model.variant not in VARIANTS:
         raise UserError(f"`model.variant` must be one of {', '.join(VARIANTS)}; got {model.variant!r}; choose one")
     variant = VARIANTS[model.variant]
@@ -286,7 +319,15 @@ def from_config(model: config.Model, num_classes: int) -> VAN:
         raise UserError(f"`model.stem_kernel` must be odd; got {kernel}; try {kernel + 1}")
     if stride > kernel:
         raise UserError(f"`model.stem_stride` must not exceed the stem's kernel, {kernel}; got {stride}; try {kernel}")
-    return VAN.from_variant(variant, num_classes, stem_kernel=kernel, stem_stride=stride, drop_path=model.drop_path)
+    return VAN.from_variant(
+        variant,
+        num_classes,
+        stem_kernel=kernel,
+        stem_stride=stride,
+        drop_path=model.drop_path,
+        pixel_mean=data.mean,
+        pixel_std=data.std,
+    )
 
 
 def _per_channel(v: Array) -> Array:

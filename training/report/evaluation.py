@@ -17,7 +17,8 @@ from bnnlaplace.predictive import link
 from training.cli import interruption
 from training.config import Config
 from training.data.foreign import out_of_distribution
-from training.data.load import ImageData, Split, normalise
+from training.data.load import ImageData
+from training.data.reading import Split
 from training.errors import UserError
 from training.report.results import KrylovResult, MethodResult, ModeDistance, RunResults
 from training.train.checkpoints import TrainResult
@@ -53,13 +54,11 @@ def evaluate(
     """
     network = next(iter(posteriors.values())).network
     split: Split = getattr(data, config.evaluation.split)
-    validation = normalise(data.validation.images, data.mean, data.std)
-    held_out = _HeldOut(config, normalise(np.concatenate([split.images, foreign]), data.mean, data.std), split.labels)
-    curves = {
-        name: precision_curve(config, name, la, validation, data.validation.labels) for name, la in posteriors.items()
-    }
+    validation, labels = data.validation
+    held_out = _HeldOut(config, np.concatenate([split.images, foreign]), split.labels)
+    curves = {name: precision_curve(config, name, la, validation, labels) for name, la in posteriors.items()}
     methods = [
-        *held_out.point_predictions(network, validation, data.validation.labels),
+        *held_out.point_predictions(network, validation, labels),
         *(
             method
             for name, la in posteriors.items()

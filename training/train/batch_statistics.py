@@ -23,15 +23,13 @@ TOLERANCE = 1e-5
 _EPSILON = 1e-5
 
 
-def make_moments(module: nn.Module, prepare: Callable[[Any], Any]) -> Callable[..., Moments]:
+def make_moments(module: nn.Module) -> Callable[..., Moments]:
     """Build the compiled measurement of one batch.
 
     Parameters
     ----------
     module
         A network whose only batch statistics are those of `flax.linen.BatchNorm` layers.
-    prepare
-        From stored images to the network's input.
 
     Returns
     -------
@@ -54,7 +52,7 @@ def make_moments(module: nn.Module, prepare: Callable[[Any], Any]) -> Callable[.
             return call(*args, **kwargs)
 
         with nn.intercept_methods(measure):
-            module.apply({"params": params, "batch_stats": batch_stats}, prepare(images), train=False)
+            module.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
         return measured
 
     return jax.jit(moments)

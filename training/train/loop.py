@@ -25,7 +25,8 @@ from rich.console import Console
 from training.cli import interruption
 from training.config import Config
 from training.data.augment import augment
-from training.data.load import ImageData, Split, normalise
+from training.data.load import ImageData
+from training.data.reading import Split
 from training.errors import Interrupted, UserError
 from training.train import progress
 from training.train.batch_statistics import make_moments, population_statistics
@@ -85,7 +86,7 @@ def train(
     config
         The run; `data` must be what its data section describes.
     module
-        A Flax network: ``module.apply(variables, x, train=..., rngs={"drop_path": key}, mutable=["batch_stats"])``
+        A Flax network: ``module.apply(variables, images, train=..., rngs={"drop_path": key}, mutable=["batch_stats"])``
         returns logits. Its batch statistics, if any, are those of `flax.linen.BatchNorm` layers.
     workdir
         A directory claimed by `training.workdir.open_workdir`.
@@ -163,11 +164,7 @@ def _prepare(
     if config.prior.update == "online" and update_prior is None:
         raise ValueError("`train(update_prior=...)` must be given where prior.update is online; got None; pass one")
     plan = Plan(num_examples, optimizer.batch_size, optimizer.epochs, optimizer.polish_epochs)
-
-    def prepare(images: Any) -> Any:
-        return normalise(images, data.mean, data.std)
-
-    passes = make_passes(module, prepare)
+    passes = make_passes(module)
     key_init, key_drop_path = jax.random.split(jax.random.key(config.seed))
     return _Run(
         config=config,
@@ -175,7 +172,7 @@ def _prepare(
         plan=plan,
         passes=passes,
         steps=make_steps(passes, optimizer, plan),
-        moments=make_moments(module, prepare),
+        moments=make_moments(module),
         key_init=key_init,
         key_drop_path=key_drop_path,
         workdir=workdir,

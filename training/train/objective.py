@@ -43,15 +43,14 @@ class JointGradient(NamedTuple):
     """Of the prior's part of it, prior_precision * |theta|."""
 
 
-def make_passes(module: nn.Module, prepare: Callable[[Any], Any]) -> Passes:
+def make_passes(module: nn.Module) -> Passes:
     """Build the passes of a Flax module.
 
     Parameters
     ----------
     module
-        ``module.apply(variables, x, train=..., rngs={"drop_path": key})`` returns logits.
-    prepare
-        From stored images to the network's input ``x``; it is compiled with the rest.
+        ``module.apply(variables, images, train=..., rngs={"drop_path": key})`` returns logits, for images as they are
+        stored.
 
     Notes
     -----
@@ -59,13 +58,13 @@ def make_passes(module: nn.Module, prepare: Callable[[Any], Any]) -> Passes:
     """
 
     def initialise(key: jax.Array, images: Any) -> tuple[Any, Any]:
-        variables = module.init({"params": key, "drop_path": key}, prepare(images), train=False)
+        variables = module.init({"params": key, "drop_path": key}, images, train=False)
         return variables["params"], variables.get("batch_stats", {})
 
     def live_totals(params: Any, batch_stats: Any, images: Any, labels: Any, key: jax.Array) -> tuple[jax.Array, Any]:
         logits, updates = module.apply(
             {"params": params, "batch_stats": batch_stats},
-            prepare(images),
+            images,
             train=True,
             rngs={"drop_path": key},
             mutable=["batch_stats"],
@@ -74,7 +73,7 @@ def make_passes(module: nn.Module, prepare: Callable[[Any], Any]) -> Passes:
         return nll, (correct, updates.get("batch_stats", batch_stats))
 
     def frozen_totals(params: Any, batch_stats: Any, images: Any, labels: Any, mask: Any) -> Totals:
-        logits = module.apply({"params": params, "batch_stats": batch_stats}, prepare(images), train=False)
+        logits = module.apply({"params": params, "batch_stats": batch_stats}, images, train=False)
         return _totals(logits, labels, mask)
 
     return Passes(

@@ -8,7 +8,7 @@ from PIL import Image
 
 from training.config import Data
 from training.data.foreign import out_of_distribution
-from training.data.load import epoch_order, load, normalise
+from training.data.load import epoch_order, load, with_statistics
 from training.data.reading import Split, load_split
 from training.errors import UserError
 
@@ -17,6 +17,11 @@ from training.errors import UserError
 def colour_set(write_set, examples) -> Path:
     """A set of colour images without a validation split."""
     return write_set("tiny", {"train": examples(60), "test": examples(9, seed=1)})
+
+
+def statistics_of(config: Data) -> Data:
+    """What a run records of its pixels."""
+    return with_statistics(config, load(config).train.images)
 
 
 def row_set(split: Split) -> set[bytes]:
@@ -30,7 +35,8 @@ def test_digits_load_with_their_own_validation_split(tmp_path):
     own, _ = load_split("digits", "validation", tmp_path)
     assert np.array_equal(data.validation.images, own.images)
     pixels = data.train.images / 255.0
-    np.testing.assert_allclose((data.mean, data.std), ([pixels.mean()], [pixels.std()]), rtol=1e-13)
+    measured = statistics_of(Data(dir=tmp_path))
+    np.testing.assert_allclose((measured.mean, measured.std), ([pixels.mean()], [pixels.std()]), rtol=1e-13)
 
 
 def test_the_environment_names_the_data_directory(tmp_path, monkeypatch):
@@ -64,15 +70,17 @@ def test_train_examples_are_stratified_and_leave_validation_alone(colour_set):
     assert row_set(part.train) < row_set(full.train)
     assert np.array_equal(part.validation.images, full.validation.images)
     assert np.array_equal(part.test.images, full.test.images)
-    np.testing.assert_allclose(part.mean, part.train.images.mean(axis=(0, 1, 2)) / 255, rtol=1e-13)
+    measured = statistics_of(Data(name="tiny", dir=colour_set, train_examples=9))
+    np.testing.assert_allclose(measured.mean, part.train.images.mean(axis=(0, 1, 2)) / 255, rtol=1e-13)
 
 
 def test_statistics_are_those_of_the_config_where_it_has_them(colour_set):
-    measured = load(Data(name="tiny", dir=colour_set))
-    assert load(Data(name="tiny", dir=colour_set, mean=(0.0, 0.5, 1.0))).mean == (0.0, 0.5, 1.0)
-    assert load(Data(name="tiny", dir=colour_set, mean=(0.0, 0.5, 1.0))).std == measured.std
-    assert load(Data(name="tiny", dir=colour_set, std=(1.0, 2.0, 3.0))).std == (1.0, 2.0, 3.0)
-    pixels = measured.train.images / 255.0
+    measured = statistics_of(Data(name="tiny", dir=colour_set))
+    assert statistics_of(Data(name="tiny", dir=colour_set, mean=(0.0, 0.5, 1.0))).mean == (0.0, 0.5, 1.0)
+    assert statistics_of(Data(name="tiny", dir=colour_set, mean=(0.0, 0.5, 1.0))).std == measured.std
+    assert statistics_of(Data(name="tiny", dir=colour_set, std=(1.0, 2.0, 3.0))).std == (1.0, 2.0, 3.0)
+    assert statistics_of(measured) == measured
+    pixels = load(Data(name="tiny", dir=colour_set)).train.images / 255.0
     np.testing.assert_allclose(measured.std, pixels.std(axis=(0, 1, 2)), rtol=1e-13)
 
 
@@ -87,7 +95,7 @@ def test_statistics_are_those_of_the_config_where_it_has_them(colour_set):
 )
 def test_options_that_do_not_fit_the_set(colour_set, options, message):
     with pytest.raises(UserError, match=message):
-        load(Data(name="tiny", dir=colour_set, **options))
+        statistics_of(Data(name="tiny", dir=colour_set, **options))
 
 
 def test_validation_examples_of_a_set_with_its_own_split(tmp_path):
@@ -116,15 +124,7 @@ def test_splits_of_different_sizes(write_set, examples):
 def test_images_without_variation(write_set):
     blank = [(np.full((2, 2, 1), 7, np.uint8), index % 3) for index in range(6)]
     with pytest.raises(UserError, match=r"`data.std` must be positive in every channel; got \(0.0,\)"):
-        load(Data(name="tiny", dir=write_set("tiny", {"train": blank, "test": blank})))
-
-
-def test_normalise_matches_its_formula():
-    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 4, 4, 3)
-    mean, std = (0.1, 0.5, 0.9), (0.2, 1.0, 0.05)
-    normalised = normalise(images, mean, std)
-    assert normalised.dtype == np.float32
-    np.testing.assert_allclose(normalised, (images / 255.0 - mean) / std, rtol=1e-6, atol=4e-6)
+        statistics_of(Data(name="tiny", dir=write_set("tiny", {"train": blank, "test": blank})))
 
 
 def test_epoch_orders_are_permutations_that_depend_on_seed_and_epoch():

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax import Array, lax
 
-from training.config import Model
+from training.config import Config, Data, Model
 from training.errors import UserError
-from training.models.van import VAN, VARIANTS, Block, from_config
+from training.models.van import VAN, VARIANTS, Block, Normalise, from_config
 
 TINY = VAN(3, embed_dims=(4, 6), depths=(1, 2), mlp_ratios=(2, 1), stem_kernel=3, stem_stride=2)
 
@@ -182,10 +182,36 @@ def test_drop_path_grows_linearly_from_zero():
 
 
 def test_from_config_takes_the_variant_and_overrides_its_stem():
-    module = from_config(Model("digits", stem_kernel=5, stem_stride=1, drop_path=0.1), 7)
-    expected = VAN.from_variant(VARIANTS["digits"], 7, stem_kernel=5, stem_stride=1, drop_path=0.1)
+    pixels = {"pixel_mean": (0.5,), "pixel_std": (0.25,)}
+    module = from_config(settings(Model("digits", stem_kernel=5, stem_stride=1, drop_path=0.1)), 7)
+    expected = VAN.from_variant(VARIANTS["digits"], 7, stem_kernel=5, stem_stride=1, drop_path=0.1, **pixels)
     assert module == expected
-    assert from_config(Model("b2"), 10) == VAN.from_variant(VARIANTS["b2"], 10)
+    assert from_config(settings(Model("b2")), 10) == VAN.from_variant(VARIANTS["b2"], 10, **pixels)
+
+
+def settings(model: Model) -> Config:
+    return Config(data=Data(mean=(0.5,), std=(0.25,)), model=model)
+
+
+def test_pixels_that_were_not_measured_are_refused():
+    with pytest.raises(ValueError, match="must have the statistics of the pixels"):
+        from_config(Config(), 10)
+
+
+def test_normalise_matches_its_formula():
+    images = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 4, 4, 3)
+    mean, std = (0.1, 0.5, 0.9), (0.2, 1.0, 0.05)
+    normalised = Normalise(mean, std).apply({}, images)
+    assert normalised.dtype == np.float32
+    np.testing.assert_allclose(normalised, (images / 255.0 - mean) / std, rtol=1e-6, atol=4e-6)
+
+
+def test_the_first_layer_normalises_stored_images(variables):
+    images = np.random.default_rng(7).integers(256, size=(3, 8, 8, 2), dtype=np.uint8)
+    mean, std = (0.25, 0.5), (0.5, 0.125)
+    found = TINY.clone(pixel_mean=mean, pixel_std=std).apply(variables, images)
+    expected = TINY.apply(variables, ((images / 255.0 - mean) / std).astype(np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5 * float(jnp.abs(expected).max()))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +224,7 @@ def test_from_config_takes_the_variant_and_overrides_its_stem():
 )
 def test_configurations_that_a_user_must_mend(model, message):
     with pytest.raises(UserError, match=message):
-        from_config(model, 10)
+        from_config(settings(model), 10)
 
 
 @pytest.mark.parametrize(
@@ -210,6 +236,8 @@ def test_configurations_that_a_user_must_mend(model, message):
         ({"depths": (1,)}, (1, 8, 8, 2), "one entry per stage"),
         ({"stem_kernel": 2}, (1, 8, 8, 2), "odd kernel"),
         ({"drop_path": -0.1}, (1, 8, 8, 2), "drop_path=...\\) must lie in"),
+        ({"pixel_mean": (0.5,), "pixel_std": (0.5,)}, (1, 8, 8, 2), "one number for each channel of the images, 2"),
+        ({"pixel_mean": (0.5, 0.5)}, (1, 8, 8, 2), "one number for each channel of the images, 2"),
     ],
 )
 def test_faults(variables, fields, shape, message):

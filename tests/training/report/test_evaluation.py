@@ -8,7 +8,8 @@ import pytest
 
 from bnnlaplace import Laplace, Network
 from training.config import Config, Curvature, Evaluation
-from training.data.load import ImageData, Split
+from training.data.load import ImageData
+from training.data.reading import Split
 from training.errors import UserError
 from training.report.evaluation import foreign_images, lowest_nll, precision_curve
 
@@ -70,7 +71,7 @@ def test_curves_say_where_the_samples_have_converged():
 def test_foreign_images_are_those_of_the_evaluated_split():
     rng = np.random.default_rng(0)
     splits = [Split(rng.integers(256, size=(n, 4, 4, 1), dtype=np.uint8), np.zeros(n, np.int32)) for n in (5, 3, 2)]
-    data = ImageData("digits", ("0",), *splits, mean=(0.5,), std=(0.5,))
+    data = ImageData("digits", ("0",), *splits)
     assert foreign_images(CONFIG, data).shape == (2, 4, 4, 1)
     inverted = dataclasses.replace(CONFIG, evaluation=Evaluation(split="validation", ood="inverted"))
     np.testing.assert_array_equal(foreign_images(inverted, data), 255 - data.validation.images)

@@ -22,8 +22,10 @@ from rich.console import Console
 from bnnlaplace.checkpoint.pytree import load_pytree
 from training.cli import interruption
 from training.config import Config, Optimizer, Prior
-from training.data.load import ImageData, Split, epoch_order, normalise
+from training.data.load import ImageData, epoch_order
+from training.data.reading import Split
 from training.errors import Interrupted, UserError
+from training.models.van import Normalise
 from training.train import checkpoints, loop
 from training.train.batch_statistics import make_moments, population_statistics
 from training.train.batches import Plan, fixed_order, weighted_batches
@@ -39,6 +41,7 @@ CONFIG = Config(
 )
 TRACES = {"live": 0, "frozen": 0}
 NEVER = 0
+MEAN, STD = 0.45, 0.2
 
 
 class Network(nn.Module):
@@ -49,7 +52,7 @@ class Network(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         TRACES["live" if train else "frozen"] += 1
-        x = nn.Dense(5)(x)
+        x = nn.Dense(5)(Normalise((MEAN,), (STD,))(x))
         x = nn.relu(nn.BatchNorm(use_running_average=not train, momentum=self.momentum)(x))
         branch = nn.Dense(5)(x)
         if train:
@@ -62,6 +65,7 @@ class Network(nn.Module):
 class Logistic(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = Normalise((MEAN,), (STD,))(x)
         return nn.Dense(3)(x.reshape(len(x), -1))
 
 
@@ -73,7 +77,7 @@ def split(rng: np.random.Generator, count: int) -> Split:
 
 def make_data() -> ImageData:
     rng = np.random.default_rng(0)
-    return ImageData("toy", ("a", "b", "c"), split(rng, 26), split(rng, 10), split(rng, 10), (0.45,), (0.2,))
+    return ImageData("toy", ("a", "b", "c"), split(rng, 26), split(rng, 10), split(rng, 10))
 
 
 DATA = make_data()
@@ -310,7 +314,12 @@ def test_history_describes_every_epoch(finished) -> None:
 
 def apply(module: nn.Module, result: TrainResult, images: np.ndarray) -> Any:
     variables = {"params": result.params, "batch_stats": result.batch_stats}
-    return jax.jit(module.apply)(variables, normalise(images, DATA.mean, DATA.std))
+    return jax.jit(module.apply)(variables, images)
+
+
+def normalised(images: np.ndarray) -> np.ndarray:
+    """The images as the networks should see them, by the definition."""
+    return (images / 255 - MEAN) / STD
 
 
 def log_joint_terms(module: nn.Module, result: TrainResult, data: Split) -> tuple[float, float]:
@@ -374,7 +383,7 @@ def exact_statistics(params: Any) -> Any:
     def statistics(inputs: np.ndarray) -> dict[str, np.ndarray]:
         return {"mean": inputs.mean((0, 1, 2)), "var": inputs.var((0, 1, 2))}
 
-    first_input = dense("Dense_0", normalise(DATA.train.images, DATA.mean, DATA.std).astype(np.float64))
+    first_input = dense("Dense_0", normalised(DATA.train.images))
     first = statistics(first_input)
     x = (first_input - first["mean"]) / np.sqrt(first["var"] + 1e-5)
     x = np.maximum(x * params["BatchNorm_0"]["scale"] + params["BatchNorm_0"]["bias"], 0.0)
@@ -402,11 +411,11 @@ def test_population_statistics_in_small_batches_and_any_layout(batch_first: bool
                 layer = nn.BatchNorm(use_running_average=True, axis=0)
                 return jnp.moveaxis(layer(jnp.moveaxis(x, (0, 3), (3, 0))), (3, 0), (0, 3))
 
-            x = nn.relu(normalised(nn.Dense(5)(x)))
+            x = nn.relu(normalised(nn.Dense(5)(Normalise((MEAN,), (STD,))(x))))
             return normalised(x + nn.Dense(5)(x))
 
     module = Network() if batch_first else Transposed()
-    moments = make_moments(module, lambda images: normalise(images, DATA.mean, DATA.std))
+    moments = make_moments(module)
     start = jax.tree.map(lambda leaf: np.full_like(leaf, 0.7), standing.batch_stats)
     batches = lambda: weighted_batches(DATA.train.images, 8)  # noqa: E731
     assert_close(population_statistics(moments, standing.params, start, batches), exact_statistics(standing.params))
@@ -428,7 +437,7 @@ def test_logistic_regression_ends_at_its_mode(tmp_path: Path) -> None:
     optimizer = Optimizer(learning_rate=0.05, batch_size=26, epochs=100, warmup_epochs=0, polish_epochs=300)
     config = Config(optimizer=replace(optimizer, polish_learning_rate=0.02), prior=Prior(precision=0.7))
     result = run(tmp_path, config, module=Logistic())
-    x = normalise(DATA.train.images, DATA.mean, DATA.std).reshape(26, -1).astype(np.float64)
+    x = normalised(DATA.train.images).reshape(26, -1)
     x = np.concatenate([x, np.ones((26, 1))], 1)
 
     def objective(flat: np.ndarray) -> float:
