@@ -1,4 +1,8 @@
-"""Krylov methods for matrices known by their products; they depend on nothing else of the package."""
+"""Krylov methods for matrices that are known only by their products.
+
+Decompositions (`lanczos`, `arnoldi`, `block_lanczos`), functions of a matrix times a vector (`matfun_lanczos`,
+`matfun_arnoldi`), and traces (`stochastic_lanczos_quadrature`, `trace_forms`). Nothing here knows of networks.
+"""
 
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi
 from bnnlaplace.krylov.block_functions import (

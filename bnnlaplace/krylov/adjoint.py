@@ -1,4 +1,7 @@
-"""What the adjoints of Lanczos and Arnoldi have in common: equations, multipliers, and the gradient they end in.
+"""The adjoint equations of Lanczos and Arnoldi, their multipliers, and the gradients that come out of them.
+
+Both decompositions are differentiated by the method of Lagrange multipliers, and this file holds what they share.
+`lanczos.py` and `arnoldi.py` each solve the equations in their own recurrence.
 
 Forward. K steps from a vector v give an orthonormal basis, the columns q_1..q_K of Q, with
 
@@ -18,21 +21,22 @@ then gives l_{k-1} from those after it:
 
     H_{k,k-1} l_{k-1} = dq_k + A' l_k - sum_{j >= k} H_kj l_j + g_k r + Q s_k.                                 (Qk)
 
-Multipliers. The paper finds S as the recurrence goes, from inner products of its right-hand side. It is known before:
-multiply column k of (Q) by q_i', i <= k, use A q_i from (F), and every product q_m' l_j that appears has m <= j + 1, so
-(H) prescribes it:
+Multipliers. The paper finds S step by step, from inner products of the right-hand side of (Qk). But S is known before
+the recurrence starts: multiply column k of (Q) by q_i', i <= k, and use (F) for A q_i. Every product q_m' l_j that
+appears has m <= j + 1, so (H) prescribes it:
 
     S_ik = -(Q' dQ + H' D - D H' + (r' dr) e_K e_K')_ik    for i <= k,                                         (S)
 
-D being dH with zeros below the subdiagonal. The rest of S is its mirror image. So Q S is one product of matrices, and
+D being dH with zeros below the subdiagonal. The rest of S follows by symmetry. So Q S is one product of matrices, and
 the recurrence itself needs no inner products with the basis.
 
-Projection. In floating point l_{k-1} drifts away from (H), and division by a small H_{k,k-1} magnifies what drifted,
-as the forward recurrence loses orthogonality. Where that one reorthogonalises, this one projects l_{k-1} back
-onto (H): it is changed within the span of q_1..q_k so that its products with them are column k - 1 of D.
+Projection. In floating point l_{k-1} drifts away from (H), and the division by a small H_{k,k-1} magnifies the drift,
+just as the forward recurrence loses orthogonality. If the forward recurrence reorthogonalises, the adjoint projects
+l_{k-1} back onto (H): it changes l_{k-1} within the span of q_1..q_k so that its products with them are column k - 1
+of D.
 
-Breakdown. After m steps that found an invariant subspace, r = 0 and all later outputs are constant zeros, whose
-cotangents are ignored. (Qk) starts anew at k = m with g = D e_m.
+Breakdown. If m steps found an invariant subspace, r is zero and all later outputs are constant zeros. Their cotangents
+are ignored, and (Qk) starts anew at k = m with g = D e_m.
 
 Gradients. In the direction dA of the operator, sum_k l_k' dA q_k: one vector-Jacobian product of theta -> sum_k l_k'
 A(theta) q_k. In v, with w the right-hand side of (Qk) at k = 1: dc q_1 + (I - q_1 q_1') w / |v|.
@@ -57,10 +61,12 @@ def sources(
     d_hessenberg: Float[Array, "K K"],
     d_residual: Float[Array, " n"],
 ) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
-    """The terms dq_k + g_k r + Q s_k of (Qk), one row for each k, and l_K."""
+    """Return the terms dq_k + g_k r + Q s_k of (Qk), one row for each k, and l_K."""
+    # Equation (S). The rows of `basis` are the columns of Q, so `basis @ d_basis.T` is Q' dQ.
     products = matmul(basis, d_basis.T) + matmul(hessenberg.T, d_hessenberg) - matmul(d_hessenberg, hessenberg.T)
     products = products.at[-1, -1].add(matmul(residual, d_residual))
     multipliers = -(jnp.triu(products) + jnp.triu(products, 1).T)
+    # Equation (r), multiplied by Q' and with column K of (H) for Q' l_K.
     g = d_hessenberg[:, -1] - matmul(basis, d_residual)
     return d_basis + g[:, None] * residual + matmul(multipliers, basis), d_residual + matmul(g, basis)
 
@@ -71,7 +77,8 @@ def start_cotangent(
     norm: Float[Array, ""],
     d_norm: Float[Array, ""],
 ) -> Float[Array, " n"]:
-    """The cotangent of v from that of q_1 = v / |v| and of |v|."""
+    """Return the cotangent of v, given those of q_1 = v / |v| and of |v|."""
+    # q_1 has length one, so only what is orthogonal to it counts.
     tangent = right_hand_side - first * matmul(first, right_hand_side)
     return d_norm * first + tangent / jnp.where(norm > 0, norm, 1)
 
@@ -83,10 +90,10 @@ def operator_cotangent(
     multipliers: Float[Array, "K n"],
     batch_size: int,
 ) -> tuple[Any, ...]:
-    """The cotangent of `arguments`: the gradient of sum_k l_k' A(arguments) q_k, `batch_size` terms at a time.
+    """Return the cotangent of `arguments`: the gradient of sum_k l_k' A(arguments) q_k.
 
-    Leaves of `arguments` that are not floating point get None. Memory: what the derivative of `batch_size` products
-    saves, and one copy of `arguments`.
+    `batch_size` terms are differentiated at a time. Leaves of `arguments` that are not floating point get None. Memory:
+    what the derivative of `batch_size` products saves, and one copy of `arguments`.
     """
     active, fill, cotangent = floating(arguments)
     if not active:
@@ -100,9 +107,9 @@ def operator_cotangent(
         rows, weights = (jax.lax.dynamic_slice_in_dim(x, first, size) for x in (basis, multipliers))
         return jax.tree.map(jnp.add, total, jax.grad(pairing)(active, rows, weights))
 
-    # Batches are cut out of the rows as they are needed: rows laid out in batches would be a copy of all of them.
-    count, rest = divmod(len(basis), batch_size)
+    # Each batch is cut out of the rows when it is needed: a `scan` over rows laid out in batches would copy them all.
+    num_batches, rest = divmod(len(basis), batch_size)
     total = jax.tree.map(jnp.zeros_like, active)
-    if count:
-        total = jax.lax.fori_loop(0, count, lambda i, total: add(total, i * batch_size, batch_size), total)
-    return cotangent(add(total, count * batch_size, rest) if rest else total)
+    if num_batches:
+        total = jax.lax.fori_loop(0, num_batches, lambda i, total: add(total, i * batch_size, batch_size), total)
+    return cotangent(add(total, num_batches * batch_size, rest) if rest else total)

@@ -3,9 +3,9 @@
 Forward: A Q = Q H + r e_K' with H upper Hessenberg, by Gram-Schmidt of each A q_k against the vectors found so far.
 Full reorthogonalisation makes two passes: "twice is enough" (Giraud, Langou, Rozloznik and van den Eshof 2005).
 
-Adjoint: the equations of `adjoint.py`. Without reorthogonalisation Q' Q = I is not what the recurrence imposes, and the
-adjoint of the single pass of classical Gram-Schmidt is taken. As for Lanczos it is the derivative of what was computed
-while the loss of orthogonality is small.
+Adjoint: the equations of `adjoint.py`. Without reorthogonalisation the recurrence does not impose Q' Q = I, so the
+adjoint is that of a single pass of classical Gram-Schmidt. As for Lanczos, it is the derivative of what was computed as
+long as the loss of orthogonality is small.
 """
 
 from collections.abc import Callable
@@ -29,16 +29,16 @@ class Arnoldi(NamedTuple):
     Attributes
     ----------
     basis
-        q_1..q_K along the leading axis of each leaf, otherwise like the start vector; zero after a breakdown.
+        q_1..q_K along the leading axis of each leaf, otherwise like the start vector. Zero after a breakdown.
     hessenberg
-        H, zero below the subdiagonal; its columns after a breakdown are zero.
+        H, zero below the subdiagonal. Its columns after a breakdown are zero.
     residual
-        r, like the start vector, orthogonal to the basis; zero after a breakdown.
+        r, like the start vector, orthogonal to the basis. Zero after a breakdown.
     start_norm
         |v|.
     breakdown_step
-        m where the first m basis vectors span an invariant subspace, so that nothing follows them; 0 for a zero start
-        vector; -1 where there was no breakdown.
+        The number m of basis vectors that span an invariant subspace, after which nothing follows. It is 0 for a zero
+        start vector and -1 if there was no breakdown.
     """
 
     basis: PyTree[Float[Array, "K ..."]]
@@ -65,19 +65,24 @@ def arnoldi(
     matvec
         v, *params -> A v, linear in v. It may close over traced arrays, which are differentiated as well.
     start
-        v: an array or a pytree of arrays of one real floating-point dtype, n numbers together, not zero.
+        The start vector v: an array or a pytree of arrays of one real floating-point dtype, with n numbers together.
+        It must not be zero.
     params
-        Arguments of `matvec`, any pytrees; floating-point leaves are differentiable.
+        Further arguments of `matvec`, any pytrees. Floating-point leaves are differentiable.
     num_matvecs
-        K, between 1 and n.
+        The number of steps K, between 1 and n.
     reorthogonalise
-        "full": two passes of Gram-Schmidt, the basis is orthogonal to rounding. "none": one pass, which loses
-        orthogonality where A q_k lies almost in the span of the basis.
+        "full" makes two passes of Gram-Schmidt, which keep the basis orthogonal to rounding. "none" makes one pass: it
+        loses orthogonality where A q_k lies almost in the span of the basis.
     gradient
-        "adjoint": reverse mode only, K products with the transposed operator and a vector-Jacobian product of K terms.
-        "autodiff": through the loop, in any mode, with memory of order K^2 n.
-    vjp_batch_size, breakdown_tolerance
-        As for `lanczos`.
+        "adjoint" works in reverse mode only, with K products with the transposed operator and a vector-Jacobian product
+        of K terms. "autodiff" differentiates the loop, in any mode, with memory of order K^2 n.
+    vjp_batch_size
+        How many of those K terms are computed at once. One at a time takes the least memory. More are faster if
+        products gain from batching.
+    breakdown_tolerance
+        A residual |r| of at most this times max_k |A q_k| counts as rounding in an invariant space, and ends the
+        recurrence. The default is 10 eps.
 
     Returns
     -------
@@ -91,11 +96,11 @@ def arnoldi(
 
     Notes
     -----
-    Cost: K products; in addition 4 K^2 n multiplications for "full" and 2 K^2 n for "none", and in the adjoint about
-    5 K^2 n and 4 K^2 n. Memory as for `lanczos`, and K n more in the adjoint of "none". The transposed products are
-    those of `jax.vjp` of `matvec`. Second derivatives as for `lanczos`.
+    Cost: K products. Gram-Schmidt adds 4 K^2 n multiplications for "full" and 2 K^2 n for "none", and about 5 K^2 n and
+    4 K^2 n in the adjoint. Memory is that of `lanczos`, with K n numbers more in the adjoint of "none". Products with
+    the transposed operator come from `jax.vjp` of `matvec`. Second derivatives are as for `lanczos`.
 
-    Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
+    Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation is in `krylov/adjoint.py`.
 
     Examples
     --------
@@ -110,11 +115,12 @@ def arnoldi(
 
 
 def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
-    """Arnoldi of a flat operator, as a loop that JAX differentiates like any other."""
+    """Arnoldi on a flat operator, as a loop that JAX differentiates like any other."""
     num = settings.num_matvecs
     first, start_norm = breakdown.first_vector(start)
     empty = jnp.zeros_like(start, shape=(num, start.size))
-    # One pass of *classical* Gram-Schmidt is what "none" promises and what its adjoint takes: blocks would modify it.
+    # "none" promises one pass of *classical* Gram-Schmidt, which its adjoint relies on. Blocks would make it a modified
+    # one.
     blocks = gram_schmidt.split(empty) if settings.reorthogonalise else (empty,)
     wanted = jnp.zeros_like(start, shape=num)
 
@@ -122,6 +128,7 @@ def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, argument
         blocks, vector, scale, _ = carry
         blocks = gram_schmidt.set_row(blocks, k, vector)
         image = matvec(vector, *arguments)
+        # The largest |A q_k| so far stands for |A|: rounding of the early, large products stays in all later vectors.
         scale = jnp.maximum(scale, safe_norm(image))
         residual, column = gram_schmidt.impose(blocks, k, image, wanted)
         if settings.reorthogonalise:
@@ -140,7 +147,7 @@ def arnoldi_forward(matvec: Callable, settings: Settings, start: Array, argument
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def arnoldi_adjoint(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Arnoldi:
-    """Arnoldi of a flat operator that closes over nothing, differentiated by its adjoint."""
+    """Arnoldi on a flat operator that closes over no traced array, differentiated by its adjoint."""
     return arnoldi_forward(matvec, settings, start, arguments)
 
 
@@ -157,7 +164,7 @@ def _adjoint_backward(
     result, arguments = saved
     num = settings.num_matvecs
     alive = breakdown.reached(result.breakdown_step, num)
-    # Entries that Arnoldi computes: on and above the subdiagonal, in columns before a breakdown.
+    # Cotangents count for what Arnoldi computes: entries on and above the subdiagonal, before a breakdown.
     computed = jnp.triu(jnp.ones((num, num), bool), -1) & alive & alive[:, None]
     cotangent = Arnoldi(
         jnp.where(alive[:, None], cotangent.basis, 0),
@@ -166,7 +173,7 @@ def _adjoint_backward(
         cotangent.start_norm,
         cotangent.breakdown_step,
     )
-    # A is linear: its transpose is the same at every point, and linearised here once.
+    # A is linear, so its transpose is the same at every point. It is linearised once, outside of the loop.
     transpose = jax.vjp(lambda v: matvec(v, *arguments), result.basis[0])[1]
     solve = _full_multipliers if settings.reorthogonalise else _single_pass_multipliers
     multipliers, start = solve(lambda v: transpose(v)[0], result, cotangent, settings)
@@ -180,7 +187,7 @@ arnoldi_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
 def _full_multipliers(
     transpose: Callable, result: Arnoldi, cotangent: Arnoldi, settings: Settings
 ) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
-    """Solve (r), (H), (Q) of `adjoint.py` backwards: the rows of L, and the cotangent of the start vector."""
+    """Solve (r), (H) and (Q) of `adjoint.py` backwards; return L as rows and the cotangent of the start vector."""
     num, matrix, d_matrix = settings.num_matvecs, result.hessenberg, cotangent.hessenberg
     terms, last = adjoint.sources(result.basis, matrix, result.residual, cotangent.basis, d_matrix, cotangent.residual)
     blocks = gram_schmidt.split(result.basis)
@@ -190,15 +197,15 @@ def _full_multipliers(
         rows, row, _ = carry
         k, matrix_row, coupling, wanted = inputs
         rows = jax.lax.dynamic_update_index_in_dim(rows, row, k, 0)
-        # Rows before k are still zero, so that the sum is over j >= k.
+        # Rows before k are still zero, so the product is the sum over j >= k in (Qk).
         right = terms[k] + transpose(row) - matmul(matrix_row, rows)
-        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0, by the projection.
+        # A coupling of zero is a breakdown. The recurrence starts anew there from (r) with r = 0, by the projection.
         before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), 0)
         if settings.project:
             before, _ = gram_schmidt.impose(blocks, k, before, wanted)
         return (rows, before, right), None
 
-    # The last step, at q_1, has nothing before it and is there for its right-hand side.
+    # The last step, at q_1, has no multiplier before it. It is there for its right-hand side.
     inputs = jnp.arange(num), matrix, couplings, jnp.roll(d_matrix, 1, axis=1).T
     (rows, _, right), _ = jax.lax.scan(step, (jnp.zeros_like(result.basis), last, last), inputs, reverse=True)
     return rows, adjoint.start_cotangent(right, result.basis[0], result.start_norm, cotangent.start_norm)
@@ -207,9 +214,10 @@ def _full_multipliers(
 def _single_pass_multipliers(
     transpose: Callable, result: Arnoldi, cotangent: Arnoldi, settings: Settings
 ) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
-    """The adjoint of h_ik = q_i' A q_k, u_k = A q_k - sum_{i <= k} h_ik q_i, b_k = |u_k|, q_{k+1} = u_k / b_k.
+    """Solve the adjoint of one pass of classical Gram-Schmidt.
 
-    Backwards over k, with x_k the cotangent of q_k complete once all steps j >= k are done:
+    Forward, with h_ik = q_i' A q_k: u_k = A q_k - sum_{i <= k} h_ik q_i, b_k = |u_k|, q_{k+1} = u_k / b_k. Backward
+    over k, where the cotangent x_k of q_k is complete once all steps j >= k are done:
 
         du_k = (I - q_{k+1} q_{k+1}') x_{k+1} / b_k + db_k q_{k+1},   du_K = dr,
         m_ik = dh_ik - q_i' du_k    for i <= k,
@@ -229,7 +237,7 @@ def _single_pass_multipliers(
         m = jnp.where(index <= k, column - matmul(basis, du), 0)
         weights = jax.lax.dynamic_update_index_in_dim(weights, m, k, 1)
         row = du + matmul(m, basis)
-        # The images A q_j are Q H and, for the last, r beside it.
+        # The images A q_j are not stored: they are the columns of Q H, plus r for the last one.
         images = matmul(matmul(weights[k], matrix.T), basis) + weights[k, -1] * result.residual
         x = cotangent.basis[k] + transpose(row) + images - matmul(matrix_row, d_residuals)
         tangent = (x - vector * matmul(vector, x)) / jnp.where(coupling != 0, coupling, 1)
@@ -237,7 +245,7 @@ def _single_pass_multipliers(
         return (d_residuals, weights, before, x), row
 
     zero = jnp.zeros_like(result.start_norm)[None]
-    # Arrays of K n numbers are indexed within the loop: sliced for it, they would be copied.
+    # Arrays of K n numbers are indexed inside the loop. As inputs of `scan` they would be copied.
     inputs = (
         index,
         upper,

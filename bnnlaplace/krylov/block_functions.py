@@ -1,7 +1,10 @@
-"""Traces of functions of a matrix, read off one block decomposition.
+"""Functions of a matrix, read off one block decomposition: traces tr f(A) and vectors (A + shift I)^{-1/2} z.
 
-Leading eigenpairs that have converged are summed exactly, which removes their share of the variance, and for functions
-whose derivatives have known signs the truncation error is bracketed.
+Traces: leading eigenpairs that have converged are summed exactly, which removes their share of the variance
+(`trace_forms`). If the derivatives of f have known signs, the truncation error is bracketed (`gauss_radau`).
+
+Inverse square roots: one decomposition gives the vector of every probe at every shift
+(`inverse_sqrt_coefficients`), with a bound of its error (`inverse_sqrt_error`).
 """
 
 from collections.abc import Callable
@@ -15,30 +18,35 @@ from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz
 def trace_forms(
     ritz: Ritz, function: Callable[[np.ndarray], np.ndarray], *, tolerance: float = 1e-2
 ) -> Float[np.ndarray, " S"]:
-    """tr f(A) as each probe of one block decomposition estimates it, f elementwise on Ritz values, f(0) = 0.
+    """Estimate tr f(A) once for each probe of a block decomposition.
 
-    Ritz pairs whose residual is at most `tolerance` times theta are eigenpairs: their f(theta) enter every estimate
-    exactly. They are properties of A, not of the probes, so the rest of the trace is estimated without bias by what a
-    probe sees of the rest: tr f(A) = sum_conv f(theta_j) + E sum_other f(theta_j) (z' x_j)^2. The mean over probes is
-    the estimate, their spread its error.
+    Ritz pairs whose residual is at most `tolerance` times theta count as eigenpairs, and their f(theta) enter every
+    estimate exactly. They are properties of A and not of the probes, so the rest of the trace is estimated without bias
+    by what a probe sees of the rest: tr f(A) = sum_converged f(theta_j) + E sum_others f(theta_j) (z' x_j)^2. The mean
+    over probes is the estimate, and their spread gives its error.
 
-    Which pairs have converged depends a little on the probes: those along which they are large converge first. So with
-    few probes, fewer than about 16, the estimate is somewhat low and its spread understates its error. Leaving each
-    probe out of the choice for itself would mend that, and make the error several times larger.
+    Which pairs have converged depends a little on the probes: pairs along which the probes are large converge first. So
+    with fewer than about 16 probes the estimate is somewhat low, and its spread understates its error. A choice of
+    pairs for each probe that leaves this probe out would mend that, but would make the error several times larger.
 
     A block of S probes finds at most S vectors of an eigenspace. So S or more converged values that `tolerance` does
-    not tell apart may stand for an eigenspace with more dimensions than were found: they stay with the rest, where a
-    probe sees all of the space.
+    not tell apart may stand for an eigenspace with more dimensions than were found. They stay with the rest, where a
+    probe sees all of the eigenspace.
 
     Parameters
     ----------
     ritz
-        `ritz(decomposition)`.
+        The result of `krylov.ritz(decomposition)`.
     function
         f, elementwise on an array of Ritz values, with f(0) = 0.
     tolerance
         The residual, relative to theta, below which a Ritz pair counts as an eigenpair, and the relative distance below
         which two values count as equal. Zero leaves everything to the probes.
+
+    Returns
+    -------
+    Float[np.ndarray, " S"]
+        The estimate of each probe.
     """
     values = function(ritz.values)
     exact = summed_exactly(ritz, tolerance=tolerance)
@@ -46,37 +54,44 @@ def trace_forms(
 
 
 def summed_exactly(ritz: Ritz, *, tolerance: float = 1e-2) -> Bool[np.ndarray, " m"]:
-    """Which Ritz pairs `trace_forms` takes for eigenpairs.
+    """Mark the Ritz pairs that `trace_forms` takes for eigenpairs.
 
     Parameters
     ----------
     ritz, tolerance
         As for `trace_forms`.
+
+    Returns
+    -------
+    Bool[np.ndarray, " m"]
+        True for the pairs that are summed exactly.
     """
     exact = ritz.couplings <= tolerance * ritz.values
+    # As many equal values as there are probes may be part of a larger eigenspace.
     exact[exact] = ~_in_long_chain(ritz.values[exact], ritz.weights.shape[1], tolerance)
     return exact
 
 
 def _in_long_chain(ascending: Float[np.ndarray, " m"], length: int, tolerance: float) -> np.ndarray:
-    """Which values belong to a chain of `length` or more, each within `tolerance` of the next, relative to it."""
+    """Mark values in a chain of at least `length`, in which each is within `tolerance` of the next, relative to it."""
+    # A wide gap starts a new chain, so the running count of wide gaps numbers the chains.
     chain = np.cumsum(np.diff(ascending, prepend=0.0) > tolerance * ascending)
     return np.bincount(chain, minlength=1)[chain] >= length if len(chain) else chain.astype(bool)
 
 
 def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarray, np.ndarray]:
-    """Nodes and weights of the block Gauss-Radau rule with nodes prescribed at zero, the lower end of A's spectrum.
+    """Compute the block Gauss-Radau rule with nodes at zero, the lower end of the spectrum of A.
 
-    For functions such as log1p, whose derivatives alternate in sign, the block Gauss rule (Ritz values and weights)
-    lies above z' f(A) z and this rule below, both monotonically in depth: together they bracket it (Golub and Meurant
-    1994; for blocks Zimmerling, Druskin and Simoncini 2024).
+    For functions such as log1p, whose derivatives alternate in sign, the block Gauss rule (the Ritz values and their
+    weights) lies above z' f(A) z and this rule lies below. Both approach it monotonically with depth, so together they
+    bracket it (Golub and Meurant 1994; for blocks Zimmerling, Druskin and Simoncini 2024).
 
     Parameters
     ----------
     decomposition
-        K blocks of a positive semidefinite A.
+        A decomposition of a positive semidefinite A.
     ritz
-        `ritz(decomposition)`.
+        The result of `krylov.ritz(decomposition)`.
 
     Returns
     -------
@@ -85,6 +100,7 @@ def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarr
     """
     count, size = len(decomposition.start), len(decomposition.tridiagonal)
     last = ritz.vectors[-count:]
+    # E_K' T^{-1} E_K, without dividing by Ritz values that are rounding of zero.
     floor = np.finfo(np.float64).eps * size * max(ritz.values.max(), np.finfo(np.float64).tiny)
     inverse_corner = (last / np.maximum(ritz.values, floor)) @ last.T
     coupling = decomposition.residual
@@ -92,25 +108,30 @@ def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarr
     extended[:size, :size] = decomposition.tridiagonal
     extended[size - count : size, size:] = coupling
     extended[size:, size - count : size] = coupling.T
-    # The last block that makes T singular S times over: its Schur complement is zero.
+    # The last diagonal block is chosen such that its Schur complement is zero. The extended matrix then has the
+    # eigenvalue zero S times.
     extended[size:, size:] = coupling.T @ inverse_corner @ coupling
     nodes, vectors = np.linalg.eigh(extended)
     return np.maximum(nodes, 0.0), vectors[:count].T @ decomposition.start.T
 
 
-# (A + shift I)^{-1/2} z for every probe of a block decomposition, at every shift, with a bound of the error.
 def inverse_sqrt_coefficients(ritz: Ritz, shift: float) -> Float[np.ndarray, "S m"]:
-    """Coordinates in the basis of (A + shift I)^{-1/2} z for every probe z.
+    """Compute (A + shift I)^{-1/2} z for every probe z, as coordinates in the basis of the decomposition.
 
-    One decomposition serves every shift, since the Krylov space does not depend on it. Each probe lies in the first
-    block, so its part outside the leading eigenspace is in the basis too and keeps its scale shift^{-1/2}.
+    One decomposition serves every shift, since the Krylov space does not depend on the shift. Each probe lies in the
+    first block. So its part outside the leading eigenspace is in the basis as well and keeps its scale shift^{-1/2}.
 
     Parameters
     ----------
     ritz
-        `bnnlaplace.krylov.ritz(decomposition)` of a positive semidefinite A.
+        The result of `krylov.ritz(decomposition)` for a positive semidefinite A.
     shift
-        s > 0.
+        The positive shift s.
+
+    Returns
+    -------
+    Float[np.ndarray, "S m"]
+        One row for each probe. Multiply with `decomposition.basis` for the vectors.
 
     Raises
     ------
@@ -118,34 +139,43 @@ def inverse_sqrt_coefficients(ritz: Ritz, shift: float) -> Float[np.ndarray, "S 
         If `shift` is not positive.
     """
     if not shift > 0:
-        raise ValueError(f"inverse_sqrt_coefficients(shift=...) must be positive; got {shift}")
+        raise ValueError(f"inverse_sqrt_coefficients(shift=...) must be positive; got {shift}; raise it")
     return (ritz.vectors @ (ritz.weights / np.sqrt(ritz.values + shift)[:, None])).T
 
 
 def inverse_sqrt_error(ritz: Ritz, shift: float) -> Float[np.ndarray, " S"]:
-    """Bound the error e of each `inverse_sqrt_coefficients` vector in the norm sqrt(e' (A + shift I) e), A >= 0.
+    """Bound the error e of each vector of `inverse_sqrt_coefficients` in the norm sqrt(e' (A + shift I) e).
 
-    From (A + s)^{-1/2} = 2/pi int_0^inf (A + s + t^2)^{-1} dt: at each t the Krylov vector is the Galerkin solution of
-    a shifted linear system, whose residual r(t) is known exactly from T, so
+    Start from (A + s)^{-1/2} = 2/pi int_0^inf (A + s + t^2)^{-1} dt. At each t the Krylov vector is the Galerkin
+    solution of a shifted linear system, whose residual r(t) is known exactly from T. So
 
         |e|_{A+s} <= 2/pi int |r(t)| max_{x >= s} sqrt(x) / (x + t^2) dt,
 
-    where the maximum is 1 / (2 t) for t^2 >= s and sqrt(s) / (s + t^2) below. It bounds the error of the Krylov method
-    in exact arithmetic; measured, it lies within a factor of about two of the error.
+    where the maximum is 1 / (2 t) for t^2 >= s and sqrt(s) / (s + t^2) below. This bounds the error of the Krylov
+    method in exact arithmetic. Measured, the bound is at most about twice the error.
 
-    Compare it with sqrt(n), the size of the exact vector in this norm, or, for posterior samples, with
-    sqrt(tr A (A + shift I)^{-1}), the part that the data determine. Source: the residual bounds of Frommer and
-    Simoncini (2009) for Stieltjes functions, taken in the energy norm.
+    Compare it with sqrt(n), the size of the exact vector in this norm. For posterior samples compare it with
+    sqrt(tr A (A + shift I)^{-1}), the part that the data determine.
 
     Parameters
     ----------
     ritz
-        `bnnlaplace.krylov.ritz(decomposition)` of a positive semidefinite A.
+        The result of `krylov.ritz(decomposition)` for a positive semidefinite A.
     shift
-        s > 0.
+        The positive shift s.
+
+    Returns
+    -------
+    Float[np.ndarray, " S"]
+        The bound for each probe.
+
+    Notes
+    -----
+    Source: the residual bounds of Frommer and Simoncini (2009) for Stieltjes functions, taken in the energy norm.
     """
     root = np.sqrt(shift)
-    # The residual is flat below t = sqrt(shift) / 1000 and, beyond the spectrum, falls faster than 1 / t^2.
+    # Below t = sqrt(shift) / 1000 the residual is constant, and beyond the spectrum it falls faster than 1 / t^2. So
+    # this interval holds all of the integral but a rectangle at its lower end.
     times = np.geomspace(1e-3 * root, 1e2 * np.sqrt(shift + ritz.values.max()), 160)
     largest = np.where(times > root, 1 / (2 * times), root / (shift + times**2))
     norms = np.stack(
@@ -155,5 +185,6 @@ def inverse_sqrt_error(ritz: Ritz, shift: float) -> Float[np.ndarray, " S"]:
         ]
     )
     integrand = norms * largest[:, None]
+    # Over log t, in which the integrand is smooth.
     body = np.trapezoid(integrand * times[:, None], np.log(times), axis=0)
     return 2 / np.pi * (body + times[0] * integrand[0])

@@ -1,10 +1,10 @@
-"""Block Lanczos: one Krylov space for many start vectors, grown until a stopping rule is met.
+"""Block Lanczos: one Krylov space for many start vectors, grown until the caller is satisfied.
 
-S probes span a block; K block steps give a basis of m = K S vectors, in which *every* probe's f(A) z is approximated.
-Against S separate runs of depth K the products are the same and the space is S times larger; against one run of
-depth m, the polynomial degree is lower, but it serves S probes. On spectra with outliers, as of a GGN, it needs several
-times fewer products than separate runs for the same accuracy. Products come S at a time, so that one forward pass of a
-network serves them all and data can be streamed.
+S probes span a block. K block steps give a basis of m = K S vectors, in which f(A) z is approximated for *every* probe.
+S separate runs of depth K take as many products, and each of them has a space that is S times smaller. A single run of
+depth m reaches a higher polynomial degree, but serves one probe. On a spectrum with outliers, such as that of a GGN,
+a block needs several times fewer products than separate runs for the same accuracy. Products come S at a time, so that
+one forward pass of a network serves all of them and data can be streamed.
 
 With the basis as rows of Q (m x n) and Z the probes as rows:
 
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bnnlaplace.core.linalg import matmul
@@ -30,13 +31,13 @@ class BlockDecomposition(NamedTuple):
     Attributes
     ----------
     basis
-        Q: m rows, orthonormal but for rows that are zero where the space was exhausted.
+        Q: m orthonormal rows, some of which are zero if the space was exhausted.
     tridiagonal
         T = Q A Q', in float64 on the host.
     start
         L_0: the probes in the coordinates of the first block.
     residual
-        L_K: the coupling to the block that would follow; zero where the space is invariant.
+        L_K: the coupling to the block that would follow. Zero if the space is invariant.
     """
 
     basis: Float[Array, "m n"]
@@ -51,7 +52,7 @@ class Ritz(NamedTuple):
     Attributes
     ----------
     values
-        theta, ascending, negative rounding clipped to zero where `ritz(positive=True)`.
+        theta, ascending. Negative values are set to zero with `ritz(positive=True)`.
     vectors
         U, one Ritz vector in each column, in the coordinates of the basis.
     weights
@@ -80,31 +81,34 @@ def block_lanczos(
     Parameters
     ----------
     product
-        V -> V A for S rows at once, A symmetric. It should be compiled: it is called once a block.
+        V -> V A for S rows at once, with a symmetric A. It is called once for each block, so it should be compiled.
     probes
-        Z, S rows.
+        Z, with the S probes as rows.
     max_vectors
-        The largest m; no block is started that would exceed it.
+        The largest m. No block is started that would exceed it.
 
     Yields
     ------
     BlockDecomposition
-        After 1, 2, ... blocks. Stop iterating when it is good enough. The iteration ends by itself when `max_vectors`
-        is reached or the space is invariant. In an invariant space f(A) z is exact for every probe z; a trace is
-        still an estimate where an eigenvalue has more copies than there are probes. Where S does not divide n, some
-        rows of the last block are zero, and m exceeds n.
+        After 1, 2, ... blocks. Stop iterating when it is accurate enough. The iteration ends by itself when
+        `max_vectors` is reached or the space is invariant.
+
+        In an invariant space f(A) z is exact for every probe z. A trace is still an estimate if an eigenvalue has more
+        copies than there are probes. If S does not divide n, some rows of the last block are zero, and m exceeds n.
 
     Raises
     ------
     ValueError
         If there are more probes than `max_vectors` or than dimensions, or a probe is zero or not finite.
+    FloatingPointError
+        If the product returns values that are not finite.
 
     Notes
     -----
-    Cost of block k: one product with S vectors and 6 k S^2 n multiplications (two passes of reorthogonalisation before
-    the factorisation and one after it). Memory: m n numbers, the basis, which the decomposition yielded last and the
-    recurrence share; for the moment in which a block is appended to it, 2 m n. Keeping earlier decompositions keeps
-    their bases.
+    Cost of block k: one product with S vectors, and 6 k S^2 n multiplications (two passes of reorthogonalisation before
+    the factorisation and one after it). Memory: m n numbers for the basis, which the recurrence shares with the newest
+    decomposition, and 2 m n for the moment in which a block is appended. Keeping earlier decompositions keeps their
+    bases.
     """
     count, dimension = probes.shape
     if not 1 <= count <= min(max_vectors, dimension):
@@ -114,7 +118,9 @@ def block_lanczos(
         )
     norms = np.asarray(jnp.linalg.norm(probes, axis=1))
     if not (np.isfinite(norms).all() and (norms > 0).all()):
-        raise ValueError("block_lanczos(probes=...) must have finite nonzero rows; got norms " + str(norms))
+        raise ValueError(
+            f"block_lanczos(probes=...) must have finite nonzero rows; got norms {norms}; draw them with normal_probes"
+        )
 
     epsilon = float(jnp.finfo(probes.dtype).eps)
     newest, start = _orthonormal_rows(probes, (), 10 * epsilon * float(norms.max()))
@@ -125,16 +131,19 @@ def block_lanczos(
     while True:
         images = product(newest)
         block = np.asarray(matmul(images, newest.T), np.float64)
-        diagonal.append((block + block.T) / 2)
+        diagonal.append((block + block.T) / 2)  # symmetric but for rounding
         largest = float(jnp.max(jnp.linalg.norm(images, axis=1)))
         if not np.isfinite(largest):
             raise FloatingPointError(
-                "block_lanczos: the product returned values that are not finite; check the weights"
+                f"block_lanczos(product=...) must return finite values; got a row of norm {largest}; check the weights "
+                "and the data that it uses"
             )
+        # The largest image so far stands for |A|: rounding of the early, large products stays in all later blocks.
         scale = max(scale, largest)
         following, lower = _orthonormal_rows(images, (basis, newest), 10 * epsilon * scale)
         off_diagonal.append(np.asarray(lower, np.float64))
-        # Appended only now: during the product the caller still holds the basis without this block, and shares it.
+        # Appended only now, since the caller still holds the basis without this block. Appended before the product, a
+        # second basis would be alive while the product runs.
         basis, newest = jnp.concatenate([basis, newest]), following
         yield BlockDecomposition(
             basis, _assemble(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
@@ -145,14 +154,19 @@ def block_lanczos(
 
 
 def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
-    """Diagonalise T in float64. `positive`: A is positive semidefinite, so negative Ritz values are rounding.
+    """Diagonalise T in float64.
 
     Parameters
     ----------
     decomposition
-        What `block_lanczos` yields.
+        A decomposition that `block_lanczos` yields.
     positive
-        A is positive semidefinite: negative Ritz values are set to zero.
+        Whether A is positive semidefinite, so that negative Ritz values are rounding. They are set to zero.
+
+    Returns
+    -------
+    Ritz
+        Ritz values and vectors, and the components of the probes along them.
     """
     values, vectors = np.linalg.eigh(decomposition.tridiagonal)
     if positive:
@@ -166,33 +180,38 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
 def _orthonormal_rows(
     rows: Float[Array, "S n"], basis: tuple[Float[Array, "_ n"], ...], floor: float
 ) -> tuple[Float[Array, "S n"], Float[Array, "S S"]]:
-    """Write rows = (something in the span of `basis`) + L Q with Q orthonormal and orthogonal to `basis`, in parts.
+    """Write rows = (something in the span of `basis`) + L Q, with Q orthonormal and orthogonal to `basis`; return Q, L.
 
-    A direction whose singular value is below `floor` would be normalised rounding: its row of Q is set to zero, with
-    its column of L.
+    `basis` comes in parts. A direction whose singular value is below `floor` would be normalised rounding: its row of Q
+    and its column of L are set to zero.
     """
     rows = _orthogonalise(_orthogonalise(rows, basis), basis)
     rows, lower = _factorise(rows, floor)
-    # Where L is ill-conditioned the factorisation magnified what rounding left along the basis.
+    # If L is ill-conditioned, the factorisation has magnified what rounding left along the basis. Hence another pass.
+    # Its rows have length one or zero, so any floor between will do.
     rows, correction = _factorise(_orthogonalise(rows, basis), 0.5)
     return rows, matmul(lower, correction)
 
 
 def _orthogonalise(rows: Float[Array, "S n"], basis: tuple[Float[Array, "_ n"], ...]) -> Float[Array, "S n"]:
-    """Remove from `rows` what lies along `basis`, a block of S after the other, as in modified Gram-Schmidt."""
-    for part in basis:
-        for first in range(0, len(part), len(rows)):
-            rows = _remove(rows, jax.lax.dynamic_slice_in_dim(part, first, len(rows)))
+    """Remove from `rows` what lies along `basis`, block after block, as in modified Gram-Schmidt."""
+    for vectors in basis:
+        # Blocks of one size, so that one compiled program serves every length of the basis.
+        for first in range(0, len(vectors), len(rows)):
+            rows = _remove(rows, jax.lax.dynamic_slice_in_dim(vectors, first, len(rows)))
     return rows
 
 
 @jax.jit
-def _remove(rows: Array, block: Array) -> Array:
+def _remove(rows: Float[Array, "S n"], block: Float[Array, "S n"]) -> Float[Array, "S n"]:
     return rows - matmul(matmul(rows, block.T), block)
 
 
 @jax.jit
-def _factorise(rows: Array, floor: float) -> tuple[Array, Array]:
+def _factorise(
+    rows: Float[Array, "S n"], floor: Float[ArrayLike, ""]
+) -> tuple[Float[Array, "S n"], Float[Array, "S S"]]:
+    """Write rows = L Q with orthonormal or zero rows of Q; return Q, L."""
     # The factorisation must reveal the rank: QR alone invents a direction for a dependent row, and later rows have
     # components along it. The singular values of the small triangular factor tell which directions are there.
     columns, upper = jnp.linalg.qr(rows.T)
@@ -201,7 +220,8 @@ def _factorise(rows: Array, floor: float) -> tuple[Array, Array]:
     return matmul(left.T, columns.T) * alive[:, None], right.T * (values * alive)
 
 
-def _assemble(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> np.ndarray:
+def _assemble(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> Float[np.ndarray, "m m"]:
+    """Put the blocks together to the symmetric matrix T."""
     count = len(diagonal[0])
     tridiagonal = np.zeros((len(diagonal) * count,) * 2)
     for j, block in enumerate(diagonal):

@@ -1,4 +1,8 @@
-"""The part of a trace that lies in given directions, summed exactly, and what is left of probes beside them."""
+"""Deflation of a trace: leading eigenpairs are found by Lanczos and summed exactly, and probes see only the rest.
+
+With X the projector on some directions, tr f(A) = tr X f(A) X + tr (I - X) f(A) (I - X). The leading eigenpairs cause
+most of the variance of a trace estimate. Summed exactly, they cause none.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,11 +28,12 @@ class Eigenpairs(NamedTuple):
     Attributes
     ----------
     values
-        theta; zero for a pair that was not found.
+        theta. Zero for a pair that was not found.
     vectors
-        x along the leading axis of each leaf; zero for a pair that was not found.
+        x along the leading axis of each leaf. Zero for a pair that was not found.
     residual_norms
-        |A x - theta x|, in exact arithmetic; it bounds the distance of theta to an eigenvalue.
+        |A x - theta x|, as the recurrence gives it in exact arithmetic. It bounds the distance of theta to an
+        eigenvalue.
     """
 
     values: Float[Array, " M"]
@@ -45,29 +50,38 @@ def leading_eigenpairs(
     tolerance: float = 1e-3,
     breakdown_tolerance: float | None = None,
 ) -> Eigenpairs:
-    """The eigenpairs of largest |theta| that `num_matvecs` Lanczos steps from `start` find. Not differentiable.
+    """Find the eigenpairs of largest |theta| by Lanczos. The result is not differentiable.
 
     Parameters
     ----------
-    matvec, params, start, num_matvecs, breakdown_tolerance
-        As for `lanczos`. In exact arithmetic one start vector finds one vector of each eigenspace; where rounding leads
-        the recurrence past an invariant space, it finds more of them, orthogonal to those before and as good.
+    matvec, params, num_matvecs, breakdown_tolerance
+        As for `lanczos`.
+    start
+        As for `lanczos`, in float32 or float64. In exact arithmetic one start vector finds one vector of each
+        eigenspace. If rounding leads the recurrence past an invariant space, it finds further ones, which are
+        orthogonal to those before and as accurate.
     num_pairs
-        How many are asked for, at most `num_matvecs`; two to three times as many steps find most of them.
+        The number M of pairs to return, at most `num_matvecs`. Two to three times as many steps find most of them.
     tolerance
-        A pair counts as found if its residual norm is at most this times |theta|. The error of theta is of the order
-        of `tolerance`^2. Others are returned as zeros.
+        A pair counts as found if its residual norm is at most this times |theta|; the relative error of theta is then
+        of the order of `tolerance`^2. All other pairs are returned as zeros.
+
+    Returns
+    -------
+    Eigenpairs
+        M pairs, some of which may be zero.
 
     Raises
     ------
     ValueError
-        If `num_pairs` is not between 1 and `num_matvecs`; else as for `lanczos`.
+        As for `lanczos`, and if `num_pairs` is not between 1 and `num_matvecs`.
     TypeError
-        As for `lanczos`, for float32 or float64.
+        As for `lanczos`, and if `start` is in half precision.
 
     Notes
     -----
-    Cost: `num_matvecs` products, full reorthogonalisation and 2 K M n multiplications; memory (K + M) n numbers.
+    Cost: K products, full reorthogonalisation and 2 K M n multiplications. Memory: (K + M) n numbers.
+
     Source: Parlett 1998, The Symmetric Eigenvalue Problem, chapter 13.
 
     Examples
@@ -83,28 +97,29 @@ def leading_eigenpairs(
     check_decomposable(caller, "start", operator.start.dtype)
     num_pairs = check_count(caller, "num_pairs", num_pairs, settings.num_matvecs, "num_matvecs =")
     tolerance = check_number(caller, "tolerance", tolerance, positive=False)
-    # Not differentiable, and told so: otherwise a derivative would pass through the eigendecomposition.
+    # Otherwise a derivative would pass through the eigendecomposition, which divides by differences of eigenvalues.
     first, arguments = jax.lax.stop_gradient((operator.start, operator.arguments))
     result = lanczos_forward(operator.matvec, settings, first, arguments)
     values, coordinates = jnp.linalg.eigh(tridiagonal_matrix(result.diagonal, result.off_diagonal))
     order = jnp.argsort(-jnp.abs(values))[:num_pairs]
     values, coordinates = values[order], coordinates[:, order]
+    # A (Q u) - theta (Q u) = r e_K' u, which needs no further product.
     residual_norms = safe_norm(result.residual) * jnp.abs(coordinates[-1])
-    found = (residual_norms <= tolerance * jnp.abs(values)) & (values != 0)
-    vectors = jnp.where(found[:, None], matmul(coordinates.T, result.basis), 0)
-    return Eigenpairs(jnp.where(found, values, 0), operator.unravel_rows(vectors), residual_norms)
+    # After a breakdown T has zero eigenvalues that stand for nothing.
+    converged = (residual_norms <= tolerance * jnp.abs(values)) & (values != 0)
+    vectors = jnp.where(converged[:, None], matmul(coordinates.T, result.basis), 0)
+    return Eigenpairs(jnp.where(converged, values, 0), operator.unravel_rows(vectors), residual_norms)
 
 
 def deflation_rows(caller: str, deflation: Eigenpairs, like: PyTree) -> Float[Array, "M n"]:
-    """The vectors of `deflation` as rows, held fixed.
+    """Return the vectors of `deflation` as constant rows.
 
     Raises
     ------
     TypeError
-        If it is not of `Eigenpairs`.
+        If `deflation` is not an `Eigenpairs`.
     ValueError
-        If its vectors do not have the structure and shapes of `like`, or, where their values are known, are neither
-        orthonormal nor zero.
+        If its vectors do not have the structure and shapes of `like`, or are known to be neither orthonormal nor zero.
     """
     if not isinstance(deflation, Eigenpairs):
         raise TypeError(
@@ -122,8 +137,8 @@ def deflation_rows(caller: str, deflation: Eigenpairs, like: PyTree) -> Float[Ar
     dtype = jnp.result_type(jax.tree.leaves(like)[0])
     rows = jax.lax.stop_gradient(jax.vmap(concatenated)(jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), vectors)))
     if not is_traced(rows):
-        found = np.asarray(rows)[np.any(rows, axis=1)]
-        error = np.abs(found @ found.T - np.eye(len(found))).max(initial=0)
+        nonzero = np.asarray(rows)[np.any(rows, axis=1)]
+        error = np.abs(nonzero @ nonzero.T - np.eye(len(nonzero))).max(initial=0)
         if not error <= 1e3 * float(jnp.finfo(rows.dtype).eps):
             raise ValueError(
                 f"{caller}(deflation=...) must hold orthonormal vectors, or zeros for pairs that were not found; their "
@@ -139,22 +154,23 @@ def deflated_trace(
     arguments: tuple[Any, ...],
     rows: Float[Array, "M n"],
 ) -> Float[Array, ""]:
-    """sum_i f(x_i' A x_i) over the rows that are not zero, with the vectors held fixed.
+    """Sum f(x_i' A x_i) over the rows that are not zero, with the vectors held fixed.
 
-    With X the projector on them, tr f(A) = tr X f(A) X + tr (I - X) f(A) (I - X) for any fixed X, and for eigenvectors
-    the derivative of x' f(A) x is f'(theta) x' dA x: so the gradient is exact, though the vectors do not move.
+    The identity for the trace holds for any fixed projector X, so the vectors need not move with A. For an eigenvector
+    the derivative of x' f(A) x is f'(theta) x' dA x, which is the derivative of f(x' A x): so the gradient is exact.
     """
     values = jnp.sum(jax.lax.map(lambda x: matvec(x, *arguments), rows) * rows, axis=1)
-    found = jnp.any(rows != 0, axis=1)
+    present = jnp.any(rows != 0, axis=1)
 
     def total() -> Array:
-        # f need not be defined at the zero that stands for a pair not found.
-        filled = jnp.where(found, values, jax.lax.stop_gradient(values[jnp.argmax(found)]))
-        return jnp.sum(jnp.where(found, jax.vmap(lambda x: function(x, constants))(filled), 0))
+        # f need not be defined at the zero of a missing pair. It is evaluated at the value of another pair instead.
+        filled = jnp.where(present, values, jax.lax.stop_gradient(values[jnp.argmax(present)]))
+        return jnp.sum(jnp.where(present, jax.vmap(lambda x: function(x, constants))(filled), 0))
 
-    return jax.lax.cond(anywhere(jnp.any(found)), total, lambda: jnp.zeros_like(values[0]))
+    # If all pairs are missing, there is no such value.
+    return jax.lax.cond(anywhere(jnp.any(present)), total, lambda: jnp.zeros_like(values[0]))
 
 
 def outside(rows: Float[Array, "M n"], probes: Float[Array, "S n"]) -> Float[Array, "S n"]:
-    """What of each probe is orthogonal to the rows."""
+    """Return the part of each probe that is orthogonal to the rows."""
     return probes - matmul(matmul(probes, rows.T), rows)

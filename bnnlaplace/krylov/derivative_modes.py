@@ -1,8 +1,13 @@
-"""Plain errors, or NaN, where somebody asks for a derivative that a function does not have.
+"""A plain error, or NaN, for a derivative that a function does not have.
 
-JAX's own error for a forward-mode derivative of a custom adjoint does not say which function, and under `jit` it is one
-about a missing lowering rule; and of a second derivative that is not right it cannot know. So values pass through
-identities that notice how they are differentiated.
+A custom adjoint has no forward-mode derivative. JAX's own error for one does not name the function, and inside of `jit`
+it is about a missing lowering rule. Of a second derivative that exists but is wrong, JAX cannot know. So values pass
+through identities that notice how they are differentiated:
+
+- `reverse_only`: forward mode raises.
+- `once_in_reverse`: reverse mode twice raises.
+- `once`: every second derivative raises.
+- `once_where`: second derivatives are NaN where a condition, known only at run time, is false.
 """
 
 from collections.abc import Callable
@@ -19,13 +24,13 @@ from bnnlaplace.core.tree import floating
 
 
 def reverse_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """Return `function`, whose forward-mode derivatives raise a TypeError that starts with `name`."""
+    """Return `function` with forward-mode derivatives that raise a TypeError, which starts with `name`."""
 
     def call(*args: Any) -> Any:
         try:
             return function(*_mark(args, name))
         except TypeError as error:
-            # JAX's own check can come first, where the tangent is batched while `jit` traces.
+            # JAX's own check comes first if the tangent is batched while `jit` traces.
             if "forward-mode" in str(error) and "reverse mode only" not in str(error):
                 raise TypeError(
                     f"{_no_forward_mode(name)}; or a function of yours that {name.split('(')[0]} calls has a "
@@ -38,12 +43,12 @@ def reverse_only(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 def once_in_reverse(tree: Any, name: str) -> Any:
-    """Return a gradient, whose own derivatives in reverse mode raise a TypeError that starts with `name`."""
+    """Return a gradient whose own derivatives in reverse mode raise a TypeError, which starts with `name`."""
     return jax.tree.map(lambda leaf: _identity(leaf, lambda t: _once_in_reverse_p.bind(t, name=name)), tree)
 
 
 def once(tree: Any, message: str) -> Any:
-    """Return a gradient, whose own derivatives raise a TypeError with `message`."""
+    """Return a gradient whose own derivatives raise a TypeError with `message`."""
 
     def refuse(_: Any) -> None:
         raise TypeError(message)
@@ -52,7 +57,7 @@ def once(tree: Any, message: str) -> Any:
 
 
 def once_where(tree: Any, allowed: Bool[Array, ""]) -> Any:
-    """Return a gradient, whose own derivatives are NaN where `allowed` is false."""
+    """Return a gradient whose own derivatives are NaN where `allowed` is false."""
 
     @jax.custom_jvp
     def identity(value: Any, allowed: Any) -> Any:
@@ -67,7 +72,7 @@ def once_where(tree: Any, allowed: Bool[Array, ""]) -> Any:
 
 
 def _identity(value: Any, tangent: Callable[[Any], Any]) -> Any:
-    """`value`, whose tangents pass through `tangent`."""
+    """Return `value`; its tangents pass through `tangent`."""
     if not jnp.issubdtype(jnp.result_type(value), jnp.inexact):
         return value
 
@@ -80,7 +85,11 @@ def _identity(value: Any, tangent: Callable[[Any], Any]) -> Any:
 
 
 def _mark(tree: Any, name: str) -> Any:
-    """`tree`, all of whose leaves notice together: one that an inner derivative leaves out is no forward mode."""
+    """Return `tree`; its tangents raise in forward mode.
+
+    All leaves share one rule. It leaves the symbolic zeros alone, so that an outer derivative in an argument which the
+    inner one leaves out is not mistaken for forward mode.
+    """
     active = floating(tree)
 
     @jax.custom_jvp
@@ -114,19 +123,20 @@ def _refuse_reverse(*_: Any, name: str) -> None:
 
 
 def _linear_identity(name: str) -> Primitive:
+    """A primitive that is the identity under abstract evaluation and `vmap`; all other rules are left to the caller."""
     primitive = Primitive(name)
     primitive.def_abstract_eval(lambda tangent, **_: tangent)
     batching.primitive_batchers[primitive] = lambda args, dims, **kwargs: (primitive.bind(*args, **kwargs), dims[0])
     return primitive
 
 
-# The identity on tangents, defined for everything but its evaluation.
+# The identity on tangents, which raises when it is evaluated. Reverse mode transposes it and never evaluates it.
 _reverse_only_p = _linear_identity("reverse_only")
 _reverse_only_p.def_impl(_refuse_forward)
 mlir.register_lowering(_reverse_only_p, lambda *_, name: _refuse_forward(name=name))
 ad.deflinear(_reverse_only_p, lambda cotangent, **_: [cotangent])
 
-# The identity on tangents, defined for everything but its transposition.
+# The identity on tangents, which raises when it is transposed. Forward mode evaluates it and never transposes it.
 _once_in_reverse_p = _linear_identity("once_in_reverse")
 _once_in_reverse_p.def_impl(lambda tangent, **_: tangent)
 mlir.register_lowering(_once_in_reverse_p, lambda _, tangent, **__: [tangent])
@@ -134,9 +144,10 @@ ad.deflinear(_once_in_reverse_p, lambda _, name: _refuse_reverse(name=name))
 
 
 def _identity_or_nan(tangent: Array, allowed: Bool[Array, "..."], *, is_transposed: bool) -> Array:
-    # A cotangent of zero says that nobody asks for this derivative; a tangent of zero may be wrong.
-    kept = allowed | (tangent == 0) if is_transposed else allowed
-    return jnp.where(kept, tangent, jnp.nan)
+    """Return a tangent or cotangent where it is allowed, and NaN elsewhere."""
+    # A cotangent of zero says that this derivative is not asked for, so it stays zero. A tangent of zero may be wrong.
+    unchanged = allowed | (tangent == 0) if is_transposed else allowed
+    return jnp.where(unchanged, tangent, jnp.nan)
 
 
 def _once_where_transpose(cotangent: Array, _: Any, allowed: Array, *, is_transposed: bool) -> tuple[Array, None]:
@@ -148,7 +159,7 @@ def _once_where_jvp(primals: tuple, tangents: tuple, **options: Any) -> tuple[Ar
     return _once_where_p.bind(*primals, **options), tangent
 
 
-# Linear in the tangent as far as differentiation goes: the identity, or NaN.
+# The identity on tangents, or NaN: differentiation takes it for linear in the tangent.
 _once_where_p = Primitive("once_where")
 _once_where_p.def_abstract_eval(lambda tangent, _, **__: tangent)
 _once_where_p.def_impl(_identity_or_nan)

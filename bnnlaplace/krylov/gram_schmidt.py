@@ -1,7 +1,10 @@
-"""Gram-Schmidt against the rows found so far: the products that dominate a Krylov method beside those with A.
+"""Gram-Schmidt against the basis found so far: the largest cost of a Krylov method beside the products with A.
 
-The basis is a tuple of blocks of rows. A step that has found k rows touches only the blocks that hold them, not the
-zeros still to come. Blocks are separate arrays, since a slice of one array would be copied before it is multiplied.
+The basis is a tuple of blocks of rows. A step that has found k rows touches only the blocks that hold those rows, and
+leaves alone the zeros still to come. Each block is an array of its own, because XLA would copy a slice of one large
+array before multiplying it.
+
+The file holds, in this order: norms, the blocks, one pass of Gram-Schmidt, and as many passes as a vector needs.
 """
 
 import jax
@@ -13,15 +16,29 @@ from bnnlaplace.core.linalg import matmul
 
 Blocks = tuple[Float[Array, "_ n"], ...]
 
-# Below this size of the whole basis it stays in the cache, and a choice among blocks costs more than it saves.
+# A basis of at most this many bytes stays in the cache. Choosing among blocks would then cost more than it saves.
 WHOLE_BYTES = 8 << 20
 MOST_BLOCKS = 3
 
 
+def norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
+    """|v|, with a gradient of zero at zero, where that of a square root is infinite."""
+    square = matmul(vector, vector)
+    # The inner `where` keeps the square root away from zero, since the gradient takes both branches of the outer one.
+    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), square)
+
+
+def safe_norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
+    """`norm` without overflow or underflow of the squares, at the cost of one more pass over the vector."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vector)))
+    largest = jnp.where(largest > 0, largest, 1)
+    return largest * norm(vector / largest)
+
+
 def split(basis: Float[Array, "K n"]) -> Blocks:
     """Cut a basis into blocks; `join` undoes it."""
-    count = 1 if basis.nbytes <= WHOLE_BYTES else min(MOST_BLOCKS, len(basis))
-    bounds = [len(basis) * i // count for i in range(count + 1)]
+    num_blocks = 1 if basis.nbytes <= WHOLE_BYTES else min(MOST_BLOCKS, len(basis))
+    bounds = [len(basis) * i // num_blocks for i in range(num_blocks + 1)]
     return tuple(basis[first:last] for first, last in zip(bounds, bounds[1:], strict=False))
 
 
@@ -31,15 +48,17 @@ def join(blocks: Blocks) -> Float[Array, "K n"]:
 
 
 def set_row(blocks: Blocks, index: Int[ArrayLike, ""], row: Float[Array, " n"]) -> Blocks:
-    """Replace one row. The others are left where they are, so that XLA updates the blocks in place."""
+    """Replace one row of the basis."""
     updated, first = [], 0
     for block in blocks:
-        local = jnp.clip(index - first, 0, len(block) - 1)
-        kept = row
+        local_index = jnp.clip(index - first, 0, len(block) - 1)
+        new_row = row
         if len(blocks) > 1:
+            # A block without this row writes back a row of its own. XLA then updates every block in place, where a
+            # choice between old and new blocks would copy them.
             inside = (first <= index) & (index < first + len(block))
-            kept = jnp.where(inside, row, jax.lax.dynamic_index_in_dim(block, local, keepdims=False))
-        updated.append(jax.lax.dynamic_update_index_in_dim(block, kept, local, 0))
+            new_row = jnp.where(inside, row, jax.lax.dynamic_index_in_dim(block, local_index, keepdims=False))
+        updated.append(jax.lax.dynamic_update_index_in_dim(block, new_row, local_index, 0))
         first += len(block)
     return tuple(updated)
 
@@ -48,58 +67,70 @@ def set_row(blocks: Blocks, index: Int[ArrayLike, ""], row: Float[Array, " n"]) 
 def impose(
     blocks: Blocks, last: Int[ArrayLike, ""], vector: Float[Array, " n"], wanted: Float[Array, " K"]
 ) -> tuple[Float[Array, " n"], Float[Array, " K"]]:
-    """Change `vector` within the span of rows 0..last so that its products with them are `wanted`.
+    """Change `vector` within the span of rows 0..last so that its products with these rows are `wanted`.
 
-    With `wanted` zero this is one pass of Gram-Schmidt. Rows are orthonormal or zero. Blocks are treated one after
+    With `wanted` zero this is one pass of Gram-Schmidt. The rows are orthonormal or zero. Blocks are treated one after
     another, as in modified Gram-Schmidt.
 
     Returns
     -------
     vector, coefficients
-        The new vector, and the products with the rows that it had before each block was treated; zero beyond `last`.
+        The new vector, and the products that it had with the rows just before their block was treated. Coefficients
+        beyond `last` are zero.
     """
     ends = [sum(len(block) for block in blocks[: i + 1]) for i in range(len(blocks))]
     wanted = jnp.where(jnp.arange(ends[-1]) <= last, wanted, 0)
 
-    def touch(count: int, blocks: Blocks, vector: Array, wanted: Array) -> tuple[Array, Array]:
+    def treat(num_blocks: int, blocks: Blocks, vector: Array, wanted: Array) -> tuple[Array, Array]:
+        """Treat the first `num_blocks` blocks, which hold rows 0..last."""
         coefficients = []
-        for block, end in zip(blocks[:count], ends, strict=False):
+        for block, end in zip(blocks[:num_blocks], ends, strict=False):
             rows = slice(end - len(block), end)
             along = jnp.where(jnp.arange(rows.start, rows.stop) <= last, matmul(block, vector), 0)
             vector = vector + matmul(wanted[rows] - along, block)
             coefficients.append(along)
-        coefficients.append(jnp.zeros_like(vector, shape=ends[-1] - ends[count - 1]))
+        coefficients.append(jnp.zeros_like(vector, shape=ends[-1] - ends[num_blocks - 1]))
         return vector, jnp.concatenate(coefficients)
 
     if len(blocks) == 1:
-        return touch(1, blocks, vector, wanted)
-    branches = [lambda *args, count=count: touch(count, *args) for count in range(1, len(blocks) + 1)]
-    needed = jnp.sum(jnp.asarray(last) >= jnp.asarray(ends[:-1]))
-    return jax.lax.switch(needed, branches, blocks, vector, wanted)
+        return treat(1, blocks, vector, wanted)
+    branches = [lambda *args, count=count: treat(count, *args) for count in range(1, len(blocks) + 1)]
+    num_full_blocks = jnp.sum(jnp.asarray(last) >= jnp.asarray(ends[:-1]))
+    return jax.lax.switch(num_full_blocks, branches, blocks, vector, wanted)
 
 
-# Norms of flat vectors whose gradients are finite at zero, where a breakdown ends up.
-def norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
-    """|v|, with a gradient of zero at zero."""
-    square = matmul(vector, vector)
-    return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), square)
+@jax.checkpoint
+def orthogonalise(
+    blocks: Blocks, last: Int[ArrayLike, ""], vector: Float[Array, " n"]
+) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+    """Remove what `vector` has along rows 0..last, in one pass or two; return the rest and its length.
+
+    A pass leaves an error of eps times what it removed. So a second pass follows where the first one removed more than
+    it kept (Kahan's criterion, Parlett 1998, section 6.9).
+    """
+    wanted = jnp.zeros_like(vector, shape=sum(map(len, blocks)))
+    rest, removed = impose(blocks, last, vector, wanted)
+    length = safe_norm(rest)
+
+    def second_pass() -> tuple[Array, Array]:
+        again, _ = impose(blocks, last, rest, wanted)
+        return again, safe_norm(again)
+
+    return jax.lax.cond(anywhere(safe_norm(removed) > length), second_pass, lambda: (rest, length))
 
 
-def safe_norm(vector: Float[Array, " n"]) -> Float[Array, ""]:
-    """The same without overflow or underflow of the squares, for one more pass over v."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vector)))
-    largest = jnp.where(largest > 0, largest, 1)
-    return largest * norm(vector / largest)
-
-
-# Choices that stay choices under `vmap`, which would otherwise evaluate both branches of a `cond`.
 @jax.custom_batching.custom_vmap
 def anywhere(condition: Bool[Array, ""]) -> Bool[Array, ""]:
-    """`condition`; under `vmap`, whether it holds anywhere in the batch, the same for all of it."""
+    """Return `condition`; under `vmap`, whether it holds anywhere in the batch, as one value for all of it.
+
+    `vmap` evaluates both branches of a `cond` whose condition differs within the batch. One whose condition is the same
+    for all of the batch stays a choice. Use it where the branch that does more is right for every member.
+    """
     return condition
 
 
 @anywhere.def_vmap
 def _(size: int, batched: list[bool], condition: Bool[Array, " B"]) -> tuple[Bool[Array, ""], bool]:
     del size, batched
+    # `anywhere` again, for the next `vmap` around this one.
     return anywhere(jnp.any(condition)), False

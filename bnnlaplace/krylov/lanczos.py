@@ -4,17 +4,16 @@ Forward: A Q = Q T + r e_K' with T tridiagonal, a_1..a_K on its diagonal and b_1
 
     b_k q_{k+1} = A q_k - a_k q_k - b_{k-1} q_{k-1}.                                                           (L)
 
-Full reorthogonalisation makes two passes over the vectors found so far. (L) is the first: all other products of A q_k
-with the basis vanish but for rounding, of the size of eps |A|. The second pass removes that. It leaves an error of eps
-times what it removed, so where it removed more than it kept a third one follows (Kahan's criterion, Parlett 1998,
-section 6.9). For a product that is symmetric to rounding this happens next to a breakdown only.
-What ends the recurrence stands in `breakdown.py`.
+Full reorthogonalisation adds a pass of Gram-Schmidt over the vectors found so far to (L), which serves as the first.
+All other products of A q_k with the basis are rounding of the size of eps |A|, and the added pass removes it. If that
+pass removes more than it keeps, `gram_schmidt.orthogonalise` makes another one. If the product is symmetric to
+rounding, this happens only next to a breakdown. `breakdown.py` decides when the recurrence ends.
 
-Adjoint: the equations of `adjoint.py`, in which a symmetric A leaves in (Qk) only j = k and j = k + 1 of the sum, and
-A' = A. Without reorthogonalisation Q' Q = I is not what the recurrence imposes, and the adjoint of (L) itself is taken:
-the derivative of what was computed while the loss of orthogonality is small. Once Ritz values were found twice, single
-basis vectors depend on rounding, and their gradients with them; traces and f(A) v keep their digits, values and
-gradients.
+Adjoint: the equations of `adjoint.py`. For a symmetric A, A' = A, and the sum in (Qk) has only the terms j = k and
+j = k + 1. Without reorthogonalisation the recurrence does not impose Q' Q = I, so the adjoint is that of (L) itself. It
+is the derivative of what was computed as long as the loss of orthogonality is small. Once a Ritz value has been found
+twice, single basis vectors depend on rounding, and so do their gradients. Traces and f(A) v keep their digits, in
+values and in gradients.
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import adjoint, breakdown, gram_schmidt
 from bnnlaplace.krylov.derivative_modes import once_where
-from bnnlaplace.krylov.gram_schmidt import anywhere, safe_norm
+from bnnlaplace.krylov.gram_schmidt import safe_norm
 from bnnlaplace.krylov.operator import Settings, decompose
 from bnnlaplace.krylov.tridiagonal import tridiagonal_matrix
 
@@ -39,16 +38,16 @@ class Lanczos(NamedTuple):
     Attributes
     ----------
     basis
-        q_1..q_K along the leading axis of each leaf, otherwise like the start vector; zero after a breakdown.
+        q_1..q_K along the leading axis of each leaf, otherwise like the start vector. Zero after a breakdown.
     diagonal, off_diagonal
-        T; zero after a breakdown.
+        The entries of T. Zero after a breakdown.
     residual
-        r, like the start vector, orthogonal to the basis; zero after a breakdown.
+        r, like the start vector, orthogonal to the basis. Zero after a breakdown.
     start_norm
         |v|.
     breakdown_step
-        m where the first m basis vectors span an invariant subspace, so that nothing follows them; 0 for a zero start
-        vector; -1 where there was no breakdown.
+        The number m of basis vectors that span an invariant subspace, after which nothing follows. It is 0 for a zero
+        start vector and -1 if there was no breakdown.
     """
 
     basis: PyTree[Float[Array, "K ..."]]
@@ -74,61 +73,64 @@ def lanczos(
     Parameters
     ----------
     matvec
-        v, *params -> A v, linear in v, with a symmetric A: `check_symmetric` finds one that is not. It may close over
+        v, *params -> A v, linear in v, with a symmetric A (`check_symmetric` tests whether it is). It may close over
         traced arrays, which are differentiated as well.
     start
-        v: an array or a pytree of arrays of one real floating-point dtype, n numbers together, not zero.
+        The start vector v: an array or a pytree of arrays of one real floating-point dtype, with n numbers together.
+        It must not be zero.
     params
-        Arguments of `matvec`, any pytrees; floating-point leaves are differentiable.
+        Further arguments of `matvec`, any pytrees. Floating-point leaves are differentiable.
     num_matvecs
-        K, between 1 and n.
+        The number of steps K, between 1 and n.
     reorthogonalise
-        "full": the basis is orthogonal to rounding. "none": the three-term recurrence alone, which loses
-        orthogonality as Ritz values converge and then finds them again.
+        "full" keeps the basis orthogonal to rounding. "none" is the three-term recurrence alone: it loses orthogonality
+        as Ritz values converge, and then finds them again.
     gradient
-        "adjoint": reverse mode only, K further products and a vector-Jacobian product of K terms. "autodiff": through
-        the loop, in any mode, with memory of order K^2 n.
+        "adjoint" works in reverse mode only, with K further products and a vector-Jacobian product of K terms.
+        "autodiff" differentiates the loop, in any mode, with memory of order K^2 n.
     vjp_batch_size
-        How many of those K terms at once. One at a time takes the least memory; more are faster where products gain
-        from batching.
+        How many of those K terms are computed at once. One at a time takes the least memory. More are faster if
+        products gain from batching.
     breakdown_tolerance
-        A residual |r| of at most this times max_k |A q_k| is taken for rounding in an invariant space, and is a
-        breakdown; 10 eps unless given.
+        A residual |r| of at most this times max_k |A q_k| counts as rounding in an invariant space, and ends the
+        recurrence. The default is 10 eps.
 
     Returns
     -------
     Lanczos
         A breakdown ends the recurrence: everything after it is zero, and gradients are those of what came before it.
 
-        The recurrence can magnify rounding, so that an invariant space leaves a residual above the tolerance (the
-        numbers stand in `krylov/breakdown.py`). The recurrence then goes on in the rest of the space: z' f(A) z and
-        f(A) z keep their digits, but T has Ritz values of vectors that z has no component along, copies of others among
-        them. Raise `breakdown_tolerance` where that matters more than what a small coupling carries.
+        The recurrence can magnify rounding until the residual of an invariant space exceeds the tolerance
+        (`krylov/breakdown.py` gives numbers). It then continues in the rest of the space. z' f(A) z and f(A) z keep
+        their digits, but T has further Ritz values, for vectors along which z has no component; some are copies of
+        others. Raise `breakdown_tolerance` if that is worse for you than to lose what a small coupling carries.
 
     Raises
     ------
     ValueError
-        If an option is out of range or unknown, or, outside of `jit`, `start` is zero or not finite. Inside of `jit` a
-        zero `start` gives `breakdown_step` 0, one that is not finite NaN.
+        If an option is out of range or unknown, or if `start` is zero or not finite. Inside of `jit`, where its values
+        are not known, a zero `start` gives `breakdown_step` 0, and one that is not finite gives NaN.
     TypeError
-        If `start` is not real floating point of one dtype, `matvec` is no function or returns another structure, shape
-        or dtype than it takes, a number among the options is of the wrong type or traced, or a forward-mode derivative
-        of the adjoint is asked for.
+        If the leaves of `start` do not have one real floating-point dtype, if `matvec` is not a function or returns
+        another structure, shape or dtype than it takes, if a numerical option has the wrong type or is traced, or if a
+        forward-mode derivative of the adjoint is asked for.
 
     Notes
     -----
-    Cost: K products; for "full" in addition about 2 K^2 n multiplications, and about 4 K^2 n in the adjoint. Memory at
-    its peak: K n numbers, 3.3 K n with the adjoint, and K n more in both where the basis exceeds 8 MB; 1.5 K^2 n for
-    the derivatives of "autodiff". Everything is computed in the dtype of `start`. Call it within `jit`: outside of it
-    each call compiles its loop again.
+    Cost: K products. "full" adds about 2 K^2 n multiplications, and about 4 K^2 n in the adjoint.
 
-    Second derivatives are the adjoint differentiated again. Past a breakdown, where they would need directions that the
-    recurrence has not seen, they are NaN: lower `num_matvecs` to `breakdown_step`.
+    Peak memory: K n numbers, or 3.3 K n with the adjoint; K n more in both cases if the basis exceeds 8 MB. Derivatives
+    of "autodiff" take 1.5 K^2 n numbers.
 
-    Where A is a matrix that is passed as it is, gradients in an entry and in its mirror image differ, as through the
-    loop: only their sum has a meaning.
+    Everything is computed in the dtype of `start`. Call it inside of `jit`: outside, each call compiles its loop again.
 
-    Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation stands in `krylov/adjoint.py`.
+    Second derivatives are those of the adjoint, differentiated again. After a breakdown they would need directions that
+    the recurrence has not seen, and are NaN: lower `num_matvecs` to `breakdown_step`.
+
+    If A is passed as a matrix, the gradient in an entry differs from that in its mirror image, as it does through the
+    loop. Only their sum has a meaning.
+
+    Source: Krämer et al. 2024, arXiv 2405.17277, section 4; the derivation is in `krylov/adjoint.py`.
 
     Examples
     --------
@@ -145,7 +147,7 @@ def lanczos(
 def lanczos_forward(
     matvec: Callable, settings: Settings, start: Float[Array, " n"], arguments: tuple[Any, ...]
 ) -> Lanczos:
-    """Lanczos of a flat operator, as a loop that JAX differentiates like any other."""
+    """Lanczos on a flat operator, as a loop that JAX differentiates like any other."""
     num = settings.num_matvecs
     first, start_norm = breakdown.first_vector(start)
     blocks = gram_schmidt.split(jnp.zeros_like(start, shape=(num, start.size)))
@@ -154,11 +156,12 @@ def lanczos_forward(
         blocks, previous, vector, coupling, scale, _ = carry
         blocks = gram_schmidt.set_row(blocks, k, vector)
         image = matvec(vector, *arguments)
+        # The largest |A q_k| so far stands for |A|: rounding of the early, large products stays in all later vectors.
         scale = jnp.maximum(scale, safe_norm(image))
         diagonal = matmul(vector, image)
         residual = image - diagonal * vector - coupling * previous
         if settings.reorthogonalise:
-            residual, length = _reorthogonalise(blocks, k, residual)
+            residual, length = gram_schmidt.orthogonalise(blocks, k, residual)
         else:
             length = safe_norm(residual)
         following, coupling, residual = breakdown.normalise(residual, length, scale, settings.breakdown_tolerance)
@@ -171,23 +174,9 @@ def lanczos_forward(
     return Lanczos(gram_schmidt.join(blocks), diagonal, couplings[:-1], residual, start_norm, breakdown_step)
 
 
-@jax.checkpoint
-def _reorthogonalise(blocks: gram_schmidt.Blocks, last: Array, vector: Array) -> tuple[Array, Array]:
-    """`vector` without what lies along the rows, and its length."""
-    wanted = jnp.zeros_like(vector, shape=sum(map(len, blocks)))
-    kept, removed = gram_schmidt.impose(blocks, last, vector, wanted)
-    length = safe_norm(kept)
-
-    def once_more() -> tuple[Array, Array]:
-        again, _ = gram_schmidt.impose(blocks, last, kept, wanted)
-        return again, safe_norm(again)
-
-    return jax.lax.cond(anywhere(safe_norm(removed) > length), once_more, lambda: (kept, length))
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def lanczos_adjoint(matvec: Callable, settings: Settings, start: Array, arguments: tuple[Any, ...]) -> Lanczos:
-    """Lanczos of a flat operator that closes over nothing, differentiated by its adjoint."""
+    """Lanczos on a flat operator that closes over no traced array, differentiated by its adjoint."""
     return lanczos_forward(matvec, settings, start, arguments)
 
 
@@ -203,6 +192,7 @@ def _adjoint_backward(
 ) -> tuple[Array, tuple[Any, ...]]:
     result, arguments = saved
     alive = breakdown.reached(result.breakdown_step, settings.num_matvecs)
+    # Outputs after a breakdown are constants: their cotangents are ignored.
     cotangent = Lanczos(
         jnp.where(alive[:, None], cotangent.basis, 0),
         jnp.where(alive, cotangent.diagonal, 0),
@@ -223,7 +213,7 @@ lanczos_adjoint.defvjp(_adjoint_forward, _adjoint_backward)
 def _full_multipliers(
     matvec: Callable, result: Lanczos, cotangent: Lanczos, settings: Settings
 ) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
-    """Solve (r), (H), (Q) of `adjoint.py` backwards: the rows of L, and the cotangent of the start vector."""
+    """Solve (r), (H) and (Q) of `adjoint.py` backwards; return L as rows and the cotangent of the start vector."""
     num = settings.num_matvecs
     matrix = tridiagonal_matrix(result.diagonal, result.off_diagonal)
     # Lanczos computes the diagonal and the subdiagonal; the superdiagonal is a copy.
@@ -236,14 +226,14 @@ def _full_multipliers(
         row, row_after, _ = carry
         k, diagonal, off_diagonal, coupling, wanted = inputs
         right = terms[k] + matvec(row) - diagonal * row - off_diagonal * row_after
-        # Where the forward recurrence broke down this one starts anew, from (r) with r = 0, by the projection.
+        # A coupling of zero is a breakdown. The recurrence starts anew there from (r) with r = 0, by the projection.
         before = jnp.where(coupling != 0, right / jnp.where(coupling != 0, coupling, 1), 0)
         if settings.project:
             before, _ = gram_schmidt.impose(blocks, k, before, wanted)
         return (before, row, right), row
 
-    # Arrays of K n numbers are indexed within the loop: sliced for it, they would be copied. The last step, at q_1, has
-    # nothing before it and is there for its right-hand side.
+    # Arrays of K n numbers are indexed inside the loop. As inputs of `scan` they would be copied.
+    # The last step, at q_1, has no multiplier before it. It is there for its right-hand side.
     off_diagonal = jnp.append(result.off_diagonal, 0)
     inputs = jnp.arange(num), result.diagonal, off_diagonal, couplings, jnp.roll(d_matrix, 1, axis=1).T
     zero = jnp.zeros_like(last)
@@ -254,10 +244,10 @@ def _full_multipliers(
 def _local_multipliers(
     matvec: Callable, result: Lanczos, cotangent: Lanczos, settings: Settings
 ) -> tuple[Float[Array, "K n"], Float[Array, " n"]]:
-    """The adjoint of (L) with a_k = q_k' A q_k and b_k = |A q_k - a_k q_k - b_{k-1} q_{k-1}|, and nothing else imposed.
+    """Solve the adjoint of (L) alone, with a_k = q_k' A q_k and b_k = |A q_k - a_k q_k - b_{k-1} q_{k-1}|.
 
-    Step k receives the cotangents x of q_{k+1}, y of q_k and db of b_k from their later uses in the recurrence. With
-    u = b_k q_{k+1} it finds
+    Step k receives the cotangents x of q_{k+1}, y of q_k and db of b_k, collected from their later uses in the
+    recurrence. With u = b_k q_{k+1} it finds
 
         du = (I - q_{k+1} q_{k+1}') x / b_k + db q_{k+1},
         l_k = du + (da_k - q_k' du) q_k,                       the cotangent of A q_k
@@ -266,7 +256,7 @@ def _local_multipliers(
     basis = result.basis
     zero = jnp.zeros_like(result.start_norm)[None]
     couplings = jnp.concatenate([zero, result.off_diagonal])
-    # Arrays of K n numbers are indexed within the loop: sliced for it, they would be copied.
+    # Arrays of K n numbers are indexed inside the loop. As inputs of `scan` they would be copied.
     inputs = (
         jnp.arange(settings.num_matvecs),
         result.diagonal,
@@ -280,7 +270,7 @@ def _local_multipliers(
         k, diagonal, d_diagonal, coupling, d_coupling = inputs
         vector = basis[k]
         previous = jnp.where(k > 0, basis[k - 1], 0)
-        # `following` is u, not normalised, so that it serves the last residual as well.
+        # `following` is u, which is not normalised, so that the last residual can stand for it as well.
         d_diagonal = d_diagonal - matmul(vector, du)
         image = following + diagonal * vector + coupling * previous
         row = du + d_diagonal * vector

@@ -1,7 +1,8 @@
-"""Functions of a matrix times a vector, from a Krylov decomposition, with their errors.
+"""Functions of a matrix times a vector, f(A) v, from a Krylov decomposition, with an estimate of the error.
 
-f(A) v is approximated in the Krylov space of v by |v| Q f(T) e_1, which is exact once the space is invariant, and for
-polynomials of degree K - 1 (Saad 1992; Higham 2008, chapter 13).
+In the Krylov space of v, f(A) v is approximated by |v| Q f(T) e_1. That is exact once the space is invariant, and for
+polynomials of degree K - 1 (Saad 1992; Higham 2008, chapter 13). Lanczos serves symmetric operators and any scalar f;
+Arnoldi serves all operators and an f on dense matrices. `frechet.py` differentiates both.
 """
 
 from collections.abc import Callable
@@ -35,9 +36,9 @@ class MatrixFunction(NamedTuple):
     value
         f(A) v, like the vector.
     error
-        How much |f(A) v - value| fell over the last fifth of the steps: an estimate, no bound, of what is left, on the
-        safe side where convergence is at least linear. Zero where the space is invariant. It speaks of the value, not
-        of its derivatives, and has none itself.
+        The length of the change of `value` over the last fifth of the steps. It estimates the remaining error
+        |f(A) v - value|, and is not a bound of it: it is on the safe side if convergence is at least linear. It is zero
+        where the space is invariant. It says nothing of the error of derivatives, and has no derivative itself.
     """
 
     value: PyTree[Float[Array, "..."]]
@@ -54,7 +55,7 @@ def matfun_lanczos(
     gradient: Literal["adjoint", "frechet", "autodiff"] = "adjoint",
     vjp_batch_size: int = 1,
 ) -> MatrixFunction:
-    """f(A) v for a symmetric A and any scalar f, differentiable in v, A and f.
+    """Compute f(A) v for a symmetric A and any scalar f, differentiably in v, A and f.
 
     Parameters
     ----------
@@ -64,25 +65,33 @@ def matfun_lanczos(
     matvec, params, num_matvecs, reorthogonalise, vjp_batch_size
         As for `lanczos`.
     vector
-        v, as `start` of `lanczos`; float32 or float64. A zero v inside of `jit` gives zero.
+        v, like `start` of `lanczos`, in float32 or float64. A zero v inside of `jit` gives zero.
     gradient
-        "adjoint": that of the value that is returned, by the adjoint of `lanczos`. Where the space of v is invariant
-        the value is exact, and the gradient is that of "frechet". "frechet": that of f(A) v itself, from a second
-        decomposition, which starts at the cotangent; its error is one of truncation. Take it where v may lie in an
-        almost invariant space, as for an operator with few distinct eigenvalues. It costs K products as well. Both in
-        reverse mode only. "autodiff": through the loop, in any mode; in an invariant space it is that of a loop that
-        ended, which is not that of f(A) v.
+        "adjoint" differentiates the value that is returned, by the adjoint of `lanczos`. Where the space of v is
+        invariant, that value is exact, and the gradient is that of "frechet".
+
+        "frechet" differentiates f(A) v itself, by a second decomposition, which starts at the cotangent. Its only error
+        is one of truncation. Use it if v may lie in an almost invariant space, as for an operator with few distinct
+        eigenvalues. It costs K products, as "adjoint" does, and both work in reverse mode only.
+
+        "autodiff" differentiates the loop, in any mode. In an invariant space this is the gradient of a loop that
+        ended, not that of f(A) v.
+
+    Returns
+    -------
+    MatrixFunction
+        The value and an estimate of its error.
 
     Raises
     ------
     ValueError, TypeError
-        As for `lanczos`; and if `function` does not take a scalar to a scalar.
+        As for `lanczos`, and if `function` does not take a scalar to a scalar.
 
     Notes
     -----
-    Cost: that of `lanczos`, and of order K^3; memory as there, and K n more with the gradient of "adjoint". Call it
-    within `jit`. Under `vmap` one vector whose space is invariant lets the second decomposition run for all of the
-    batch. Second derivatives are those of "adjoint"; in an invariant space they are NaN.
+    Cost: that of `lanczos`, and of order K^3. Memory: that of `lanczos`, and K n numbers more for the gradient of
+    "adjoint". Call it inside of `jit`. Under `vmap` the second decomposition runs for all of the batch if the space of
+    one vector is invariant. Second derivatives are those of "adjoint"; in an invariant space they are NaN.
 
     Source: Saad 1992; "adjoint": Krämer et al. 2024, arXiv 2405.17277; "frechet": Kandolf, Koskela, Relton and
     Schweitzer 2021.
@@ -113,28 +122,35 @@ def matfun_arnoldi(
     gradient: Literal["adjoint", "frechet", "autodiff"] = "adjoint",
     vjp_batch_size: int = 1,
 ) -> MatrixFunction:
-    """f(A) v for any square A, with f given on dense matrices; differentiable in v, A and f.
+    """Compute f(A) v for any square A, with f given on dense matrices, differentiably in v, A and f.
 
     Parameters
     ----------
     function
-        f on small dense matrices, such as `jax.scipy.linalg.expm`; it is differentiated as it is. After a breakdown the
-        projected matrix is filled up by a number that v' A v / v' v gives, or a small one where that is zero: f must be
-        defined there.
+        f on small dense matrices, such as `jax.scipy.linalg.expm`. JAX differentiates it as it is. After a breakdown
+        the diagonal of the projected matrix is filled up with v' A v / v' v, or with a small positive number if that is
+        almost zero; f must be defined there.
     matvec, params, num_matvecs, reorthogonalise, vjp_batch_size
         As for `arnoldi`.
     vector, gradient
-        As for `matfun_lanczos`; the second decomposition is one of the transposed operator.
+        As for `matfun_lanczos`. The second decomposition is one of the transposed operator.
+
+    Returns
+    -------
+    MatrixFunction
+        The value and an estimate of its error.
 
     Raises
     ------
     ValueError, TypeError
-        As for `arnoldi`; and if `function` does not take a matrix to one of the same shape and dtype.
+        As for `arnoldi`, and if `function` does not take a matrix to one of the same shape and dtype.
 
     Notes
     -----
-    Cost: that of `arnoldi`, and `function` of two K x K matrices; of one of 2 K x 2 K for "frechet". Call it within
-    `jit`. Source: as for `matfun_lanczos`; Higham 2008, Functions of Matrices, section 3.2 and chapter 13.
+    Cost: that of `arnoldi`, and two evaluations of `function` on matrices of at most K x K, with one on a 2 K x 2 K
+    matrix for "frechet". Call it inside of `jit`.
+
+    Source: as for `matfun_lanczos`; Higham 2008, Functions of Matrices, section 3.2 and chapter 13.
 
     Examples
     --------
@@ -149,6 +165,7 @@ def matfun_arnoldi(
     options = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
     operator, settings = prepare(caller, "vector", matvec, vector, params, **options)
     check_decomposable(caller, "vector", operator.start.dtype)
+    # All sizes for which f will be asked: the projected matrix, the shorter one of the error estimate, and (M').
     sizes = [settings.num_matvecs, _without_last_fifth(settings.num_matvecs)]
     if gradient != "autodiff":
         sizes.append(2 * settings.num_matvecs)
@@ -165,6 +182,7 @@ def _matfun(
     gradient: str,
     constants: Any,
 ) -> MatrixFunction:
+    """Run `times_vector` and put its result into the user's structure."""
     run = partial(times_vector, method, function, operator.matvec, settings, gradient)
     if gradient != "autodiff":
         run = reverse_only(run, f"{caller}(gradient={gradient!r})")
@@ -173,7 +191,7 @@ def _matfun(
 
 
 def function_times_start(function: Converted, constants: Any, steps: Lanczos) -> tuple[Array, Array]:
-    """|v| f(T) e_1, the coordinates of f(A) v in the basis, and what of it came with the last fifth of the steps."""
+    """Return |v| f(T) e_1, the coordinates of f(A) v in the basis, and their change over the last fifth of steps."""
     scalar = partial(_at, function, constants)
     coordinates = steps.start_norm * function_times_first(
         scalar, steps.diagonal, steps.off_diagonal, steps.breakdown_step
@@ -189,11 +207,12 @@ def _at(function: Converted, constants: Any, x: Array) -> Array:
 
 
 def _pairing_lanczos(function: Converted, constants: Any, steps: Lanczos, other: Lanczos) -> Float[Array, "K K"]:
-    """(M) of `frechet.py`."""
+    """Return M of (M) in `frechet.py`."""
     (values, vectors), (other_values, other_vectors) = _eigenpairs(steps), _eigenpairs(other)
     both = jnp.concatenate([values, other_values])
     scalars = jax.vmap(partial(_at, function, constants))
     num = len(values)
+    # Between the Ritz values of the two spaces, which may coincide: hence divided differences of all of them.
     divided = divided_differences(scalars, both, scalars(both))[:num, num:]
     inner = matmul(vectors, divided * vectors[0][:, None] * other_vectors[0])
     return steps.start_norm * other.start_norm * matmul(inner, other_vectors.T)
@@ -213,7 +232,7 @@ def _coordinates_arnoldi(function: Converted, constants: Any, steps: Arnoldi) ->
 
 
 def _pairing_arnoldi(function: Converted, constants: Any, steps: Arnoldi, other: Arnoldi) -> Float[Array, "K K"]:
-    """(M') of `frechet.py`."""
+    """Return M of (M') in `frechet.py`."""
     right, left = _filled_hessenberg(steps), _filled_hessenberg(other)
     corner = jnp.zeros_like(left).at[0, 0].set(1)
     image = function(jnp.block([[left, corner], [jnp.zeros_like(left), right.T]]), constants)
@@ -221,9 +240,9 @@ def _pairing_arnoldi(function: Converted, constants: Any, steps: Arnoldi, other:
 
 
 def _filled_hessenberg(steps: Arnoldi) -> Float[Array, "K K"]:
-    """H, with its first entry on the diagonal after a breakdown, since f need not be defined at zero.
+    """Return H with its zero diagonal after a breakdown filled up, since f need not be defined at zero.
 
-    Where that entry is almost zero, too, a small positive number stands there.
+    The filler is the first entry, v' A v / v' v, or a small positive number if that entry is almost zero.
     """
     matrix = jax.lax.stop_gradient(steps.hessenberg)
     small = 1e-2 * jnp.max(jnp.abs(matrix))
@@ -233,6 +252,8 @@ def _filled_hessenberg(steps: Arnoldi) -> Float[Array, "K K"]:
 
 
 def _transpose(matvec: Callable) -> Callable:
+    """Return the products with A'."""
+
     def transposed(vector: Array, *arguments: Any) -> Array:
         return jax.vjp(lambda v: matvec(v, *arguments), vector)[1](vector)[0]
 
@@ -244,9 +265,12 @@ def _without_last_fifth(num_matvecs: int) -> int:
 
 
 def _change(coordinates: Array, before: Array, breakdown_step: Array) -> Array:
-    """The difference of two approximations, the shorter one padded; zero in an invariant space. It has no gradient."""
+    """Return the difference of two approximations, the shorter one padded, without a gradient.
+
+    In an invariant space the value is exact and the change is zero.
+    """
     change = coordinates - jnp.pad(before, (0, len(coordinates) - len(before)))
-    # A single step has nothing before it to compare with.
+    # A single step has nothing before it to compare with, so all of the value counts.
     change = change if len(coordinates) > 1 else coordinates
     return jax.lax.stop_gradient(jnp.where(breakdown_step < 0, change, 0))
 

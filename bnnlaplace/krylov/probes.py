@@ -9,56 +9,66 @@ from bnnlaplace.krylov.checks import check_count, check_real
 
 
 def rademacher_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
-    """Draw `num_probes` probes with independent entries +1 and -1.
+    """Draw probes with independent entries +1 and -1.
 
-    Each leaf of the result is like that of `like`, with the probes along a new leading axis. Of all distributions with
-    independent entries this has the smallest variance of z' A z, 2 (|A|_F^2 - sum_i A_ii^2) (Hutchinson 1990).
+    Among all distributions with independent entries, this one gives z' A z the smallest variance:
+    2 (|A|_F^2 - sum_i A_ii^2) (Hutchinson 1990).
 
     Parameters
     ----------
     key
-        Seeds them.
+        The random key.
     like
         An array or a pytree of arrays, such as the vector that an operator takes; only shapes and dtype are used.
     num_probes
-        How many.
+        The number of probes.
+
+    Returns
+    -------
+    PyTree
+        The structure of `like`, with the probes along a new leading axis of each leaf.
 
     Raises
     ------
     ValueError
         If `num_probes` is below 1.
     TypeError
-        If it is no integer, or `like` is not real floating point of one dtype.
+        If `num_probes` is not an integer, or the leaves of `like` do not have one real floating-point dtype.
     """
     return _draw("rademacher_probes", jax.random.rademacher, key, like, num_probes)
 
 
 def normal_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
-    """Draw `num_probes` standard normal probes.
+    """Draw standard normal probes.
 
-    Each leaf of the result is like that of `like`, with the probes along a new leading axis. The variance of z' A z is
-    2 |A|_F^2; posterior samples start from such probes.
+    The variance of z' A z is 2 |A|_F^2, more than for Rademacher probes. Posterior samples start from normal probes.
 
     Parameters
     ----------
     key
-        Seeds them.
+        The random key.
     like
         An array or a pytree of arrays, such as the vector that an operator takes; only shapes and dtype are used.
     num_probes
-        How many.
+        The number of probes.
+
+    Returns
+    -------
+    PyTree
+        The structure of `like`, with the probes along a new leading axis of each leaf.
 
     Raises
     ------
     ValueError
         If `num_probes` is below 1.
     TypeError
-        If it is no integer, or `like` is not real floating point of one dtype.
+        If `num_probes` is not an integer, or the leaves of `like` do not have one real floating-point dtype.
     """
     return _draw("normal_probes", jax.random.normal, key, like, num_probes)
 
 
 def _draw(caller: str, draw: Callable, key: Array, like: PyTree, num_probes: int) -> PyTree:
+    """Draw each leaf from a key of its own."""
     num_probes = check_count(caller, "num_probes", num_probes)
     leaves, structure = jax.tree.flatten(check_real(caller, "like", like))
     keys = jax.random.split(key, len(leaves))

@@ -1,4 +1,10 @@
-"""z' f(A) z of one probe, read off its Lanczos decomposition, and three ways to differentiate it."""
+"""The quadratic form z' f(A) z of one probe, read off its Lanczos decomposition, and three ways to differentiate it.
+
+The value is |z|^2 e_1' f(T) e_1. "adjoint" differentiates this value through the adjoint of Lanczos, and "autodiff"
+through its loop. "quadrature" takes the derivative of z' f(A) z averaged over probes instead, for which a trace lets
+one replace the Frechet derivative: E[z' L(A, dA) z] = tr(f'(A) dA) = E[(f'(A) z)' dA z], with f'(A) z = |z| Q f'(T) e_1
+from the decomposition at hand.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,13 +30,13 @@ class Form(NamedTuple):
     Attributes
     ----------
     function
-        f.
+        f, converted by `functions.py`.
     matvec
-        v -> A v.
+        v, *arguments -> A v.
     settings
-        Of the decomposition.
+        The options of the decomposition.
     semidefinite
-        A has no negative eigenvalues, and those that are rounding of zero count as zero.
+        Whether A has no negative eigenvalues, so that Ritz values which are rounding of zero count as zero.
     """
 
     function: Converted
@@ -42,7 +48,7 @@ class Form(NamedTuple):
 def quadratic_form(
     form: Form, gradient: str, probe: Float[Array, " n"], arguments: tuple[Any, ...], constants: Any
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """z' f(A) z, differentiable as `gradient` says, and how much of it came with the last fifth of the steps."""
+    """Return z' f(A) z, differentiable as `gradient` says, and its change over the last fifth of the steps."""
     if gradient == "quadrature":
         return _quadrature_form(form, probe, arguments, constants)
     decompose = lanczos_adjoint if gradient == "adjoint" else lanczos_forward
@@ -50,12 +56,13 @@ def quadratic_form(
 
 
 def _read_off(form: Form, constants: Any, steps: Lanczos) -> tuple[Array, Array]:
+    """Return |z|^2 e_1' f(T) e_1 and its change over the last fifth of the steps."""
     first, change = function_times_start(*_above_rounding(form, constants, steps), steps)
     return steps.start_norm * first[0], steps.start_norm * jax.lax.stop_gradient(change[0])
 
 
 def _above_rounding(form: Form, constants: Any, steps: Lanczos) -> tuple[Converted, Any]:
-    """f and its constants; of a semidefinite operator f(0) where an eigenvalue is rounding of zero."""
+    """Return f and its constants; for a semidefinite operator, f is f(0) at an eigenvalue that is rounding of zero."""
     if not form.semidefinite:
         return form.function, constants
     diagonal, off_diagonal = jax.lax.stop_gradient((steps.diagonal, steps.off_diagonal))
@@ -70,14 +77,14 @@ def _above_rounding(form: Form, constants: Any, steps: Lanczos) -> tuple[Convert
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _quadrature_form(form: Form, probe: Array, arguments: tuple[Any, ...], constants: Any) -> tuple[Array, Array]:
-    """z' f(A) z, with (f'(A) z)' dA z + 2 (f(A) z)' dz for its derivative."""
+    """Return z' f(A) z and its change, with the derivative (f'(A) z)' dA z + 2 (f(A) z)' dz."""
     return _quadrature_form_forward(form, probe, arguments, constants)[0]
 
 
 def _quadrature_form_forward(
     form: Form, probe: Array, arguments: tuple[Any, ...], constants: Any
 ) -> tuple[tuple[Array, Array], Any]:
-    # The loop, since what is differentiated again may be so in forward mode, too.
+    # By the loop, not the adjoint, so that forward mode can differentiate this once more.
     steps = lanczos_forward(form.matvec, form.settings, probe, arguments)
     return _read_off(form, constants, steps), (steps, probe, arguments, constants)
 
@@ -88,6 +95,7 @@ def _quadrature_form_backward(form: Form, saved: Any, cotangents: tuple[Array, A
     function, given = _above_rounding(form, constants, steps)
     slope = steps.start_norm * function_times_first(jax.grad(lambda x: function(x, given)), *tridiagonal)
     first, _ = function_times_start(function, given, steps)
+    # f'(A) z, in the basis that is at hand.
     towards_operator = cotangent * matmul(slope, steps.basis)
     gradient = (
         2 * cotangent * matmul(first, steps.basis),

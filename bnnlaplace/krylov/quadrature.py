@@ -1,8 +1,9 @@
 """Stochastic Lanczos quadrature: the trace of a function of a symmetric operator, from products with it.
 
-For a probe z with E[z z'] = I, tr f(A) = E[z' f(A) z]. K Lanczos steps from z give z' f(A) z = |z|^2 e_1' f(T) e_1, but
-for truncation: a Gauss rule, exact for polynomials of degree 2 K - 1 (Golub and Meurant 1994; Ubaru, Chen and Saad
-2017).
+For a probe z with E[z z'] = I, tr f(A) = E[z' f(A) z]. K Lanczos steps from z approximate z' f(A) z by
+|z|^2 e_1' f(T) e_1. This is a Gauss rule, exact for polynomials of degree 2 K - 1 (Golub and Meurant 1994; Ubaru, Chen
+and Saad 2017). `quadratic_form.py` computes it for one probe, `deflation.py` removes leading eigenpairs, and this file
+averages over probes, in batches, with the gradient computed along with the value.
 """
 
 import math
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bnnlaplace.core.tree import concatenated, floating
@@ -30,7 +32,7 @@ from bnnlaplace.krylov.gram_schmidt import safe_norm
 from bnnlaplace.krylov.operator import Settings, prepare
 from bnnlaplace.krylov.quadratic_form import Form, quadratic_form
 
-# A stop that looks at the standard error of fewer probes would often be an accident.
+# The standard error of fewer probes is so uncertain that the loop would often stop by accident.
 FEWEST_PROBES = 8
 
 
@@ -42,14 +44,14 @@ class TraceEstimate(NamedTuple):
     mean
         The estimate.
     sem
-        Its standard error over probes; infinite for one probe. It knows nothing of truncation.
+        Its standard error over probes, infinite for one probe. It does not include the truncation error.
     truncation
-        How much the mean changed over the last fifth of the Lanczos steps: an estimate of what stopping there costs,
-        zero where every probe found an invariant subspace.
+        The change of the mean over the last fifth of the Lanczos steps, which estimates the truncation error. It is
+        zero if every probe found an invariant subspace.
     num_probes
-        How many probes were used.
+        The number of probes that were used.
     converged
-        Whether the `relative_sem` that was asked for is met; true if none was.
+        Whether `relative_sem` was met; true if it was not given.
     """
 
     mean: Float[Array, ""]
@@ -60,7 +62,19 @@ class TraceEstimate(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The static part of a call."""
+    """The static options of a call.
+
+    Attributes
+    ----------
+    lanczos
+        The options of each decomposition.
+    gradient, relative_sem, semidefinite
+        As for `stochastic_lanczos_quadrature`.
+    batch_size
+        The number of probes that are treated at once.
+    deflated
+        Whether eigenpairs were taken out.
+    """
 
     lanczos: Settings
     gradient: str
@@ -91,55 +105,66 @@ def stochastic_lanczos_quadrature(
     function
         f, from a scalar to a scalar, smooth on the spectrum of A. It may close over traced arrays, such as a shift,
         which are differentiated as well.
-    matvec, params, num_matvecs, reorthogonalise, vjp_batch_size
-        As for `lanczos`. Exact for each probe once `num_matvecs` reaches the number of distinct eigenvalues, which the
-        rank plus one bounds.
+    matvec, params, reorthogonalise, vjp_batch_size
+        As for `lanczos`.
+    num_matvecs
+        The number K of Lanczos steps for each probe. The quadrature is exact for a probe once K reaches the number of
+        distinct eigenvalues, which is at most the rank of A plus one.
     probes
-        z along the leading axis of each leaf, S of them, of `rademacher_probes` or `normal_probes`; or the rows of
-        sqrt(n) times an orthogonal matrix, whose mean is the exact trace. Rademacher has the smaller variance; normal
-        probes are what posterior samples start from.
+        S probes z along the leading axis of each leaf, in float32 or float64, from `rademacher_probes` (smaller
+        variance) or `normal_probes` (posterior samples can start from them). The rows of sqrt(n) times an orthogonal
+        matrix give the exact trace as their mean.
     gradient
-        Of the mean, in `params`, in the probes and in what `matvec` and `function` close over. "adjoint": the exact
-        derivative of the quadrature, by K further products and a vector-Jacobian product of K terms a probe.
-        "quadrature": d tr f(A) = E[(f'(A) z)' dA z], with f'(A) z from the decomposition at hand: one vector-Jacobian
-        product a probe; unbiased, but the derivative of the returned value only up to truncation. Both in reverse mode
-        only; for second derivatives of "quadrature" take jax.hessian, since in reverse mode twice they take memory as
-        "autodiff" does. "autodiff": through the loop, in any mode.
+        The gradient of the mean in `params`, in the probes and in what `matvec` and `function` close over.
+
+        "adjoint" is the exact derivative of the quadrature, by K further products and a vector-Jacobian product of K
+        terms for each probe.
+
+        "quadrature" uses d tr f(A) = E[(f'(A) z)' dA z], with f'(A) z from the decomposition at hand. It takes one
+        vector-Jacobian product for each probe. It is unbiased, and up to truncation the derivative of the returned
+        value.
+
+        Both work in reverse mode only. For second derivatives of "quadrature" use jax.hessian: reverse mode twice takes
+        as much memory as "autodiff".
+
+        "autodiff" differentiates the loop, in any mode.
     probe_batch_size
-        Probes at once: more are faster where products gain from batching. Each takes the memory of `lanczos`, for the
-        gradient, too, which is summed as batches pass.
+        How many probes are treated at once. More are faster if products gain from batching. Each takes the memory of
+        `lanczos`, also for the gradient, which is summed over batches.
     relative_sem
-        Stop once sem <= relative_sem |mean|, after the first eight probes or later; else all probes are used. Not with
-        "autodiff".
+        Stop once sem <= relative_sem |mean|, after at least eight probes. By default all probes are used. It does not
+        go with "autodiff".
     deflation
-        Of `leading_eigenpairs`. Their f(theta) are summed exactly, and probes see the rest of the space only: the
-        variance that they would cause is gone. For exact eigenvectors the gradient is exact as well. Second derivatives
-        would need to know how eigenvectors move: "adjoint" and "quadrature" refuse them, and those of "autodiff" leave
-        it out.
+        Eigenpairs from `leading_eigenpairs`. Their f(theta) are summed exactly and the probes see only the rest of the
+        space, so these pairs cause no variance. For exact eigenvectors the gradient is exact as well. Second
+        derivatives depend on how the eigenvectors move: "adjoint" and "quadrature" refuse them, and "autodiff" leaves
+        that part out.
     semidefinite
-        A has no negative eigenvalues, and f is defined at zero: Ritz values below 4 eps times the largest one, or below
-        zero, are rounding of zero and count as such. Where A is singular and f changes much over that distance, as
-        log(1 + x / delta) with a small delta in single precision, the estimate is noise otherwise.
+        Whether A has no negative eigenvalues. Ritz values below zero, or below 4 eps times the largest one, then count
+        as zero, where f must be defined. Set it if A is singular and f changes much over that distance, as
+        log(1 + x / delta) does for a small delta in single precision. The estimate would be noise otherwise.
 
     Returns
     -------
     TraceEstimate
-        Only `mean` has a gradient.
+        The estimate and its errors. Only `mean` has a gradient.
 
     Raises
     ------
     ValueError
-        If an option is out of range or unknown, `deflation` does not fit the probes, or, outside of `jit`, a probe is
+        If an option is out of range or unknown, if `deflation` does not fit the probes, or if a probe is known to be
         zero or not finite.
     TypeError
-        As for `lanczos`, with the structure of one probe, of float32 or float64; if `function` does not take a scalar
-        to a scalar; and if a derivative is asked for that is not there.
+        As for `lanczos`, if the probes are in half precision, if `function` does not take a scalar to a scalar, or if a
+        derivative is asked for that does not exist.
 
     Notes
     -----
-    Cost: S K products, S K more for the adjoint. Call it within `jit`. Second derivatives are those of the estimate of
-    the gradient; past a breakdown they are NaN, as for `lanczos`. At a breakdown in the last step they are those of the
-    quadrature, which are those of tr f(A) as long as the space keeps its dimension, as for an operator of fixed rank.
+    Cost: S K products, and S K more for the adjoint. Call it inside of `jit`.
+
+    Second derivatives are those of the estimated gradient. After a breakdown they are NaN, as for `lanczos`. At a
+    breakdown in the last step they are those of the quadrature. These agree with the derivatives of tr f(A) as long as
+    the Krylov space keeps its dimension, as it does for an operator of fixed rank.
 
     Source: Ubaru, Chen and Saad 2017; gradients: Krämer et al. 2024, arXiv 2405.17277, section 5; deflation: Gambhir,
     Stathopoulos and Orginos 2017.
@@ -171,8 +196,8 @@ def stochastic_lanczos_quadrature(
         vectors = deflation_rows(caller, deflation, first)
         offset = deflated_trace(converted, constants, operator.matvec, operator.arguments, vectors)
         rows = outside(vectors, rows)
-    # The form of a zero probe, such as one of which nothing is left, is zero: f is evaluated where it is defined all
-    # the same, for another vector, and multiplied by zero.
+    # Nothing may be left of a probe after deflation. Its form is zero. f need not be defined at zero, so the form is
+    # computed for a vector of ones instead, and multiplied by zero.
     is_zero = ~jnp.any(rows != 0, axis=1)
     rows = jnp.where(is_zero[:, None], 1, rows)
     plan = Plan(settings, gradient, min(probe_batch_size, count), relative_sem, deflation is not None, semidefinite)
@@ -188,34 +213,34 @@ def stochastic_lanczos_quadrature(
 
 
 class _Forms(NamedTuple):
-    """What the probes saw; zero for those that were not used.
+    """The quadratic forms of the probes; zero for probes that were not used.
 
     Attributes
     ----------
     values
         z' f(A) z.
     changes
-        How much of it came with the last fifth of the steps.
+        Their change over the last fifth of the steps.
     used
-        The number of probes used.
+        The number of probes that were used.
     """
 
     values: Float[Array, " S"]
     changes: Float[Array, " S"]
-    used: Int[Array, ""]
+    used: Int[ArrayLike, ""]
 
 
 def _forms(
     function: Converted, matvec: Callable, plan: Plan, batch: Array, arguments: tuple[Any, ...], constants: Any
 ) -> tuple[Array, Array]:
-    """z' f(A) z of a batch of probes, and how much of it came with the last fifth of the steps."""
-
-    what = Form(function, matvec, plan.lanczos, plan.semidefinite)
+    """Return z' f(A) z for a batch of probes, and its change over the last fifth of the steps."""
+    static = Form(function, matvec, plan.lanczos, plan.semidefinite)
 
     def form(probe: Array) -> tuple[Array, Array]:
-        return quadratic_form(what, plan.gradient, probe, arguments, constants)
+        return quadratic_form(static, plan.gradient, probe, arguments, constants)
 
-    if len(batch) == 1:  # choices in the recurrence remain choices where nothing is batched
+    # A batch of one is not mapped, so that a `cond` in the recurrence stays a choice between its branches.
+    if len(batch) == 1:
         return jax.tree.map(lambda x: x[None], form(batch[0]))
     return jax.vmap(form)(batch)
 
@@ -232,16 +257,17 @@ def _run(
     *,
     with_gradient: bool = False,
 ) -> tuple[Array, _Forms, tuple | None]:
-    """Batch after batch of probes: offset + the mean of their forms, the forms, and the gradient of the first.
+    """Average the forms of all probes, batch after batch; return offset + mean, the forms, and the mean's gradient.
 
-    The gradient is computed along with the forms, so that no decomposition outlives its batch.
+    `shares` weighs the probes. The gradient is computed along with the forms, so that no decomposition outlives its
+    batch.
     """
-    count, size = len(rows), plan.batch_size
-    num_batches = math.ceil(count / size)
-    filled = num_batches * size
-    # Probes that fill the last batch are copies, and count for nothing.
-    weights = jnp.pad(shares, (0, filled - count)).reshape(num_batches, size)
-    batches = jnp.concatenate([rows, jnp.broadcast_to(rows[:1], (filled - count, rows.shape[1]))])
+    num_probes, size = len(rows), plan.batch_size
+    num_batches = math.ceil(num_probes / size)
+    padded = num_batches * size
+    # The last batch is filled up with copies of the first probe, which get the weight zero.
+    weights = jnp.pad(shares, (0, padded - num_probes)).reshape(num_batches, size)
+    batches = jnp.concatenate([rows, jnp.broadcast_to(rows[:1], (padded - num_probes, rows.shape[1]))])
     batches = batches.reshape(num_batches, size, -1)
     active = floating((arguments, constants))
 
@@ -250,7 +276,7 @@ def _run(
         values, changes = weight * values, weight * changes
         return jnp.sum(values), (values, changes)
 
-    def advance(i: Array, carry: tuple) -> tuple:
+    def advance(i: Int[Array, ""], carry: tuple) -> tuple:
         values, changes, d_rows, d_leaves = carry
         batch = batches[i], active.leaves, weights[i]
         if with_gradient:
@@ -260,12 +286,13 @@ def _run(
             _, new = total(*batch)
         return values.at[i].set(new[0]), changes.at[i].set(new[1]), d_rows, d_leaves
 
-    def forms(i: Array, carry: tuple) -> _Forms:
-        return _Forms(carry[0].reshape(-1)[:count], carry[1].reshape(-1)[:count], jnp.minimum(i * size, count))
+    def forms(batches_done: Int[ArrayLike, ""], carry: tuple) -> _Forms:
+        values, changes = (leaf.reshape(-1)[:num_probes] for leaf in carry[:2])
+        return _Forms(values, changes, jnp.minimum(batches_done * size, num_probes))
 
     def unfinished(state: tuple) -> Array:
         seen = forms(*state)
-        enough = (seen.used >= min(FEWEST_PROBES, count)) & _is_precise(plan, offset, seen)
+        enough = (seen.used >= min(FEWEST_PROBES, num_probes)) & _is_precise(plan, offset, seen)
         return (state[0] < num_batches) & ~enough
 
     no_rows, no_leaves = jnp.zeros_like(batches), jax.tree.map(jnp.zeros_like, active.leaves)
@@ -281,13 +308,13 @@ def _run(
     if not with_gradient:
         return mean, seen, None
     d_rows, d_leaves = jax.tree.map(lambda x: x / seen.used.astype(x.dtype), carry[2:])
-    d_rows = d_rows.reshape(filled, -1)[:count]
+    d_rows = d_rows.reshape(padded, -1)[:num_probes]
     gradient = jnp.ones_like(mean), d_rows, jnp.zeros_like(shares), *active.cotangent(d_leaves)
     return mean, seen, _only_once(plan, gradient)
 
 
 def _only_once(plan: Plan, gradient: Any) -> Any:
-    """The gradient, whose own derivatives raise an error where they would be wrong or there are none."""
+    """Return the gradient; its own derivatives raise an error if they would be wrong or do not exist."""
     caller = "stochastic_lanczos_quadrature"
     if plan.deflated:
         message = f"{caller}(deflation=...) has first derivatives only; leave it out for second ones"
@@ -297,7 +324,7 @@ def _only_once(plan: Plan, gradient: Any) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _differentiable_run(function: Callable, matvec: Callable, plan: Plan, *inputs: Any) -> tuple[Array, _Forms]:
-    """`_run`, whose forms have no gradient and whose mean has the one that was computed along with it."""
+    """`_run`, where the mean has the gradient that was computed along with it, and the forms have none."""
     return _run(function, matvec, plan, *inputs)[:2]
 
 
@@ -319,13 +346,14 @@ def _mean(seen: _Forms) -> Array:
 
 
 def _sem(seen: _Forms) -> Array:
+    """The standard error of the mean over the probes that were used; infinite for one probe."""
     deviations = jnp.where(jnp.arange(len(seen.values)) < seen.used, seen.values - _mean(seen), 0)
     several = (jnp.maximum(seen.used - 1, 1) * seen.used).astype(deviations.dtype)
     return jnp.where(seen.used > 1, safe_norm(deviations) / jnp.sqrt(several), jnp.inf)
 
 
 def _is_precise(plan: Plan, offset: Array, seen: _Forms) -> Array:
-    """Whether the standard error asked for is met; it always is where none was."""
+    """Whether `relative_sem` is met; true if it was not given."""
     if plan.relative_sem is None:
         return jnp.asarray(True)
     return _sem(seen) <= plan.relative_sem * jnp.abs(offset + _mean(seen))
@@ -344,7 +372,7 @@ def _check_relative_sem(caller: str, value: Any, gradient: str) -> float | None:
 
 
 def _count(caller: str, probes: PyTree) -> int:
-    """The length of the leading axis, checked to be the same for every leaf."""
+    """Return the number of probes, the length of the leading axis that all leaves must share."""
     counts = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(probes)}
     if len(counts) != 1 or counts & {(), (0,)}:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether an operator known by its products is symmetric, as Lanczos takes it to be."""
+"""Check by products alone that an operator is symmetric, as Lanczos takes it to be."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,35 +22,38 @@ def check_symmetric(
     num_probes: int = 3,
     tolerance: float | None = None,
 ) -> float:
-    """Measure by products alone how far a `matvec` is from symmetric, and refuse one that is not.
+    """Measure how far an operator is from symmetric, and refuse one that is not symmetric.
 
-    For normal x and y, x' A y - y' A x has standard deviation |A - A'|_F, and |A y| is about |A|_F. The largest of
-    |x' A y - y' A x| / (|A x| + |A y|) over `num_probes` pairs is returned: about |A - A'|_F / (2 |A|_F).
+    For normal x and y, the difference x' A y - y' A x has standard deviation |A - A'|_F, and |A y| is about |A|_F. So
+    the ratio |x' A y - y' A x| / (|A x| + |A y|) is about |A - A'|_F / (2 |A|_F). The largest ratio over all pairs of
+    probes is returned.
 
     Parameters
     ----------
-    matvec, params
+    matvec
         v, *params -> A v, on pytrees like `vector`.
     vector
         Any vector that `matvec` takes; only its structure, shapes and dtype are used.
     key
-        Of `jax.random.key`.
+        The random key of the probes.
+    params
+        Further arguments of `matvec`.
     num_probes
-        Pairs of probes. A difference in a few of many entries can escape few probes.
+        The number of pairs of probes. If only a few entries of A differ from those of A', few probes may miss them.
     tolerance
-        The largest ratio that passes; 1000 times the machine epsilon of the dtype unless given.
+        The largest ratio that passes. The default is 1000 times the machine epsilon of the dtype.
 
     Returns
     -------
     float
-        The largest ratio: zero, or of the order of the machine epsilon, for a symmetric operator.
+        The largest ratio. For a symmetric operator it is zero or of the order of the machine epsilon.
 
     Raises
     ------
     ValueError
-        If the ratio exceeds `tolerance` or is not finite; it states the ratio.
+        If the ratio, which the message states, exceeds `tolerance` or is not finite.
     TypeError
-        As for `lanczos`; and inside of `jit`, where there is no number to look at.
+        As for `lanczos`. Also if the function is called inside of `jit`, where there are no numbers to compare.
 
     Notes
     -----
@@ -58,6 +61,7 @@ def check_symmetric(
     """
     num_probes = check_count("check_symmetric", "num_probes", num_probes)
     vector = check_real("check_symmetric", "vector", vector)
+    # Ones, since `flatten` refuses a vector of zeros, and the values of `vector` must not matter.
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), vector)
     operator = flatten("check_symmetric", "vector", matvec, ones, params)
     probes = jax.random.normal(key, (num_probes, 2, operator.start.size), operator.start.dtype)
@@ -74,14 +78,15 @@ def check_symmetric(
     def ratio(pair: Array, arguments: tuple[Any, ...]) -> Array:
         x, y = pair
         a_x, a_y = operator.matvec(x, *arguments), operator.matvec(y, *arguments)
-        # Scaled first: norms, products and their difference may be too small or too large for a number.
+        # Scaled first, since products of unscaled images may overflow or underflow.
         scale = jnp.maximum(jnp.max(jnp.abs(a_x)), jnp.max(jnp.abs(a_y)))
         scale = jnp.where(scale > 0, scale, 1)
         a_x, a_y = a_x / scale, a_y / scale
         size = norm(a_x) + norm(a_y)
         return jnp.abs(matmul(x, a_y) - matmul(y, a_x)) / jnp.where(size > 0, size, 1)
 
-    worst = float(np.max([float(ratio(pair, operator.arguments)) for pair in probes]))  # NaN wins
+    # NumPy's maximum, unlike Python's, is NaN as soon as one ratio is.
+    worst = float(np.max([float(ratio(pair, operator.arguments)) for pair in probes]))
     if not worst <= tolerance:
         raise ValueError(
             f"check_symmetric(matvec=...) must be symmetric; x'Ay and y'Ax differ by {worst:.3g} of |Ax| + |Ay|, more "

@@ -82,7 +82,7 @@ def test_check_symmetric(x64):
         check_symmetric(matvec, vector, key, matrix, num_probes=0)
 
 
-@pytest.mark.parametrize("module", ["lanczos", "arnoldi", "quadrature", "matfun", "eigenpairs"])
+@pytest.mark.parametrize("module", ["lanczos", "arnoldi", "quadrature", "matfun", "deflation"])
 def test_examples_in_docstrings(module):
     result = doctest.testmod(importlib.import_module(f"bnnlaplace.krylov.{module}"))
     assert result.attempted > 0 and result.failed == 0
