@@ -1,17 +1,14 @@
 """The work directory of a run: who may use it, the config that it keeps, and files that are written whole."""
 
 import dataclasses
-import json
 import tempfile
-import types
-import typing
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bnnlaplace.checkpoint.atomic import replacing
-from training.config import Config
+from training.config import Config, from_json, to_json
 from training.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -109,18 +106,17 @@ def _require_same_run(workdir: Path, saved: Config, config: Config, holds_more: 
 
 def save_config(workdir: Path, config: Config) -> None:
     """Write `workdir/config.json`, atomically."""
-    text = json.dumps(dataclasses.asdict(config), indent=2, default=str)
-    write_atomically(workdir / CONFIG_FILE, text + "\n")
+    write_atomically(workdir / CONFIG_FILE, to_json(config))
 
 
 def load_saved_config(workdir: Path) -> Config:
     """Read `workdir/config.json` back, every field in its declared type."""
     path = workdir / CONFIG_FILE
     try:
-        return _decode(Config, json.loads(path.read_text()), "")
+        return from_json(path.read_text())
     except FileNotFoundError:
         raise UserError(f"a work directory must hold {CONFIG_FILE}; {workdir} does not; check the path") from None
-    except (ValueError, UserError) as error:
+    except (UserError, UnicodeDecodeError) as error:
         advice = "restore it, or use another --workdir"
         raise UserError(f"{path} must be a config as it was saved; {error}; {advice}") from None
 
@@ -146,32 +142,6 @@ def _fields(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
         name = prefix + field.name
         flat += _fields(value, f"{name}.") if dataclasses.is_dataclass(value) else [(name, value)]
     return flat
-
-
-def _decode(declared: Any, value: Any, name: str) -> Any:
-    """A JSON value as the declared type, which is one of those that `training.config` uses."""
-    if dataclasses.is_dataclass(declared):
-        hints = typing.get_type_hints(declared)
-        if not isinstance(value, dict):
-            raise ValueError(f"{name or 'the file'} has the value {value!r}")
-        if unknown := sorted(value.keys() - hints.keys()):
-            raise ValueError(f"the field {unknown[0]} is unknown")
-        # A field that a later release has added takes its default.
-        return declared(**{key: _decode(hints[key], item, f"{name}.{key}".strip(".")) for key, item in value.items()})
-    origin, arguments = typing.get_origin(declared), typing.get_args(declared)
-    if origin is types.UnionType:
-        return None if value is None else _decode(arguments[0], value, name)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], item, name) for item in value)
-    if origin is Literal and value in arguments:
-        return value
-    if declared is Path and isinstance(value, str):
-        return Path(value)
-    if declared is float and type(value) in (int, float):
-        return float(value)
-    if declared in (bool, int, str) and type(value) is declared:
-        return value
-    raise ValueError(f"{name} has the value {value!r}")
 
 
 # Files of a run: written whole or not at all, in a directory that was found writable before work was spent on it.

@@ -270,7 +270,7 @@ def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
         (["--seed", "1.5"], "--seed: invalid literal for int() with base 10: '1.5'"),
         (["--prior.update", "sometimes"], "invalid choice 'sometimes' for argument '--prior.update'"),
         (["--workdir"], "Missing value for argument '--workdir'"),
-        (["--optimizer.learning-rate", "-1"], "positive and finite"),
+        (["--optimizer.learning-rate", "-1"], "`optimizer.learning_rate` must be greater than 0; got -1.0"),
         (["--data.augment"], "augment"),
         (["--no-such-option"], "no-such-option"),
     ],
