@@ -1,26 +1,43 @@
-# `make fit-van` trains, fits and evaluates, or continues where it was stopped; `make test` runs the tests; `make test-peers`
-# compares with other packages, which it installs; `make docs` builds the documentation into site/. All create .venv first.
-# Each of its stages ends with a stamp, so that what an interrupted one leaves is gone over again.
+# make fit-van     train, fit and evaluate, or continue where a run was stopped
+# make test        the tests that a contributor runs after every change
+# make test-all    those, the exhaustive tables, and whole programs: fit_van end to end, tutorials, benchmarks, the wheel
+# make test-peers  compare with other packages, which it installs
+# make docs        build the documentation into site/
+# make results     write the tables of docs/results.md and README.md from the records of this machine
+#
+# Every target creates .venv first. A stage of the installation ends with a stamp, so what an interruption leaves half
+# done is done again.
 
 PYTHON ?= python3
 ARGS ?=
 WORKDIR ?= checkpoints/van_digits
 VENV := .venv/bin
 INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --editable
+# A file stays on one worker: its tests share fixtures and compiled programs.
+PYTEST := $(VENV)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: fit-van test test-peers docs clean
+.PHONY: fit-van test test-all test-peers docs readme-figure results clean
 
-fit-van: .venv/installed
+fit-van: .venv/installed-training
 	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
 
 test: .venv/installed-test
-	$(VENV)/python -m pytest --numprocesses auto --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-all: .venv/installed-test
+	$(PYTEST) tests tests/programs -m 'exhaustive or not exhaustive' $(ARGS)
 
 test-peers: .venv/installed-peers
 	$(VENV)/python -m pytest tests/peers $(ARGS)
 
 docs: .venv/installed-docs
-	$(VENV)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict
+
+readme-figure: .venv/installed-docs
+	$(VENV)/python docs/readme_figure.py
+
+results: .venv/created
+	$(VENV)/python docs/results.py $(ARGS)
 
 .venv/created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,11 +45,11 @@ docs: .venv/installed-docs
 	$(PYTHON) -m venv .venv
 	@touch $@
 
-.venv/installed: .venv/created pyproject.toml
-	$(INSTALL) .
+.venv/installed-training: .venv/created pyproject.toml
+	$(INSTALL) '.[training]'
 	@touch $@
 
-.venv/installed-test: .venv/installed
+.venv/installed-test: .venv/installed-training
 	$(INSTALL) '.[test]'
 	@touch $@
 
@@ -41,7 +58,7 @@ docs: .venv/installed-docs
 	$(VENV)/python -m pip uninstall --quiet --disable-pip-version-check --yes torchvision  # of another build: torch breaks
 	@touch $@
 
-.venv/installed-docs: .venv/installed
+.venv/installed-docs: .venv/installed-training
 	$(INSTALL) '.[docs]'
 	@touch $@
 

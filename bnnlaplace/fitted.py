@@ -6,11 +6,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import ravel, register_unchecked, size, unraveler
-from bnnlaplace.core.types import Estimate
+from bnnlaplace.core.types import Estimate, Inputs
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.evidence.marginal import EvidenceCurve, curve, estimate_of_forms
@@ -201,9 +201,7 @@ class Fitted(NamedTuple):
         flat = ravel(self.network.params) + self.deviations(key, num_samples)
         return jax.vmap(unraveler(self.network.params))(flat)
 
-    def at_features(
-        self, inputs: PyTree[Shaped[Array, "B ..."]], *, microbatch: int
-    ) -> tuple["Fitted", PyTree[Shaped[Array, "B ..."]]]:
+    def at_features(self, inputs: Inputs, *, microbatch: int) -> tuple["Fitted", Inputs]:
         """Replace the network by what follows its features, and the inputs by those; see `batched.at_features`."""
         network, features = at_features(self.network, inputs, microbatch=microbatch)
         return self._replace(network=network), features

@@ -12,14 +12,14 @@ from bnnlaplace.checkpoint import posterior as on_disk
 from bnnlaplace.core import checks
 from bnnlaplace.core.memory import MemoryEstimate
 from bnnlaplace.core.tree import register_unchecked, size
-from bnnlaplace.core.types import Estimate
+from bnnlaplace.core.types import AnyArray, Estimate, Inputs
 from bnnlaplace.evidence.marginal import EvidenceCurve
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.fit import fit
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.optimize_prior import Chosen, by_evidence, check_method
 from bnnlaplace.fitting.prepare import memory_estimate
-from bnnlaplace.model.data import Inputs, as_data, check_inputs
+from bnnlaplace.model.data import as_data, check_inputs
 from bnnlaplace.model.likelihood import Likelihood, resolve
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
@@ -31,7 +31,7 @@ from bnnlaplace.prior.scalar import PriorOptimum, checked_grid
 from bnnlaplace.structure import KrylovError, KrylovStructure, Structure
 
 # Inputs with examples along the first axis and their targets, whole or in batches that can be iterated over.
-PairOrBatches = tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]
+PairOrBatches = tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]
 
 
 @register_unchecked(("state", "settings"), ())
@@ -351,7 +351,7 @@ class Laplace:
     def validation_curve(
         self,
         x: Inputs,
-        y: Array,
+        y: AnyArray,
         precisions: Iterable[float],
         *,
         key: Array | None = None,

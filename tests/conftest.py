@@ -34,6 +34,12 @@ from problems import Problem, random_problem  # noqa: E402
 import bnnlaplace  # noqa: E402
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Most tests expand where random weights are. Named in pyproject.toml, the category would be imported before the
+    # package is instrumented to check annotations.
+    config.addinivalue_line("filterwarnings", "ignore::bnnlaplace.NotAModeWarning")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_freed():
     """What one module compiled serves no other one, and thousands of programs take gigabytes."""

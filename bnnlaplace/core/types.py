@@ -3,7 +3,13 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxtyping import Array, ArrayLike, Float
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+
+# An array as users pass it.
+AnyArray = Array | np.ndarray
+# Inputs of a network, examples along the first axis of every leaf.
+Inputs = PyTree[Shaped[AnyArray, "B ..."]]
 
 
 class Estimate(NamedTuple):

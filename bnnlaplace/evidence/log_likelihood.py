@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from bnnlaplace.core.tree import number_type, ravel
+from bnnlaplace.core.types import Inputs
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.model.likelihood import Likelihood
@@ -75,7 +76,7 @@ def batch_log_likelihood(
     network: Network,
     likelihood: Likelihood,
     params: PyTree,
-    inputs: PyTree[Shaped[Array, "N ..."]],
+    inputs: Inputs,
     targets: Shaped[Array, "..."],
     weights: Float[Array, " N"] | None = None,
     *,

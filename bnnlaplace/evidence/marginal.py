@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from bnnlaplace.core.tree import as_vector, num_examples, ravel
-from bnnlaplace.core.types import Estimate
+from bnnlaplace.core.types import AnyArray, Estimate, Inputs
 from bnnlaplace.curvature.linearisation import Linearisation, linearise
 from bnnlaplace.evidence.log_determinant import (
     Problem,
@@ -53,7 +53,7 @@ class EvidenceCurve(NamedTuple):
 def log_marginal_likelihood(
     params: PyTree,
     prior_precision: Float[Array, ""] | Float[Array, " P"] | PyTree,
-    batch: tuple[Array, Array],
+    batch: tuple[Inputs, AnyArray],
     probes: Float[Array, "S V"] | Key[Array, ""],
     *,
     network: Network,
@@ -194,7 +194,7 @@ class IsotropicEvidence(NamedTuple):
 
 def isotropic(
     params: PyTree,
-    batch: tuple[Array, Array],
+    batch: tuple[Inputs, AnyArray],
     probes: Float[Array, "S V"] | Key[Array, ""],
     *,
     network: Network,
@@ -296,7 +296,7 @@ def _of_rules(rules: Rules, prior_precision: Float[Array, "*shape"]) -> Estimate
 
 
 def _log_likelihood(
-    linearised: Linearisation, likelihood: Likelihood, batch: tuple[Array, Array], scale: float
+    linearised: Linearisation, likelihood: Likelihood, batch: tuple[Inputs, AnyArray], scale: float
 ) -> Float[Array, ""]:
     inputs, targets = batch
     outputs = linearised.outputs[: num_examples(inputs)]

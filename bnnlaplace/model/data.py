@@ -15,11 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core.tree import described, examples, num_examples
+from bnnlaplace.core.types import Inputs
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import check_outputs, output_shape
-
-Inputs = PyTree[Float[Array, "B ..."]]
 
 
 class Batch(NamedTuple):
@@ -36,7 +35,7 @@ class Batch(NamedTuple):
     """
 
     inputs: Inputs
-    targets: Array
+    targets: AnyArray
     weights: Float[Array, " B"]
 
 
@@ -64,8 +63,8 @@ class Data:
 
     def __init__(
         self,
-        pairs: Iterable[tuple[Inputs, Array]],
-        head: tuple[Inputs, Array],
+        pairs: Iterable[tuple[Inputs, AnyArray]],
+        head: tuple[Inputs, AnyArray],
         once: bool = False,
         check: Callable[[Inputs, Array], None] | None = None,
         length: int | None = None,
@@ -165,13 +164,13 @@ class _Mapped:
 
     def __init__(self, data: Data, function: Callable[[Inputs], Inputs], most_bytes: int) -> None:
         self._data, self._function, self._most_bytes = data, function, most_bytes
-        self._kept: list[tuple[Inputs, Array]] | None = None
+        self._kept: list[tuple[Inputs, AnyArray]] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Inputs, Array]]:
+    def __iter__(self) -> Iterator[tuple[Inputs, AnyArray]]:
         if self._kept is not None:
             yield from self._kept
             return
-        kept: list[tuple[Inputs, Array]] = []
+        kept: list[tuple[Inputs, AnyArray]] = []
         held = 0
         for batch in self._data:
             pair = _without_padding(batch._replace(inputs=self._function(batch.inputs)))
@@ -185,7 +184,7 @@ class _Mapped:
             self._kept = kept
 
 
-def as_data(data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]) -> Data:
+def as_data(data: tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]) -> Data:
     """Arrays (x, y), x possibly a pytree, or an iterable of such batches, as `Data`; what is that already, as it is.
 
     Raises
@@ -219,7 +218,7 @@ def accumulate(data: Data, step: Callable[[Batch], Any]) -> tuple[Any, int]:
     return total, data.num_examples
 
 
-def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: Array) -> None:
+def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: AnyArray) -> None:
     """Check that the network turns inputs into outputs (N, ..., C), and that the targets are such as those need.
 
     Raises
@@ -259,8 +258,8 @@ def check_inputs(network: Network, inputs: Inputs) -> None:
 
 
 def checked_pairs(
-    network: Network, validation: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]]
-) -> Iterator[tuple[Inputs, Array]]:
+    network: Network, validation: tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]
+) -> Iterator[tuple[Inputs, AnyArray]]:
     """Validation data, (x, y) or batches of such pairs, a batch at a time, each after `check_inputs`.
 
     Raises
@@ -315,7 +314,7 @@ def _is_pair_of_arrays(data: Any) -> bool:
     return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
 
 
-def _as_pair(batch: Any) -> tuple[Inputs, Array]:
+def _as_pair(batch: Any) -> tuple[Inputs, AnyArray]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise _no_pair(batch)
     x, y = jax.tree.map(jnp.asarray, batch[0]), jnp.asarray(batch[1])
@@ -336,7 +335,7 @@ def _no_pair(found: Any) -> ValueError:
     )
 
 
-def _mark(x: Inputs, y: Array) -> int:
+def _mark(x: Inputs, y: AnyArray) -> int:
     """A number that other batches have with a chance of one in four billion."""
     mark = 0
     for leaf in (*jax.tree.leaves(x), y):
@@ -353,7 +352,7 @@ def _shapes(signatures: list[tuple[tuple[int, ...], str]]) -> str:
     return ", ".join(f"{dtype}[B{''.join(f',{extent}' for extent in shape)}]" for shape, dtype in signatures)
 
 
-def _padded(x: Inputs, y: Array, size: int) -> Batch:
+def _padded(x: Inputs, y: AnyArray, size: int) -> Batch:
     count = len(y)
     missing = max(size - count, 0)
     if not missing:
@@ -362,6 +361,6 @@ def _padded(x: Inputs, y: Array, size: int) -> Batch:
     return Batch(examples(x, index), y[index], jnp.asarray(np.arange(size) < count, float))
 
 
-def _without_padding(batch: Batch) -> tuple[Inputs, Array]:
+def _without_padding(batch: Batch) -> tuple[Inputs, AnyArray]:
     count = int(batch.weights.sum())
     return examples(batch.inputs, slice(count)), batch.targets[:count]

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from bnnlaplace.core.tree import summed_type
+from bnnlaplace.core.types import AnyArray
 
 
 @partial(
@@ -87,7 +88,7 @@ def categorical() -> Likelihood:
     )
 
 
-def gaussian(sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
+def gaussian(sigma_noise: Float[ArrayLike, "*C"] | float = 1.0) -> Likelihood:
     """Gaussian likelihood with independent noise of standard deviation `sigma_noise`, one for all outputs or (C,).
 
     log p(y | f) = -sum_c [(y_c - f_c)^2 / (2 sigma_c^2) + log(sigma_c sqrt(2 pi))]; Lambda = diag(1 / sigma^2).
@@ -140,7 +141,7 @@ def is_ours(likelihood: Likelihood) -> bool:
     return jax.tree.structure(likelihood) in map(jax.tree.structure, known)
 
 
-def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, "*C"] | float = 1.0) -> Likelihood:
+def resolve(likelihood: str | Likelihood, sigma_noise: Float[ArrayLike, "*C"] | float = 1.0) -> Likelihood:
     """Turn the name of a likelihood into the record; a record passes through.
 
     Raises
@@ -173,7 +174,9 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Float[Array, "*C"] | floa
     return known[likelihood]()
 
 
-def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Array, where: str) -> None:
+def check_targets(
+    likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Shaped[AnyArray, "..."], where: str
+) -> None:
     """Check targets against the shape (N, ..., C) of the outputs: others would broadcast, or become NaN, in silence.
 
     Parameters

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core.linalg import eigh, einsum
 from bnnlaplace.core.tree import number_type, size
+from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
 from bnnlaplace.fitted import Fitted
@@ -49,7 +50,7 @@ class FunctionalPosterior(NamedTuple):
 
 def functional_posteriors(
     fitted: Fitted,
-    inputs: PyTree[Float[Array, "B ..."]],
+    inputs: Inputs,
     precisions: Sequence[float],
     *,
     key: Array,
@@ -87,7 +88,7 @@ def functional_posteriors(
 
 def functional_variances(
     fitted: Fitted,
-    inputs: PyTree[Float[Array, "B ..."]],
+    inputs: Inputs,
     precisions: Sequence[float],
     *,
     microbatch: int = 64,
@@ -114,7 +115,7 @@ def functional_variances(
 
 def _sampled(
     fitted: Fitted,
-    inputs: PyTree[Float[Array, "B ..."]],
+    inputs: Inputs,
     key: Array,
     num_samples: int,
     precisions: Sequence[float],
@@ -130,7 +131,7 @@ def _sampled(
 
 def _covariances(
     fitted: Fitted,
-    inputs: PyTree[Float[Array, "B ..."]],
+    inputs: Inputs,
     precisions: Sequence[float],
     *,
     microbatch: int,
@@ -162,7 +163,7 @@ class _Sizes(NamedTuple):
 
 def _sizes(
     network: Network,
-    inputs: PyTree[Float[Array, "B ..."]],
+    inputs: Inputs,
     structure: CovarianceStructure,
     num_groups: int,
     unit: int,
@@ -190,7 +191,7 @@ def _sizes(
 
 @partial(jax.jit, static_argnums=2)
 def _of_microbatch(
-    network: Network, covariance: OutputCovariance, sizes: _Sizes, x: PyTree[Float[Array, "m ..."]]
+    network: Network, covariance: OutputCovariance, sizes: _Sizes, x: PyTree[Shaped[AnyArray, "m ..."]]
 ) -> Float[Array, "m D U C C"]:
     """The covariances at m inputs of all groups of outputs, some groups at a time."""
     passed = tapped.forward(network, network.params, x)

@@ -2,10 +2,11 @@
 
 from typing import Literal
 
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import ravel, unraveler
+from bnnlaplace.core.types import Inputs
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.likelihood import Likelihood
@@ -19,7 +20,7 @@ PROBIT = ("classification", "binary", "regression")
 
 def predictions(
     fitted: Fitted,
-    inputs: PyTree[Shaped[Array, "B ..."]],
+    inputs: Inputs,
     *,
     pred_type: Literal["glm", "nn"] = "glm",
     link_approx: Literal["probit", "mc", "bridge"] = "probit",
@@ -102,7 +103,7 @@ def _check_options(likelihood: Likelihood, pred_type: str, link_approx: str, wit
 
 
 def _over_weight_samples(
-    fitted: Fitted, inputs: PyTree[Shaped[Array, "B ..."]], *, key: Array, num_samples: int, microbatch: int
+    fitted: Fitted, inputs: Inputs, *, key: Array, num_samples: int, microbatch: int
 ) -> tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
     """The mean of E[y | f(x; theta)] over samples of the weights, and its variance; one forward pass a sample."""
     network = fitted.network

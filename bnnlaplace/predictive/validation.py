@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 from bnnlaplace.calibration.metrics import calibration_gaps, negative_log_likelihood
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import examples
+from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import check_microbatch, outputs
 from bnnlaplace.model.data import checked_pairs
@@ -76,7 +77,7 @@ def needs_samples(likelihood: Likelihood) -> bool:
 
 def validation_curve(
     fitted: Fitted,
-    data: tuple[PyTree[Shaped[Array, "B ..."]], Array] | Iterable[tuple[PyTree[Shaped[Array, "B ..."]], Array]],
+    data: tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]],
     precisions: Iterable[float],
     *,
     key: Array | None = None,
@@ -139,11 +140,11 @@ def validation_curve(
 
 def _parts(
     fitted: Fitted,
-    batches: Iterable[tuple[PyTree[Shaped[Array, "B ..."]], Array]],
+    batches: Iterable[tuple[Inputs, AnyArray]],
     num_precisions: int,
     num_samples: int,
     microbatch: int,
-) -> Iterator[tuple[PyTree[Shaped[Array, "b ..."]], Array]]:
+) -> Iterator[tuple[PyTree[Shaped[AnyArray, "b ..."]], Array]]:
     """The data in parts of several microbatches, after a check of the targets of each batch."""
     for inputs, targets in batches:
         shape = output_shape(fitted.network, inputs)
@@ -157,8 +158,8 @@ def _parts(
 
 def _scores(
     fitted: Fitted,
-    inputs: PyTree[Shaped[Array, "b ..."]],
-    targets: Array,
+    inputs: PyTree[Shaped[AnyArray, "b ..."]],
+    targets: Shaped[AnyArray, "..."],
     grid: Float[np.ndarray, " D"],
     number: int,
     *,

@@ -12,6 +12,7 @@ from bnnlaplace.curvature.jacobian import Jacobian
 RelativePrecisions = Float[ArrayLike, ""] | Float[ArrayLike, " P"]
 
 
+@runtime_checkable
 class Structure(Protocol):
     """A fitted curvature G, a pytree: answers at any precision delta of an isotropic prior, without another product.
 
