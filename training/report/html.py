@@ -9,7 +9,6 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -51,6 +50,7 @@ _CAPTIONS = {
     "training": "Training. The loss is the negative log joint divided by the number of training images.",
     "spectrum": "Ritz values of the GGN. The data determine the directions above a line, the prior those below.",
 }
+_ARROWS = {1: "\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", -1: "\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}", 0: ""}
 _WIDE = 130  # console columns that the table takes with its intervals
 
 
@@ -156,33 +156,32 @@ def write_report(path: Path, results: RunResults, figures: Mapping[str, Figure])
     UserError
         The file cannot be written.
     """
-    title = f"Laplace approximations on {results.data}"
-    page = _element("html", lang="en")
-    page.append(
-        _element(
-            "head",
-            _element("meta", charset="utf-8"),
-            _element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            _element("meta", name="color-scheme", content="light dark"),
-            _element("title", title),
-            _element("style", _STYLE),
-        )
+    # Loaded here, because a program that writes no report need not wait for it.
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    body = _element("main", _element("h1", title), _element("p", _summary(results), class_="summary"))
-    body.append(_element("h2", "What the numbers say"))
-    said = (_element("section", _element("h3", f.title), _element("p", f.text)) for f in findings(results))
-    body.append(_element("div", *said, class_="columns"))
-    body.extend(_table_section(results))
-    body.append(_element("h2", "Figures"))
-    drawn = (_figure(name, figure, results) for name, figure in figures.items())
-    body.append(_element("div", *drawn, class_="columns"))
-    body.append(_element("h2", "The run"))
-    body.append(_pairs("Seconds", {stage: f"{seconds:,.1f}" for stage, seconds in results.seconds.items()}))
-    body.append(_pairs("Configuration", _flat(results.config)))
-    body.append(_pairs("Software and device", environment()))
-    page.append(_element("body", body))
-    html = ElementTree.tostring(page, encoding="unicode", method="html")
-    write_atomically(path, f"<!DOCTYPE html>\n{html}\n")
+    columns = _present(results)
+    html = templates.get_template("report.html.j2").render(
+        title=f"Laplace approximations on {results.data}",
+        data=results.data,
+        summary=_summary(results),
+        findings=findings(results),
+        columns=[_COLUMNS[metric].heading + _ARROWS[_COLUMNS[metric].direction] for metric in columns],
+        rows=_rows(results, columns),
+        figures=[_embedded(name, figure) for name, figure in figures.items()],
+        tables={
+            "Seconds": {stage: f"{seconds:,.1f}" for stage, seconds in results.seconds.items()},
+            "Configuration": _flat(results.config),
+            "Software and device": environment(),
+        },
+    )
+    write_atomically(path, html + "\n")
 
 
 def _summary(results: RunResults) -> str:
@@ -193,57 +192,26 @@ def _summary(results: RunResults) -> str:
     )
 
 
-def _table_section(results: RunResults) -> list[ElementTree.Element]:
-    columns = _present(results)
+def _rows(results: RunResults, columns: list[str]) -> list[dict[str, Any]]:
+    """The rows of the table, one for each method."""
     best = {metric: best_methods(results, metric) for metric in columns}
-    arrows = {1: "\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", -1: "\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}", 0: ""}
-    headings = ("method", "prior precision", *(_COLUMNS[m].heading + arrows[_COLUMNS[m].direction] for m in columns))
-    head = _element("thead", _element("tr", *(_element("th", heading, scope="col") for heading in headings)))
-    body = _element("tbody")
+    rows = []
     for method, before in zip(results.methods, (results.methods[0], *results.methods), strict=False):
-        row = _element("tr", _element("th", method.label, scope="row"), _element("td", _precision(method)))
-        if method.structure != before.structure:
-            row.set("class", "section")
-        for metric, interval in method.metrics.items():
-            cell = _element("td", _element("span", number(interval.value)), _element("small", _ends(interval)))
-            if method.label in best[metric]:
-                cell.set("class", "best")
-            row.append(cell)
-        body.append(row)
-    note = (
-        "Arrows point to better. Small print: 95 % bootstrap intervals. Bold and shaded: the best of a column, and "
-        "every value whose paired difference from it has a 95 % interval that includes zero; a column without any does "
-        "not tell the methods apart. NLL in nats per image. AUROC and FPR95: telling these images from the "
-        "out-of-distribution ones by the largest probability."
-    )
-    table = _element("div", _element("table", head, body), class_="scroll", tabindex="0")
-    return [_element("h2", "All methods, all metrics"), table, _element("p", note, class_="note")]
+        cells = [
+            {"value": number(interval.value), "ends": _ends(interval), "best": method.label in best[metric]}
+            for metric, interval in method.metrics.items()
+        ]
+        row = {"label": method.label, "precision": _precision(method), "cells": cells}
+        rows.append(row | {"starts_section": method.structure != before.structure})
+    return rows
 
 
-def _figure(name: str, figure: Figure, results: RunResults) -> ElementTree.Element:
-    """An SVG inside an image: sharp at any size, and apart from the page's styles and identifiers."""
+def _embedded(name: str, figure: Figure) -> dict[str, str]:
+    """A figure as an SVG inside an image: sharp at any size, and apart from the page's styles and identifiers."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    caption = _CAPTIONS.get(name, name)
-    width = f"{figure.get_figwidth() * 96:.0f}"
-    image = _element("img", src=source, alt=f"{caption} ({results.data})", width=width)
-    return _element("figure", image, _element("figcaption", caption))
-
-
-def _pairs(title: str, values: Mapping[str, Any]) -> ElementTree.Element:
-    rows = (_element("div", _element("dt", key), _element("dd", str(value))) for key, value in values.items())
-    return _element("section", _element("h3", title), _element("dl", *rows))
-
-
-def _element(tag: str, *children: str | ElementTree.Element, **attributes: str) -> ElementTree.Element:
-    element = ElementTree.Element(tag, {key.rstrip("_"): value for key, value in attributes.items()})
-    for child in children:
-        if isinstance(child, str):
-            element.text = child  # text comes alone here, never mixed with elements
-        else:
-            element.append(child)
-    return element
+    return {"source": source, "caption": _CAPTIONS.get(name, name), "width": f"{figure.get_figwidth() * 96:.0f}"}
 
 
 def _present(results: RunResults) -> list[str]:
@@ -263,57 +231,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-_STYLE = """
-:root { --ink: #1b1f24; --soft: #5b6470; --line: #d9dee4; --paper: #ffffff; --band: #e3eefb; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e9ed; --soft: #a3adb8; --line: #363d46; --paper: #14171a; --band: #1d3348; --accent: #6db6e8; }
-  figure img { filter: invert(1) hue-rotate(180deg); mix-blend-mode: screen; }
-}
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: .5rem 0; }
-h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.25rem 0 .2rem; color: var(--accent); }
-p { margin: 0 0 .5rem; max-width: 46rem; overflow-wrap: break-word; }
-.summary, .note, figcaption { color: var(--soft); }
-.note, figcaption { font-size: .875rem; }
-.scroll { overflow-x: auto; margin: 0 0 .75rem; }
-table { border-collapse: collapse; width: 100%; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 500; min-width: 8.5rem; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
-td small { display: block; color: var(--soft); font-size: .72rem; white-space: nowrap; }
-tr.section > * { border-top: 2px solid var(--line); }
-td.best { background: var(--band); }
-td.best span { font-weight: 700; }
-.columns { columns: 28rem auto; column-gap: 3rem; }
-.columns > * { break-inside: avoid; }
-.columns section { padding-bottom: 1rem; }
-.columns h3 { margin-top: 0; }
-figure { margin: 0; padding: .5rem 0 1.75rem; }
-figure img { display: block; max-width: 100%; height: auto; background: #fff; }
-figcaption { max-width: 46rem; margin-top: .5rem; }
-dl { columns: 20rem auto; column-gap: 2.5rem; margin: 0 0 1rem; font-size: .875rem; }
-dl div { display: flex; justify-content: space-between; gap: 1rem; border-bottom: 1px solid var(--line);
-  break-inside: avoid; padding: .1rem 0; }
-dt { color: var(--soft); }
-dd { margin: 0; text-align: right; overflow-wrap: anywhere; }
-@media print {
-  @page { size: A4; margin: 14mm; }
-  body { font-size: 10pt; }
-  main { max-width: none; padding: 0; }
-  table { font-size: 7pt; } td small { font-size: 6pt; } th, td { padding: 2pt 3pt; }
-  th:first-child { position: static; } tbody th { min-width: 0; }
-  .scroll { overflow: visible; }
-  td.best { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  p, figcaption { max-width: none; }
-  figure img { max-height: 22cm; width: auto; }
-  figure, tr, dl div { break-inside: avoid; } h2, h3 { break-after: avoid; }
-}
-"""

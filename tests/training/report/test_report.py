@@ -195,7 +195,8 @@ def test_configuration_time_and_versions_are_shown(page):
 def _texts_of(page, wanted):
     """Texts of the elements of one tag, read from the words between the right headings."""
     words = iter(page.words[len(page.words) - page.words[::-1].index("The run") :])
-    pairs = [word for word in words if word not in ("Seconds", "Configuration", "Software and device", "\n")]
+    headings = ("Seconds", "Configuration", "Software and device")
+    pairs = [word for word in words if word.strip() and word not in headings]
     return pairs[0::2] if wanted == "dt" else pairs[1::2]
 
 
