@@ -2,9 +2,10 @@
 
     python benchmarks/block_krylov.py checkpoints/van_digits [--probes 1 4 16 64] [--max-vectors 1024]
 
-On the network of a finished run, all training images, at the prior precision that maximises the evidence. Both are
-grown until the bound on the relative error of a sample is met; a run per probe is a block of one. Prints a table and
-writes `benchmarks/results/block_krylov_RUN.json`. About five minutes on 2 cores.
+Uses the network of a finished run with all its training images, at the prior precision that maximises the evidence.
+Both decompositions grow until the bound on the relative error of a sample is met; a run for each probe is a block of
+one. Prints a table and writes `benchmarks/results/block_krylov_RUN.json`; the name of the record holds every option
+that is not the default. About five minutes on 2 cores.
 """
 
 import time
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 import tyro
 from jax import Array
-from record import console, write
+from record import console, record_name, write
 from rich.table import Table
 
 from bnnlaplace import categorical, krylov
@@ -42,6 +43,7 @@ def main(
         probes: Numbers of probes in a block.
         max_vectors: At which a decomposition ends that has not converged; its row then says so.
     """
+    options = dict(locals())
     config = load_saved_config(workdir)
     data = load(config.data)
     trained = load_trained(workdir)
@@ -69,7 +71,8 @@ def main(
         cells = f"{products:.0f}", f"{products * blocks:.0f}", f"{seconds * blocks:.1f}"
         table.add_row(str(count), *(more + cell for cell in cells))
     console.print(table)
-    path = write(f"block_krylov_{workdir.name}", {"prior_precision": precision, "rows": rows})
+    content = {"options": options, "prior_precision": precision, "rows": rows}
+    path = write(record_name("block_krylov", main, options), content)
     console.print(f"written to {path}")
 
 

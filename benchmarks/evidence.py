@@ -11,13 +11,16 @@ For 50 images, 10 Lanczos steps and a scalar prior precision, on the same networ
    each step, so its time is that of 1, times the number of steps: an extrapolation.
 
 The peer is `evidence_paper.py`, the formulation of Krämer et al. 2024 with the adjoint of matfree, `pip install
-matfree==0.6.3`; without it its rows are left out. Both see the same VAN with our depthwise convolution: formulations
-are compared, not layers. Weights and images are random. Cases run in turn in one process; compilation is timed apart,
-and memory is that of arguments, results and temporary arrays as XLA lays them out. Prints tables and writes
-`benchmarks/results/evidence.json`, or with `--small`, which only shows that everything runs, `evidence_small.json`.
-A row more has their formulation with all images linearised together, which shows what one image at a time costs them.
+matfree==0.6.3`; without it its rows are left out. Both see the same VAN with our depthwise convolution, so formulations
+are compared and not layers. Weights and images are random. Cases run in turn in one process. Compilation is timed
+apart, and memory is that of arguments, results and temporary arrays as XLA lays them out.
+
+Another row has their formulation with all images linearised together, which shows what one image at a time costs them.
 Rows "by remat" compute the linearisation of 10 images at a time anew in each product: less memory for more time.
-The experiment has 10 probes; one is the default here, since the peer takes minutes for each.
+The experiment has 10 probes. The default here is one, because the peer takes minutes for each.
+
+Prints tables and writes `benchmarks/results/evidence.json`; the name of the record holds every option that is not the
+default. `--small` only shows that everything runs.
 """
 
 import importlib.metadata
@@ -30,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax import Array
-from record import Program, Results, compile_ahead, console, judge, measure, show, write
+from record import Program, Results, compile_ahead, console, judge, measure, record_name, show, write
 
 from bnnlaplace import Network, categorical, evidence
 from bnnlaplace.core.tree import ravel, size, unraveler
@@ -40,7 +43,7 @@ IMAGES, DEPTH = 50, 10
 DELTA, BOTH, OF_EACH = "d delta", "d delta and weights", "d delta of each weight"
 # Which arguments are differentiated in, and the share of the peer's time that is aimed at.
 GRADIENTS, TIMES = {DELTA: 0, BOTH: (0, 1)}, {DELTA: 1 / 3, BOTH: 1 / 1.5}
-BATCHED = "paper but all images at once, d delta"
+BATCHED = f"paper, {DELTA}, all images at once"
 REMAT, REMAT_MICROBATCH = "ours by remat", 10
 STEP_SIZE = 1e-2
 TINY = VANVariant((2,), (1,), (1,), 3, 2, (4, 4, 1))
@@ -197,17 +200,19 @@ def main(
         weights: Derivatives in the weights, too, which take the most time.
         small: A small network and one round, to see that everything runs.
     """
+    options = dict(locals())
     if small:
         classes, probes, rounds = (3,), 2, 1
     if not evidence_paper.decomp:
         console.print("matfree is not installed, and the paper's rows are left out: pip install matfree==0.6.3")
     gradients = [BOTH, DELTA] if weights else [DELTA]
     content: dict[str, Any] = {
+        "options": options,
         "matfree": importlib.metadata.version("matfree") if evidence_paper.decomp else None,
         "probes": probes,
         "steps": steps,
     }
-    for count in classes:
+    for count in dict.fromkeys(classes):
         setting = build(count, probes, small)
         number = size(setting.network.params)
         cases = programs(setting, steps, gradients)
@@ -221,7 +226,7 @@ def main(
             content[f"classes_{count}"]["differences"] = differences(cases, gradients[0])
             if not small:  # nothing that matters takes time there
                 content[f"classes_{count}"]["targets"] = compare(results, steps, count, gradients)
-    console.print(f"written to {write('evidence_small' if small else 'evidence', content)}")
+    console.print(f"written to {write(record_name('evidence', main, options), content)}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """How fast are GGN products of Visual Attention Networks?
 
-    python benchmarks/ggn_products.py
+    python benchmarks/ggn_products.py [--small]
 
 1. One product of the network for 32 x 32 images: our depthwise convolution against the library's grouped one.
 2. One product over 1,257 images of 8 x 8 pixels, the size of the embedded training set, linearised once.
 3. The same for a block of 64 vectors, linearised once per block: what block Lanczos calls.
 4. The exact diagonal over the same images.
 
-Weights and images are random: the cost does not depend on them. Alternatives run in turn in one process; compilation is
-timed apart. Prints a table and writes `benchmarks/results/ggn_products.json`. About two minutes on 2 cores.
+Weights and images are random, since the cost does not depend on them. Alternatives run in turn in one process;
+compilation is timed apart. Prints a table and writes `benchmarks/results/ggn_products.json`; `--small`, which only
+shows that everything runs, writes `ggn_products_small.json`. About two minutes on 2 cores.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import tyro
 from jax import Array
-from record import compile_seconds, interleaved, write
-from rich.console import Console
+from record import compile_seconds, console, interleaved, record_name, write
 from rich.table import Table
 
 from bnnlaplace import Network, categorical
@@ -28,15 +29,31 @@ from bnnlaplace.curvature.diagonal import ggn_diagonal
 from bnnlaplace.curvature.ggn import block_product, ggn_operator
 from bnnlaplace.curvature.linearisation import linearise
 from training.models.depthwise import Method
-from training.models.van import VAN, VARIANTS
+from training.models.van import VAN, VARIANTS, VANVariant
 
-DIGITS, CLASSES, PRODUCTS = 1257, 10, 6
+CLASSES, PRODUCTS = 10, 6
 
 
-def build(variant: str, images: int, method: Method = "auto") -> tuple[Network, Array]:
+class Sizes(NamedTuple):
+    """The networks for 32 x 32 and for 8 x 8 pixels, numbers of images, of vectors in a block and of repetitions."""
+
+    cifar: VANVariant
+    digits: VANVariant
+    cifar_images: int
+    digits_images: int
+    block: int
+    repetitions: int
+
+
+WHOLE = Sizes(VARIANTS["cifar"], VARIANTS["digits"], 64, 1257, 64, 5)
+TINY = VANVariant((2,), (1,), (1,), 3, 2, (4, 4, 1))
+SMALL = Sizes(TINY, TINY, 2, 3, 2, 1)
+
+
+def build(variant: VANVariant, images: int, method: Method = "auto") -> tuple[Network, Array]:
     """The network at random weights, and random images."""
-    module = VAN.from_variant(VARIANTS[variant], CLASSES, depthwise=method)
-    x = jax.random.normal(jax.random.key(0), (images, *VARIANTS[variant].image_shape))
+    module = VAN.from_variant(variant, CLASSES, depthwise=method)
+    x = jax.random.normal(jax.random.key(0), (images, *variant.image_shape))
     variables = jax.jit(module.init)(jax.random.key(1), x[:1])
     network = Network.from_linen(module, variables, train=False)
     # Away from the initialisation, where layer scales of 0.01 would hide most of the network from a comparison.
@@ -51,7 +68,7 @@ def vectors(network: Network, count: int) -> Array:
 
 
 def repeated(network: Network, x: Array, microbatch: int, count: int) -> Callable[[], Array]:
-    """`count` products one after another with the operator linearised once; a difference of two gives the product."""
+    """Make `count` products one after another with one linearisation; a difference of two counts gives the product."""
 
     @jax.jit
     def run(network: Network, x: Array, vector: Array) -> Array:
@@ -89,9 +106,8 @@ def largest_difference(networks: dict[str, tuple[Network, Array]], microbatch: i
     return float(jnp.abs(images[0] - images[1]).max() / jnp.abs(images[1]).max())
 
 
-def of_a_block(count: int, repetitions: int) -> dict[str, Any]:
-    """Seconds per vector of a block, relinearised for the block."""
-    network, x = build("digits", DIGITS)
+def of_a_block(network: Network, x: Array, count: int, repetitions: int) -> dict[str, Any]:
+    """Seconds for each vector of a block, with one linearisation for the block."""
     run = partial(
         jax.jit(lambda network, x, rows: block_product(network, categorical(), network.params, x)(rows)),
         network,
@@ -102,9 +118,8 @@ def of_a_block(count: int, repetitions: int) -> dict[str, Any]:
     return {"seconds": interleaved({"": run}, repetitions)[""] / count, "compile_seconds": compiling}
 
 
-def of_the_diagonal(repetitions: int) -> dict[str, Any]:
+def of_the_diagonal(network: Network, x: Array, repetitions: int) -> dict[str, Any]:
     """Seconds of the exact diagonal."""
-    network, x = build("digits", DIGITS)
     run = partial(
         jax.jit(lambda network, x: ggn_diagonal(network, categorical(), network.params, x, microbatch=16)), network, x
     )
@@ -112,40 +127,52 @@ def of_the_diagonal(repetitions: int) -> dict[str, Any]:
     return {"seconds": interleaved({"": run}, repetitions)[""], "compile_seconds": compiling}
 
 
-def main() -> None:
-    """Answer the questions, print and write."""
-    console = Console()
-    alternatives = {method: build("cifar", 64, method) for method in ("auto", "grouped")}
-    cifar = one_product(alternatives, 64, 5)
-    difference = largest_difference(alternatives, 64)
-    digits = one_product({"digits": build("digits", DIGITS)}, 64, 9)["digits"]
-    block, diagonal = of_a_block(64, 5), of_the_diagonal(5)
+def main(small: bool = False) -> None:
+    """Answer the questions, print and write.
 
+    Args:
+        small: Tiny networks and one repetition, to see that everything runs.
+    """
+    options = dict(locals())
+    sizes = SMALL if small else WHOLE
+    alternatives = {method: build(sizes.cifar, sizes.cifar_images, method) for method in ("auto", "grouped")}
+    cifar = one_product(alternatives, 64, sizes.repetitions)
+    difference = largest_difference(alternatives, 64)
+    network, x = build(sizes.digits, sizes.digits_images)
+    digits = one_product({"digits": (network, x)}, 64, 2 * sizes.repetitions - 1)["digits"]
+    block = of_a_block(network, x, sizes.block, sizes.repetitions)
+    diagonal = of_the_diagonal(network, x, sizes.repetitions)
+
+    large, tiny = (
+        f"{height} x {width}, {images} images"
+        for (height, width, _), images in (
+            (sizes.cifar.image_shape, sizes.cifar_images),
+            (sizes.digits.image_shape, sizes.digits_images),
+        )
+    )
     table = Table("what", "ms", "compile s", title="GGN products", title_justify="left")
-    for name, found in (
-        ("32 x 32, 64 images, our depthwise convolution", cifar["auto"]),
-        ("32 x 32, 64 images, the library's grouped convolution", cifar["grouped"]),
-        (f"8 x 8, {DIGITS} images, one vector", digits),
-        (f"8 x 8, {DIGITS} images, per vector of a block of 64", block),
-        (f"8 x 8, {DIGITS} images, exact diagonal", diagonal),
+    for name, timing in (
+        (f"{large}, our depthwise convolution", cifar["auto"]),
+        (f"{large}, the library's grouped convolution", cifar["grouped"]),
+        (f"{tiny}, one vector", digits),
+        (f"{tiny}, per vector of a block of {sizes.block}", block),
+        (f"{tiny}, exact diagonal", diagonal),
     ):
-        table.add_row(name, f"{1e3 * found['seconds']:.1f}", f"{found['compile_seconds']:.1f}")
+        table.add_row(name, f"{1e3 * timing['seconds']:.1f}", f"{timing['compile_seconds']:.1f}")
     console.print(table)
     speedup = cifar["grouped"]["seconds"] / cifar["auto"]["seconds"]
-    console.print(f"32 x 32: {speedup:.1f} times as fast as grouped; largest relative difference {difference:.1e}")
-    path = write(
-        "ggn_products",
-        {
-            "cifar": cifar,
-            "speedup_over_grouped": speedup,
-            "largest_relative_difference": difference,
-            "digits_one_vector": digits,
-            "digits_block_of_64": block,
-            "digits_diagonal": diagonal,
-        },
-    )
-    console.print(f"written to {path}", highlight=False)
+    console.print(f"{large}: {speedup:.1f} times as fast as grouped; largest relative difference {difference:.1e}")
+    content = {
+        "options": options,
+        "cifar": cifar,
+        "speedup_over_grouped": speedup,
+        "largest_relative_difference": difference,
+        "digits_one_vector": digits,
+        f"digits_block_of_{sizes.block}": block,
+        "digits_diagonal": diagonal,
+    }
+    console.print(f"written to {write(record_name('ggn_products', main, options), content)}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)

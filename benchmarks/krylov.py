@@ -9,9 +9,9 @@ overhead   With an expensive product: which part of the time is neither products
 hilbert    Hilbert matrices: how exact is the Jacobian of A -> Q H Q', which is the identity?
 
 The peer is matfree (Krämer et al. 2024), `pip install matfree==0.6.3`; without it its rows are left out. Alternatives
-run in turn in one process; compilation is timed apart. Prints tables and writes `benchmarks/results/krylov.json`, from
-a selection of parts `krylov_PART.json`, and the figures `krylov_time.png` and `krylov_hilbert.png`; with `--small`,
-which only shows that everything runs, `krylov_small` in place of `krylov`. About five minutes on 2 cores.
+run in turn in one process; compilation is timed apart. Prints tables and writes `benchmarks/results/krylov.json` and
+the figures `krylov_time.png` and `krylov_hilbert.png`; their names hold every option that is not the default. `--small`
+only shows that everything runs. About five minutes on 2 cores.
 """
 
 import importlib.metadata
@@ -28,7 +28,19 @@ from jax import Array
 from krylov_figures import plot_hilbert, plot_time
 from krylov_hilbert import jacobian_errors
 from krylov_problems import CONVECTION, LIBRARIES, Problem, decomp, factorisation, projected, sparse_grid, stencil_grid
-from record import RESULTS, Program, Results, compile_ahead, console, interleaved, judge, measure, show, write
+from record import (
+    RESULTS,
+    Program,
+    Results,
+    compile_ahead,
+    console,
+    interleaved,
+    judge,
+    measure,
+    record_name,
+    show,
+    write,
+)
 from rich.table import Table
 
 from bnnlaplace.krylov import gram_schmidt, lanczos
@@ -286,6 +298,8 @@ def main(parts: tuple[Part, ...] = get_args(Part), repetitions: int = 9, small: 
         repetitions: Of each timing; the median counts. Large problems have fewer.
         small: Small problems and three repetitions, to see that everything runs.
     """
+    parts = tuple(part for part in get_args(Part) if part in parts)
+    options = {"parts": parts, "repetitions": repetitions, "small": small}
     answer = {
         "headline": headline,
         "depth": growth_with_depth,
@@ -293,13 +307,13 @@ def main(parts: tuple[Part, ...] = get_args(Part), repetitions: int = 9, small: 
         "overhead": overhead,
         "hilbert": hilbert,
     }
-    content: dict[str, Any] = {"matfree": importlib.metadata.version("matfree") if decomp else None}
+    content: dict[str, Any] = {"options": options, "matfree": importlib.metadata.version("matfree") if decomp else None}
     if not decomp:
         console.print("matfree is not installed, and its rows are left out: pip install matfree==0.6.3")
     for part in parts:
         content[part] = answer[part](3 if small else repetitions, small)
-    stem = "krylov_small" if small else "krylov"
-    paths = [write("_".join([stem, *(() if set(parts) == set(answer) else parts)]), content)]
+    stem = record_name("krylov", main, options)
+    paths = [write(stem, content)]
     if "depth" in parts:
         paths.append(plot_time(content["depth"], RESULTS / f"{stem}_time.png"))
     if "hilbert" in parts:

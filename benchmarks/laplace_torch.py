@@ -11,11 +11,13 @@ full GGN to a smaller perceptron, as it has P^2 entries; the last layer gets the
 classes only. Both packages take the data 64 examples at a time. Alternatives run in turn in one process on the same
 cores; the first call, which compiles here, is reported apart.
 
-The peer is laplace-torch: `pip install -e '.[peers]'`; without it our side runs alone. Prints tables and writes
-`benchmarks/results/laplace_torch.json`; with `--small`, which only shows that everything runs,
-`laplace_torch_small.json`. About ten minutes on 2 cores that do nothing else: threads that wait for one another, as the
-peer's do, are slowed down most by other programs. So seconds of the processors stand beside those of the clock, and the
-record has the load of the machine before and after.
+The peer is laplace-torch, `pip install -e '.[peers]'`; without it our side runs alone. Prints tables and writes
+`benchmarks/results/laplace_torch.json`; the name of the record holds every option that is not the default. `--small`
+only shows that everything runs.
+
+Takes about ten minutes on 2 cores that do nothing else. Other programs slow down most those threads that wait for one
+another, as the peer's do. So seconds of the processors stand beside those of the clock, and the record has the load of
+the machine before and after.
 """
 
 import gc
@@ -33,7 +35,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import tyro
 from laplace_torch_cases import Case, cases, data, our_steps
-from record import Results, console, judge, write
+from record import Results, console, judge, record_name, write
 from rich.table import Table
 
 Part = Literal["time", "memory"]
@@ -185,7 +187,8 @@ def main(
         small: Small networks, one repetition and the memory of one case, to see that everything runs.
         measure: A library and the name of a case: print the rise of memory alone. Used for the part "memory".
     """
-    selected = cases(classes, small)
+    options = dict(locals())
+    selected = cases(tuple(dict.fromkeys(classes)), small)
     if measure:
         library, name = measure
         print(json.dumps(measure_peak(library, next(case for case in selected if case.name == name))))
@@ -205,12 +208,18 @@ def main(
     if "time" in parts:
         answers["time"] = times(selected, libraries, 1 if small else repetitions)
     if "memory" in parts:
-        options = ["--classes", *map(str, classes), *(["--small"] if small else [])]
-        answers["memory"] = memory(selected[:1] if small else selected, libraries, options)
+        arguments = ["--classes", *map(str, classes), *(["--small"] if small else [])]
+        answers["memory"] = memory(selected[:1] if small else selected, libraries, arguments)
     loads = [load_before, os.getloadavg()[0]]
-    content = {"peers": versions, "load_of_the_machine": loads, **answers, "targets": targets(answers)}
+    content = {
+        "options": options,
+        "peers": versions,
+        "load_of_the_machine": loads,
+        **answers,
+        "targets": targets(answers),
+    }
     console.print(f"  load of the machine, before and after: {loads[0]:.1f} and {loads[1]:.1f}")
-    path = write("laplace_torch_small" if small else "laplace_torch", content)
+    path = write(record_name("laplace_torch", main, options), content)
     console.print(f"written to {path}")
 
 

@@ -1,6 +1,8 @@
-"""What the benchmarks share: interleaved timing, tables of it, and a JSON record with versions and device."""
+"""Shared by the benchmarks: interleaved timing, tables, and JSON records whose names hold the options."""
 
+import hashlib
 import importlib.metadata
+import inspect
 import json
 import os
 import resource
@@ -18,32 +20,33 @@ from rich.table import Table
 
 from bnnlaplace.core.memory import free_bytes
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 MOST_BYTES_ON_CPU = 4e9
 Results = dict[str, dict[str, Any]]
 
-# A log file has no width of its own, and the default of 80 columns would break tables.
+# A log file has no width, and the default of 80 columns would break tables.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def compile_seconds(run: Callable[[], Any]) -> float:
-    """Seconds of the first call: compilation, and one execution."""
+    """Seconds of the first call, which are compilation and one execution."""
     start = time.perf_counter()
     jax.block_until_ready(run())
     return time.perf_counter() - start
 
 
 class Program(NamedTuple):
-    """A function compiled for its arguments, not run yet.
+    """A function that has been compiled for its arguments, but has not run yet.
 
     Attributes
     ----------
     run
-        Call the function.
+        Calls the function.
     compile_seconds
-        Of tracing, lowering and compilation.
+        Seconds of tracing, lowering and compilation.
     memory_bytes
-        Of arguments, outputs and temporary arrays, as XLA lays them out.
+        Memory of arguments, outputs and temporary arrays, as XLA lays them out.
     """
 
     run: Callable[[], Any]
@@ -62,7 +65,7 @@ def compile_ahead(function: Callable[..., Any], *arguments: Any) -> Program:
 
 
 def rounds(cases: Mapping[str, Callable[[], Any]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each case in each repetition, all cases in turn; they must be compiled already."""
+    """Seconds of each case in each repetition. The cases run in turn and must be compiled already."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(repetitions):
         for name, run in cases.items():
@@ -78,12 +81,12 @@ def interleaved(cases: Mapping[str, Callable[[], Any]], repetitions: int) -> dic
 
 
 def most_bytes() -> float:
-    """Programs that need more are compiled, so that their memory is known, but not run."""
+    """Memory up to which a program is run. A larger one is compiled only, so that its memory is known."""
     return MOST_BYTES_ON_CPU if jax.default_backend() == "cpu" else 0.5 * free_bytes()
 
 
 def measure(cases: Mapping[str, Program], repetitions: int) -> Results:
-    """Median seconds and those of each round, compilation and memory of each case; None where it needs too much."""
+    """Measure seconds, compilation and memory of each case. Seconds are None if it needs more than `most_bytes`."""
     bound = most_bytes()
     affordable = {name: case.run for name, case in cases.items() if case.memory_bytes <= bound}
     for run in affordable.values():
@@ -101,18 +104,18 @@ def measure(cases: Mapping[str, Program], repetitions: int) -> Results:
 
 
 def show(title: str, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print measurements, one case in each row."""
+    """Print measurements as a table with one case in each row."""
     table = Table("case", *("ms", "compile s", "memory MB"), title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"
-    for name, found in results.items():
-        time = f"{1e3 * found['seconds']:.1f}" if found["seconds"] is not None else "not run: too large"
-        table.add_row(name, time, f"{found['compile_seconds']:.1f}", f"{found['memory_bytes'] / 1e6:.1f}")
+    for name, case in results.items():
+        milliseconds = f"{1e3 * case['seconds']:.1f}" if case["seconds"] is not None else "not run: too large"
+        table.add_row(name, milliseconds, f"{case['compile_seconds']:.1f}", f"{case['memory_bytes'] / 1e6:.1f}")
     console.print(table)
 
 
 def judge(targets: Mapping[str, tuple[float, float]]) -> Results:
-    """Print numbers beside the bounds that they should not exceed."""
+    """Print numbers beside the bounds that they should not exceed, and return both."""
     for name, (value, bound) in targets.items():
         met = "met" if value <= bound else "[bold]NOT met[/bold]"
         console.print(f"  {name}: {value:.3g} (target at most {bound:g}: {met})")
@@ -121,18 +124,48 @@ def judge(targets: Mapping[str, tuple[float, float]]) -> Results:
     }
 
 
+def record_name(benchmark: str, main: Callable[..., Any], options: Mapping[str, Any]) -> str:
+    """Name a record by its benchmark and by every option of `main` that differs from its default.
+
+    So no record takes the place of one of other options: ``evidence``, ``evidence_classes_10-100_no_weights``. Records
+    of other devices than the CPU have the platform in their name.
+    """
+    parts = [benchmark] if jax.default_backend() == "cpu" else [benchmark, jax.default_backend()]
+    for name, parameter in inspect.signature(main).parameters.items():
+        value = options[name]
+        if value is parameter.default or value == parameter.default:
+            continue
+        if isinstance(value, bool):
+            parts.append(name if value else f"no_{name}")
+        elif isinstance(value, Path):
+            parts.append(_path_name(value))
+        else:
+            values = value if isinstance(value, (tuple, list)) else [value]
+            parts.append(f"{name}_{'-'.join(map(str, values))}")
+    return "_".join(parts)
+
+
+def _path_name(path: Path) -> str:
+    """The name of a run in `checkpoints/`; a run elsewhere gets a digest of its place, as names may be the same."""
+    path = path.resolve()
+    if path.parent == ROOT / "checkpoints":
+        return path.name
+    return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+
+
 def write(name: str, content: Mapping[str, Any]) -> Path:
     """Write `results/NAME.json` with versions, device, cores and peak memory of this process."""
     device = jax.devices()[0]
-    record = {
+    environment = {
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
         "platform": device.platform,
         "device": device.device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        **content,
     }
+    if shared := environment.keys() & content.keys():
+        raise ValueError(f"a record must not have {sorted(shared)} twice; rename them in its content")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(environment | dict(content), indent=2, default=str) + "\n")
     return path

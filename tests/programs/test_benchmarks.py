@@ -1,39 +1,86 @@
-"""Benchmarks run, and write what they print."""
+"""Benchmarks run, write what they print, and never over a record of other options."""
 
+import importlib.util
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(name: str, *options: str) -> tuple[dict, str]:
+    """Run a benchmark; return its record and its output."""
+    command = [sys.executable, f"benchmarks/{name}.py", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    (record,) = re.findall(r"written to (\S+\.json)", done.stdout)
+    return json.loads(Path(record).read_text()), done.stdout
 
 
 def test_krylov_benchmark_runs_small():
-    command = [sys.executable, "benchmarks/krylov.py", "--small", "--parts", "headline", "hilbert"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "projection / backpropagation" in done.stdout
-    record = json.loads((ROOT / "benchmarks/results/krylov_small_headline_hilbert.json").read_text())
+    record, output = run("krylov", "--small", "--parts", "headline", "hilbert")
+    assert "projection / backpropagation" in output
     assert {"headline", "hilbert"} <= set(record)
-    assert (ROOT / "benchmarks/results/krylov_small_hilbert.png").stat().st_size > 0
+    (figure,) = re.findall(r"written to (\S+\.png)", output)
+    assert Path(figure).stat().st_size > 0
 
 
 def test_posterior_benchmark_runs_small():
     """Our side, and the peer's where it is installed."""
-    command = [sys.executable, "benchmarks/laplace_torch.py", "--small", "--classes", "3"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    record = json.loads((ROOT / "benchmarks/results/laplace_torch_small.json").read_text())
+    record, _ = run("laplace_torch", "--small", "--classes", "3")
     assert record["time"]["mlp 8-6-6, 3 classes, full"]["ours"]["medians"]["total"] > 0
     (memory,) = record["memory"].values()
     assert memory["ours"] >= 0  # so small a network may fit into what the process has
 
 
 def test_evidence_benchmark_runs_small():
-    command = [sys.executable, "benchmarks/evidence.py", "--small"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    cases = json.loads((ROOT / "benchmarks/results/evidence_small.json").read_text())["classes_3"]["cases"]
+    record, _ = run("evidence", "--small")
+    cases = record["classes_3"]["cases"]
     # Derivatives in a scalar prior precision take no memory beyond the value's, since they need no adjoint.
     assert cases["ours, d delta"]["memory_bytes"] < 1.1 * cases["ours, value"]["memory_bytes"]
     assert cases["ours, 400 steps"]["seconds"] > 0
+
+
+def test_product_benchmark_runs_small():
+    record, _ = run("ggn_products", "--small")
+    assert record["digits_diagonal"]["seconds"] > 0 and record["largest_relative_difference"] < 1e-5
+
+
+def test_walks_are_counted():
+    record, _ = run("walks")
+    for name, walk in record["walks"].items():
+        assert 1 < walk["files"] == len(walk["order"]) <= 1 + walk["moves"], name
+
+
+@pytest.fixture
+def record():
+    """The module that the benchmarks share."""
+    spec = importlib.util.spec_from_file_location("record", ROOT / "benchmarks" / "record.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_records_of_other_options_have_other_names(record, tmp_path, monkeypatch):
+    def main(workdir: Path, classes: tuple = (10, 100), weights: bool = True, small: bool = False, rounds: int = 3):
+        pass
+
+    def name(workdir="checkpoints/van", classes=(10, 100), weights=True, small=False, rounds=3):
+        options = {"workdir": ROOT / workdir, "classes": classes, "weights": weights, "small": small, "rounds": rounds}
+        return record.record_name("evidence", main, options)
+
+    assert name() == "evidence_van"
+    assert name(classes=(3,), weights=False, small=True, rounds=1) == "evidence_van_classes_3_no_weights_small_rounds_1"
+    names = [name(), name("other/van"), name(tmp_path / "van"), name(classes=(10,)), name(rounds=1), name(small=True)]
+    assert len(set(names)) == len(names)
+
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    assert json.loads(record.write("x", {"rows": [1]}).read_text())["rows"] == [1]
+    with pytest.raises(ValueError, match=r"must not have \['device'\] twice"):
+        record.write("x", {"device": "mine"})
