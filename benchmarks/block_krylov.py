@@ -72,8 +72,7 @@ def main(
         table.add_row(str(count), *(more + cell for cell in cells))
     console.print(table)
     content = {"options": options, "prior_precision": precision, "rows": rows}
-    path = write(record_name("block_krylov", main, options), content)
-    console.print(f"written to {path}")
+    write(record_name("block_krylov", main, options), content)
 
 
 class Growth(NamedTuple):

@@ -226,7 +226,7 @@ def main(
             content[f"classes_{count}"]["differences"] = differences(cases, gradients[0])
             if not small:  # nothing that matters takes time there
                 content[f"classes_{count}"]["targets"] = compare(results, steps, count, gradients)
-    console.print(f"written to {write(record_name('evidence', main, options), content)}")
+    write(record_name("evidence", main, options), content)
 
 
 if __name__ == "__main__":

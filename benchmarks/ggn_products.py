@@ -171,7 +171,7 @@ def main(small: bool = False) -> None:
         f"digits_block_of_{sizes.block}": block,
         "digits_diagonal": diagonal,
     }
-    console.print(f"written to {write(record_name('ggn_products', main, options), content)}")
+    write(record_name("ggn_products", main, options), content)
 
 
 if __name__ == "__main__":

@@ -313,13 +313,11 @@ def main(parts: tuple[Part, ...] = get_args(Part), repetitions: int = 9, small: 
     for part in parts:
         content[part] = answer[part](3 if small else repetitions, small)
     stem = record_name("krylov", main, options)
-    paths = [write(stem, content)]
+    write(stem, content)
     if "depth" in parts:
-        paths.append(plot_time(content["depth"], RESULTS / f"{stem}_time.png"))
+        report(plot_time(content["depth"], RESULTS / f"{stem}_time.png"))
     if "hilbert" in parts:
-        paths.append(plot_hilbert(content["hilbert"], RESULTS / f"{stem}_hilbert.png"))
-    for path in paths:
-        console.print(f"written to {path}")
+        report(plot_hilbert(content["hilbert"], RESULTS / f"{stem}_hilbert.png"))
 
 
 if __name__ == "__main__":

@@ -219,8 +219,7 @@ def main(
         "targets": targets(answers),
     }
     console.print(f"  load of the machine, before and after: {loads[0]:.1f} and {loads[1]:.1f}")
-    path = write(record_name("laplace_torch", main, options), content)
-    console.print(f"written to {path}")
+    write(record_name("laplace_torch", main, options), content)
 
 
 if __name__ == "__main__":

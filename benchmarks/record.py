@@ -154,7 +154,7 @@ def _path_name(path: Path) -> str:
 
 
 def write(name: str, content: Mapping[str, Any]) -> Path:
-    """Write `results/NAME.json` with versions, device, cores and peak memory of this process."""
+    """Write `results/NAME.json` with versions, device, cores and peak memory of this process, and print its path."""
     device = jax.devices()[0]
     environment = {
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
@@ -168,4 +168,10 @@ def write(name: str, content: Mapping[str, Any]) -> Path:
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(environment | dict(content), indent=2, default=str) + "\n")
+    report(path)
     return path
+
+
+def report(path: Path) -> None:
+    """Print on one line, however long it is, where something was written."""
+    console.print(f"written to {path}", soft_wrap=True)

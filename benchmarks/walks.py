@@ -123,7 +123,7 @@ def main() -> None:
         rows[name] = {"files": len(steps.files), "moves": steps.moves, "resolved": resolved, "order": steps.files}
         table.add_row(name, str(len(steps.files)), str(steps.moves), str(resolved))
     console.print(table)
-    console.print(f"written to {write('walks', {'walks': rows})}")
+    write("walks", {"walks": rows})
 
 
 if __name__ == "__main__":
