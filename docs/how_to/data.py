@@ -1,8 +1,8 @@
 """Fit data larger than memory.
 
-`fit` takes arrays, or anything that gives batches every time it is iterated over. Of those one batch is in memory at a
-time; where only some weights have a posterior, the features that precede them are kept as well, if they take less than
-a quarter of the free memory. Inputs may be pytrees.
+`fit` takes arrays, or an object that gives batches every time it is iterated over. One batch is in memory at a time. If
+only some weights have a posterior, the features that precede them are kept as well, in at most a quarter of the free
+memory. Inputs may be pytrees.
 """
 
 import tempfile
@@ -17,8 +17,8 @@ import bnnlaplace
 from bnnlaplace import krylov
 
 # %% Inputs of several parts
-# x may be any pytree of arrays with examples along the leading axis: here images and a number for each of them. The
-# network takes the pytree.
+# `x` may be any pytree of arrays with examples along the leading axis. Here it holds images and a number for each
+# image. The network takes the pytree.
 
 rng = np.random.default_rng(0)
 NUM = 1200
@@ -54,20 +54,20 @@ params = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name,
 network = bnnlaplace.Network.from_function(logits, params)
 
 # %% Batches from files
-# An object whose `__iter__` begins anew at every call: "lanczos" reads the data once for each block of products, about
-# ten times. A list of batches is such an object, and so is a data loader that gives pairs (x, y) of arrays, without
-# shuffling and augmentation. The last batch may be shorter. A function with `yield` gives an iterator, which can be
-# read once only: that is enough for "diag", "kron" and "full", and refused by "lanczos".
+# "lanczos" reads the data once for each block of products, about ten times. It needs an object whose `__iter__` begins
+# anew at every call: a list of batches, or a data loader that gives pairs `(x, y)` of arrays, without shuffling and
+# augmentation. The last batch may be shorter. A function with `yield` gives an iterator, which can be read only once.
+# That is enough for "diag", "kron" and "full"; "lanczos" refuses it.
 
 folder = tempfile.TemporaryDirectory()
 BATCH = 256
 for number, first in enumerate(range(0, NUM, BATCH)):
     rows = slice(first, first + BATCH)
-    np.savez(Path(folder.name, f"{number:03d}.npz"), y=y[rows], **{name: part[rows] for name, part in x.items()})
+    np.savez(Path(folder.name, f"{number:03d}.npz"), y=y[rows], **{name: array[rows] for name, array in x.items()})
 
 
 class Files:
-    """Batches of a folder, read from disk each time they are asked for."""
+    """The batches of a folder, read from disk on every pass."""
 
     def __init__(self, folder):
         self.folder, self.passes = folder, 0
@@ -92,28 +92,28 @@ diagonal = bnnlaplace.Laplace(network, hessian_structure="diag").fit(batch for b
 print(f"diagonal from an iterator: log evidence {diagonal.log_marginal_likelihood().mean:.1f} nats")
 
 # %% A part of the data
-# A random part of the data gives an estimate of the whole curvature, for less: with `num_data`, the size of the whole
-# training set, likelihood and curvature are scaled to it. The error of the part is in no standard error.
+# A random part of the data gives a cheaper estimate of the whole curvature. With `num_data`, the size of the whole
+# training set, likelihood and curvature are scaled to it. No standard error includes the error of this sampling.
 
-part = rng.choice(NUM, 600, replace=False)
-some = bnnlaplace.Laplace(network, hessian_structure="diag")
-some = some.fit((jax.tree.map(lambda leaf: leaf[part], x), y[part]), num_data=NUM)
-print(f"half of the data: log evidence {some.log_marginal_likelihood().mean:.1f} nats")
+half = rng.choice(NUM, 600, replace=False)
+of_half = bnnlaplace.Laplace(network, hessian_structure="diag")
+of_half = of_half.fit((jax.tree.map(lambda leaf: leaf[half], x), y[half]), num_data=NUM)
+print(f"half of the data: log evidence {of_half.log_marginal_likelihood().mean:.1f} nats")
 
 # %% Products alone
-# The GGN of such data is also there as products, of weights or of outputs, whichever are fewer: for eigenvalues by
-# `scipy.sparse.linalg`, or for a trace by `krylov.block_lanczos`, here log det(I + G / 10).
+# `curvature.streamed_operator` gives products with the GGN of such data, or with its dual, whichever is smaller. Use
+# them for eigenvalues by `scipy.sparse.linalg`, or for a trace by `krylov.block_lanczos`, here $\log\det(I + G / 10)$.
 
-operator = bnnlaplace.curvature.streamed.operator(network, bnnlaplace.categorical(), files, prior_precision=10.0)
+operator = bnnlaplace.curvature.streamed_operator(network, bnnlaplace.categorical(), files, prior_precision=10.0)
 probes = krylov.normal_probes(jax.random.key(1), jnp.ones(operator.size), 16)
 *_, decomposition = krylov.block_lanczos(operator.matvec, probes, max_vectors=128)
 forms = krylov.trace_forms(krylov.ritz(decomposition), np.log1p)
 print(f"log det of {operator.size} weights: {forms.mean():.1f} +- {forms.std(ddof=1) / len(forms) ** 0.5:.1f} nats")
 
 # %% How much memory
-# Beside a batch there is the curvature, and the activations of a microbatch (`fit(microbatch=...)`). `memory_estimate`
-# says before anything is computed what the curvature takes. `fit` raises `MemoryError` where that is more than the
-# device has free, and says which options make it less.
+# Beside a batch, memory holds the curvature and the activations of a microbatch (`fit(microbatch=...)`).
+# `memory_estimate` says what the curvature takes before anything is computed. If that is more than the device has free,
+# `fit` raises `MemoryError` and says which options need less.
 
 wide = {"w1": jnp.zeros((17, 20_000)), "b1": jnp.zeros(20_000), "w2": jnp.zeros((20_000, 2)), "b2": jnp.zeros(2)}
 needed = {}
@@ -124,7 +124,7 @@ for structure in ("diag", "kron", "lanczos", "full"):
     print(f"{structure:8s} {estimate.needed / 1e9:10.3f} GB; {estimate.shrink}")
 
 # %% Predictions
-# `predictive` takes as many inputs as memory has room for; of more of them call it batch by batch.
+# `predictive` takes as many inputs as fit in memory. For more inputs call it batch by batch.
 
 probs = np.concatenate([streamed.predictive(inputs) for inputs, _ in files])
 print(f"accuracy {np.mean(probs.argmax(axis=1) == y):.3f} on the training data")
@@ -132,5 +132,5 @@ print(f"accuracy {np.mean(probs.argmax(axis=1) == y):.3f} on the training data")
 folder.cleanup()
 assert isinstance(streamed.structure, bnnlaplace.structure.KrylovStructure)
 assert abs(difference) < 0.1
-assert abs(some.log_marginal_likelihood().mean / diagonal.log_marginal_likelihood().mean - 1) < 0.1
+assert abs(of_half.log_marginal_likelihood().mean / diagonal.log_marginal_likelihood().mean - 1) < 0.1
 assert needed["diag"] < needed["lanczos"] < needed["full"]

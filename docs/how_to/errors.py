@@ -1,7 +1,7 @@
 """Read the numbers: errors and convergence.
 
-Every number that is estimated says how far it can be trusted. This page goes through what each of them says, on a
-network of 259 weights for which the exact numbers can be had as well.
+Every estimated number says how far it can be trusted. This page goes through these errors for a network of 259 weights,
+for which the exact numbers can be computed as well.
 """
 
 import warnings
@@ -14,7 +14,7 @@ import optax
 import bnnlaplace
 
 # %% A posterior to look at
-# Three classes, a plain function, at the mode for a prior precision of 1.
+# The network is a plain function with three classes, at the mode for a prior precision of 1.
 
 rng = np.random.default_rng(0)
 x = rng.normal(size=(200, 4)).astype(np.float32)
@@ -47,39 +47,38 @@ exact = bnnlaplace.Laplace(network, hessian_structure="full").fit((x, y))
 la = bnnlaplace.Laplace(network, hessian_structure="lanczos").fit((x, y), key=jax.random.key(0))
 
 # %% Are the weights at a mode?
-# The evidence and the posterior are those of a mode. `mode_decrement()` is the squared distance to it in standard
-# deviations of the posterior: to be held against `effective_parameters`, the squared distance at which posterior
-# samples lie in the directions that the data determine. It does not depend on how weights are scaled, as the norm of
-# `mode_gradient()` does.
+# The evidence and the posterior are defined at a mode. `mode_decrement()` is the squared distance to the mode in
+# standard deviations of the posterior. Compare it with `effective_parameters`, the squared distance of a posterior
+# sample in the directions that the data determine. Unlike the norm of `mode_gradient()`, it does not depend on the
+# scale of the weights.
 
 error = la.krylov_error()
 print(f"mode decrement {la.mode_decrement():.2g}, effective parameters {error.effective_parameters:.0f}")
 
 # %% The evidence: two errors
-# `log_marginal_likelihood()` is an `Estimate(mean, sem)`. `sem` is the standard error over the random probes, and
-# exactly zero for "diag", "kron", "full" and where "lanczos" is exact, which have none. With S probes it is itself
-# known to a fraction of 1 / sqrt(2 (S - 1)), 13 % at the default of 32; with far fewer it misleads.
+# `log_marginal_likelihood()` is an `Estimate(mean, sem)`. `sem` is the standard error over the random probes. "diag",
+# "kron", "full" and an exact "lanczos" have no probes, and their `sem` is exactly zero. With $S$ probes, `sem` itself
+# has a relative error of $1 / \sqrt{2 (S - 1)}$: 13 % for the default of 32. With far fewer probes it misleads.
 #
-# Stopping the recurrence is another error, of one sign, that `sem` knows nothing of: it lowers the evidence by at
-# most half of `krylov_error().log_determinant`.
+# `sem` does not include the truncation error of the recurrence. Truncation lowers the evidence by at most
+# `krylov_error().log_determinant / 2`.
 
 estimate = la.log_marginal_likelihood()
 print(f"exact {exact.log_marginal_likelihood().mean:.2f}, estimate {estimate.mean:.2f} +- {estimate.sem:.2f} nats")
 print(f"stopping the recurrence lowers it by at most {error.log_determinant / 2:.2g} nats")
 
 # %% The best prior precision: one interval for both
-# `evidence_optimum()` gives the maximiser with an interval that reaches over both errors. `at_bound` says that the
-# evidence still rises at the end of the search range, so that there is no maximum inside: weights that are zero do
-# that.
+# `evidence_optimum()` gives the maximiser and an interval that covers both errors. `at_bound` says that the evidence
+# still rises at the end of the search range, so there is no maximum inside. This happens if all weights are zero.
 
 best = la.evidence_optimum()
 print(f"best prior precision {best.prior_precision:.3g} [{best.low:.3g}, {best.high:.3g}], at bound: {best.at_bound}")
 print(f"exactly {exact.evidence_optimum().prior_precision:.3g}")
 
 # %% Posterior samples: a bound
-# `krylov_error().sample` bounds the error of a sample, relative to the effective number of parameters, in the norm in
-# which predictions see it. `fit` goes on until it is below `tolerance`, 5 % by default, at the maximiser of the
-# evidence. At smaller prior precisions it is larger. There a method that needs the samples warns, and
+# `krylov_error().sample` bounds the error of a sample, relative to the effective number of parameters, in the norm that
+# matters for predictions. `fit` goes on until the bound is below `tolerance`, 5 % by default, at the maximiser of the
+# evidence. At smaller prior precisions the error is larger: a method that needs the samples then warns, and
 # `validation_curve` marks the point as not converged.
 
 
@@ -100,9 +99,10 @@ _, told_again = warnings_of(lambda: short.predictive(x[:5]))
 print(f"predictive says: {told_again[0]}")
 
 # %% Predictions: the number of samples
-# A Lanczos posterior has one sample for each probe. The variance of outputs that is estimated from S of them has a
-# relative standard error of sqrt(2 / S), 25 % at 32; probabilities through `link_approx="mc"` are means over S
-# samples. More: `fit(num_probes=...)`. "diag", "kron", "full" and an exact "lanczos" have the variance exactly.
+# A Lanczos posterior has one sample for each probe. The variance of the outputs, estimated from $S$ samples, has a
+# relative standard error of $\sqrt{2 / S}$: 25 % for 32. Probabilities by `link_approx="mc"` are means over the
+# samples. Ask for more with `fit(num_probes=...)`. "diag", "kron", "full" and an exact "lanczos" compute the variance
+# exactly.
 
 variance = jnp.trace(la.functional_variance(x[:50]), axis1=1, axis2=2)
 exact_variance = jnp.trace(exact.functional_variance(x[:50]), axis1=1, axis2=2)
@@ -112,9 +112,10 @@ print(
 )
 
 # %% Metrics: intervals
-# `calibration.evaluate` has a bootstrap interval for each metric: the uncertainty of a finite test set. Two methods
-# on the same test set differ by less than their intervals suggest, as they share its examples:
-# `resampling.paired_differences` of two `calibration.bootstrap` results with one seed says by how much.
+# `calibration.evaluate` gives a bootstrap interval for each metric: the uncertainty of a finite test set. Two methods
+# on one test set can be told apart better than their intervals suggest, because they share its examples. For the
+# interval of the difference, pass two results of `calibration.bootstrap` with one seed to
+# `calibration.paired_differences`.
 
 assert la.mode_decrement() < 0.05 * error.effective_parameters
 assert abs(estimate.mean - exact.log_marginal_likelihood().mean) < 4 * estimate.sem + error.log_determinant / 2

@@ -1,7 +1,8 @@
 """Add a likelihood.
 
-A likelihood is a record of three functions of outputs and targets. It knows nothing of weights, so that a new one is a
-few lines, and works with every structure. Here: counts, from a Poisson distribution. The output is the log of its rate.
+A likelihood is a record of three functions of outputs and targets. It knows nothing of weights, so a new one takes a
+few lines and works with every structure. The example on this page is a Poisson distribution of counts, whose log rate
+is the output of the network.
 """
 
 from math import prod
@@ -16,20 +17,23 @@ import bnnlaplace
 from bnnlaplace import Likelihood
 
 # %% The functions
-# Each takes outputs of shape (..., C), and works along the last axis: a loop over examples is not its business. With
-# Lambda the Hessian of -log p(y | f) in f, and B any factor of it, Lambda = B B':
+# Each function takes outputs of shape (..., C) and works along the last axis; it does not loop over examples. Let
+# $\Lambda$ be the Hessian of $-\log p(y \mid f)$ in $f$, and $B$ any factor of it, $\Lambda = B B^\top$.
 #
-# - `log_prob`: (f, y) -> log p(y | f), summed over the last axis, with its normalisation;
-# - `factor_mv`: (f, u) -> B u, linear in u, which is shaped like f;
-# - `mean`: f -> E[y | f].
+# - `log_prob`: $(f, y) \mapsto \log p(y \mid f)$, summed over the last axis, with its normalisation;
+# - `factor_mv`: $(f, u) \mapsto B u$, linear in $u$, which has the shape of $f$;
+# - `mean`: $f \mapsto E[y \mid f]$.
 #
-# Two more follow from `factor_mv`, and may be given where they are cheaper on their own: `factor_transpose_mv`,
-# (f, v) -> B' v, and `hessian_mv`, (f, v) -> Lambda v.
+# Two more functions follow from `factor_mv`. Give them if you know a cheaper way: `factor_transpose_mv`,
+# $(f, v) \mapsto B^\top v$, and `hessian_mv`, $(f, v) \mapsto \Lambda v$.
 #
-# For counts -log p = sum_c [exp(f_c) - y_c f_c + log(y_c!)], so Lambda = diag(exp f) and B = diag(exp(f / 2)).
+# For counts
 #
-# Lambda must be positive semidefinite, and must not depend on y. Where the Hessian of -log p is not, its
-# expectation under p(y | f), the Fisher information, is, and is what belongs here.
+# $$ -\log p(y \mid f) = \sum_c \bigl[ e^{f_c} - y_c f_c + \log(y_c!) \bigr], \qquad
+#    \Lambda = \operatorname{diag}(e^f), \qquad B = \operatorname{diag}(e^{f/2}). $$
+#
+# $\Lambda$ must be positive semidefinite and must not depend on $y$. If the Hessian does not satisfy this, take its
+# expectation under $p(y \mid f)$, the Fisher information, which does.
 
 
 def poisson_log_prob(f, y):
@@ -52,13 +56,12 @@ def poisson() -> Likelihood:
 
 
 # %% Parameters of a likelihood
-# A number that a likelihood depends on goes into the `Partial`s, `Partial(scaled_log_prob, scale)`, and becomes the
-# first argument of each function. It is then a leaf of the record, which is a pytree: it can be traced, and
-# differentiated, as the noise is on the page [The evidence in a training loop of your
-# own](../tutorials/training_loop.md).
+# If a likelihood depends on a number, pass it to the `Partial`s, as in `Partial(scaled_log_prob, scale)`. It becomes
+# the first argument of each function, and a leaf of the record, which is a pytree. So it can be traced and
+# differentiated, as the noise is in [The evidence in a training loop of your own](../tutorials/training_loop.md).
 
 # %% Check it
-# Against automatic differentiation, at one example: this finds a wrong sign and a missing factor of two.
+# A comparison with automatic differentiation at one example finds a wrong sign or a missing factor of two.
 
 
 def check(likelihood, f, y):
@@ -74,8 +77,8 @@ def check(likelihood, f, y):
 check(poisson(), jnp.array([0.3, -1.2, 2.0]), jnp.array([1, 0, 9]))
 
 # %% Use it
-# Counts with a rate that depends on one input, and a network of 31 weights at the mode of its log joint with a prior
-# precision of 1. The object goes where a name would.
+# The counts have a rate that depends on one input. The network has 31 weights and is trained to the mode of its log
+# joint with a prior precision of 1. `Laplace` takes the likelihood in place of a name.
 
 rng = np.random.default_rng(0)
 x = rng.uniform(-2, 2, (150, 1)).astype(np.float32)
@@ -110,8 +113,8 @@ la = la.optimize_prior_precision()
 print(f"prior precision {la.prior_precision:.2g}, log evidence {la.log_marginal_likelihood().mean:.1f} nats")
 
 # %% Predictions
-# The probit link is made for sigmoid and softmax. For a mean of any other form ask for samples, `link_approx="mc"`:
-# the mean of `likelihood.mean` over the posterior of the outputs.
+# The probit link is made for sigmoid and softmax. For any other likelihood ask for samples with `link_approx="mc"`: the
+# prediction is the average of `likelihood.mean` over samples of the outputs.
 
 points = np.linspace(-2, 2, 41, dtype=np.float32)[:, None]
 rate = la.predictive(points, link_approx="mc", key=jax.random.key(0), num_samples=2000)
@@ -124,8 +127,8 @@ print(
 )
 
 # %% On disk
-# A likelihood of your own is passed to `Laplace.load(path, network, likelihood=poisson())` again: functions are not
-# written, only the leaves of the record.
+# Functions are not written to disk, only the leaves of the record. Pass your likelihood again when you load:
+# `Laplace.load(path, network, likelihood=poisson())`.
 
 assert la.mode_decrement(1.0) < 0.1
 assert relative < 0.05

@@ -1,7 +1,8 @@
 """Choose a prior.
 
-One precision for all weights or one for each layer, a mean other than zero, the noise of a regression, and what to do
-with weights that are no mode.
+The prior can have one precision for all weights, one for each layer or one for each weight, and a mean other than zero.
+This page shows how the evidence chooses the precisions and the noise of a regression, and what to do with weights that
+are not at a mode.
 """
 
 import warnings
@@ -16,9 +17,9 @@ import bnnlaplace
 from bnnlaplace import prior
 
 # %% A network to look at
-# A curve in one variable, with noise of standard deviation 0.2, and five other variables that have nothing to do with
-# it. The two kinds of input enter by layers of their own. The weights are trained for the log joint with this noise and
-# a given prior, at first of precision 1.
+# The targets are a curve in one variable with noise of standard deviation 0.2. Five other variables have nothing to do
+# with it. Each kind of input enters by a layer of its own. The weights are trained for the log joint with this noise
+# and a given prior, at first of precision 1.
 
 NOISE = 0.2
 rng = np.random.default_rng(0)
@@ -34,13 +35,13 @@ class Net(nn.Module):
 
 
 def train(params, x, y, precision=1.0, mean=0.0, steps=4000):
-    """The weights at the mode; `precision` and `mean` as `Laplace` takes them."""
-    beliefs = prior.resolve(precision, mean, params)
-    tau = beliefs.precision * (1.0 if beliefs.relative is None else beliefs.relative)
+    """Return the network at its mode; `precision` and `mean` are what `Laplace` takes."""
+    gaussian_prior = prior.resolve(precision, mean, params)
+    precisions = gaussian_prior.precision * gaussian_prior.relative
 
     def negative_log_joint(params):
         fit = bnnlaplace.gaussian(NOISE).log_prob(Net().apply({"params": params}, x), y).sum()
-        return 0.5 * jnp.sum(tau * beliefs.deviation(params) ** 2) - fit
+        return 0.5 * jnp.sum(precisions * gaussian_prior.deviation(params) ** 2) - fit
 
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
@@ -70,7 +71,7 @@ def rounded(precisions):
 tell("as trained", la)
 
 # %% One number
-# Without arguments `optimize_prior_precision` chooses one factor for the prior precision as it is. No curvature is
+# Without arguments `optimize_prior_precision` multiplies the prior precision by the best factor. No curvature is
 # computed again, whatever the structure.
 
 one = la.optimize_prior_precision()
@@ -78,14 +79,14 @@ tell(f"prior precision {one.prior_precision:.2g}", one)
 
 # %% One for each layer
 # `prior_structure="layerwise"` chooses one precision for each group of weights. A group is a layer, unless
-# `prior_groups` says otherwise. Where a group of weights says nothing about the data, its precision is large.
+# `prior_groups` says otherwise. If the data do not need a group of weights, its precision becomes large.
 
 layers = la.optimize_prior_precision(prior_structure="layerwise")
 tell(f"{rounded(layers.prior_precision)}", layers)
 
 # %% Train again
-# The weights are now a mode for a prior that has changed. Where it has changed much, train on with the precisions that
-# were found, fit, and choose again, until the evidence has stopped rising. Here two rounds.
+# The weights were a mode for the prior before the choice. If the prior has changed much, train on with the new
+# precisions, fit and choose again, until the evidence stops rising. Two rounds are enough here.
 
 for _ in range(2):
     network = train(network.params, x, y, layers.prior_precision)
@@ -95,7 +96,7 @@ for _ in range(2):
 
 # %% Groups of your own
 # `prior_groups` is a function from the path of a weight, such as `time/kernel`, to the name of its group. A dictionary
-# of precisions has those names.
+# of precisions has these names as keys.
 
 kinds = bnnlaplace.Laplace(
     la.network,
@@ -107,52 +108,52 @@ kinds = kinds.optimize_prior_precision(prior_structure="layerwise")
 tell(f"{rounded(kinds.prior_precision)}", kinds)
 
 # %% One for each weight
-# `prior_structure="diag"`. The evidence rises with every number that it may choose, so that here it says little about
-# whether the model has become better. "kron" cannot have them, as its blocks are Kronecker products.
+# `prior_structure="diag"` chooses one precision for each weight. The evidence rises with every number that it may
+# choose, so a higher evidence says little about whether the model is better. "kron" does not support this choice,
+# because its blocks are Kronecker products.
 
 each = bnnlaplace.Laplace(la.network, **{**options, "hessian_structure": "diag"}).fit((x, y))
 for structure in ("layerwise", "diag"):
     tell(f"diagonal curvature, {structure}", each.optimize_prior_precision(prior_structure=structure))
 
 # %% With "lanczos"
-# A Krylov space belongs to the ratios of the precisions. A common factor needs no other space; for new ratios the
-# curvature is fitted again, a few times, by a function that is passed as `refit`:
+# A Krylov space belongs to the ratios between the precisions. A common factor leaves the space as it is. For new ratios
+# the curvature is fitted again, a few times, by a function that is passed as `refit`:
 #
 #     la.optimize_prior_precision(prior_structure="layerwise", refit=lambda la: la.fit((x, y), key=key))
 #
-# Of data with no more outputs than `max_vectors`, 512 by default, "lanczos" keeps the whole curvature. Then it is exact
-# and needs no `refit`.
+# If the data have no more outputs than `max_vectors`, 512 by default, "lanczos" keeps the whole curvature. It is exact
+# then, and needs no `refit`.
 
 spectral = bnnlaplace.Laplace(la.network, **{**options, "hessian_structure": "lanczos"}).fit((x, y))
 spectral = spectral.optimize_prior_precision(prior_structure="layerwise")
 tell(f"{type(spectral.structure).__name__}, {rounded(spectral.prior_precision)}", spectral)
 
 # %% The noise of a regression
-# `optimize_sigma_noise=True` maximises over the noise, too, from the same curvature. The weights remain those for the
-# noise and the prior of training, and noise that they have learned is missing in what it finds: train again and repeat,
-# as above.
+# `optimize_sigma_noise=True` also maximises over the noise, from the same curvature. The weights stay those of
+# training, and noise that they have learned is missing from the estimate. Train again and repeat, as above.
 
 noisy = layers.with_sigma_noise(0.3).optimize_prior_precision(optimize_sigma_noise=True)
 print(f"noise {float(noisy.sigma_noise):.3f}; the data were made with {NOISE}")
 
 # %% A mean other than zero
-# `prior_mean` is a number, or weights like those of the network. For a network that was trained before and is adapted
-# to few data, take the weights it began with: the prior says then how far they move, and may be narrow. Here: twenty
+# `prior_mean` is a number, or weights like those of the network. If a trained network is adapted to few data, take the
+# weights that it began with: the prior then says how far they move, and it may be narrow. The example has twenty
 # observations of the same curve, shifted by 0.3.
 
 x_few = rng.uniform(-2, 2, (20, 6)).astype(np.float32)
 y_few = jnp.asarray(0.3 + np.sin(2 * x_few[:, :1]) + NOISE * rng.normal(size=(20, 1)), jnp.float32)
-found = {}
+adapted = {}
 for what, precision, mean in (("zero", 1.0, 0.0), ("the weights from before", 100.0, network.params)):
     tuned = train(network.params, x_few, y_few, precision, mean)
-    found[what] = bnnlaplace.Laplace(tuned, **options, prior_precision=precision, prior_mean=mean).fit((x_few, y_few))
-    tell(f"prior around {what}, precision {precision:g}", found[what])
+    adapted[what] = bnnlaplace.Laplace(tuned, **options, prior_precision=precision, prior_mean=mean).fit((x_few, y_few))
+    tell(f"prior around {what}, precision {precision:g}", adapted[what])
 
-# %% Weights that are no mode
-# Evidence and posterior are those of a mode of the log joint. `fit` warns (`NotAModeWarning`) where the mode is not
-# much nearer than a posterior sample. Weight decay is a prior precision if it is a part of the loss: with a loss that
-# is a mean over N examples the precision is N times the factor of |theta|^2 / 2. Decoupled weight decay, that of AdamW,
-# is no part of any loss. Here training is stopped early.
+# %% Weights that are not at a mode
+# Evidence and posterior are defined at a mode of the log joint. `fit` warns (`NotAModeWarning`) if the mode is not much
+# nearer than a posterior sample. Weight decay is a prior precision if it is part of the loss: if the loss is a mean
+# over $N$ examples, the precision is $N$ times the factor of $\|\theta\|^2 / 2$. Decoupled weight decay, as in AdamW,
+# is not part of any loss. In this example training is stopped early.
 
 early = bnnlaplace.Laplace(train(start, x, y, steps=100), **options)
 with warnings.catch_warnings(record=True) as caught:
@@ -161,10 +162,10 @@ with warnings.catch_warnings(record=True) as caught:
 print(f"{caught[0].category.__name__}: {caught[0].message}")
 
 # %% A mode whatever training did
-# Where training cannot go on, `fit(mean="linear")` replaces the network by its linearisation at the weights, whose log
-# joint is concave, and expands that one at its own mode. The evidence is that of the linearised network. Another prior
-# has another mode: fit again with it. `network.params` of the result are the weights at the mode; only the linearised
-# network is good there, so that predictions are its own.
+# If training cannot go on, `fit(mean="linear")` replaces the network by its linearisation at the weights. The log joint
+# of the linearised network is concave, and the expansion is at its mode. The evidence is that of the linearised
+# network. For another prior fit again, because its mode is another one. `network.params` of the result are the weights
+# at the mode. Predictions are those of the linearised network, because only it is accurate there.
 
 linear = early.fit((x, y), mean="linear")
 tell(f"squared distance to the mode {linear.mode_decrement():.2g}", linear)
@@ -172,7 +173,8 @@ tell(f"squared distance to the mode {linear.mode_decrement():.2g}", linear)
 assert layers.prior_precision["others"] > 10 * layers.prior_precision["time"]
 assert layers.log_marginal_likelihood().mean > one.log_marginal_likelihood().mean + 10
 assert (
-    found["the weights from before"].log_marginal_likelihood().mean > found["zero"].log_marginal_likelihood().mean + 10
+    adapted["the weights from before"].log_marginal_likelihood().mean
+    > adapted["zero"].log_marginal_likelihood().mean + 10
 )
 assert abs(float(noisy.sigma_noise) / NOISE - 1) < 0.25
 assert isinstance(caught[0].message, bnnlaplace.NotAModeWarning)

@@ -1,6 +1,6 @@
 """Some of the weights: the last layer, no biases, LoRA.
 
-A posterior over a part of a larger network costs what that part costs: everything before it is computed once.
+A posterior over a part of a larger network costs only as much as that part: everything before it is computed once.
 """
 
 import flax.linen as nn
@@ -11,10 +11,11 @@ from sklearn.datasets import load_digits
 
 import bnnlaplace
 from bnnlaplace import calibration
-from bnnlaplace.core.tree import leaf_names
+from bnnlaplace.core import leaf_names
 
 # %% A network of 9,000 weights
-# Two hidden layers of 64 units, trained on 400 digits for the log joint with a prior precision of 1.
+# The network has two hidden layers of 64 units. It is trained on 400 digits for the log joint with a prior precision
+# of 1.
 
 images, labels = load_digits(return_X_y=True)
 x, y = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
@@ -56,9 +57,9 @@ def count(tree):
 
 
 # %% The last layer
-# It is found in what the network computes, not by its name. Its 650 weights are few enough for the dense matrix; the
-# features that enter it are computed once. The other weights are frozen and have no prior, so this evidence is that
-# of another model than the evidence of all weights.
+# The last layer is found in what the network computes, not by its name. Its 650 weights are few enough for the dense
+# matrix, and the features that enter it are computed once. The other weights are frozen and have no prior, so this
+# evidence cannot be compared with the evidence of all weights: it is that of another model.
 
 last = bnnlaplace.Laplace(network, subset_of_weights="last_layer", hessian_structure="full").fit((x_train, y_train))
 last = last.optimize_prior_precision()
@@ -69,11 +70,11 @@ for name, probs in (
     ("probit", last.predictive(x_test)),
     ("bridge", last.predictive(x_test, link_approx="bridge")),
 ):
-    found = calibration.evaluate(probs, y_test, seed=0)
-    print(f"{name:7s}" + "  ".join(f"{key} {found[key].value:.3f}" for key in ("accuracy", "nll", "ece")))
+    metrics = calibration.evaluate(probs, y_test, seed=0)
+    print(f"{name:7s}" + "  ".join(f"{key} {metrics[key].value:.3f}" for key in ("accuracy", "nll", "ece")))
 
 # %% Samples among the frozen weights
-# A sample has None in the places of frozen weights; `full_params` fills them in, for the model to take.
+# A sample has None in the places of the frozen weights. `full_params` fills them in, so that the model can take it.
 
 sample = jax.tree.map(lambda leaf: leaf[0], last.sample(jax.random.key(1), num_samples=1))
 filled = last.network.full_params(sample)
@@ -81,16 +82,16 @@ sample_accuracy = float(jnp.mean(model.apply({"params": filled}, x_test).argmax(
 print(f"accuracy of one sample of the last layer: {sample_accuracy:.3f}")
 
 # %% Any weights: a predicate on paths
-# Paths look like "Dense_0/kernel". Here: no biases, with the diagonal.
+# A path looks like "Dense_0/kernel". Here all weights except the biases have a posterior, by the diagonal.
 
 no_biases = bnnlaplace.Laplace(network, subset_of_weights=lambda path: "bias" not in path, hessian_structure="diag")
 no_biases = no_biases.fit((x_train, y_train))
 print(f"no biases: {count(no_biases.network.params):,} weights")
 
 # %% LoRA
-# Two narrow matrices correct one kernel, which stays as it was; they alone are trained, for images that are shifted
-# by a pixel, and they alone get a posterior. 256 weights: Lanczos, which sees the whole of their GGN. A decomposition
-# converges first where the evidence is highest; `target_precision` asks for the prior precision of training instead.
+# Two narrow matrices correct one kernel, which itself stays as it was. They alone are trained, for images that are
+# shifted by a pixel, and they alone get a posterior. For these 256 weights Lanczos sees the whole GGN. A decomposition
+# grows until it has converged at the best prior precision; `target_precision` asks for that of training instead.
 
 shifted = jnp.roll(x_train.reshape(-1, 8, 8), 1, axis=2).reshape(x_train.shape)
 key_a, key_b = jax.random.split(jax.random.key(2))

@@ -1,7 +1,7 @@
 """A Linen classifier with batch normalisation.
 
-Train a small network on handwritten digits, bring it to a mode of its log joint, put two posteriors on it, choose the
-prior precision by the evidence, and see what the posterior does to predictions.
+This page trains a small network on handwritten digits and brings it to a mode of its log joint. Two posteriors are put
+on it, the evidence chooses their prior precision, and the predictions are compared.
 """
 
 import tempfile
@@ -15,11 +15,12 @@ import optax
 from sklearn.datasets import load_digits
 
 import bnnlaplace
-from bnnlaplace import calibration
+from bnnlaplace import calibration, plots
 
 # %% Data and model
-# 400 images of 8 x 8 pixels to train on, the other 1,397 to test on. A hidden layer of eight units keeps this page
-# fast: 626 weights. `train` says whether batch normalisation takes its statistics from the batch.
+# There are 400 images of 8 x 8 pixels to train on; the other 1,397 are for the test. A hidden layer of eight units
+# keeps this page fast: the network has 626 weights. `train` says whether batch normalisation takes its statistics from
+# the batch.
 
 images, labels = load_digits(return_X_y=True)
 x, y = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
@@ -37,12 +38,16 @@ model = Classifier()
 variables = jax.jit(partial(model.init, train=False))(jax.random.key(0), x_train[:1])
 
 # %% Training, in two phases
-# A Laplace approximation expands the log joint log p(D, theta) at a mode. So the loss is that log joint, negated: the
-# log likelihood summed, not averaged, over the data, and the prior with its precision. Weight decay that is decoupled
-# from the loss has another mode.
+# A Laplace approximation expands the log joint at a mode. The loss is therefore the negative log joint
 #
-# With live batch statistics the network is no function of one example, and has no posterior in this sense. The first
-# phase trains with them; the second one freezes them and descends to the mode of the network that is left.
+# $$ -\log p(D, \theta) = -\sum_n \log p(y_n \mid f(x_n; \theta)) + \tfrac{\delta}{2} \|\theta\|^2 + \text{const}. $$
+#
+# The log likelihood is summed over the data, not averaged, and $\delta$ is the prior precision. Weight decay that is
+# decoupled from the loss, as in AdamW, leads to another point.
+#
+# With live batch statistics the output for one example depends on the other examples of the batch, so the network has
+# no posterior in this sense. The first phase trains with live statistics. The second phase freezes them and descends to
+# the mode of the network that is left.
 
 PRIOR_PRECISION = 1.0
 
@@ -79,12 +84,12 @@ params, batch_stats = train(live, params, batch_stats, optax.adam(1e-2), 300)
 params, batch_stats = train(frozen, params, batch_stats, optax.adam(optax.cosine_decay_schedule(1e-2, 3000)), 3000)
 
 # %% Two posteriors
-# `Network.from_linen` takes the module, its variables, and the arguments that every call is to have. All collections
-# but "params" are frozen. `hessian_structure="lanczos"` is the whole GGN, known by its products; "diag" its exact
-# diagonal.
+# `Network.from_linen` takes the module, its variables and the arguments of every call. All collections except "params"
+# are frozen. `hessian_structure="lanczos"` stands for the whole GGN, which is known by its products; "diag" stands for
+# its exact diagonal.
 #
-# `mode_decrement` is the squared distance to the mode in posterior standard deviations, to be held against the number
-# of directions that the data determine, which `krylov_error` knows.
+# `mode_decrement` is the squared distance to the mode in posterior standard deviations. Compare it with the number of
+# directions that the data determine: the weights are near a mode if it is much smaller.
 
 network = bnnlaplace.Network.from_linen(model, {"params": params, "batch_stats": batch_stats}, train=False)
 lanczos = bnnlaplace.Laplace(network, hessian_structure="lanczos").fit((x_train, y_train), key=jax.random.key(1))
@@ -94,7 +99,7 @@ effective = lanczos.krylov_error().effective_parameters
 print(f"distance to the mode, squared: {lanczos.mode_decrement():.2g}; directions the data determine: {effective:.0f}")
 
 # %% The evidence chooses the prior precision
-# No curvature is computed again: one decomposition gives the evidence at every prior precision. The diagonal
+# One decomposition gives the evidence at every prior precision, so no curvature is computed again. The diagonal
 # overstates the log-determinant (Hadamard's inequality), so its evidence is lower.
 
 lanczos, diagonal = lanczos.optimize_prior_precision(), diagonal.optimize_prior_precision()
@@ -106,10 +111,12 @@ for name, la in (("lanczos", lanczos), ("diag", diagonal)):
     )
 
 # %% Predictions and their calibration
-# `evaluate` gives every metric with a 95 % bootstrap interval; one seed pairs the resamples of all methods. Look at
-# the numbers before using them: with normalisation layers the evidence prefers wide priors, and here both posteriors
-# are underconfident, at an accuracy that is that of MAP. `optimize_prior_precision("gridsearch", ...)` chooses by the
-# NLL of validation data instead.
+# `evaluate` returns every metric with a 95 % bootstrap interval. With one seed, all methods are evaluated on the same
+# resamples.
+#
+# Look at the numbers before you use them. With normalisation layers the evidence prefers wide priors: here both
+# posteriors are underconfident, at the accuracy of MAP. [Choose the prior precision on validation
+# data](../how_to/gridsearch.md) if you need calibrated probabilities.
 
 predictions = {
     "MAP": jax.nn.softmax(network(network.params, x_test)),
@@ -118,14 +125,17 @@ predictions = {
     "diag, probit": diagonal.predictive(x_test),
 }
 metrics = {name: calibration.evaluate(probs, y_test, seed=0) for name, probs in predictions.items()}
-for name, found in metrics.items():
-    print(f"{name:17s}" + "  ".join(f"{key} {found[key].value:.3f}" for key in ("accuracy", "nll", "ece", "brier")))
+for name, metric in metrics.items():
+    print(f"{name:17s}" + "  ".join(f"{key} {metric[key].value:.3f}" for key in ("accuracy", "nll", "ece", "brier")))
 nll = metrics["lanczos, probit"]["nll"]
 print(f"NLL of lanczos with the probit link: {nll.value:.3f}, 95 % interval [{nll.low:.3f}, {nll.high:.3f}]")
+figure = plots.reliability_diagram(
+    {name: calibration.reliability_bins(predictions[name], y_test) for name in ("MAP", "lanczos, probit")}
+)
 
 # %% On disk and back
-# Everything but the module is written, with a SHA-256 of every file. `load` takes a network of the same structure;
-# its weights are replaced.
+# `save` writes everything except the module, with a SHA-256 of every file. `load` takes a network of the same structure
+# and replaces its weights.
 
 with tempfile.TemporaryDirectory() as directory:
     lanczos.save(Path(directory) / "posterior")

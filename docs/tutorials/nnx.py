@@ -1,20 +1,21 @@
 """An NNX model with dropout.
 
-A binary classifier on two interleaved half circles. Dropout has to be off wherever a posterior is concerned; what the
-posterior adds is doubt far away from the data.
+This page puts a posterior on a binary classifier of two interleaved half circles. Dropout must be off wherever a
+posterior is computed. The posterior adds what a point estimate lacks: doubt far away from the data.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from matplotlib.figure import Figure
 from sklearn.datasets import make_moons
 
 import bnnlaplace
 from bnnlaplace.calibration import detection
 
 # %% Data and model
-# Targets of a binary likelihood are shaped like the outputs, here (B, 1).
+# The targets of a binary likelihood have the shape of the outputs, here (B, 1).
 
 points, classes = make_moons(n_samples=300, noise=0.15, random_state=0)
 x, y = jnp.asarray(points, jnp.float32), jnp.asarray(classes[:, None], jnp.float32)
@@ -34,8 +35,8 @@ class Classifier(nnx.Module):
 model = Classifier(nnx.Rngs(0))
 
 # %% Training, with dropout and then without
-# The loss is the negative log joint with a prior precision of 0.1. In the second phase dropout is off: its mode is
-# that of the network which is going to be expanded.
+# The loss is the negative log joint with a prior precision of 0.1. In the second phase dropout is off, so it descends
+# to a mode of the network that is expanded below.
 
 
 def negative_log_joint(model):
@@ -58,8 +59,8 @@ for _ in range(1200):
     step(model, optimizer)
 
 # %% A model that is not deterministic is refused
-# Its outputs would be those of one random mask, and so would the curvature. `fit` runs the network twice and
-# compares.
+# With dropout the outputs, and so the curvature, would belong to one random mask. `fit` runs the network twice,
+# compares, and refuses if the outputs differ.
 
 model.train()
 noisy = bnnlaplace.Laplace(bnnlaplace.Network.from_nnx(model), likelihood="binary", hessian_structure="full")
@@ -70,8 +71,8 @@ except ValueError as error:
     print(f"refused: {refusal}")
 
 # %% The posterior
-# `Network.from_nnx` copies the model: its parameters are the weights, all other state is frozen. 65 weights are few
-# enough for the dense matrix, `hessian_structure="full"`, which is exact; "lanczos" agrees with it here.
+# `Network.from_nnx` copies the model. Its parameters are the weights; all other state is frozen. With 65 weights the
+# dense matrix, `hessian_structure="full"`, costs little and is exact. "lanczos" agrees with it here.
 
 model.eval()
 network = bnnlaplace.Network.from_nnx(model)
@@ -84,8 +85,8 @@ exact, estimate = la.log_marginal_likelihood(), krylov.log_marginal_likelihood()
 print(f"log evidence: full {exact.mean:.2f}, lanczos {estimate.mean:.2f} +- {estimate.sem:.2f} nats")
 
 # %% Doubt where there were no data
-# On a ring around the training points a point estimate extrapolates with confidence. The linearised network knows
-# that it could be otherwise: probabilities move towards one half, and confidence tells the two sets apart.
+# On a ring around the training points the point estimate extrapolates with confidence. Under the posterior the
+# probabilities move towards one half, so confidence tells the two sets of points apart.
 
 la = la.optimize_prior_precision()
 angle = jnp.linspace(0, 2 * jnp.pi, 100, endpoint=False)
@@ -106,8 +107,19 @@ for name, (near, far) in (("MAP", point_estimate), ("Laplace", posterior)):
 accuracy = float(jnp.mean((la.predictive(x_test) > 0.5) == (y_test > 0.5)))
 print(f"accuracy {accuracy:.2f}")
 
+axis = jnp.linspace(-4, 5, 91)
+grid = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+figure = Figure(figsize=(8, 3.6), layout="constrained")
+for panel, (name, probability) in zip(
+    figure.subplots(1, 2), {"MAP": jax.nn.sigmoid(model(grid)), "Laplace": la.predictive(grid)}.items(), strict=True
+):
+    colours = panel.contourf(axis, axis, probability.reshape(91, 91), levels=11, vmin=0, vmax=1, cmap="RdBu")
+    panel.scatter(*x_train.T, c=y_train[:, 0], cmap="RdBu", edgecolors="black", linewidths=0.4, s=12)
+    panel.set_title(f"{name}: probability of class 1")
+figure.colorbar(colours)
+
 # %% Samples go back into the model
-# `sample` returns weights as NNX holds them, with a leading axis of samples.
+# `sample` returns weights in the form in which NNX holds them, with a leading axis of samples.
 
 weights = la.sample(jax.random.key(1), num_samples=4)
 nnx.update(model, jax.tree.map(lambda leaf: leaf[0], weights))

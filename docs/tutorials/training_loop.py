@@ -1,7 +1,7 @@
 """The evidence in a training loop of your own.
 
-`bnnlaplace.evidence.log_marginal_likelihood` is a pure function of arrays: it can be jitted, and differentiated in the
-weights, in the prior precision and in the parameters of the likelihood. Here all three are trained on it with optax.
+`bnnlaplace.evidence.log_marginal_likelihood` is a pure function of arrays. It can be jitted, and differentiated in the
+weights, in the prior precision and in the parameters of the likelihood. This page trains all three on it with optax.
 """
 
 import warnings
@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from matplotlib.figure import Figure
 
 import bnnlaplace
 from bnnlaplace import evidence, krylov
 
 # %% Data and model
-# Noisy observations of a sine; a network of 31 weights. Neither the noise nor the prior precision is told.
+# The data are noisy observations of a sine, the network has 31 weights. Neither the noise nor the prior precision is
+# given.
 
 NOISE = 0.3
 rng = np.random.default_rng(0)
@@ -32,11 +34,12 @@ weights = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shap
 network = bnnlaplace.Network.from_function(outputs, weights)
 
 # %% The objective
-# Positive numbers are trained by their logarithms. The log-determinant is estimated with four probes, other ones at
-# every step: its value is noisy, and its gradient unbiased in the probes. `num_matvecs` is the depth of the Krylov
-# space. `gradient="adjoint"` differentiates the estimate as it is, in everything that the GGN depends on, the weights
-# among it. The batch is linearised once, and what that keeps takes memory for all of its examples; of a large network
-# take `microbatch=10, remat=True`, which takes it for ten of them, and somewhat more time.
+# Positive numbers are trained by their logarithms. Four probes, new ones at every step, estimate the log-determinant:
+# the value is noisy, but its gradient is unbiased in the probes. `num_matvecs` is the depth of the Krylov space.
+# `gradient="adjoint"` differentiates the estimate exactly, in everything that the GGN depends on, also in the weights.
+#
+# The batch is linearised once, and the linearisation keeps memory for all of its examples. For a large network add
+# `microbatch=10, remat=True`: it keeps memory for ten examples and takes somewhat more time.
 
 
 def estimated_evidence(trained, key, num_probes):
@@ -55,7 +58,7 @@ def estimated_evidence(trained, key, num_probes):
 
 
 # %% The loop
-# An ordinary one.
+# This is an ordinary training loop.
 
 STEPS = 800
 optimizer = optax.adam(optax.cosine_decay_schedule(2e-2, STEPS))
@@ -77,6 +80,10 @@ for key in jax.random.split(jax.random.key(0), STEPS):
 values = np.asarray(jnp.stack(values))
 for first in range(0, STEPS, 200):
     print(f"steps {first:4d} to {first + 199:4d}: log evidence {-values[first : first + 200].mean():8.1f} nats")
+figure = Figure(figsize=(6, 2.6), layout="constrained")
+panel = figure.subplots()
+panel.plot(-values, lw=0.7)
+panel.set(xlabel="step", ylabel="log evidence, estimated", ylim=(-200, 0))
 
 # %% What it found
 
@@ -84,9 +91,8 @@ prior_precision, noise = (float(jnp.exp(trained[name])) for name in ("log_prior_
 print(f"prior precision {prior_precision:.3g}; noise {noise:.3f}, the data were made with {NOISE}")
 
 # %% Checked against the exact evidence
-# With a dense structure at the weights that were found, the exact evidence has its maximum at the same prior
-# precision. The weights maximise the evidence, its determinant included. So they are beside the mode of the log joint,
-# of which `fit` warns.
+# At the trained weights the exact evidence, by a dense structure, has its maximum at the same prior precision. The
+# weights maximise the evidence with its determinant, so they lie beside the mode of the log joint; `fit` warns of that.
 
 la = bnnlaplace.Laplace(
     network.with_params(trained["weights"]),

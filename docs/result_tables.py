@@ -1,0 +1,391 @@
+"""The tables of results: where the numbers of each come from, and how they are written. See `docs/results.py`."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = list[Any]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table: where its numbers come from, and how they are written."""
+
+    name: str
+    """Its key in `results.json`."""
+    heading: str
+    command: str
+    """The command that prints these numbers."""
+    text: str
+    """What is measured, in Markdown, above the table."""
+    columns: Sequence[str]
+    read: Callable[[list[Record]], list[Row]]
+    """From the records to rows of numbers. A KeyError says that a record is not of a whole benchmark."""
+    write: Callable[[Row], list[str]]
+    """From a row of numbers to the cells of the table."""
+    record: str | None = None
+    """A file of `benchmarks/results`; None for the metrics of the runs."""
+    remarks: str = ""
+    """What follows from the table, in Markdown, below it."""
+
+
+# --- how numbers are written ----------------------------------------------------------------------------------------
+
+
+def digits(value: float | None, count: int = 3) -> str:
+    """Write a number with at most `count` digits that count, and without powers of ten."""
+    return "–" if value is None else f"{float(f'{value:.{count}g}'):,.10g}"
+
+
+def spread(values: Sequence[float] | None, written: Callable[[float], str] = "{:.3f}".format) -> str:
+    """Write a mean with the lowest and the highest value."""
+    if values is None:
+        return "–"
+    mean, low, high = map(written, values)
+    return f"{mean} [{low}, {high}]"
+
+
+def cost(seconds: float | None, megabytes: float | None) -> str:
+    """Write seconds and megabytes of one program."""
+    if seconds is None:
+        return "–"
+    time = f"{1e3 * seconds:.1f} ms" if seconds < 0.5 else f"{digits(seconds)} s"
+    if megabytes is None:
+        return time
+    return f"{time}, {megabytes:,.0f} MB" if megabytes >= 50 else f"{time}, {megabytes:.1f} MB"
+
+
+def ratio(numerator: float | None, denominator: float | None) -> str:
+    """Write a quotient, or a dash if one of the numbers is missing."""
+    return "–" if numerator is None or denominator is None else digits(numerator / denominator, 2)
+
+
+# --- runs of training.fit_van ---------------------------------------------------------------------------------------
+
+METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
+
+
+def of_runs(values: Sequence[float], mean: Callable[[Sequence[float]], float] = statistics.fmean) -> list[float]:
+    """Return mean, lowest and highest value of several runs."""
+    return [mean(values), min(values), max(values)]
+
+
+def read_methods(runs: list[Record]) -> list[Row]:
+    rows = []
+    for methods in zip(*(run["methods"] for run in runs), strict=True):
+        precisions = [method["prior_precision"] for method in methods]
+        row = [methods[0]["label"], None if None in precisions else of_runs(precisions, statistics.geometric_mean)]
+        rows.append(row + [of_runs([method["metrics"][name]["value"] for method in methods]) for name in METRICS])
+    return rows
+
+
+def write_methods(row: Row) -> list[str]:
+    label, precision, *metrics = row
+    return [label, spread(precision, digits), *map(spread, metrics)]
+
+
+def read_evidence_of_runs(runs: list[Record]) -> list[Row]:
+    def highest(run: Record, name: str) -> float:
+        return max(value for value in run["curves"][name]["log_evidence"] if value is not None)
+
+    return [[name, of_runs([highest(run, name) for run in runs])] for name in runs[0]["curves"]]
+
+
+def read_modes(runs: list[Record]) -> list[Row]:
+    def between(what: str, value: Callable[[Record], float]) -> Row:
+        values = [value(run) for run in runs]
+        return [what, min(values), max(values)]
+
+    rows = [
+        between(
+            "gradient of the log joint at the weights, in % of the prior's gradient",
+            lambda run: 100 * run["gradient_norm"] / run["prior_gradient_norm"],
+        )
+    ]
+    for name, what in (("mode_in_training", "training"), ("mode_of_evidence", "the best evidence")):
+        rows += [
+            between(
+                f"distance to the mode at the prior precision of {what}", lambda run, n=name: run[n]["decrement"] ** 0.5
+            ),
+            between(
+                "distance of a posterior sample there, in the directions that the data determine",
+                lambda run, n=name: run[n]["effective_parameters"] ** 0.5,
+            ),
+        ]
+    return rows
+
+
+def write_modes(row: Row) -> list[str]:
+    return [row[0], f"{digits(row[1])} to {digits(row[2])}"]
+
+
+# --- benchmarks -----------------------------------------------------------------------------------------------------
+
+
+def measured(cases: Record, name: str) -> list[float | None]:
+    """Return seconds and megabytes of one program, or nothing if it was not measured."""
+    case = cases.get(name)
+    return [None, None] if case is None else [case["seconds"], case["memory_bytes"] / 1e6]
+
+
+def read_krylov(records: list[Record]) -> list[Row]:
+    def row(method: str, depth: int, what: str, label: str) -> Row:
+        cases = records[0]["headline"][f"{method.lower()}_{depth}"]["cases"]
+        return [
+            f"{method}, depth {depth}, {label}",
+            *measured(cases, f"ours {what}"),
+            *measured(cases, f"matfree {what}"),
+        ]
+
+    both, backwards = "value and gradient", "value and gradient, backpropagation"
+    return [
+        row("Lanczos", 100, "forward", "forward"),
+        row("Lanczos", 100, both, both),
+        row("Arnoldi", 100, "forward", "forward"),
+        row("Arnoldi", 100, both, both),
+        row("Lanczos", 50, both, both),
+        row("Lanczos", 50, backwards, "value and gradient by backpropagation"),
+    ]
+
+
+def write_costs(row: Row) -> list[str]:
+    label, seconds, megabytes, peer_seconds, peer_megabytes = row
+    return [label, cost(seconds, megabytes), cost(peer_seconds, peer_megabytes), ratio(seconds, peer_seconds)]
+
+
+def read_krylov_checks(records: list[Record]) -> list[Row]:
+    left = records[0]["overhead"]["targets"]
+    rows = [
+        [
+            "part of the time that is neither products nor one pass of Gram-Schmidt, around a product of over 10 ms",
+            max(target["value"] for target in left.values()),
+        ]
+    ]
+    for method in ("lanczos", "arnoldi"):
+        target = records[0]["hilbert"]["targets"][f"{method}, largest ratio of errors, projection / backpropagation"]
+        rows.append([f"error of the adjoint over that of backpropagation, Hilbert matrices, {method}", target["value"]])
+    return rows
+
+
+def write_number(row: Row) -> list[str]:
+    label, value = row
+    return [label, f"{value:.1e}" if value < 1e-4 else digits(value)]
+
+
+def read_products(records: list[Record]) -> list[Row]:
+    record = records[0]
+    return [
+        ["32 x 32 pixels: times as fast as with the library's grouped convolution", record["speedup_over_grouped"]],
+        ["32 x 32 pixels: largest relative difference to it", record["largest_relative_difference"]],
+        ["8 x 8 pixels: one product over 1,257 images, in ms", 1e3 * record["digits_one_vector"]["seconds"]],
+    ]
+
+
+def read_blocks(records: list[Record]) -> list[Row]:
+    return [[row["probes"], row["products"]] for row in records[0]["rows"] if row["converged"]]
+
+
+def read_laplace_torch(records: list[Record]) -> list[Row]:
+    record = records[0]
+    networks = {"mlp 64-128-128": "MLP 64-128-128", "cnn 16-3-8-16": "CNN 16 x 16", "mlp 32-24-24": "MLP 32-24-24"}
+    rows = []
+    for name, case in record["time"].items():
+        network, classes, posterior = name.split(", ")
+        if classes != "10 classes":
+            continue
+        larger = name.replace("10 classes", "100 classes")
+        seconds = [case[library]["medians"]["total"] for library in ("ours", "laplace-torch")]
+        many = record["time"].get(larger, {}).get("ratios", {}).get("medians", {}).get("total")
+        memory = record["memory"].get(larger, {})
+        subset = "last layer" if "last layer" in posterior else "all"
+        label = f"{networks[network]}, {subset}, {posterior.removeprefix('last layer ')}"
+        rows.append([label, *seconds, many, memory.get("ours"), memory.get("laplace-torch")])
+    return rows
+
+
+def write_laplace_torch(row: Row) -> list[str]:
+    label, seconds, peer_seconds, many, megabytes, peer_megabytes = row
+    times = [f"{1e3 * value:,.0f} ms" for value in (seconds, peer_seconds)]
+    memory = ["–" if value is None else f"{value:,.0f} MB" for value in (megabytes, peer_megabytes)]
+    return [label, *times, ratio(seconds, peer_seconds), digits(many, 2), *memory, ratio(megabytes, peer_megabytes)]
+
+
+def read_evidence(records: list[Record]) -> list[Row]:
+    record = records[0]
+    delta, both, steps = "d delta", "d delta and weights", record["steps"]
+    batched = "paper, d delta, all images at once"
+    programs = [
+        ("a scalar prior precision", f"ours, {delta}", f"paper, {delta}"),
+        ("the same, 10 images at a time (`remat`)", f"ours by remat, {delta}", f"paper, {delta}"),
+        (
+            "a prior precision for each weight, theirs for a scalar one",
+            "ours, d delta of each weight",
+            f"paper, {delta}",
+        ),
+        ("the prior precision and all weights", f"ours, {both}", f"paper, {both}"),
+        ("the same, 10 images at a time (`remat`)", f"ours by remat, {both}", f"paper, {both}"),
+        (f"a scalar prior precision, {steps} steps of an optimiser", f"ours, {steps} steps", None),
+        ("a scalar prior precision, theirs with all images at once", f"ours, {delta}", batched),
+    ]
+    rows = []
+    for label, ours, theirs in programs:
+        row: Row = [label]
+        for classes in (10, 1000):
+            cases = record[f"classes_{classes}"]["cases"]
+            row += measured(cases, ours)
+            if theirs is None:
+                seconds, _ = measured(cases, f"paper, {delta}")
+                row += [None if seconds is None else steps * seconds, None]
+            else:
+                row += measured(cases, theirs)
+        rows.append(row)
+    return rows
+
+
+def write_evidence(row: Row) -> list[str]:
+    label, ours, megabytes, theirs, peer_megabytes, *many = row
+    cells = [label, cost(ours, megabytes), cost(theirs, peer_megabytes), ratio(theirs, ours)]
+    ours, megabytes, theirs, peer_megabytes = many
+    cells += [cost(ours, megabytes), cost(theirs, peer_megabytes), ratio(theirs, ours)]
+    return [*cells, ratio(megabytes, peer_megabytes)]
+
+
+# --- the tables -----------------------------------------------------------------------------------------------------
+
+SUMMARISE = "python -m training.summarise checkpoints/van_digits checkpoints/van_digits_1 checkpoints/van_digits_2"
+
+TABLES = [
+    Table(
+        "methods",
+        "The default experiment",
+        SUMMARISE,
+        "A Visual Attention Network is trained on 1,257 handwritten digits of 8 x 8 pixels and tested on 360. Foreign "
+        "images are the same test images, inverted. Each number is the mean over three runs (`--seed 0`, `1` and `2`), "
+        "with the lowest and the highest in brackets; means of prior precisions are geometric. In brackets after the "
+        "structure: what chose the prior precision, and the link.",
+        ("method", "prior precision", "accuracy", "NLL", "ECE", "Brier", "confidence", "AUROC", "FPR95"),
+        read_methods,
+        write_methods,
+        remarks="""\
+- At the prior precision of the evidence both posteriors are **underconfident**, and their NLL is far above that of MAP.
+  With normalisation layers the evidence prefers wide priors, so here it does not calibrate predictions. Lanczos loses
+  less than the diagonal, above all through the Monte Carlo link.
+- The same wide posterior tells foreign images from digits best: Lanczos with the probit link has the highest AUROC and
+  the lowest FPR95.
+- The validation NLL prefers prior precisions thousands of times larger, for one seed the upper end of the grid, where
+  the posterior is almost a point. On images like the training images no method has a lower mean NLL or Brier score than
+  MAP. The lowest mean ECE is that of Lanczos with the probit link, but the ranges over the seeds overlap.
+- At small prior precisions the Lanczos samples have not converged. The report draws the curves of validation NLL and
+  ECE faint there and names these precisions, and the validation NLL does not choose among them.""",
+    ),
+    Table(
+        "evidence_of_runs",
+        "The evidence of the whole GGN and of its diagonal",
+        SUMMARISE,
+        "The highest log evidence on the grid, in nats: mean, lowest and highest of the three runs.",
+        ("structure", "highest log evidence"),
+        read_evidence_of_runs,
+        lambda row: [row[0], spread(row[1], "{:,.0f}".format)],
+    ),
+    Table(
+        "modes",
+        "How near the weights are to a mode",
+        "make fit-van",
+        "Lowest and highest of the three runs. Distances are in standard deviations of the Lanczos posterior. "
+        "`report.html` gives these numbers for every run.",
+        ("what", "value"),
+        read_modes,
+        write_modes,
+        remarks="The weights are near a mode, but not at it, so the evidence is that of a point beside its mode.",
+    ),
+    Table(
+        "krylov",
+        "Lanczos, Arnoldi and their adjoints beside matfree",
+        "python benchmarks/krylov.py",
+        "A sparse matrix with 10,000 rows in float32, with full reorthogonalisation.",
+        ("method", "bnnlaplace", "matfree", "ratio of times"),
+        read_krylov,
+        write_costs,
+        "krylov.json",
+    ),
+    Table(
+        "krylov_checks",
+        "Overhead and accuracy of the adjoints",
+        "python benchmarks/krylov.py",
+        "Errors are geometric means over three start vectors, in float64, on Hilbert matrices of 2 to 8 rows; the "
+        "largest ratio is shown.",
+        ("what", "value"),
+        read_krylov_checks,
+        write_number,
+        "krylov.json",
+    ),
+    Table(
+        "products",
+        "Products with the GGN of the VAN",
+        "python benchmarks/ggn_products.py",
+        "The depthwise convolution of `training.models.depthwise` against the grouped convolution of the library.",
+        ("what", "value"),
+        read_products,
+        write_number,
+        "ggn_products.json",
+    ),
+    Table(
+        "blocks",
+        "One block decomposition against one run for each probe",
+        "python benchmarks/block_krylov.py checkpoints/van_digits",
+        "Products with the GGN for 64 posterior samples with a relative error of at most 5 %.",
+        ("probes in a block", "products"),
+        read_blocks,
+        lambda row: [str(row[0]), f"{row[1]:,.0f}"],
+        "block_krylov_van_digits.json",
+    ),
+    Table(
+        "laplace_torch",
+        "Beside laplace-torch",
+        "python benchmarks/laplace_torch.py",
+        "Time of fit, evidence and probit predictive of 128 inputs together, with 10 classes; the first call, which "
+        "compiles, takes 1 to 6 seconds more. There are 1,000 examples, 300 for the convolutional network. Memory is "
+        "the rise of the peak with 100 classes, compilation included.",
+        (
+            "network, weights, structure",
+            "bnnlaplace",
+            "laplace-torch",
+            "ratio of times",
+            "ratio of times, 100 classes",
+            "memory, bnnlaplace",
+            "memory, laplace-torch",
+            "ratio of memory",
+        ),
+        read_laplace_torch,
+        write_laplace_torch,
+        "laplace_torch.json",
+        remarks="Time and memory were measured in runs of their own. `full` holds the matrix in float32 and the "
+        "inverse of its factor in float64, which is most of its memory.",
+    ),
+    Table(
+        "evidence",
+        "The evidence of a VAN and its gradients",
+        "python benchmarks/evidence.py",
+        "Value and derivative of the log evidence for 50 images of 32 x 32 pixels, 10 Lanczos steps and one probe. The "
+        "peer is the formulation of the paper's experiment with matfree, which linearises one image at a time within "
+        "each product. The network has 273,578 weights with 10 classes and 369,608 with 1,000. Memory is that of "
+        "arguments, results and temporary arrays, as XLA lays them out. The time of many optimiser steps is "
+        "extrapolated for the paper's formulation.",
+        (
+            "derivative in",
+            "bnnlaplace, 10 classes",
+            "paper",
+            "speed-up",
+            "bnnlaplace, 1,000 classes",
+            "paper",
+            "speed-up",
+            "ratio of memory",
+        ),
+        read_evidence,
+        write_evidence,
+        "evidence.json",
+        remarks="Compilation takes 15 to 106 s, that of the paper's formulation 44 to 96 s.",
+    ),
+]

@@ -1,0 +1,148 @@
+"""Write the tables of results: `make results`, or `python docs/results.py [WORKDIR ...]`.
+
+Reads what the benchmarks wrote to `benchmarks/results` and what runs of `training.fit_van` wrote to their work
+directories. Keeps the numbers in `docs/results.json`, and writes `docs/results.md` and two tables of `README.md` from
+there. If this machine lacks the record of a table, or the record is not of a whole benchmark, its numbers stay as they
+stand, and the script says so.
+
+To add a table, add a `Table` to `TABLES` in `docs/result_tables.py`.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from result_tables import METRICS, TABLES, Record, cost
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBERS, PAGE, README = ROOT / "docs/results.json", ROOT / "docs/results.md", ROOT / "README.md"
+RUNS = ("checkpoints/van_digits", "checkpoints/van_digits_1", "checkpoints/van_digits_2")
+
+# --- the tables of README.md ----------------------------------------------------------------------------------------
+
+HEADLINE = ("MAP", "MAP + temperature", "diagonal (evidence, probit)", "Lanczos (evidence, probit)")
+
+
+def headline(numbers: Record) -> list[str]:
+    """Return the four rows of the experiment."""
+    rows = {row[0]: row for row in numbers["methods"]["rows"]}
+    shown = [0, *(2 + METRICS.index(name) for name in ("accuracy", "nll", "ece", "auroc"))]
+    cells = [[rows[name][0], *(f"{rows[name][index][0]:.3f}" for index in shown[1:])] for name in HEADLINE]
+    return markdown(("method", "accuracy", "NLL", "ECE", "AUROC, foreign images"), cells)
+
+
+def benchmarks(numbers: Record) -> list[str]:
+    """Return one row of each comparison."""
+    krylov = next(row for row in numbers["krylov"]["rows"] if row[0] == "Lanczos, depth 100, value and gradient")
+    torch = next(row for row in numbers["laplace_torch"]["rows"] if row[0] == "MLP 64-128-128, all, kron")
+    evidence = numbers["evidence"]["rows"][0]
+    cells = [
+        ["Lanczos, 10,000 rows, depth 100, with gradient (`krylov.py`)", cost(krylov[1], None), "matfree 0.6.3"]
+        + [cost(krylov[3], None)],
+        ["fit, evidence, predictions of an MLP, Kronecker (`laplace_torch.py`)", f"{1e3 * torch[1]:.0f} ms"]
+        + ["laplace-torch 0.3", f"{1e3 * torch[2]:.0f} ms"],
+        ["evidence of a VAN with 273,578 weights, with gradient (`evidence.py`)", cost(evidence[1], None)]
+        + ["paper, with matfree", cost(evidence[3], None)],
+    ]
+    return markdown(("task", "bnnlaplace", "peer", "its time"), cells)
+
+
+# --- reading and writing --------------------------------------------------------------------------------------------
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
+    return ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+
+
+def environment_of(record: Record) -> Record:
+    """Return the versions and the device that a record names."""
+    if "environment" in record:  # metrics.json of a run
+        return record["environment"]
+    peers = {"matfree": record["matfree"]} if record.get("matfree") else record.get("peers", {})
+    return {**record["versions"], **peers, "device": record["device"], "cores": record["cores"]}
+
+
+def update(numbers: Record, runs: Sequence[Path]) -> list[str]:
+    """Put the records of this machine into `numbers`; return one line about each table."""
+    report = []
+    for table in TABLES:
+        paths = [ROOT / "benchmarks/results" / table.record] if table.record else [run / "metrics.json" for run in runs]
+        if missing := [path for path in paths if not path.exists()]:
+            names = ", ".join(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in missing)
+            report.append(f"{table.name}: kept, as this machine has no {names}")
+            continue
+        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        try:
+            rows = table.read(records)
+        except (KeyError, TypeError) as error:
+            report.append(f"{table.name}: kept, as the record lacks {error}; run all parts of `{table.command}`")
+            continue
+        numbers[table.name] = {"environment": environment_of(records[0]), "rows": rows}
+        report.append(f"{table.name}: written from the records of this machine")
+    return report
+
+
+def measured_with(environment: Record) -> str:
+    """Write the versions and the device as a sentence."""
+    device = ("platform", "device", "cores", "cpu_count")
+    versions = [f"{name} {value}" for name, value in environment.items() if name not in device and value]
+    cores = environment.get("cores", environment.get("cpu_count"))
+    where = f"{environment['device']}, {cores} cores"
+    return f"*Measured on {where}{', with ' if versions else ''}{', '.join(versions)}.*"
+
+
+def page(numbers: Record) -> str:
+    """Return `results.md`."""
+    lines = [
+        "# Results",
+        "",
+        "<!-- Written by docs/results.py from docs/results.json; edit those. -->",
+        "",
+        "The command above a table prints its numbers. `make results` writes this page again from the records on your "
+        "machine.",
+    ]
+    for table in TABLES:
+        found = numbers[table.name]
+        lines += ["", f"## {table.heading}", "", table.text, "", f"    {table.command}", ""]
+        lines += markdown(table.columns, [table.write(row) for row in found["rows"]])
+        lines += ["", measured_with(found["environment"])]
+        lines += ["", table.remarks] if table.remarks else []
+    return "\n".join(lines) + "\n"
+
+
+def readme(text: str, numbers: Record) -> str:
+    """Return `README.md` with its two tables written again."""
+    for name, table in (("headline", headline), ("benchmarks", benchmarks)):
+        start, end = f"<!-- {name}: make results -->", f"<!-- end of {name} -->"
+        lines = "\n".join([start, *table(numbers), end])
+        text, count = re.subn(f"{start}.*?{end}", lambda _, lines=lines: lines, text, flags=re.DOTALL)
+        if count != 1:
+            raise SystemExit(f"README.md must have one place for the table {name!r}, between {start} and {end}")
+    return text
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the numbers, the page and the tables of the README."""
+    runs = [Path(run).resolve() for run in arguments] or [ROOT / run for run in RUNS]
+    numbers = json.loads(NUMBERS.read_text(encoding="utf-8"))
+    print("\n".join(update(numbers, runs)))
+    NUMBERS.write_text(in_rows(numbers), encoding="utf-8")
+    PAGE.write_text(page(numbers), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8"), numbers), encoding="utf-8")
+
+
+def in_rows(numbers: Record) -> str:
+    """Write JSON with one line for each row of a table."""
+    parts = []
+    for name, table in numbers.items():
+        rows = ",\n  ".join(json.dumps(row, ensure_ascii=False) for row in table["rows"])
+        environment = json.dumps(table["environment"], ensure_ascii=False)
+        parts.append(f'{json.dumps(name)}: {{\n "environment": {environment},\n "rows": [\n  {rows}\n ]\n}}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
