@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core.tree import described, examples, num_examples
-from bnnlaplace.core.types import Inputs
+from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import check_outputs, output_shape
