@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -12,7 +12,6 @@ from bnnlaplace import Laplace, Network, calibration
 from bnnlaplace.calibration.temperature import fit_temperature
 from bnnlaplace.core.tree import size
 from bnnlaplace.model.batched import outputs
-from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.predictive import link
 from training.cli import interruption
 from training.config import Config
@@ -22,6 +21,9 @@ from training.data.reading import Split
 from training.errors import UserError
 from training.report.results import KrylovResult, MethodResult, ModeDistance, RunResults
 from training.train.checkpoints import TrainResult
+
+if TYPE_CHECKING:
+    from bnnlaplace.plots import PrecisionCurve
 
 _CURVE_STREAM, _SAMPLE_STREAM = 201, 202
 _STOPPED = "stopped in stage evaluation; nothing of it is written"
@@ -86,12 +88,14 @@ def evaluate(
     )
 
 
-def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, labels: np.ndarray) -> PrecisionCurve:
+def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, labels: np.ndarray) -> "PrecisionCurve":
     """Evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima.
 
     Where the samples have not converged, NLL and ECE are not those of the posterior: such precisions are marked in
     `converged`, and the validation NLL does not choose them.
     """
+    from bnnlaplace.plots import PrecisionCurve  # Matplotlib takes most of a second to load.
+
     interruption.stop_if_requested(_STOPPED)
     settings = config.evaluation
     grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
@@ -232,7 +236,7 @@ class _HeldOut:
         )
 
 
-def _choices(curve: PrecisionCurve) -> dict[str, float]:
+def _choices(curve: "PrecisionCurve") -> dict[str, float]:
     return {"evidence": curve.evidence_optimum, "validation NLL": curve.nll_optimum}
 
 

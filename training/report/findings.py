@@ -1,12 +1,14 @@
 """What the numbers of a run mean, in plain words made from the numbers."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, paired_differences
-from bnnlaplace.plots import PrecisionCurve
 from training.report.results import MethodResult, ModeDistance, RunResults
+
+if TYPE_CHECKING:
+    from bnnlaplace.plots import PrecisionCurve
 
 _NEAR_MODE = 0.01  # squared distance to the mode over the effective number of parameters
 _SAME_OPTIMUM = 2.0  # prior precisions within this factor are called the same
@@ -64,7 +66,7 @@ def reservations(results: RunResults) -> list[str]:
     return found
 
 
-def _end(curve: PrecisionCurve) -> str:
+def _end(curve: "PrecisionCurve") -> str:
     """Which end of the precisions to choose from is the one with the lowest validation NLL."""
     if curve.nll_optimum == curve.precision[-1]:
         return "upper end of the grid"
@@ -260,7 +262,7 @@ def _krylov(results: RunResults) -> Finding:
     return Finding("Krylov decomposition", text + "".join(_unconverged(*named) for named in results.curves.items()))
 
 
-def _unconverged(name: str, curve: PrecisionCurve) -> str:
+def _unconverged(name: str, curve: "PrecisionCurve") -> str:
     """At which precisions of the grid a curve is not to be believed, and what became of them."""
     outside = curve.precision[~curve.converged]
     if not len(outside):

@@ -8,19 +8,20 @@ import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnnlaplace import plots
 from bnnlaplace.calibration.bootstrap import Interval, paired_differences
 from training.report.findings import findings, number, precision, reservations
 from training.report.results import MethodResult, RunResults, environment, write_metrics
 from training.workdir import write_atomically, writing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class _Column(NamedTuple):
@@ -127,8 +128,10 @@ def write_results(directory: Path, results: RunResults, console: Console) -> Non
     console.out(str(directory / "report.html"), highlight=False)
 
 
-def draw_figures(results: RunResults) -> dict[str, Figure]:
+def draw_figures(results: RunResults) -> dict[str, "Figure"]:
     """The figures of the report by name: evidence, training, spectrum, reliability."""
+    from bnnlaplace import plots  # Matplotlib takes most of a second to load.
+
     curve = results.curves["Lanczos"]
     optima = {"best evidence": curve.evidence_optimum, "best validation NLL": curve.nll_optimum}
     return {
@@ -139,7 +142,7 @@ def draw_figures(results: RunResults) -> dict[str, Figure]:
     }
 
 
-def write_report(path: Path, results: RunResults, figures: Mapping[str, Figure]) -> None:
+def write_report(path: Path, results: RunResults, figures: Mapping[str, "Figure"]) -> None:
     """Write the self-contained report, atomically.
 
     Parameters
@@ -206,7 +209,7 @@ def _rows(results: RunResults, columns: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _embedded(name: str, figure: Figure) -> dict[str, str]:
+def _embedded(name: str, figure: "Figure") -> dict[str, str]:
     """A figure as an SVG inside an image: sharp at any size, and apart from the page's styles and identifiers."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})

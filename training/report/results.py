@@ -9,15 +9,17 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, intervals, paired_differences
 from bnnlaplace.calibration.metrics import ReliabilityBins
-from bnnlaplace.plots import PrecisionCurve
 from training.workdir import write_atomically
+
+if TYPE_CHECKING:
+    from bnnlaplace.plots import PrecisionCurve
 
 FORMAT_VERSION = 1
 
@@ -108,7 +110,7 @@ class RunResults:
     """Wall-clock seconds by stage."""
     methods: Sequence[MethodResult]
     """In the order of the table; the first is MAP, with which the others are compared."""
-    curves: Mapping[str, PrecisionCurve]
+    curves: Mapping[str, "PrecisionCurve"]
     """By structure, named as in `methods`; Lanczos among them."""
     curve_link: str
     """The predictive behind the validation curves: MC or probit."""
