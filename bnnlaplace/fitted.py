@@ -51,6 +51,13 @@ class Settings:
         """The same settings at another prior precision."""
         return replace(self, prior_precision=prior_precision)
 
+    def described_precision(self) -> str:
+        """The prior precision in a few words."""
+        precision = self.prior_precision
+        if is_scalar(precision):
+            return str(precision)
+        return f"{len(precision)} groups" if isinstance(precision, dict) else "one for each weight"
+
     def prior(self, network: Network) -> Prior:
         """The prior of a network's weights, with its numbers resolved."""
         return resolve(self.prior_precision, self.prior_mean, network.params, self.prior_groups)
@@ -73,7 +80,12 @@ class Unfitted(NamedTuple):
 
     @classmethod
     def of(cls, network: Network, likelihood: Likelihood, settings: Settings) -> "Unfitted":
-        """Resolve the prior if that is possible before data are known: it reports faults early."""
+        """Check the network, and resolve the prior if that is possible before data are known: faults show early."""
+        if not isinstance(network, Network):
+            raise TypeError(
+                f"Laplace(network=...) must be a bnnlaplace.Network; got {type(network).__name__}; wrap a Flax model "
+                "by Network.from_linen(module, variables) or Network.from_nnx(model), a function by from_function"
+            )
         return cls(network, likelihood, settings.prior(network) if settings.subset_of_weights == "all" else None)
 
 
@@ -198,6 +210,8 @@ class Fitted(NamedTuple):
 
     def samples(self, key: Array, num_samples: int) -> PyTree[Float[Array, "S ..."]]:
         """Samples of the weights, like `network.params` with a leading axis."""
+        checks.key(key, "sample(key=...)")
+        num_samples = checks.count(num_samples, "sample(num_samples=...)", least=0, advice="try 32")
         flat = ravel(self.network.params) + self.deviations(key, num_samples)
         return jax.vmap(unraveler(self.network.params))(flat)
 

@@ -9,7 +9,6 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from bnnlaplace.checkpoint import posterior as on_disk
-from bnnlaplace.core import checks
 from bnnlaplace.core.memory import MemoryEstimate
 from bnnlaplace.core.tree import register_unchecked, size
 from bnnlaplace.core.types import AnyArray, Estimate, Inputs
@@ -19,19 +18,16 @@ from bnnlaplace.fitting.fit import fit
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.optimize_prior import Chosen, by_evidence, check_method
 from bnnlaplace.fitting.prepare import memory_estimate
-from bnnlaplace.model.data import as_data, check_inputs
+from bnnlaplace.model.data import PairOrBatches, as_data, check_inputs
 from bnnlaplace.model.likelihood import Likelihood, resolve
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
 from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
 from bnnlaplace.predictive.predictions import predictions
-from bnnlaplace.predictive.validation import DEFAULT_GRID, ValidationCurve, validation_curve
-from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer, is_scalar
+from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
+from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid
 from bnnlaplace.structure import KrylovError, KrylovStructure, Structure
-
-# Inputs with examples along the first axis and their targets, whole or in batches that can be iterated over.
-PairOrBatches = tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]
 
 
 @register_unchecked(("state", "settings"), ())
@@ -71,10 +67,8 @@ class Laplace:
 
     Raises
     ------
-    ValueError
-        If a name is unknown, a number is not positive and finite, or `sigma_noise` is given to another likelihood.
-    TypeError
-        If `network` is a model that is not wrapped.
+    ValueError, TypeError
+        If an argument cannot be used; the message says which, why, and what to try.
 
     Examples
     --------
@@ -104,11 +98,6 @@ class Laplace:
         prior_groups: Groups = by_layer,
         sigma_noise: float | Float[ArrayLike, "*C"] = 1.0,
     ) -> None:
-        if not isinstance(network, Network):
-            raise TypeError(
-                f"Laplace(network=...) must be a bnnlaplace.Network; got {type(network).__name__}; wrap a Flax model "
-                "by Network.from_linen(module, variables) or Network.from_nnx(model), a function by from_function"
-            )
         settings = Settings(subset_of_weights, hessian_structure, prior_precision, prior_mean, prior_groups)
         state = Unfitted.of(network, resolve(likelihood, sigma_noise), settings)
         object.__setattr__(self, "state", state)
@@ -123,12 +112,9 @@ class Laplace:
 
     def __repr__(self) -> str:
         fit_as = "not fitted" if self.structure is None else f"fitted as {type(self.structure).__name__}"
-        precision = self.prior_precision
-        if not is_scalar(precision):
-            precision = f"{len(precision)} groups" if isinstance(precision, dict) else "one for each weight"
         return (
             f"Laplace({self.likelihood.name!r}, {self.hessian_structure!r}, {size(self.network.params)} weights, "
-            f"prior_precision={precision}, {fit_as})"
+            f"prior_precision={self.settings.described_precision()}, {fit_as})"
         )
 
     @property
@@ -143,7 +129,7 @@ class Laplace:
 
     @property
     def sigma_noise(self) -> Float[Array, "*C"] | None:
-        """Standard deviation of the noise of a regression, from the likelihood. None for other likelihoods."""
+        """Standard deviation of the noise of a regression. None for other likelihoods."""
         return self.likelihood.sigma_noise
 
     @property
@@ -221,10 +207,8 @@ class Laplace:
         Raises
         ------
         ValueError
-            If data are empty, batches differ in structure or from pass to pass, data that can be read once are needed
-            more often, targets are out of range, outputs are not (B, ..., C), inputs or weights are not finite, the
-            network is not deterministic, no weight is in the subset, the prior does not fit it, or an option is not
-            positive.
+            If the data, an option, the prior or the network cannot be used: the message says which, why, and what to
+            try. Data and network are checked while the first pass reads them.
         MemoryError
             If the curvature is larger than what the device has free; see `memory_estimate`.
 
@@ -247,13 +231,11 @@ class Laplace:
     ) -> MemoryEstimate:
         """How much memory `fit` with the same arguments takes at its peak, beside the activations of a microbatch.
 
-        Nothing is fitted. The first batch is read, to find the shapes and the weights with a posterior. Features before
-        those weights are counted for arrays; of batches they take at most a quarter of the free memory.
-
         Parameters
         ----------
         data, max_vectors, microbatch
-            As for `fit`. Data that can be read once are refused, because their first batch would be missing afterwards.
+            As for `fit`. Only the first batch is read, so data that can be read once are refused. Features before the
+            weights with a posterior are counted for arrays; of batches they take at most a quarter of the free memory.
         """
         options = {"max_vectors": max_vectors, "microbatch": microbatch}
         return memory_estimate(self.state, self.settings, as_data(data), **options)
@@ -280,8 +262,8 @@ class Laplace:
         Parameters
         ----------
         precisions
-            Numbers. If the prior is not isotropic, they are geometric means over the weights, and the ratios between
-            weights are kept. By default 61 numbers over six decades around the maximum.
+            Numbers. If the prior is not isotropic: geometric means over the weights, whose ratios are kept. By default
+            61 numbers over six decades around the maximum.
         """
         if precisions is None:
             precisions = self.evidence_optimum().prior_precision * np.geomspace(1e-3, 1e3, 61)
@@ -328,23 +310,16 @@ class Laplace:
         validation, precisions, key, num_samples
             For "gridsearch": arrays (x, y), or batches of such pairs, which are read once; the rest as for
             `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.
-
-        Raises
-        ------
-        ValueError
-            If a name is unknown, an argument is missing or of the other method, or "kron" is asked for one precision
-            for each weight.
         """
         of_evidence = {"prior_structure": prior_structure, "optimize_sigma_noise": optimize_sigma_noise, "refit": refit}
-        of_grid = {"validation": validation, "precisions": precisions, "key": key, "num_samples": num_samples}
-        chosen = Chosen(self.fitted, self.settings, self._refit_by(refit))
-        check_method(method, of_evidence, of_grid)
+        draws = {"key": key, "num_samples": num_samples}
+        check_method(method, of_evidence, {"validation": validation, "precisions": precisions, **draws})
+        chosen = Chosen(self.fitted, self.settings, refit, Laplace._of)
         if method == "marglik":
-            options = {"optimize_sigma_noise": optimize_sigma_noise, "max_refits": max_refits}
-            best = by_evidence(chosen, prior_structure, **options)
+            how = {"optimize_sigma_noise": optimize_sigma_noise, "max_refits": max_refits}
+            best = by_evidence(chosen, prior_structure, **how)
         else:
-            grid = DEFAULT_GRID if precisions is None else precisions
-            curve = validation_curve(self.fitted, validation, grid, key=key, num_samples=num_samples)
+            curve = validation_curve(self.fitted, validation, precisions, **draws)
             best = chosen.times(curve.best_precision / self.prior.precision)
         return Laplace._of(best.fitted, best.settings)
 
@@ -362,18 +337,14 @@ class Laplace:
 
         Parameters
         ----------
-        x, y
-            Validation data.
-        precisions
-            As for `evidence_curve`.
+        x, y, precisions, microbatch
+            Validation data, the grid as for `evidence_curve`, and how many inputs are differentiated at a time.
         key, num_samples
             Of the samples, which are the same at every prior precision. By default 32 samples, or fewer if "lanczos"
             has fewer probes. A regression needs neither.
-        microbatch
-            Inputs differentiated at a time; bounds memory.
         """
-        options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return validation_curve(self.fitted, (x, y), precisions, **options)
+        draws = {"key": key, "num_samples": num_samples}
+        return validation_curve(self.fitted, (x, y), precisions, microbatch=microbatch, **draws)
 
     def with_prior_precision(self, prior_precision: Precision) -> "Laplace":
         """The same posterior at another prior precision.
@@ -381,13 +352,7 @@ class Laplace:
         Parameters
         ----------
         prior_precision
-            As `Laplace` takes it.
-
-        Raises
-        ------
-        ValueError
-            If it does not fit the weights, or "lanczos" would have to be fitted again because ratios between weights
-            change.
+            As `Laplace` takes it. "lanczos" has to be fitted again if ratios between weights change; that is an error.
         """
         settings = self.settings.at(prior_precision)
         if isinstance(self.state, Fitted):
@@ -400,12 +365,7 @@ class Laplace:
         Parameters
         ----------
         sigma_noise
-            One standard deviation, or one for each output, all changed by the same factor.
-
-        Raises
-        ------
-        ValueError
-            If the likelihood has no noise, or the ratios between the outputs change: fit again for that.
+            One standard deviation, or one for each output. All must change by the same factor: fit again otherwise.
         """
         return Laplace._of(self.fitted.with_sigma_noise(sigma_noise), self.settings)
 
@@ -442,13 +402,9 @@ class Laplace:
 
         Parameters
         ----------
-        key
-            Of the noise. For "lanczos": of the choice among its samples and of their signs.
-        num_samples
-            For "lanczos" at most the number of probes.
+        key, num_samples
+            Of the noise. "lanczos" has at most as many samples as probes: the key chooses among them, and their signs.
         """
-        checks.key(key, "sample(key=...)")
-        checks.count(num_samples, "sample(num_samples=...)", least=0, advice="try 32")
         return self.fitted.warn_unless_converged().samples(key, num_samples)
 
     def functional_posteriors(
@@ -458,36 +414,20 @@ class Laplace:
 
         The network is differentiated once for all of them. A structure with exact variances draws samples at each input
         from its covariance. "lanczos" pushes samples of the weights through the Jacobian, at most one for each probe,
-        and estimates the covariance from them. See `bnnlaplace.predictive.functional_posteriors`.
+        and estimates the covariance from them.
 
         Parameters
         ----------
-        x
-            Inputs (B, ...).
-        precisions
-            As for `evidence_curve`.
-        key, num_samples
-            Of the samples.
-        microbatch
-            Inputs differentiated at a time; bounds memory.
+        x, precisions, key, num_samples, microbatch
+            Inputs (B, ...); the rest as for `validation_curve`.
         """
         fitted = self.fitted
         check_inputs(self.network, x)
-        checks.key(key, "functional_posteriors(key=...)")
-        checks.count(num_samples, "functional_posteriors(num_samples=...)", advice="try 32")
         grid = checked_grid(precisions, "functional_posteriors(precisions=...)")
         return functional_posteriors(fitted, x, grid, key=key, num_samples=num_samples, microbatch=microbatch)
 
     def functional_variance(self, x: Inputs, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
-        """Covariance J (G + P0)^-1 J' of the linearised outputs; for "lanczos" from all its samples.
-
-        Parameters
-        ----------
-        x
-            Inputs (B, ...).
-        microbatch
-            Inputs differentiated at a time; bounds memory.
-        """
+        """Covariance J (G + P0)^-1 J' of the linearised outputs at inputs (B, ...); for "lanczos" from all samples."""
         fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)
         return next(functional_variances(fitted, x, [fitted.prior.precision], microbatch=microbatch))
@@ -507,8 +447,8 @@ class Laplace:
 
         Parameters
         ----------
-        x
-            Inputs (B, ...).
+        x, microbatch
+            Inputs (B, ...), and how many are in memory at a time.
         pred_type
             "glm": predict with the linearised network, whose posterior this is. "nn": predict with the network at
             samples of the weights, which may lie where the linearisation no longer holds.
@@ -519,8 +459,6 @@ class Laplace:
             For a regression: add the variance of the noise to that of the outputs.
         key, num_samples
             For "mc" and "nn". By default as many samples as "lanczos" has probes, otherwise 100.
-        microbatch
-            Inputs at a time; bounds memory.
 
         Returns
         -------
@@ -528,26 +466,14 @@ class Laplace:
             Class probabilities (B, ..., C). For a regression (mean, variance), (B, ..., C) each. No inputs give no
             rows.
 
-        Raises
-        ------
-        ValueError
-            If inputs are not finite, a name is unknown, "mc" lacks a key, or more samples are asked for than there are.
         """
         fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)
         options = {"with_noise": with_noise, "key": key, "num_samples": num_samples, "microbatch": microbatch}
         return predictions(fitted, x, pred_type=pred_type, link_approx=link_approx, **options)
 
-    # --- on disk ----------------------------------------------------------------------------------------------------
-
     def save(self, path: Path | str) -> None:
-        """Write everything but the user's module, atomically and with a SHA-256 manifest.
-
-        Parameters
-        ----------
-        path
-            The directory to create; a checkpoint there is replaced.
-        """
+        """Write everything but the user's module to a directory, atomically and with a SHA-256 manifest."""
         on_disk.save(Path(path), self.fitted, self.settings)
 
     @classmethod
@@ -556,43 +482,19 @@ class Laplace:
 
         Parameters
         ----------
-        path
-            The directory.
-        network
-            A network of the same structure; its weights are replaced by the saved ones. If only some weights have a
-            posterior: the network of all weights, as it was given to `Laplace`.
-        likelihood
-            A likelihood of your own must be passed again; its leaves are replaced by the saved ones.
+        path, network, likelihood
+            The directory, and the network of all weights, whose weights are replaced by the saved ones. A likelihood of
+            your own must be passed again, and its leaves are replaced.
 
         Raises
         ------
         bnnlaplace.checkpoint.CheckpointError
             If a file is damaged, or the network has another structure: the message names the file or the leaf.
         """
-        if not isinstance(network, Network):
-            raise TypeError(f"load(network=...) must be a bnnlaplace.Network; got {type(network).__name__}")
         return cls._of(*on_disk.load(Path(path), network, likelihood))
-
-    # --- internals --------------------------------------------------------------------------------------------------
 
     def _at(self, prior_precision: Precision | None) -> Fitted:
         """The fitted posterior at another prior precision, or as it is."""
         if prior_precision is None:
             return self.fitted
         return self.fitted.at(self.settings.at(prior_precision).prior(self.network))
-
-    def _refit_by(self, refit: Callable[["Laplace"], "Laplace"] | None) -> Callable[[Fitted, Settings], Fitted] | None:
-        """The user's `refit` as a function of records."""
-        if refit is None:
-            return None
-
-        def fit_again(fitted: Fitted, settings: Settings) -> Fitted:
-            again = refit(Laplace._of(Unfitted.of(fitted.network, fitted.likelihood, settings), settings))
-            if getattr(again, "structure", None) is None:
-                raise ValueError(
-                    f"optimize_prior_precision(refit=...) must return the fitted Laplace; got {type(again).__name__}; "
-                    "pass refit=lambda la: la.fit(data, key=key)"
-                )
-            return again.fitted
-
-        return fit_again

@@ -86,6 +86,8 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
         If a file is damaged, the likelihood is missing, or the network has another structure: the message names the
         file or the leaf.
     """
+    if not isinstance(network, Network):
+        raise TypeError(f"load(network=...) must be a bnnlaplace.Network; got {type(network).__name__}")
     stored, metadata = load_pytree(path)
     with_posterior = set(metadata.get("weights", ())) & set(leaf_names(network.params))
     if with_posterior:

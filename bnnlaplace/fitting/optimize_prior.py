@@ -12,7 +12,7 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.tree import size
 from bnnlaplace.core.types import NotAModeWarning
 from bnnlaplace.evidence.log_joint import LogJoint
-from bnnlaplace.fitted import Fitted, Settings
+from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.prior import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum, optimum
 from bnnlaplace.prior.gaussian import Precision, group_names, group_numbers, is_scalar
 from bnnlaplace.structure import SampleStructure
@@ -33,13 +33,16 @@ class Chosen(NamedTuple):
     settings
         Its prior precision is one number, a number for each group, or a number for each weight.
     refit
-        Fits the posterior again under other settings, for a structure that other ratios of precisions need that for.
-        None if the user gave no way.
+        The user's function from an unfitted model to the fitted one, for a structure that needs it if ratios of
+        precisions change. None if the user gave none.
+    wrap
+        Makes the user's object, a `Laplace`, of the two records.
     """
 
     fitted: Fitted
     settings: Settings
-    refit: Callable[[Fitted, Settings], Fitted] | None = None
+    refit: Callable[[Any], Any] | None = None
+    wrap: Callable[[Unfitted, Settings], Any] | None = None
 
     def at(self, precision: Precision) -> "Chosen":
         """The same curvature at another precision. Raises ValueError if ratios change that the structure is tied to."""
@@ -64,10 +67,17 @@ class Chosen(NamedTuple):
                 "or 'full'"
             )
         settings = self.settings.at(precision)
+        unfitted = Unfitted.of(self.fitted.network, self.fitted.likelihood, settings)
         with warnings.catch_warnings():
             # To move the prior precision at fixed weights is what was asked for.
             warnings.simplefilter("ignore", NotAModeWarning)
-            return self._replace(fitted=self.refit(self.fitted, settings), settings=settings)
+            again = self.refit(self.wrap(unfitted, settings))
+        if getattr(again, "structure", None) is None:
+            raise ValueError(
+                f"optimize_prior_precision(refit=...) must return the fitted Laplace; got {type(again).__name__}; pass "
+                "refit=lambda la: la.fit(data, key=key)"
+            )
+        return self._replace(fitted=again.fitted, settings=settings)
 
     def at_best_noise(self, log_joint: LogJoint, q: float) -> tuple["Chosen", float]:
         """With the noise that is best at q, and the factor by which its variance has changed."""

@@ -21,6 +21,10 @@ from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import check_outputs, output_shape
 
 
+# Inputs and targets, as two arrays or in batches that can be iterated over.
+PairOrBatches = tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]
+
+
 class Batch(NamedTuple):
     """Examples that are computed with together.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import eigh, einsum
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.core.types import AnyArray, Inputs
@@ -76,6 +77,19 @@ def functional_posteriors(
     microbatch
         Inputs differentiated at a time; bounds memory.
     """
+    checks.key(key, "functional_posteriors(key=...)")
+    checks.count(num_samples, "functional_posteriors(num_samples=...)", advice="try 32")
+    return _one_after_another(fitted, inputs, precisions, key, num_samples, microbatch)
+
+
+def _one_after_another(
+    fitted: Fitted,
+    inputs: Inputs,
+    precisions: Sequence[float],
+    key: Array,
+    num_samples: int,
+    microbatch: int,
+) -> Iterator[FunctionalPosterior]:
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
     mean = outputs(fitted.network, inputs, microbatch=microbatch)
     if isinstance(fitted.structure, SampleStructure):

@@ -78,7 +78,7 @@ def needs_samples(likelihood: Likelihood) -> bool:
 def validation_curve(
     fitted: Fitted,
     data: tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]],
-    precisions: Iterable[float],
+    precisions: Iterable[float] | None,
     *,
     key: Array | None = None,
     num_samples: int | None = None,
@@ -98,7 +98,7 @@ def validation_curve(
     data
         Validation data: (x, y), or batches of such pairs, read once.
     precisions
-        The grid.
+        The grid; None for 25 values from 0.01 to 10,000.
     key, num_samples
         Of the samples. They are the same at every prior precision, so the curve is smooth. By default 32, or fewer if
         a `SampleStructure` has fewer. A regression needs neither.
@@ -122,7 +122,7 @@ def validation_curve(
         num_samples = min(32, fitted.structure.num_probes) if isinstance(fitted.structure, SampleStructure) else 32
     checks.count(num_samples, "validation_curve(num_samples=...)", advice="try 32")
     batches = checked_pairs(fitted.network, data)
-    grid = checked_grid(precisions, "validation_curve(precisions=...)")
+    grid = checked_grid(DEFAULT_GRID if precisions is None else precisions, "validation_curve(precisions=...)")
     check_microbatch(microbatch)
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
     sums = [
