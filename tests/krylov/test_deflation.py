@@ -1,10 +1,10 @@
-"""Traces with leading eigenpairs summed exactly, at the edges: none found, all found, and what is refused."""
+"""Traces with leading eigenpairs summed exactly, at the edges: no pair found, all found, and pairs that are refused."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decompositions import assert_close
+from krylov.decompositions import Refusal, assert_close, check_refusals
 
 from bnnlaplace.krylov import Eigenpairs, leading_eigenpairs, rademacher_probes, stochastic_lanczos_quadrature
 
@@ -14,9 +14,9 @@ EXACT = np.float32(np.sqrt(SIZE)) * np.eye(SIZE, dtype=np.float32)
 
 
 def pairs(count):
-    """The leading `count` eigenpairs of diag(VALUES), and zeros for others."""
-    found = jnp.arange(SIZE) < count
-    return Eigenpairs(jnp.where(found, VALUES, 0), jnp.diag(found.astype(VALUES.dtype)), jnp.zeros(SIZE))
+    """The leading `count` eigenpairs of diag(VALUES), and zeros for the others."""
+    present = jnp.arange(SIZE) < count
+    return Eigenpairs(jnp.where(present, VALUES, 0), jnp.diag(present.astype(VALUES.dtype)), jnp.zeros(SIZE))
 
 
 def log_determinant(values, scale, probes=EXACT, **options):
@@ -27,13 +27,15 @@ def log_determinant(values, scale, probes=EXACT, **options):
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "quadrature", "autodiff"])
-@pytest.mark.parametrize("count", [0, 2, SIZE])
-def test_any_number_of_pairs(gradient, count):
-    options = {"gradient": gradient, "deflation": pairs(count)}
-    run = jax.jit(jax.value_and_grad(lambda d, s: log_determinant(d, s, **options), (0, 1)))
-    value, slopes = run(VALUES, 0.7)
-    np.testing.assert_allclose(value, jnp.sum(jnp.log(0.7 * VALUES)), rtol=1e-5)
-    assert_close(slopes, (1 / VALUES, SIZE / 0.7), 1e-4)
+def test_any_number_of_pairs(gradient):
+    def deflated(values, scale, deflation):
+        return log_determinant(values, scale, gradient=gradient, deflation=deflation)
+
+    run = jax.jit(jax.value_and_grad(deflated, (0, 1)))
+    for count in (0, 2, SIZE):
+        value, slopes = run(VALUES, 0.7, pairs(count))
+        np.testing.assert_allclose(value, np.sum(np.log(0.7 * VALUES)), rtol=1e-5)
+        assert_close(slopes, (1 / VALUES, SIZE / 0.7), 1e-4)
 
 
 def test_a_batch_with_probes_of_which_nothing_is_left():
@@ -46,7 +48,7 @@ def test_a_batch_with_probes_of_which_nothing_is_left():
 
 @pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
 def test_second_derivatives(x64, gradient):
-    """Those of the estimate of the gradient, exact at full depth; with deflation they are refused."""
+    """Those of the estimated gradient, exact at full depth. With deflation they are refused."""
     values, probes = jnp.asarray(np.asarray(VALUES, np.float64)), jnp.asarray(EXACT, jnp.float64)
 
     def loss(values, **options):
@@ -71,12 +73,12 @@ def test_second_derivatives_of_a_loop_that_may_stop(x64):
         jax.jit(jax.jacrev(jax.grad(loss)))(values)
 
 
-def shorter(found):
-    return found._replace(vectors=found.vectors[:, :-1])
+def shorter(pairs):
+    return pairs._replace(vectors=pairs.vectors[:, :-1])
 
 
 BAD = {
-    "another type": (lambda found: tuple(found), TypeError, "be what leading_eigenpairs returns; got tuple"),
+    "another type": (lambda pairs: tuple(pairs), TypeError, "be what leading_eigenpairs returns; got tuple"),
     "another length": (shorter, ValueError, r"vectors like the probes, of shapes \(6,\); got \{6\} of shapes \(5,\)"),
     "another structure": (lambda f: f._replace(vectors=[f.vectors]), ValueError, "vectors like the probes"),
     "no vectors": (lambda f: jax.tree.map(lambda x: x[:0], f), ValueError, "hold one or more vectors"),
@@ -86,23 +88,28 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_bad_pairs(case):
-    change, error, message = BAD[case]
+def test_bad_pairs(types_unchecked):
     probes = rademacher_probes(jax.random.key(0), VALUES, 3)
-    with pytest.raises(error, match=rf"stochastic_lanczos_quadrature\(deflation=...\) must .*{message}"):
-        log_determinant(VALUES, 1.0, probes, deflation=change(pairs(2)))
+    check_refusals(
+        Refusal(
+            case,
+            lambda change=change: log_determinant(VALUES, 1.0, probes, deflation=change(pairs(2))),
+            error,
+            rf"^stochastic_lanczos_quadrature\(deflation=...\) must .*{message}",
+        )
+        for case, (change, error, message) in BAD.items()
+    )
 
 
 def test_pairs_in_another_precision(x64):
     double = jax.tree.map(lambda x: x.astype(jnp.float64), pairs(2))
-    found = log_determinant(VALUES, 1.0, deflation=double)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, jnp.sum(jnp.log(VALUES)), rtol=1e-5)
+    estimate = jax.jit(lambda: log_determinant(VALUES, 1.0, deflation=double))()
+    assert estimate.dtype == jnp.float32
+    np.testing.assert_allclose(estimate, np.sum(np.log(VALUES)), rtol=1e-5)
 
 
 def test_no_pair_and_a_probe_that_sees_zero():
-    """z' A z = 0: there is no safe number at which to evaluate f for a pair that is not there, and no need."""
+    """z' A z = 0: there is no safe number at which to evaluate f for a missing pair, and no need to."""
     signs, probes = jnp.array([1.0, -1, 1, -1, 1, -1]), jnp.ones((1, SIZE))
 
     def trace(scale):
@@ -120,17 +127,24 @@ def test_a_zero_probe_inside_of_jit():
     np.testing.assert_allclose(slope, (1 / VALUES).at[0].set(0.0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
-def test_standard_errors_at_any_scale(scale):
+def test_standard_errors_at_any_scale():
     probes = rademacher_probes(jax.random.key(0), VALUES, 32)
-    options = {"num_matvecs": 4, "relative_sem": 0.05}
-    matvec = lambda v: scale * (VALUES * v + jnp.roll(v, 1) + jnp.roll(v, -1))  # noqa: E731
-    found = stochastic_lanczos_quadrature(lambda x: x, matvec, probes, **options)
-    assert found.num_probes == 32 and not found.converged
-    forms = np.sum(np.asarray(probes) * np.asarray(jax.vmap(lambda z: matvec(z) / scale)(probes)), axis=1)
-    np.testing.assert_allclose(found.sem / scale, np.std(forms, ddof=1) / np.sqrt(32), rtol=1e-4)
+
+    @jax.jit
+    def estimate(scale):
+        matvec = lambda v: scale * (VALUES * v + jnp.roll(v, 1) + jnp.roll(v, -1))  # noqa: E731
+        return stochastic_lanczos_quadrature(lambda x: x, matvec, probes, num_matvecs=4, relative_sem=0.05)
+
+    rows = np.asarray(probes, np.float64)
+    forms = np.sum(rows * (np.asarray(VALUES) * rows + np.roll(rows, 1, axis=1) + np.roll(rows, -1, axis=1)), axis=1)
+    for scale in (1e-25, 1.0, 1e25):
+        trace = estimate(scale)
+        assert trace.num_probes == 32 and not trace.converged
+        np.testing.assert_allclose(trace.sem / scale, np.std(forms, ddof=1) / np.sqrt(32), rtol=1e-4)
 
 
 def test_pairs_found_by_lanczos_are_good():
+    """Outside of `jit`, where their orthogonality is checked."""
     found = leading_eigenpairs(lambda v: VALUES * v, jnp.ones(SIZE), num_pairs=3, num_matvecs=SIZE)
-    np.testing.assert_allclose(log_determinant(VALUES, 1.0, deflation=found), jnp.sum(jnp.log(VALUES)), rtol=1e-5)
+    estimate = jax.jit(lambda values: log_determinant(values, 1.0, deflation=found))(VALUES)
+    np.testing.assert_allclose(estimate, np.sum(np.log(VALUES)), rtol=1e-5)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from krylov.decompositions import usual
 
 from bnnlaplace.krylov import check_symmetric, lanczos, tridiagonal_matrix
 from bnnlaplace.krylov.arnoldi import arnoldi_adjoint, arnoldi_forward
@@ -16,7 +17,7 @@ from bnnlaplace.krylov.operator import Settings, default_tolerance
 
 
 def mean_digits(name, how, size):
-    """Over start vectors, the mean log10 of the error of the Jacobian of A -> Q H Q' at full depth, the identity."""
+    """Log10 of the error of the Jacobian of A -> Q H Q', the identity at full depth; averaged over start vectors."""
     adjoint, forward = {"lanczos": (lanczos_adjoint, lanczos_forward), "arnoldi": (arnoldi_adjoint, arnoldi_forward)}[
         name
     ]
@@ -30,8 +31,8 @@ def mean_digits(name, how, size):
 
     jacobian, hilbert, digits = jax.jit(jax.jacrev(rebuilt)), jnp.asarray(scipy.linalg.hilbert(size)), []
     for seed in (1, 2, 3):
-        found = jacobian(hilbert, jax.random.normal(jax.random.key(seed), (size,)))
-        error = np.asarray(found).reshape(size**2, -1) - np.eye(size**2)
+        ours = jacobian(hilbert, jax.random.normal(jax.random.key(seed), (size,)))
+        error = np.asarray(ours).reshape(size**2, -1) - np.eye(size**2)
         if name == "lanczos":  # only derivatives in symmetric directions have a meaning
             error = error.reshape(-1, size, size)
             error = (error + error.transpose(0, 2, 1)) / 2
@@ -39,10 +40,12 @@ def mean_digits(name, how, size):
     return np.mean(digits)
 
 
-@pytest.mark.parametrize("name", ["lanczos", "arnoldi"])
-@pytest.mark.parametrize("size", range(2, 9))
+@pytest.mark.parametrize(
+    ("name", "size"),
+    usual([("lanczos", 3), ("lanczos", 8), ("arnoldi", 8)], ("lanczos", "arnoldi"), range(2, 9)),
+)
 def test_projection_keeps_the_adjoint_as_accurate_as_backpropagation(x64, name, size):
-    """Hilbert matrices, on average over start vectors, as in the table of Krämer et al. 2024."""
+    """Hilbert matrices, averaged over start vectors, as in the table of Krämer et al. 2024."""
     projected = mean_digits(name, "adjoint with projection", size)
     assert projected <= mean_digits(name, "autodiff", size) + 1
     if size == 8:  # the projection is what does it
@@ -50,7 +53,7 @@ def test_projection_keeps_the_adjoint_as_accurate_as_backpropagation(x64, name, 
 
 
 def test_a_product_that_is_not_quite_symmetric_gets_a_third_pass():
-    """The three-term recurrence leaves what the asymmetry adds; one pass would leave eps times that, over b_k."""
+    """The three-term recurrence leaves what the asymmetry adds. One pass would leave eps times that, over b_k."""
     size = 60
     rng = np.random.default_rng(0)
     matrix = np.diag(np.geomspace(1, 1e-6, size)) + 1e-4 * rng.normal(size=(size, size)) / np.sqrt(size)

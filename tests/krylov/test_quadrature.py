@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decompositions import assert_close
+import scipy.linalg
+from krylov.decompositions import assert_close, usual
 
 from bnnlaplace.krylov import (
     leading_eigenpairs,
@@ -23,7 +24,11 @@ def factor(x64):
 
 
 def log_determinant(factor, delta):
-    return jnp.linalg.slogdet(jnp.eye(SIZE) + factor @ factor.T / delta)[1]
+    """log det(I + F F' / delta), in float64 by NumPy, and its gradients in F and delta."""
+    factor = np.asarray(factor, np.float64)
+    matrix = np.eye(SIZE) + factor @ factor.T / delta
+    solved = np.linalg.solve(matrix, factor) / delta
+    return np.linalg.slogdet(matrix)[1], (2 * solved, -np.sum(solved * factor) / delta)
 
 
 def product(vector, factor):
@@ -62,16 +67,18 @@ def value_and_gradients(factor, delta, **options):
 )
 def test_value_and_gradient_are_dense(factor, options):
     value, gradients = value_and_gradients(factor, 0.3, **options)
-    expected, reference = jax.value_and_grad(log_determinant, (0, 1))(factor, 0.3)
+    expected, reference = log_determinant(factor, 0.3)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     assert_close(gradients, reference, 1e-10)
 
 
-@pytest.mark.parametrize("depth", [RANK + 1, 10])
-@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
-def test_single_precision(factor, depth, gradient):
+@pytest.mark.parametrize(
+    ("gradient", "depth"),
+    usual([("adjoint", 10), ("quadrature", RANK + 1)], ("adjoint", "quadrature"), (RANK + 1, 10)),
+)
+def test_single_precision(factor, gradient, depth):
     """A well-conditioned case: the eigenvalues of A / 3 + I lie between 1 and 13."""
-    expected, reference = jax.value_and_grad(log_determinant)(factor, 3.0)
+    expected, (reference, _) = log_determinant(factor, 3.0)
     with jax.enable_x64(False):
         probes = jnp.asarray(EXACT, jnp.float32)
         single = jnp.asarray(np.asarray(factor), jnp.float32)
@@ -81,8 +88,7 @@ def test_single_precision(factor, depth, gradient):
     assert_close(np.asarray(ours), reference, 1e-4)
 
 
-@pytest.mark.parametrize("depth", [1, 3])
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize(("depth", "batch_size"), usual([(1, 1), (3, 3)], (1, 3), (1, 3)))
 def test_adjoint_is_the_gradient_of_the_truncated_quadrature(factor, depth, batch_size):
     """In the operator, in what the function closes over, and in the probes."""
     probes = jax.random.rademacher(jax.random.key(0), (4, SIZE), dtype=jnp.float64)
@@ -99,14 +105,14 @@ def test_adjoint_is_the_gradient_of_the_truncated_quadrature(factor, depth, batc
 
 def test_quadrature_gradient_in_the_probes(factor):
     probes = jax.random.normal(jax.random.key(0), (2, SIZE))
-    dense = jax.grad(lambda z: jnp.einsum("si,ij,sj->", z, jax.scipy.linalg.expm(factor @ factor.T / 20), z) / 2)
 
     def mean(probes):
         return stochastic_lanczos_quadrature(
             lambda x: jnp.exp(x / 20), product, probes, factor, num_matvecs=RANK + 1, gradient="quadrature"
         ).mean
 
-    assert_close(jax.jit(jax.grad(mean))(probes), dense(probes), 1e-10)
+    # Of the mean of z' f(A) z over two probes: f(A) z.
+    assert_close(jax.jit(jax.grad(mean))(probes), probes @ scipy.linalg.expm(factor @ factor.T / 20), 1e-10)
 
 
 def test_quadrature_gradient_is_not_that_of_the_truncated_value(factor):
@@ -116,16 +122,19 @@ def test_quadrature_gradient_is_not_that_of_the_truncated_value(factor):
     assert jnp.abs(ours - reference).max() > 1e-3 * jnp.abs(reference).max()
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-@pytest.mark.parametrize("draw", [rademacher_probes, normal_probes])
 @pytest.mark.parametrize("deflated", [False, True])
-def test_trace_within_four_standard_errors(factor, seed, draw, deflated):
-    probes = draw(jax.random.key(seed), factor[:, 0], 200)
-    assert probes.shape == (200, SIZE) and probes.dtype == factor.dtype
-    found = estimate(factor, 1.0, probes=probes, deflation=pairs(factor) if deflated else None)
-    assert found.num_probes == 200 and found.converged
-    assert 0 < found.sem < 2
-    assert abs(found.mean - log_determinant(factor, 1.0)) <= 4 * found.sem
+def test_trace_within_four_standard_errors(factor, deflated):
+    deflation = pairs(factor) if deflated else None
+    run = jax.jit(lambda probes: quadrature(factor, 1.0, probes, deflation=deflation))
+    exact, _ = log_determinant(factor, 1.0)
+    for draw in (rademacher_probes, normal_probes):
+        for seed in (1, 2, 3):
+            probes = draw(jax.random.key(seed), factor[:, 0], 200)
+            assert probes.shape == (200, SIZE) and probes.dtype == factor.dtype
+            trace = run(probes)
+            assert trace.num_probes == 200 and trace.converged
+            assert 0 < trace.sem < 2
+            assert abs(trace.mean - exact) <= 4 * trace.sem
 
 
 def pairs(factor, count=4, num_matvecs=RANK + 1):
@@ -137,7 +146,7 @@ def pairs(factor, count=4, num_matvecs=RANK + 1):
 def test_deflation_is_exact_and_so_is_its_gradient(factor, gradient):
     deflation = pairs(factor)
     value, gradients = value_and_gradients(factor, 0.3, deflation=deflation, gradient=gradient)
-    expected, reference = jax.value_and_grad(log_determinant, (0, 1))(factor, 0.3)
+    expected, reference = log_determinant(factor, 0.3)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     assert_close(gradients, reference, 1e-10)
 
@@ -152,27 +161,27 @@ def test_deflation_removes_variance(factor):
 def test_pairs_that_were_not_found_are_left_to_the_probes(factor):
     few = pairs(factor, 3, num_matvecs=3)
     assert not few.values.all()
-    value, _ = value_and_gradients(factor, 0.3, deflation=few)
-    np.testing.assert_allclose(value, log_determinant(factor, 0.3), rtol=1e-5)
+    trace = estimate(factor, 0.3, deflation=few)
+    np.testing.assert_allclose(trace.mean, log_determinant(factor, 0.3)[0], rtol=1e-5)
 
 
 def test_function_need_not_be_defined_at_the_zero_of_a_missing_pair(factor):
     def mean(shift):
         matvec = lambda v: product(v, factor) + shift * v  # noqa: E731
-        found = leading_eigenpairs(matvec, jnp.ones(SIZE), num_pairs=3, num_matvecs=3)
-        options = {"num_matvecs": RANK + 2, "deflation": found}
-        return stochastic_lanczos_quadrature(jnp.log, matvec, jnp.asarray(EXACT), **options).mean, found.values
+        deflation = leading_eigenpairs(matvec, jnp.ones(SIZE), num_pairs=3, num_matvecs=3)
+        options = {"num_matvecs": RANK + 2, "deflation": deflation}
+        return stochastic_lanczos_quadrature(jnp.log, matvec, jnp.asarray(EXACT), **options).mean, deflation.values
 
     (value, values), slope = jax.jit(jax.value_and_grad(mean, has_aux=True))(0.3)
     assert not values.all() and np.isfinite(slope)
-    np.testing.assert_allclose(value, log_determinant(factor, 0.3) + SIZE * np.log(0.3), rtol=1e-5)
+    np.testing.assert_allclose(value, log_determinant(factor, 0.3)[0] + SIZE * np.log(0.3), rtol=1e-5)
 
 
 def test_stop_counts_what_is_deflated(factor):
     """Nothing is left to the probes, so that an error relative to their own mean would be one of rounding."""
     probes = rademacher_probes(jax.random.key(0), factor[:, 0], 20)
-    found = estimate(factor, 0.3, probes=probes, deflation=pairs(factor, RANK), relative_sem=1e-6)
-    assert found.converged and found.num_probes == 8
+    trace = estimate(factor, 0.3, probes=probes, deflation=pairs(factor, RANK), relative_sem=1e-6)
+    assert trace.converged and trace.num_probes == 8
 
 
 def test_eigenpairs_are_constants(factor):
@@ -180,35 +189,35 @@ def test_eigenpairs_are_constants(factor):
 
 
 def test_leading_eigenpairs(factor):
-    values, vectors = jnp.linalg.eigh(-product(jnp.eye(SIZE), factor))
+    values, vectors = np.linalg.eigh(-factor @ factor.T)
     options = {"num_pairs": 3, "num_matvecs": RANK + 1}
-    found = jax.jit(lambda: leading_eigenpairs(lambda v: -product(v, factor), jnp.ones(SIZE), **options))()
-    np.testing.assert_allclose(found.values, values[:3], rtol=1e-12)
-    np.testing.assert_allclose(jnp.abs(jnp.sum(found.vectors * vectors.T[:3], axis=1)), 1, rtol=1e-12)
-    np.testing.assert_allclose(found.residual_norms, 0, atol=1e-10)
+    leading = jax.jit(lambda: leading_eigenpairs(lambda v: -product(v, factor), jnp.ones(SIZE), **options))()
+    np.testing.assert_allclose(leading.values, values[:3], rtol=1e-12)
+    np.testing.assert_allclose(np.abs(np.sum(leading.vectors * vectors.T[:3], axis=1)), 1, rtol=1e-12)
+    np.testing.assert_allclose(leading.residual_norms, 0, atol=1e-10)
 
 
 def test_stops_once_the_relative_error_is_reached(factor):
     probes = rademacher_probes(jax.random.key(0), factor[:, 0], 400)
 
     def mean(factor):
-        found = quadrature(factor, 0.3, probes, relative_sem=0.05)
-        return found.mean, found
+        trace = quadrature(factor, 0.3, probes, relative_sem=0.05)
+        return trace.mean, trace
 
-    (value, found), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(factor)
-    used = int(found.num_probes)
-    assert 8 <= used < 400 and found.converged
-    assert found.sem <= 0.05 * found.mean
-    # It is the estimate from those probes alone, value and gradient.
+    (value, trace), gradient = jax.jit(jax.value_and_grad(mean, has_aux=True))(factor)
+    used = int(trace.num_probes)
+    assert 8 <= used < 400 and trace.converged
+    assert trace.sem <= 0.05 * trace.mean
+    # It is the estimate from those probes alone, in value and gradient.
     expected, (reference, _) = value_and_gradients(factor, 0.3, probes=probes[:used])
-    np.testing.assert_allclose([value, found.mean], expected, rtol=1e-13)
+    np.testing.assert_allclose([value, trace.mean], expected, rtol=1e-13)
     assert_close(gradient, reference, 1e-12)
     assert not estimate(factor, 0.3, probes=probes[:20], relative_sem=1e-6).converged
 
 
 def test_truncation_is_reported(factor):
     short, long = estimate(factor, 0.3, num_matvecs=3), estimate(factor, 0.3, num_matvecs=10)
-    error = abs(short.mean - log_determinant(factor, 0.3))
+    error = abs(short.mean - log_determinant(factor, 0.3)[0])
     assert error / 3 < short.truncation < 30 * error
     assert long.truncation == 0
 
@@ -218,7 +227,7 @@ def test_one_probe_has_no_standard_error(factor):
 
 
 def test_function_need_not_be_defined_at_zero(x64):
-    """A multiple of the identity breaks down after one step; what follows in T is zero, where log is infinite."""
+    """A multiple of the identity breaks down after one step. What follows in T is zero, where log is infinite."""
     probes = rademacher_probes(jax.random.key(0), jnp.ones(SIZE), 3)
 
     def mean(scale):
@@ -292,51 +301,20 @@ def test_closed_over_index_of_a_loop(factor):
 
         return jax.lax.scan(add, 0.0, jnp.arange(2))[0]
 
-    expected = jax.grad(lambda f: log_determinant(f[0], 1.0) + log_determinant(f[1], 2.0))(factors)
+    expected = np.stack([log_determinant(factors[0], 1.0)[1][0], log_determinant(factors[1], 2.0)[1][0]])
     assert_close(jax.jit(jax.grad(total))(factors), expected, 1e-10)
-
-
-GOOD = {"matvec": lambda v: v, "probes": np.ones((3, SIZE), np.float32), "num_matvecs": 3}
-BAD = {
-    "depth": ({"num_matvecs": 0}, ValueError, "num_matvecs=.* between 1 and the dimension 14; got 0"),
-    "gradient": ({"gradient": "one"}, ValueError, "gradient=.* 'adjoint', 'quadrature' or 'autodiff'; got 'one'"),
-    "reorthogonalise": ({"reorthogonalise": True}, ValueError, "reorthogonalise=.* got True"),
-    "batch": ({"probe_batch_size": 0}, ValueError, "probe_batch_size=.* at least 1; got 0"),
-    "relative": ({"relative_sem": 0.0}, ValueError, "relative_sem=.* must be a positive number"),
-    "autodiff": ({"relative_sem": 0.1, "gradient": "autodiff"}, ValueError, "relative_sem=.*gradient='autodiff'"),
-    "no probes": ({"probes": np.ones((0, SIZE), np.float32)}, ValueError, "probes=.* at least one probe"),
-    "scalar": ({"probes": np.float32(1)}, ValueError, "probes=.* one leading axis"),
-    "uneven": ({"probes": (np.ones((2, 3)), np.ones((3, 3)))}, ValueError, "probes=.* one leading axis"),
-    "zero": ({"probes": np.zeros((3, SIZE), np.float32)}, ValueError, "probes=.* not be zero; got 3 of 3"),
-    "NaN": ({"probes": np.full((3, SIZE), np.nan, np.float32)}, ValueError, "probes=.* finite; got 42 of 42"),
-    "structure": ({"matvec": lambda v: [v]}, TypeError, "matvec=.* must return the structure that it takes"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case):
-    changed, error, message = BAD[case]
-    options = {**GOOD, **changed}
-    matvec, probes = options.pop("matvec"), options.pop("probes")
-    with pytest.raises(error, match=rf"stochastic_lanczos_quadrature\({message}"):
-        stochastic_lanczos_quadrature(jnp.log1p, matvec, probes, **options)
-
-
-def test_bad_numbers_of_probes_and_pairs():
-    with pytest.raises(ValueError, match="num_probes=.* at least 1; got 0"):
-        normal_probes(jax.random.key(0), jnp.ones(3), 0)
-    with pytest.raises(ValueError, match="num_pairs=.* between 1 and num_matvecs = 2; got 3"):
-        leading_eigenpairs(lambda v: v, jnp.ones(3), num_pairs=3, num_matvecs=2)
 
 
 def test_forward_mode_names_the_option(factor):
     with pytest.raises(TypeError, match=r"quadrature\(gradient='quadrature'\) has derivatives in reverse mode only"):
         jax.jacfwd(lambda d: quadrature(factor, d, gradient="quadrature").mean)(0.3)
-    slope = jax.jacfwd(lambda d: quadrature(factor, d, gradient="autodiff").mean)(0.3)
-    np.testing.assert_allclose(slope, jax.grad(log_determinant, 1)(factor, 0.3), rtol=1e-10)
+    slope = jax.jit(jax.jacfwd(lambda d: quadrature(factor, d, gradient="autodiff").mean))(0.3)
+    np.testing.assert_allclose(slope, log_determinant(factor, 0.3)[1][1], rtol=1e-10)
 
 
 def test_hessian(factor):
-    expected = jax.hessian(log_determinant, 1)(factor, 0.3)
+    eigenvalues = np.linalg.eigvalsh(factor.T @ factor)
+    # The second derivative of sum log(1 + x / delta)
+    expected = np.sum(1 / 0.3**2 - 1 / (0.3 + eigenvalues) ** 2)
     ours = jax.jit(jax.hessian(lambda d: quadrature(factor, d).mean))(0.3)
     np.testing.assert_allclose(ours, expected, rtol=1e-9)
