@@ -186,6 +186,3 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 def _is_passed_over(frame: FrameType) -> bool:
     return frame.f_globals.get("__name__", "").partition(".")[0] in _PASSED_OVER
-
-
-check_key = key  # the former name, until all callers have moved

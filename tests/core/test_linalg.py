@@ -122,7 +122,7 @@ def test_products_ask_for_full_precision(name):
 
 
 def test_a_precision_that_the_network_states_is_kept():
-    network = bnnlaplace.Network.from_function(partial(jnp.matmul, precision="default"), X.T)
+    network = bnnlaplace.Network.from_function(lambda p, x: jnp.matmul(x, p, precision="default"), X.T)
     assert set(precisions(jax.make_jaxpr(network)(X.T, X).jaxpr)) == {(jax.lax.Precision.DEFAULT,) * 2}
 
 
