@@ -38,6 +38,7 @@ from record import (
     judge,
     measure,
     record_name,
+    report,
     show,
     write,
 )
