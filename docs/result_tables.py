@@ -44,7 +44,7 @@ def spread(values: Sequence[float] | None, written: Callable[[float], str] = "{:
     if values is None:
         return "–"
     mean, low, high = map(written, values)
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low},\N{NO-BREAK SPACE}{high}]"
 
 
 def cost(seconds: float | None, megabytes: float | None) -> str:

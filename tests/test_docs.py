@@ -119,6 +119,15 @@ def test_every_page_is_in_the_navigation_and_nothing_else_is():
     assert set(re.findall(r"\S+\.md", navigation)) == expected
 
 
+def test_the_readme_is_one_screen_and_links_of_the_guides_lead_somewhere():
+    guides = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md")]
+    targets = {target for guide in guides for target in re.findall(r"\]\(([^)#]+)", guide.read_text(encoding="utf-8"))}
+    assert [target for target in sorted(targets) if "://" not in target and not (ROOT / target).exists()] == []
+    lengths = [len(guide.read_text(encoding="utf-8").splitlines()) for guide in guides]
+    assert lengths[0] <= 100 and lengths[1] <= 80
+    assert (DOCS / "images" / "readme.png").stat().st_size < 200_000
+
+
 def test_docstrings_begin_with_a_sentence_and_explain_every_parameter_and_attribute():
     faults = []
     for name, value in CALLABLES.items():

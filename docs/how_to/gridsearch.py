@@ -17,7 +17,7 @@ from bnnlaplace import calibration
 
 # %% Three sets of data
 # There are 200 digits to train on, 400 for the choice and the rest for the test. The network has one hidden layer and
-# is at the mode for a prior precision of 0.1. A point estimate that was trained with so weak a prior is overconfident.
+# is at the mode for a prior precision of 0.1.
 
 images, labels = load_digits(return_X_y=True)
 x, y = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)

@@ -1,0 +1,85 @@
+"""The tables of results are those of the kept numbers, and the records of a machine take their place."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def results(monkeypatch):
+    """The program behind `make results`."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    spec = importlib.util.spec_from_file_location("results", ROOT / "docs" / "results.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_tables_are_those_of_the_kept_numbers(results):
+    """So that nobody edits a number by hand: `make results` in a clone changes nothing."""
+    numbers = json.loads(results.NUMBERS.read_text(encoding="utf-8"))
+    text = results.README.read_text(encoding="utf-8")
+    assert results.readme(text, numbers) == text
+    assert results.page(numbers) == results.PAGE.read_text(encoding="utf-8")
+    assert results.in_rows(numbers) == results.NUMBERS.read_text(encoding="utf-8")
+
+
+def test_results_come_from_the_records_of_this_machine_where_they_are_whole(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    common = {"versions": {"jax": "1.0"}, "platform": "cpu", "device": "cpu", "cores": 3}
+    products = {
+        "speedup_over_grouped": 2.5,
+        "largest_relative_difference": 1e-6,
+        "digits_one_vector": {"seconds": 0.25},
+    }
+    (folder / "ggn_products.json").write_text(json.dumps(common | products))
+    (folder / "evidence.json").write_text(json.dumps(common | {"matfree": None, "steps": 400}))
+    for seed, accuracy in enumerate((0.5, 0.7)):
+        run = tmp_path / f"run_{seed}"
+        run.mkdir()
+        (run / "metrics.json").write_text(json.dumps(metrics(accuracy)))
+
+    numbers = json.loads(results.NUMBERS.read_text(encoding="utf-8"))
+    kept = json.dumps(numbers["evidence"])
+    report = results.update(numbers, [tmp_path / "run_0", tmp_path / "run_1"])
+    assert numbers["products"]["environment"] == {"jax": "1.0", "device": "cpu", "cores": 3}
+    assert [row[1] for row in numbers["products"]["rows"]] == [2.5, 1e-6, 250]
+    assert json.dumps(numbers["evidence"]) == kept
+    assert any("evidence: kept, as the record lacks 'classes_10'" in line for line in report)
+    assert any("krylov: kept, as this machine has no benchmarks/results/krylov.json" in line for line in report)
+    label, precision, accuracy, *_ = numbers["methods"]["rows"][1]
+    assert (label, precision) == ("Lanczos", pytest.approx([4.0, 4.0, 4.0]))
+    assert accuracy == pytest.approx([0.6, 0.5, 0.7])
+    assert numbers["evidence_of_runs"]["rows"] == [["Lanczos", [-3.0, -3.0, -3.0]]]
+    assert numbers["modes"]["rows"][0][1:] == pytest.approx([50, 50])
+    assert numbers["modes"]["rows"][1][1:] == pytest.approx([3, 3])
+    page = results.page(numbers).replace("\N{NO-BREAK SPACE}", " ")
+    assert "| Lanczos | 4 [4, 4] | 0.600 [0.500, 0.700] |" in page
+    assert "*Measured on cpu, 3 cores, with jax 1.0.*" in page
+
+
+def metrics(accuracy):
+    """The part of `metrics.json` that the tables read."""
+    names = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
+    values = {name: {"value": accuracy} for name in names}
+    mode = {"decrement": 9.0, "effective_parameters": 16.0}
+    return {
+        "environment": {"jax": "1.0", "device": "cpu", "cpu_count": 3},
+        "methods": [
+            {"label": "MAP", "prior_precision": None, "metrics": values},
+            {"label": "Lanczos", "prior_precision": 4.0, "metrics": values},
+        ],
+        "curves": {"Lanczos": {"log_evidence": [-5.0, -3.0, None]}},
+        "gradient_norm": 1.0,
+        "prior_gradient_norm": 2.0,
+        "mode_in_training": mode,
+        "mode_of_evidence": mode,
+    }
