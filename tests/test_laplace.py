@@ -506,7 +506,7 @@ def test_bad_input(trained, diagonal):
     with pytest.raises(ValueError, match="call la = la.fit"):
         la.log_marginal_likelihood()
     for key in (None, 0, np.zeros(2)):
-        with pytest.raises(ValueError, match=r"fit\(key=...\).* must be one random key; got .*; pass jax.random.key"):
+        with pytest.raises(ValueError, match=r"fit\(key=...\).* must be one random key; got .*; try jax.random.key"):
             la.fit((x, y), key=key)
     with pytest.raises(ValueError, match="must hold at least one batch"):
         la.fit([], key=jax.random.key(0))
