@@ -4,8 +4,8 @@
 class UserError(Exception):
     """A fault that the person at the command line can mend.
 
-    The message is one line: what must hold, what came, and what to do about it. `training.fit_van` and
-    `training.evaluate` print it and exit with status 2.
+    The message is one line: what must hold, what came, and what to do about it. The programs print
+    it and exit with status 2.
     """
 
 

@@ -35,20 +35,20 @@ class Arguments:
     """The work directory of a run of training.fit_van."""
     split: Literal["test", "validation"] | None = None
     """The split to evaluate on; default: as in the run. The validation images also chose the temperature and the prior
-    precisions, so that scores on them are no held-out ones; the report says so."""
+    precisions, so scores on them are not held-out scores. The report says so."""
     ood: str | None = None
     """Out-of-distribution images: inverted, noise, or a prepared TFDS set; default: as in the run."""
     data_dir: Path | None = None
-    """The TFDS data directory, if it is another one than in the run."""
+    """The TFDS data directory; default: as in the run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status."""
+    """Run the program and return its exit status."""
     return program.run(lambda console: evaluate(sys.argv[1:] if argv is None else argv, console))
 
 
 def evaluate(argv: Sequence[str], console: Console) -> None:
-    """Read config, weights and posteriors back, verified, and evaluate them."""
+    """Read config, weights and posteriors of a run, verify them, and evaluate."""
     arguments = parse_record(Arguments, argv, "python -m training.evaluate")
     config = load_saved_config(arguments.workdir)
     chosen = {name: value for name in ("split", "ood") if (value := getattr(arguments, name)) is not None}

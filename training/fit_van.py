@@ -30,12 +30,12 @@ from training.workdir import POSTERIORS, open_workdir
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status."""
+    """Run the program and return its exit status."""
     return program.run(lambda console: fit(sys.argv[1:] if argv is None else argv, console))
 
 
 def fit(argv: Sequence[str], console: Console) -> None:
-    """Data, training, posteriors, evaluation, report."""
+    """Load the data, train, fit the posteriors, evaluate, and write the report."""
     arguments = parse(argv, "python -m training.fit_van")
     watch = program.Stopwatch(console, kept="continue with --resume")
     with watch.stage("data"):
@@ -57,11 +57,11 @@ def fit(argv: Sequence[str], console: Console) -> None:
             console=console,
             update_prior=posteriors.online_update(config, data, module, console),
         )
-    # Also what earlier sessions spent, where this one has resumed the run.
+    # If this session resumed the run, the time of earlier ones counts too.
     watch.seconds["training"] = seconds_of(trained)
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     with watch.stage("posterior"):
-        fitted = _fitted(workdir, network, console) if arguments.resume else None
+        fitted = _load_fitted(workdir, network, console) if arguments.resume else None
         if fitted is None:
             started = perf_counter()
             fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
@@ -72,8 +72,8 @@ def fit(argv: Sequence[str], console: Console) -> None:
     write_results(workdir, results, console)
 
 
-def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
-    """The posteriors that an earlier, finished run left; None, and a word why, where one is damaged."""
+def _load_fitted(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
+    """Load the posteriors that an earlier session left. If there are none, or one is damaged: None."""
     if not (workdir / POSTERIORS).exists():
         return None
     try:
@@ -84,7 +84,7 @@ def _fitted(workdir: Path, network: Network, console: Console) -> dict[str, Lapl
 
 
 def _check(config: Config, data: ImageData, module: van.VAN) -> None:
-    """Find what would stop the run later, before a work directory is made for it: nothing is computed."""
+    """Find what would stop the run later, before a work directory is made for it. Nothing is computed."""
     loop.check_batch_size(config, data)
     image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.uint8)
     try:

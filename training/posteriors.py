@@ -1,4 +1,4 @@
-"""The two Laplace posteriors of a run: the diagonal GGN and the Lanczos one, fitted on the training images."""
+"""The two Laplace posteriors of a run, with the diagonal GGN and with Lanczos, fitted on the training images."""
 
 import json
 import warnings
@@ -22,11 +22,11 @@ from training.data.shuffle import stratified_indices
 from training.errors import UserError
 from training.workdir import POSTERIORS, write_atomically
 
-# Display name -> hessian_structure of Laplace, in the order of tables.
+# From the name that tables show to the hessian_structure of Laplace, in the order of the tables.
 STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}
 
-# Online updates move the prior precision within these bounds: a layer whose weights have died, or weights hardly
-# trained yet, can send the maximiser to zero or infinity.
+# Online updates keep the prior precision within these bounds. If the weights of a layer have died or are hardly trained
+# yet, the maximiser of the evidence can be zero or infinite.
 ONLINE_RANGE = (1e-3, 1e3)
 _SECONDS_FILE = "seconds.json"
 _STOPPED = "stopped while fitting the posteriors; the trained network is kept; continue with --resume"
@@ -34,7 +34,7 @@ _PROBE_STREAM, _SUBSET_STREAM = 101, 102
 
 
 def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
-    """The trained module in inference mode: batch statistics frozen, drop-path off."""
+    """Make the network of the trained module in inference mode: batch statistics are frozen, drop-path is off."""
     return Network.from_linen(module, {"params": params, "batch_stats": batch_stats}, train=False)
 
 
@@ -43,12 +43,12 @@ def fit(
 ) -> dict[str, Laplace]:
     """Fit both structures on all training images, unaugmented and in fixed order.
 
-    Each comes back at the prior precision of training; `Laplace.optimize_prior_precision` moves it.
+    Each has the prior precision of training.
 
     Raises
     ------
     Interrupted
-        Ctrl-C or SIGTERM came; the running block was finished, nothing is kept.
+        Ctrl-C or SIGTERM came. The running block was finished, and nothing is kept.
     """
     posteriors = {}
     for name, structure in STRUCTURES.items():
@@ -69,7 +69,7 @@ def fit(
 
 @contextmanager
 def _warnings_on(console: Console) -> Iterator[None]:
-    """Print what the library warns of, such as a decomposition that has not converged, as one line."""
+    """Print each warning of the library, for example of a decomposition that has not converged, as one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -78,19 +78,19 @@ def _warnings_on(console: Console) -> Iterator[None]:
 
 
 def probe_key(config: Config) -> jax.Array:
-    """Seeds the probes of the decomposition."""
+    """Return the key of the probes of the decomposition."""
     return jax.random.fold_in(jax.random.key(config.seed), _PROBE_STREAM)
 
 
 def save(workdir: Path, posteriors: dict[str, Laplace], seconds: float) -> None:
-    """Write each posterior under `workdir/laplace`, verified on reading, and how long it took to fit them."""
+    """Write each posterior under `workdir/laplace`, and how many seconds it took to fit them all."""
     for name, la in posteriors.items():
         la.save(workdir / POSTERIORS / name)
     write_atomically(workdir / POSTERIORS / _SECONDS_FILE, json.dumps({"fit": seconds}) + "\n")
 
 
 def seconds_to_fit(workdir: Path) -> float | None:
-    """What `save` was told; None where an earlier release saved them, or the file is damaged."""
+    """Read how many seconds it took to fit the posteriors. If that was not saved, or the file is damaged: None."""
     try:
         return float(json.loads((workdir / POSTERIORS / _SECONDS_FILE).read_text())["fit"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -98,12 +98,12 @@ def seconds_to_fit(workdir: Path) -> float | None:
 
 
 def load(workdir: Path, network: Network) -> dict[str, Laplace]:
-    """Read what `save` wrote.
+    """Read and verify the posteriors that `save` wrote.
 
     Raises
     ------
     UserError
-        There is none, or a file is damaged: the message names it.
+        There are none, or a file is damaged. The message names the file.
     """
     try:
         return {name: Laplace.load(workdir / POSTERIORS / name, network) for name in STRUCTURES}
@@ -116,9 +116,9 @@ def load(workdir: Path, network: Network) -> dict[str, Laplace]:
 def online_update(
     config: Config, data: ImageData, module: nn.Module, console: Console
 ) -> Callable[[Any, Any, float, int], float]:
-    """The `update_prior` of `training.loop.train`: the maximiser of the Lanczos evidence on a subset of the images.
+    """Make the `update_prior` of the training loop, which maximises the Lanczos evidence on a subset of the images.
 
-    The subset is stratified, the same in every call; log likelihood and curvature are scaled to all training images.
+    The subset is stratified and the same in every call. Log likelihood and curvature are scaled to all training images.
     """
     count = min(config.prior.examples, len(data.train.labels))
     chosen = np.sort(stratified_indices(data.train.labels, count, (config.seed + _SUBSET_STREAM) % 2**63))

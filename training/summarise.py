@@ -1,4 +1,4 @@
-"""Put several runs of one experiment, usually of several seeds, into one table: mean and range of every metric.
+"""Put several runs of one experiment, such as those of several seeds, into one table: mean and range of each metric.
 
 python -m training.summarise checkpoints/van_digits checkpoints/van_digits_1 checkpoints/van_digits_2
 """
@@ -19,42 +19,42 @@ from training.cli.arguments import parse_record
 from training.errors import UserError
 from training.report.results import FORMAT_VERSION
 
-# What may differ between the runs of one experiment: the seed, where the images lie, and what only bounds the memory.
+# Settings that may differ between the runs of one experiment: none of them but the seed changes a result.
 _MAY_DIFFER = ("seed", "data.dir", "curvature.microbatch")
 
 _METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
 
 
 class Run(NamedTuple):
-    """What the table needs of one `metrics.json`; a value that was not finite is None there."""
+    """The part of a `metrics.json` that the table needs. A value that was not finite is None."""
 
     data: str
     split: str
     ood: str | None
     labels: tuple[str, ...]
-    """Of the methods, in order."""
+    """Labels of the methods, in order."""
     num_images: int
-    """In the split."""
+    """Images in the split."""
     seed: int
     seconds: float
     precisions: tuple[float | None, ...]
-    """Prior precision of each method; None also where it has none."""
+    """Prior precision of each method. None if the method has no prior."""
     scores: tuple[dict[str, float | None], ...]
-    """Of each method by metric."""
+    """For each method, its value of each metric."""
     evidence: dict[str, float | None]
-    """The highest on the grid, by structure."""
+    """Highest log evidence on the grid, by structure."""
     config: dict[str, Any]
-    """By dotted name of the field."""
+    """Settings by the dotted name of their field."""
     nll_differences: tuple[tuple[float | None, float | None], ...]
-    """Paired 95 % interval of each method's NLL minus that of MAP, which is the first."""
+    """For each method, the paired 95 % interval of its NLL minus the NLL of MAP."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Print a Markdown table: for each method the mean over runs and, in brackets, the lowest and the highest.
+    """Print a Markdown table: for each method the mean over runs and, in brackets, the lowest and the highest value.
 
-    Prior precisions, which spread over decades, are averaged geometrically. Below it, in how many runs each method's
-    NLL is told from that of MAP.
+    Prior precisions spread over decades, so their mean is geometric. Lines below the table say in how many runs the
+    NLL of a method differs from that of MAP.
     """
 
     workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -62,7 +62,7 @@ class Arguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns its exit status."""
+    """Run the program and return its exit status."""
     return program.run(lambda console: summarise(sys.argv[1:] if argv is None else argv, console))
 
 
@@ -78,12 +78,12 @@ def summarise(argv: Sequence[str], console: Console) -> None:
 
 
 def read(workdir: Path) -> Run:
-    """The content of `workdir/metrics.json`, as far as the table needs it.
+    """Read the part of `workdir/metrics.json` that the table needs.
 
     Raises
     ------
     UserError
-        There is none, or it is damaged, or of another program or format: the message names the file.
+        The file is missing, damaged, or of another program or format. The message names it.
     """
     path = workdir / "metrics.json"
     try:
@@ -143,12 +143,12 @@ def _number(value: Any) -> float | None:
 
 
 def table(runs: Sequence[Run]) -> list[str]:
-    """The lines of the table.
+    """Return the lines of the table.
 
     Raises
     ------
     UserError
-        The runs are of different settings (beside the seed), data, splits or methods.
+        The runs differ in their data, splits, methods, or settings other than the seed.
     """
     first = runs[0]
     _require_same_settings(runs)
@@ -181,7 +181,7 @@ def table(runs: Sequence[Run]) -> list[str]:
 def _require_same_settings(runs: Sequence[Run]) -> None:
     names = sorted({name for run in runs for name in run.config} - set(_MAY_DIFFER))
     values = {name: list(dict.fromkeys(repr(run.config.get(name)) for run in runs)) for name in names}
-    if differing := [f"{name}: {', '.join(found)}" for name, found in values.items() if len(found) > 1]:
+    if differing := [f"{name}: {', '.join(different)}" for name, different in values.items() if len(different) > 1]:
         raise UserError(
             f"all runs must be of one experiment, of the same settings beside the seed; these differ in "
             f"{'; '.join(differing)}; compare like with like"
@@ -189,7 +189,7 @@ def _require_same_settings(runs: Sequence[Run]) -> None:
 
 
 def _verdicts(differences: Sequence[tuple[float | None, float | None]]) -> str:
-    """In how many runs the interval lies below zero, above it, or neither (also where it is not finite)."""
+    """Say in how many runs the interval lies below zero, above zero, or neither. One that is not finite is neither."""
     better = sum(high is not None and high < 0 for _, high in differences)
     worse = sum(low is not None and low > 0 for low, _ in differences)
     return f"better in {better}, worse in {worse}, not told in {len(differences) - better - worse}"
@@ -200,7 +200,7 @@ def _range(
     written: Callable[[float], str],
     mean: Callable[[Sequence[float]], float] = statistics.fmean,
 ) -> str:
-    """Mean, lowest and highest."""
+    """Write the mean and, in brackets, the lowest and the highest value."""
     if any(value is None for value in values):
         return "not finite"
     if len(values) == 1:
@@ -209,7 +209,7 @@ def _range(
 
 
 def _digits(value: float) -> str:
-    """Three digits that count, and no powers of ten: 0.0834, 1.5, 56,200."""
+    """Write a number with three significant digits and without powers of ten: 0.0834, 1.5, 56,200."""
     return f"{float(f'{value:.3g}'):,.10g}"
 
 

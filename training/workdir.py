@@ -1,4 +1,4 @@
-"""The work directory of a run: who may use it, the config that it keeps, and files that are written whole."""
+"""The work directory of a run: which run may use it, the config that it keeps, and how its files are written."""
 
 import dataclasses
 import tempfile
@@ -16,10 +16,10 @@ CONFIG_FILE = "config.json"
 POSTERIORS = "laplace"
 """The folder of a work directory that holds the fitted posteriors."""
 
-# What a run may leave to measurement: None agrees with whatever the saved config records.
+# Settings that a run may leave to measurement: there None agrees with any saved value.
 _MEASURED = {"data.mean", "data.std"}
 
-# What a resumed run may change at any time: how it is evaluated, and how many images are in memory at once.
+# Settings that a resumed run may always change: how it is evaluated, and how many images are in memory at once.
 _CHANGEABLE = ("evaluation.", "curvature.microbatch:")
 
 
@@ -36,18 +36,18 @@ def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
     holds other files                       UserError                        UserError
     ======================================  ===============================  ==================
 
-    A directory with only a config is what a run leaves that ended before it kept anything. A finished run that is
-    resumed keeps its training and goes on to what comes after it.
+    A directory holds only a config if a run ended before it kept anything. A finished run that is resumed keeps its
+    training and goes on to the posteriors and the evaluation.
 
-    A resumed run may change what nothing on disk was computed with: ``evaluation`` and ``curvature.microbatch``
-    (memory, not results) always; the rest of ``curvature`` as long as no posterior is fitted, unless online updates of
-    the prior use it during training. The config is saved with the change. Pixel statistics that ``config`` leaves to
-    measurement agree with whatever the saved config records, and are taken from it.
+    A resumed run may change settings with which nothing on disk was computed. It may always change ``evaluation`` and
+    ``curvature.microbatch`` (memory, not results). It may change the rest of ``curvature`` if no posterior is fitted
+    yet and no online update of the prior used it during training. The config is saved with the change. Pixel
+    statistics that ``config`` leaves to measurement are taken from the saved config.
 
     Raises
     ------
     UserError
-        As in the table; or the directory cannot be written.
+        See the table. Also if the directory cannot be written.
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"`--workdir` must be a directory; {workdir} is a file; use another --workdir")
@@ -64,7 +64,7 @@ def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
             "use another --workdir"
         )
     saved = load_saved_config(workdir)
-    # A file without content, such as the log before its first record, holds nothing that could be lost.
+    # An empty file, such as the log before its first record, holds nothing that could be lost.
     holds_more = any(entry.name != CONFIG_FILE and not _is_empty_file(entry) for entry in entries)
     if not holds_more and not resume:
         save_config(workdir, config)
@@ -86,10 +86,9 @@ def _is_empty_file(path: Path) -> bool:
 
 
 def _require_same_run(workdir: Path, saved: Config, config: Config, holds_more: bool) -> None:
-    """Refuse settings under which what is in the directory would have come out differently."""
-    fitted = (workdir / POSTERIORS).exists()
-    used = fitted or config.prior.update == "online"
-    changeable = _CHANGEABLE if used else (*_CHANGEABLE, "curvature.")
+    """Refuse settings with which the files in the directory would be different."""
+    curvature_used = (workdir / POSTERIORS).exists() or config.prior.update == "online"
+    changeable = _CHANGEABLE if curvature_used else (*_CHANGEABLE, "curvature.")
     differences = [line for line in describe_difference(saved, config) if not line.startswith(changeable)]
     if not differences:
         return
@@ -122,9 +121,9 @@ def load_saved_config(workdir: Path) -> Config:
 
 
 def describe_difference(there: Config, here: Config) -> list[str]:
-    """One line for each field that differs, such as ``optimizer.learning_rate: 0.003 there, 0.001 here``.
+    """Write one line for each field that differs, such as ``optimizer.learning_rate: 0.003 there, 0.001 here``.
 
-    Pixel statistics that are None here (left to measurement) agree with any there.
+    Pixel statistics that are None here are left to measurement, so they agree with any there.
     """
     ours = dict(_fields(here))
     return [
@@ -135,7 +134,7 @@ def describe_difference(there: Config, here: Config) -> list[str]:
 
 
 def _fields(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted names and values of all fields."""
+    """List the dotted names and the values of all fields."""
     flat: list[tuple[str, Any]] = []
     for field in dataclasses.fields(record):
         value = getattr(record, field.name)
@@ -144,9 +143,8 @@ def _fields(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
     return flat
 
 
-# Files of a run: written whole or not at all, in a directory that was found writable before work was spent on it.
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file: readers see the old one or the new one, whole.
+    """Write a text file. Readers see the old content or the new one, never a part.
 
     Raises
     ------
@@ -159,12 +157,12 @@ def write_atomically(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path at which to make a file, which takes the place of `path` once it is whole.
+    """Yield a temporary path for a new file. The new file replaces `path` when the block ends.
 
     Raises
     ------
     UserError
-        The file cannot be written; what `path` held is still there.
+        The file cannot be written. The old file is still there.
     """
     try:
         with replacing(path) as temporary:
@@ -176,9 +174,9 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def why_not_writable(directory: Path) -> str | None:
-    """Say why no file could be made in a directory, or in the one that it would be made in; None where one could.
+    """Say why no file can be made in a directory, which need not exist. If a file can be made: None.
 
-    Leaves nothing behind, the directory itself included.
+    The check leaves nothing behind and does not make the directory.
     """
     place = directory.absolute()
     try:

@@ -1,7 +1,7 @@
 """Command lines as typed records, and the config file that a command line of `training.fit_van` starts from.
 
-A config file is a Python file that defines ``config``, a `training.config.Config`; its docstring is the experiment's
-card (command, hardware, time, expected result). The command line overrides single fields.
+A config file is a Python file that defines ``config``, a `training.config.Config`. Its docstring is the card of the
+experiment: command, hardware, time, expected result. The command line overrides single fields.
 """
 
 import argparse
@@ -28,12 +28,12 @@ _FRAME = "│╭╮╰╯─ "
 
 
 def parse_record(record: type[Record], argv: Sequence[str], program: str, **options: Any) -> Record:
-    """Read the arguments into a record, by `tyro.cli`, which takes the `options`.
+    """Read the arguments into a record. `tyro.cli` does the work and takes the `options`.
 
     Raises
     ------
     UserError
-        An option is unknown or has no value, or one of the wrong type: the message names both and `--help`.
+        An option is unknown, has no value, or has a value of the wrong type. The message names the option and `--help`.
     SystemExit
         After `--help`.
     """
@@ -48,11 +48,11 @@ def parse_record(record: type[Record], argv: Sequence[str], program: str, **opti
 
 
 def first_paragraph(box: str) -> str:
-    """What the box that tyro draws says first, as one line: the fault, before help texts and suggestions."""
+    """Return the fault from the box that tyro draws, as one line, without help texts and suggestions."""
     lines = []
     for line in box.splitlines():
         text = line.strip(_FRAME)
-        if text and not line.startswith("╭"):  # whose line holds the title
+        if text and not line.startswith("╭"):  # The corner begins the line of the title.
             lines.append(text)
         elif lines:
             break
@@ -64,16 +64,16 @@ def first_paragraph(box: str) -> str:
 class Arguments:
     """Train a Visual Attention Network, put a Laplace approximation on it, and evaluate both on held-out images.
 
-    Every setting below comes from the config file; an option overrides it.
+    Every setting below comes from the config file. An option overrides it.
     """
 
     config: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """The experiment: a Python file that defines `config`. The defaults shown below are those of this file."""
+    """The experiment: a Python file that defines `config`. The defaults shown below come from this file."""
     workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Where the run writes its config, log, checkpoints and report; default: checkpoints/<name of the config file>."""
     resume: tyro.conf.FlagCreatePairsOff[bool]
-    """Continue the run in the work directory to the same numbers as if it had not been interrupted; after training
-    has finished, go on with what comes after it."""
+    """Continue the run in the work directory. Its numbers will be the same as without an interruption. If its training
+    has finished, go on with the posteriors and the evaluation."""
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
 
@@ -90,7 +90,7 @@ def parse(argv: Sequence[str], program: str) -> Arguments:
     Raises
     ------
     UserError
-        The config file cannot be used; an option is unknown; a value is of the wrong type or out of its range.
+        The config file cannot be used, an option is unknown, or a value has the wrong type or is out of its range.
     SystemExit
         After `--help`.
     """
@@ -127,15 +127,15 @@ def load_config(path: Path) -> Config:
 
 
 def _config_option(argv: Sequence[str]) -> Path | None:
-    """The value of `--config`, found before tyro runs because the defaults that tyro shows depend on it."""
+    """Return the value of `--config`. It is found before tyro runs, because tyro shows defaults that depend on it."""
     scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scanner.add_argument("--config", type=Path)
     try:
         return scanner.parse_known_args(argv)[0].config
     except argparse.ArgumentError:
-        return None  # The value is missing: tyro says so.
+        return None  # The value is missing, and tyro will say so.
 
 
 def _find(path: Path) -> Path:
-    """The path as given, or the same path below the repository, so that the programs run from anywhere."""
+    """Return the path as given, or the same path below the repository, so that the programs run from anywhere."""
     return _ROOT / path if not path.exists() and (_ROOT / path).exists() else path

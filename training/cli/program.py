@@ -17,16 +17,18 @@ from training.workdir import why_not_writable
 
 USER_FAULT, INTERRUPTED = 2, interruption.EXIT_STATUS
 
-_UNBOUNDED = 10_000  # columns; more than anything printed here needs
+_UNBOUNDED = 10_000  # Columns: more than any line printed here has.
 
 
 def run(main: Callable[[Console], None]) -> int:
-    """Run a program and turn what the user can mend into one line on stderr.
+    """Run a program and turn a fault that the user can mend into one line on stderr.
 
     Returns
     -------
-    The exit status: 0; 2 for a fault that the message says how to mend; 130 after Ctrl-C or SIGTERM, which stop the
-    program where it asks for them (see `interruption`), and at once when they come twice.
+    int
+        The exit status. 0 is success, and 2 is a fault that the message says how to mend. 130 follows Ctrl-C or
+        SIGTERM, which stop the program at the next point where it asks for them (see `interruption`). Two of them stop
+        it at once.
     """
     console = make_console()
     try:
@@ -49,16 +51,16 @@ def run(main: Callable[[Console], None]) -> int:
 
 
 def make_console() -> Console:
-    """A console of the terminal's width; into a file or a pipe, which have none, nothing is wrapped."""
+    """Make a console as wide as the terminal. A file or a pipe has no width, so nothing is wrapped there."""
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
 
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between runs, in $JAX_COMPILATION_CACHE_DIR or ~/.cache/bnnlaplace/xla.
 
-    Where that cannot be written, say so and go on without.
+    If that directory cannot be written, print a warning and go on without a cache.
     """
-    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # which JAX reads itself
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")  # JAX reads this variable itself.
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     directory = Path(chosen or f"{home}/bnnlaplace/xla").expanduser()
     is_bucket = "://" in (chosen or "")
@@ -75,7 +77,10 @@ def use_compilation_cache() -> None:
 
 
 class Stopwatch:
-    """Seconds by stage, in the order the stages ran; `kept` says what a person has who stops the program between."""
+    """Seconds by stage, in the order in which the stages ran.
+
+    `kept` tells a person who stops the program between two stages what is left of the work.
+    """
 
     def __init__(self, console: Console, kept: str) -> None:
         self.console = console
@@ -84,7 +89,7 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Announce a stage and time it; a signal that came meanwhile stops the program after it at the latest."""
+        """Announce a stage and time it. If a signal came meanwhile, the program stops after the stage at the latest."""
         self.console.print(f"[bold]{name}[/bold]")
         started = perf_counter()
         yield

@@ -14,7 +14,7 @@ from training.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `python -m training.data`; return the exit status: 0, 2 for a fault of the user's, 130 for Ctrl-C."""
+    """Run the program and return its exit status: 0, or 2 for a fault of the user's, or 130 for Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m training.data", description="Prepare data sets for training.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     prepare = commands.add_parser("prepare", help="download a TFDS set and write it in array_record format")

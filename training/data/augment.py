@@ -9,16 +9,16 @@ MAX_SHIFT = 4
 def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Shift each image by up to four pixels and mirror half of them.
 
-    Equivalent to reflecting the border outwards by four pixels, cropping a window of the original size at a uniformly
-    random place, and flipping it left to right with probability 1/2, independently for every image.
+    For every image, independently: reflect the border outwards by four pixels, crop a window of the original size at a
+    uniformly random place, and flip it left to right with probability 1/2.
 
     Parameters
     ----------
     images : ndarray of uint8, shape (B, H, W, C)
-        A batch; left unchanged.
+        A batch. It is left unchanged.
     rng : numpy.random.Generator
-        Source of the randomness. Seed it from the run's seed and the step, `numpy.random.default_rng((seed, step))`,
-        and a resumed run repeats the batches of an uninterrupted one.
+        Source of the randomness. If it is seeded from the run's seed and the step,
+        `numpy.random.default_rng((seed, step))`, a resumed run repeats the batches of an uninterrupted one.
 
     Returns
     -------
@@ -26,8 +26,8 @@ def augment(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     Notes
     -----
-    One gather over the batch; padding, crop and flip only choose its indices. Crop and flip as in He et al. (2016),
-    "Deep residual learning for image recognition", section 4.2, which pads with zeros; reflection makes no edges.
+    It is one gather over the batch: padding, crop and flip only choose its indices. Crop and flip follow He et al.
+    (2016), "Deep residual learning for image recognition", section 4.2. They pad with zeros; reflection makes no edges.
     """
     batch, height, width, _ = images.shape
     shifts = rng.integers(-MAX_SHIFT, MAX_SHIFT, size=(2, batch, 1), endpoint=True)

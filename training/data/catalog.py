@@ -1,7 +1,8 @@
-"""The data directory: which TFDS sets lie in it, opening one, and preparing another.
+"""The data directory: which TFDS sets it holds, how one is opened, and how another is prepared.
 
-A set is always looked for on disk first. Asking TFDS for one that is not there costs minutes without a network, or
-raises errors about something else. Nothing here imports TensorFlow; TFDS does so while it prepares some sets.
+A set is always looked for on disk first. If TFDS is asked for a set that is not there, it takes minutes without a
+network, or raises errors about something else. Nothing here imports TensorFlow, but TFDS does while it prepares some
+sets.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
 EMBEDDED = "digits"
-"""The set that this package brings along, prepared on first use."""
+"""The set that comes with this package. It is prepared on first use."""
 
 CONNECT_SECONDS = 3.0
 """How long a download host may take to answer before the network counts as absent."""
@@ -37,10 +38,10 @@ def data_directory(directory: Path | None) -> Path:
 
 
 def find(name: str, directory: Path) -> Path | None:
-    """Return the folder of the newest version of `name` in `directory`, or None where it is not prepared.
+    """Return the folder of the newest version of `name` in `directory`. If the set is not prepared: None.
 
-    Only a folder called by a version number and with a description inside counts, so that what an interrupted
-    preparation leaves is not taken for a set.
+    A folder counts if its name is a version number and it has a description inside. What an interrupted preparation
+    leaves does not count.
     """
     if not _NAME.fullmatch(name):
         return None
@@ -51,13 +52,13 @@ def find(name: str, directory: Path) -> Path | None:
 
 
 def prepared_names(directory: Path) -> list[str]:
-    """Return the names of the sets prepared in `directory`, sorted; `name/config` where a set has configurations."""
-    found = {
+    """Return the sorted names of the sets in `directory`. A set with configurations appears as `name/config`."""
+    names = {
         path.parent.parent.relative_to(directory).as_posix()
         for depth in ("*/*", "*/*/*")
         for path in directory.glob(f"{depth}/dataset_info.json")
     }
-    return sorted(name for name in found if find(name, directory))
+    return sorted(name for name in names if find(name, directory))
 
 
 def prepare_command(name: str, directory: Path) -> str:
@@ -66,12 +67,12 @@ def prepare_command(name: str, directory: Path) -> str:
 
 
 def open_set(name: str, directory: Path) -> "tfds.core.DatasetBuilder":
-    """Open a prepared set; the embedded one is prepared if it is not there.
+    """Open a prepared set. The embedded set is prepared if it is not there.
 
     Parameters
     ----------
     name : str
-        `name` or `name/config`, whether known to TFDS or only to the directory. The newest version is opened.
+        `name` or `name/config`. TFDS need not know it. The newest version is opened.
     directory : Path
         The data directory.
 
@@ -83,23 +84,23 @@ def open_set(name: str, directory: Path) -> "tfds.core.DatasetBuilder":
     Raises
     ------
     UserError
-        If the set is unknown, not prepared, described by damaged files, or prepared in another file format.
+        The set is unknown, not prepared, damaged in its description, or prepared in another file format.
     """
-    import tensorflow_datasets as tfds  # A third of a second that `--help` need not wait for.
+    import tensorflow_datasets as tfds  # It takes a third of a second, for which `--help` need not wait.
 
-    found = find(name, directory)
-    if found is None and name == EMBEDDED:
-        found = prepare(name, directory)
-    if found is None:
+    folder = find(name, directory)
+    if folder is None and name == EMBEDDED:
+        folder = prepare(name, directory)
+    if folder is None:
         raise _not_prepared(name, directory)
     try:
-        builder = tfds.builder_from_directory(found)
-    except Exception as error:  # Parsers of several libraries lie below, each with exceptions of its own.
-        raise damaged(name, found, error) from error
+        builder = tfds.builder_from_directory(folder)
+    except Exception as error:  # Parsers of several libraries run here, and each has exceptions of its own.
+        raise damaged(name, folder, error) from error
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         file_format = builder.info.file_format
         raise UserError(
-            f"data set {name!r} must be in array_record format; {found} holds "
+            f"data set {name!r} must be in array_record format; {folder} holds "
             f"{file_format.value if file_format else 'an unnamed format'}; choose another directory and run: "
             f"{prepare_command(name, Path('DIR'))}"
         )
@@ -109,7 +110,7 @@ def open_set(name: str, directory: Path) -> "tfds.core.DatasetBuilder":
 def prepare(name: str, directory: Path) -> Path:
     """Download a set known to TFDS and write it in array_record format, or write the embedded one.
 
-    The folder appears under its final name only when complete, and the first of several processes at once wins.
+    The folder gets its final name only when it is complete. Of several processes at once, the first wins.
 
     Parameters
     ----------
@@ -121,19 +122,19 @@ def prepare(name: str, directory: Path) -> Path:
     Returns
     -------
     Path
-        The folder of the prepared set. One that is already there is left as it is.
+        The folder of the prepared set. A folder that is already there is left as it is.
 
     Raises
     ------
     UserError
-        If TFDS does not know the set, its host does not answer within `CONNECT_SECONDS`, TensorFlow is missing and
-        the set's preparation needs it, or writing fails.
+        TFDS does not know the set, its host does not answer within `CONNECT_SECONDS`, the preparation needs TensorFlow
+        and it is missing, or writing fails.
     """
-    if found := find(name, directory):
-        return found
+    if folder := find(name, directory):
+        return folder
     builder = _new_builder(name, directory)
     _check_network(name, builder)
-    # The embedded set takes a tenth of a second, not worth the progress bars that TFDS prints.
+    # TFDS prints progress bars, which the tenth of a second for the embedded set is not worth.
     quiet = contextlib.ExitStack()
     if name == EMBEDDED:
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -141,23 +142,23 @@ def prepare(name: str, directory: Path) -> Path:
     try:
         with quiet:
             builder.download_and_prepare(file_format="array_record")
-    except Exception as error:  # Any TFDS builder's own code runs below.
-        # Another process that finished first makes the final rename fail; its set is as good as ours.
+    except Exception as error:  # The code of any TFDS builder runs here.
+        # If another process finished first, the final rename fails, and the set of that process is as good as ours.
         if find(name, directory) is None:
             raise _preparation_failed(name, directory, error) from error
-    if found := find(name, directory):
-        return found
+    if folder := find(name, directory):
+        return folder
     raise UserError(
         f"data set {name!r} must be complete or absent; {builder.data_dir} lacks dataset_info.json; remove that "
         f"folder and run: {prepare_command(name, directory)}"
     )
 
 
-def damaged(name: str, found: Path, error: Exception) -> UserError:
-    """Return the error that says that the files of `name` in the folder `found` cannot be read."""
-    directory = found.parents[1 + name.count("/")]
+def damaged(name: str, folder: Path, error: Exception) -> UserError:
+    """Return the error that says that the files of a set in a folder cannot be read."""
+    directory = folder.parents[1 + name.count("/")]
     return UserError(
-        f"data set {name!r} must be readable; its files in {found} are damaged ({_summary(error)}); remove that "
+        f"data set {name!r} must be readable; its files in {folder} are damaged ({_summary(error)}); remove that "
         f"folder and run: {prepare_command(name, directory)}"
     )
 
@@ -180,12 +181,12 @@ def _new_builder(name: str, directory: Path) -> "tfds.core.DatasetBuilder":
         )
     try:
         return tfds.builder(name, data_dir=directory, file_format="array_record")
-    except Exception as error:  # The builder's own code runs here.
+    except Exception as error:  # The code of the builder runs here.
         raise _preparation_failed(name, directory, error) from error
 
 
 def _check_network(name: str, builder: "tfds.core.DatasetBuilder") -> None:
-    """Raise unless the hosts of the set's files answer: TFDS itself would retry for minutes."""
+    """Raise if a host of the set's files does not answer. TFDS itself would retry for minutes."""
     proxies = urllib.request.getproxies()
     for scheme, host in sorted({urlsplit(url)[:2] for url in builder.url_infos or ()}):
         via = urlsplit(proxies[scheme] if scheme in proxies and not urllib.request.proxy_bypass(host) else f"//{host}")
@@ -198,7 +199,7 @@ def _check_network(name: str, builder: "tfds.core.DatasetBuilder") -> None:
 
 
 def _answers(host: str, port: int, seconds: float) -> bool:
-    """Say whether a TCP connection opens in time; in a thread, since looking up the name has no time limit."""
+    """Say whether a TCP connection opens in time. It runs in a thread, because a name look-up has no time limit."""
     answered = threading.Event()
 
     def connect() -> None:

@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 from training.data.shuffle import stratified_indices
 
 SPLIT_SIZES = {"train": 1257, "validation": 180, "test": 360}
-"""Examples per split; every class keeps its share in each, to within one or two examples."""
+"""Examples per split. Every class keeps its share in each split, to within one or two examples."""
 
 _TEST_SEED, _VALIDATION_SEED = 1797, 1798
 
@@ -29,7 +29,7 @@ _CITATION = """\
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Handwritten digits, 8x8 grey pixels, ten classes, in fixed stratified splits of 1,257, 180 and 360.
 
-    Needs neither network nor TensorFlow: the images come with scikit-learn and are stored as PNG files, which TFDS
+    It needs neither a network nor TensorFlow: the images come with scikit-learn and are stored as PNG files, which TFDS
     writes as they are.
     """
 
@@ -53,7 +53,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             homepage="https://archive.ics.uci.edu/dataset/80",
             citation=_CITATION,
             license="Creative Commons Attribution 4.0 International (CC BY 4.0)",
-            # Records stay in the order of their keys, so the set reads the same under every TFDS release.
+            # Records stay in the order of their keys, so the set is the same under every TFDS release.
             disable_shuffling=True,
         )
 
@@ -78,5 +78,5 @@ def split_indices(labels: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def to_uint8(counts: np.ndarray) -> np.ndarray:
-    """Map ink counts 0..16 to 0..255, rounding; `(pixels * 16 + 127) // 255` maps them back exactly."""
+    """Map ink counts 0..16 to 0..255, rounded. `(pixels * 16 + 127) // 255` maps them back exactly."""
     return ((counts.astype(np.uint16) * 255 + 8) // 16).astype(np.uint8)

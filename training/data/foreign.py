@@ -1,4 +1,4 @@
-"""Images that a network was not trained for: inverted ones, noise, or those of another data set."""
+"""Images that a network was not trained for: inverted images, noise, or the images of another data set."""
 
 from pathlib import Path
 
@@ -24,19 +24,19 @@ def out_of_distribution(name: str, split: Split, data_dir: Path | None, seed: in
     split : Split
         The in-distribution examples.
     data_dir : Path or None
-        As for `load_split`.
+        The data directory, as for `load_split`.
     seed : int
-        Seed of the noise, and of the choice where the foreign set has more images than `split`.
+        Seed of the noise. If the foreign set has more images than `split`, it also chooses among them.
 
     Returns
     -------
     ndarray of uint8, shape (M, H, W, C)
-        M is the number of images in `split`, or fewer where a foreign set has no more.
+        M is the number of images in `split`, or that of a foreign set if it has fewer.
 
     Raises
     ------
     UserError
-        As `load_split`.
+        See `load_split`.
     """
     if name == "inverted":
         return 255 - split.images
@@ -50,6 +50,7 @@ def out_of_distribution(name: str, split: Split, data_dir: Path | None, seed: in
 
 
 def _to_channels(images: np.ndarray, channels: int) -> np.ndarray:
+    """Repeat grey as colours, or reduce colours to their luma."""
     if images.shape[-1] == channels:
         return images
     if channels == 3:
@@ -59,6 +60,7 @@ def _to_channels(images: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _resize(images: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize all images bilinearly."""
     if images.shape[1:3] == (height, width):
         return images
     size, channels = (width, height), images.shape[-1]

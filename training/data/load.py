@@ -11,7 +11,7 @@ from training.data.reading import Split, load_split
 from training.data.shuffle import permutation, stratified_indices
 from training.errors import UserError
 
-# Constants, so that all runs share their splits; large, so that no run's own seed draws the same numbers.
+# All runs share these seeds, and so their splits. They are large, so that no run's own seed draws the same numbers.
 _HOLD_OUT_SEED, _SUBSET_SEED = 2**63 + 1, 2**63 + 2
 
 
@@ -28,9 +28,8 @@ class ImageData(NamedTuple):
 def load(config: Data) -> ImageData:
     """Load the training, validation and test examples that a configuration describes.
 
-    The validation split is the set's own where it has one; otherwise a stratified part of the training split is held
-    out, the same in every run. `train_examples` then chooses among what is left, so it never changes the validation
-    examples.
+    If the set has a validation split, it is used. Otherwise a stratified part of the training split is held out, the
+    same part in every run. `train_examples` then chooses among the rest, so it never changes the validation examples.
 
     Parameters
     ----------
@@ -44,7 +43,7 @@ def load(config: Data) -> ImageData:
     Raises
     ------
     UserError
-        As `load_split`; also if an option does not fit the set.
+        See `load_split`. Also if an option does not fit the set.
     """
     directory = catalog.data_directory(config.dir)
     splits = catalog.open_set(config.name, directory).info.splits
@@ -77,7 +76,7 @@ def with_statistics(config: Data, images: np.ndarray) -> Data:
     Parameters
     ----------
     config : training.config.Data
-        What it leaves to measurement is measured.
+        Statistics that are None are measured.
     images : ndarray of uint8, shape (N, H, W, C)
         The training images.
 
@@ -108,12 +107,12 @@ def with_statistics(config: Data, images: np.ndarray) -> Data:
 def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """Return the order in which an epoch visits the training examples.
 
-    A pure function of its arguments, so that a resumed run meets the batches that an uninterrupted one would.
+    It is a pure function of its arguments, so a resumed run sees the same batches as an uninterrupted one.
 
     Parameters
     ----------
     seed, epoch : int
-        The run's seed and the number of the epoch, from 0.
+        The seed of the run and the number of the epoch, from 0.
     num_examples : int
         Number of training examples.
 
@@ -126,7 +125,7 @@ def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
 
 
 def _hold_out(train: Split, count: int | None) -> tuple[Split, Split]:
-    """Part the training split into training and validation examples, stratified, in their original order."""
+    """Divide the training split into training and validation examples, stratified, in their original order."""
     total = len(train.labels)
     if count is None:
         count = max(total // 10, 1)
@@ -137,7 +136,9 @@ def _hold_out(train: Split, count: int | None) -> tuple[Split, Split]:
 
 def _check_count(option: str, count: int, available: int) -> None:
     if not 1 <= count <= available:
-        raise UserError(f"`{option}` must lie in 1 to {available}, the training images there are; got {count}")
+        raise UserError(
+            f"`{option}` must lie in 1 to {available}, as there are no more training images; got {count}; use fewer"
+        )
 
 
 def _take(split: Split, indices: np.ndarray) -> Split:
@@ -159,7 +160,7 @@ def _check_shapes(config: Data, *splits: Split) -> None:
 
 
 def _measure(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation of the scaled pixels, from exact integer sums: the same on every machine."""
+    """Measure mean and standard deviation of the scaled pixels from exact integer sums, the same on every machine."""
     count = images[..., 0].size
     total, squares = np.zeros((2, images.shape[-1]), dtype=np.int64)
     for start in range(0, len(images), 1024):  # Bounds the memory of the squares.

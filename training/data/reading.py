@@ -1,7 +1,7 @@
-"""Reading one split of a prepared TFDS set: every image decoded, in the order of the files, into one array.
+"""Reading one split of a prepared TFDS set: every image is decoded, in the order of the files, into one array.
 
-Decoded once and sliced by index, sets that fit in memory cost a training loop no decoding at all, as a streaming loader
-would at every pass, and every pass over them sees the same order.
+A set that fits in memory is decoded once. A streaming loader would decode it at every pass. Every pass over the array
+sees the same order.
 """
 
 import io
@@ -18,12 +18,12 @@ from training.errors import UserError
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
 
-_BATCH = 1000  # Records fetched at a time; bounds the encoded bytes held at once.
+_BATCH = 1000  # Records fetched at a time. It bounds the encoded bytes in memory.
 _MODES = {1: "L", 3: "RGB"}  # Pillow's names for grey and colour images of 8 bits.
 
 
 class Split(NamedTuple):
-    """The examples of one split, in their fixed order."""
+    """The examples of one split, in a fixed order."""
 
     images: np.ndarray
     """uint8, shape (N, H, W, C), C = 1 or 3."""
@@ -39,7 +39,7 @@ def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tup
     name : str
         The set, `name` or `name/config`. `digits` is prepared if it is not there.
     split : str
-        A split as the set names it.
+        The name of the split.
     data_dir : Path or None
         The data directory; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
@@ -53,12 +53,12 @@ def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tup
     Raises
     ------
     UserError
-        If the set is unknown, not prepared, in another format, damaged, or no classification of uint8 grey or colour
-        images of one size, if the split is unknown or empty, or if a label lies outside the classes.
+        The set is unknown, not prepared, in another format, or damaged. It is not a classification of grey or colour
+        images, uint8 and of one size. The split is unknown or empty. A label lies outside the classes.
 
     Notes
     -----
-    Decodes on one core, image by image; memory N H W C bytes.
+    It decodes on one core, image by image, and takes N H W C bytes of memory.
     """
     builder = catalog.open_set(name, catalog.data_directory(data_dir))
     splits = builder.info.splits
@@ -73,7 +73,7 @@ def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tup
         data = _decode_all(name, examples, splits[split].num_examples, shape[-1])
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # Readers and decoders of several libraries, each with exceptions of its own.
+    except Exception as error:  # Readers and decoders of several libraries run here, each with its own exceptions.
         raise catalog.damaged(name, Path(builder.data_dir), error) from error
     class_names = tuple(builder.info.features[label_key].names)
     _check_labels(name, split, data.labels, len(class_names))
@@ -81,7 +81,7 @@ def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tup
 
 
 def _feature_keys(name: str, features: "tfds.features.FeaturesDict") -> tuple[str, str]:
-    """Find the image and the label: the only ones of their kind, or those called `image` and `label`."""
+    """Find the keys of image and label: the only features of their kind, or those called `image` and `label`."""
     import tensorflow_datasets as tfds
 
     keys = []
@@ -108,7 +108,7 @@ def _raw_examples(
     """Yield the encoded image and the label of each record."""
     import tensorflow_datasets as tfds
 
-    # Left to TFDS, the decoding would depend on whether OpenCV is installed.
+    # If TFDS decoded the images, the pixels would depend on whether OpenCV is installed.
     source = builder.as_data_source(split=split, decoders={image_key: tfds.decode.SkipDecoding()})
     for start in range(0, len(source), _BATCH):
         for example in source.__getitems__(range(start, min(start + _BATCH, len(source)))):
@@ -116,7 +116,7 @@ def _raw_examples(
 
 
 def _decode_all(name: str, examples: Iterator[tuple[bytes, int]], count: int, channels: int) -> Split:
-    """Decode `count` examples into one array; the first image sets the size."""
+    """Decode `count` examples into one array. The first image sets the size."""
     images = np.empty((count, 0, 0, channels), dtype=np.uint8)
     labels = np.empty(count, dtype=np.int32)
     for index, (encoded, label) in enumerate(examples):

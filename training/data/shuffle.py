@@ -1,8 +1,8 @@
 """Permutations and stratified subsets that are pure functions of a seed.
 
-Both rest on the raw stream of the Philox generator, which NumPy keeps fixed for ever, rather than on the methods of
-`numpy.random.Generator`, which may change between releases. So a split drawn today is the split drawn anywhere, and
-a resumed run meets the same batches as an uninterrupted one.
+Both use the raw stream of the Philox generator, which NumPy keeps fixed for ever. The methods of
+`numpy.random.Generator` may change between releases. So a seed gives the same split everywhere, and a resumed run sees
+the same batches as an uninterrupted one.
 """
 
 import numpy as np
@@ -24,7 +24,7 @@ def permutation(seed: int, stream: int, size: int) -> np.ndarray:
 
     Notes
     -----
-    Sorts `size` random 64-bit words; two of them coincide with probability below `size**2 / 2**65`.
+    It sorts `size` random 64-bit words. Two of them are equal with probability below `size**2 / 2**65`.
     """
     key = np.array([seed % 2**64, stream % 2**64], dtype=np.uint64)
     return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
@@ -50,11 +50,11 @@ def stratified_indices(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     Raises
     ------
     ValueError
-        If `count` is outside 0 to N.
+        `count` is outside 0 to N.
 
     Notes
     -----
-    The shares are apportioned by largest remainders (ties to the smaller class), in exact integer arithmetic.
+    Largest remainders apportion the shares in exact integer arithmetic. A tie goes to the class of the smaller number.
     """
     if not 0 <= count <= labels.size:
         raise ValueError(f"`stratified_indices(count=...)` must lie in 0 to {labels.size}; got {count}")

@@ -6,20 +6,20 @@ two primitives are closed under every derivative, of any order:
     conv(x, w)[i, j]               = sum_uv x[i + d(u - r), j + d(v - r)] w[u, v]
     kernel_gradient(x, y)[u, v]    = sum_ij x[i + d(u - r), j + d(v - r)] y[i, j]
 
-The transpose of `conv` in x is `conv` with the kernel turned by 180 degrees, in w it is `kernel_gradient`; the
-transposes of `kernel_gradient` are two `conv`.
+The transpose of `conv` in x is `conv` with the kernel turned by 180 degrees. Its transpose in w is `kernel_gradient`.
+The two transposes of `kernel_gradient` are `conv` again.
 
-XLA on CPU runs grouped convolutions, above all dilated ones and their kernel gradients, many times slower than their
-arithmetic. So each primitive has three lowerings, and "auto" chooses where the program is compiled for, not where it
-is traced: the library's grouped convolution on accelerators; on CPU shifted multiply-adds, or, on the smallest images,
-one matrix product per channel with the Toeplitz matrix of its kernel. Taps that no pixel reaches are skipped: a 7 x 7
-kernel of dilation 3 has 9 left on a 4 x 4 image.
+XLA on CPU runs grouped convolutions many times slower than their arithmetic, above all dilated ones and their kernel
+gradients. So each primitive has three lowerings. "auto" chooses among them by the platform that the program is compiled
+for, not by the one where it is traced. On accelerators it takes the grouped convolution of the library. On CPU it takes
+shifted multiply-adds, or, for the smallest images, one matrix product per channel with the Toeplitz matrix of its
+kernel. Taps that no pixel reaches are skipped: a 7 x 7 kernel of dilation 3 has 9 left on a 4 x 4 image.
 
-Arrays are channels first, images last. A channel is then a contiguous matrix of pixels by images, so that multiply-adds
-run along the images, and the Toeplitz products, like the pointwise layers around them, need no transposition.
+Arrays have channels first and images last. A channel is then a contiguous matrix of pixels by images. So multiply-adds
+run along the images, and the Toeplitz products need no transposition, as the pointwise layers around them need none.
 
-Inside the primitives there is an axis G of independent convolutions, to which `jax.vmap` maps: images are
-(C, G, H, W, N), kernels (kh, kw, C, G), and either may have G = 1 and be shared.
+Inside the primitives there is an axis G of independent convolutions, to which `jax.vmap` maps. Images are
+(C, G, H, W, N), kernels are (kh, kw, C, G), and either may have G = 1 and be shared.
 """
 
 from collections.abc import Callable
@@ -35,17 +35,17 @@ from jax.interpreters import ad, batching, mlir
 
 Method = Literal["auto", "toeplitz", "shifted", "grouped"]
 
-# Largest images, in pixels, for which Toeplitz products beat shifted sums (2 CPU cores, 16 to 64 channels). The kernel
-# gradient gains longer, because its sum over pixels and images is what XLA does not vectorise.
+# Largest images, in pixels, for which Toeplitz products beat shifted sums (2 CPU cores, 16 to 64 channels). The limit
+# of the kernel gradient is larger, because XLA does not vectorise its sum over pixels and images.
 TOEPLITZ_CONV_PIXELS = 16
 TOEPLITZ_GRADIENT_PIXELS = 64
 
-# Rows that the shifted kernel gradient adds up before it reduces: more would only lengthen compilation.
+# Rows that the shifted kernel gradient adds up before it reduces. More rows would only take longer to compile.
 ROWS_PER_SUM = 16
 
 
 def depthwise_conv(x: Array, kernel: Array, *, dilation: int = 1, method: Method = "auto") -> Array:
-    """Convolve each channel with its own kernel, stride 1, zeros outside, output as large as the input.
+    """Convolve each channel with its own kernel, with stride 1 and zeros outside: the output is as large as the input.
 
     y[c, i, j, n] = sum_uv x[c, i + dilation (u - r_h), j + dilation (v - r_w), n] kernel[u, v, c]
 
@@ -54,29 +54,29 @@ def depthwise_conv(x: Array, kernel: Array, *, dilation: int = 1, method: Method
     x : (C, H, W, N)
         Images, channels first and images last.
     kernel : (kh, kw, C)
-        One kernel per channel; kh and kw odd.
+        One kernel per channel. kh and kw are odd.
     dilation
         Distance between taps, in pixels.
     method
-        "auto": "grouped" off CPU; on CPU "toeplitz" on the smallest images, else "shifted". Naming one fixes it.
-        "grouped" multiplies in the precision of the `jax.default_matmul_precision` that it is called under, the others
-        in full.
+        "auto" is "grouped" on accelerators; on CPU it is "toeplitz" for the smallest images and "shifted" for others.
+        "grouped" multiplies in the precision of the `jax.default_matmul_precision` that it is called under. The others
+        multiply in full precision.
 
     Returns
     -------
     Array
-        (C, H, W, N). Differentiable to any order in x and kernel; cost C H W N multiply-adds per tap, or H W per
-        output for "toeplitz", which also keeps a C x (H W)^2 matrix.
+        (C, H, W, N), differentiable to any order in x and kernel. It costs C H W N multiply-adds per tap. "toeplitz"
+        costs H W per output, and keeps a C x (H W)^2 matrix.
 
     Raises
     ------
     ValueError
-        Shapes that do not fit, an even kernel, a dilation below 1, an unknown method.
+        The shapes do not fit, a size of the kernel is even, the dilation is below 1, or the method is unknown.
     """
     _check(x, kernel, dilation, method)
     dtype = jnp.result_type(x, kernel)
     x, kernel = jnp.asarray(x, dtype), jnp.asarray(kernel, dtype)
-    # The context that asks for a precision has ended by the time the primitive is lowered.
+    # It is read here, because the context that sets it has ended when the primitive is lowered.
     precision = jax.config.jax_default_matmul_precision
     return _conv_p.bind(x[:, None], kernel[..., None], dilation=dilation, method=method, precision=precision)[:, 0]
 
@@ -99,7 +99,7 @@ def _check(x: Array, kernel: Array, dilation: int, method: str) -> None:
 
 
 def _taps(window: tuple[int, int], dilation: int, image: tuple[int, int]) -> list[tuple[int, int, int, int]]:
-    """The (u, v, dy, dx) of the taps that reach at least one pixel of the image from another."""
+    """List the (u, v, dy, dx) of the taps that reach at least one pixel of the image from another."""
     offsets = [
         [(k, dilation * (k - size // 2)) for k in range(size) if abs(dilation * (k - size // 2)) < extent]
         for size, extent in zip(window, image, strict=True)
@@ -108,11 +108,11 @@ def _taps(window: tuple[int, int], dilation: int, image: tuple[int, int]) -> lis
 
 
 def _pad_for(taps: list[tuple[int, int, int, int]], x: Array, below: int = 0) -> tuple[Array, int, int]:
-    """x with the zeros that the taps reach (and `below` more rows), and their number above and to the left."""
+    """Pad x with the zeros that the taps reach, and `below` more rows. Return also the zeros above and to the left."""
     top = max(dy for _, _, dy, _ in taps)
     left = max(dx for _, _, _, dx in taps)
     padded = jnp.pad(x, ((0, 0), (0, 0), (top, top + below), (left, left), (0, 0)))
-    # Fused into the sum, the padding would be evaluated once per tap.
+    # Without the barrier the padding would be fused into the sum and evaluated once per tap.
     return lax.optimization_barrier(padded), top, left
 
 
@@ -139,7 +139,7 @@ def _shifted_conv(x: Array, w: Array, *, dilation: int) -> Array:
         padded[:, :, top + dy : top + dy + height, left + dx : left + dx + width] * w[u, v, :, :, None, None, None]
         for u, v, dy, dx in taps
     ]
-    # Fused into the next convolution's sum, this one would be evaluated once per tap of that one.
+    # Without the barrier this sum would be fused into the next convolution and evaluated once per tap there.
     return lax.optimization_barrier(sum(terms[1:], terms[0]))
 
 
@@ -153,7 +153,7 @@ def _shifted_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dil
     y = jnp.pad(y, ((0, 0), (0, 0), (0, below), (0, 0), (0, 0)))
     sums = {}
     for u, v, dy, dx in taps:
-        # Adding rows first vectorises and leaves little to reduce; a plain sum of products would do neither.
+        # Rows are added first: that vectorises and leaves little to reduce. A plain sum of products would do neither.
         terms = [
             padded[:, :, top + dy + i : top + dy + i + (blocks - 1) * rows + 1 : rows, left + dx : left + dx + width]
             * y[:, :, i::rows]
@@ -173,7 +173,7 @@ def _toeplitz_conv(x: Array, w: Array, *, dilation: int) -> Array:
     if groups == 1:
         y = _exact_einsum("cgqp,cpn->cgqn", matrices, pixels[:, 0])
     else:
-        # A shared matrix is repeated: one product per convolution beats transposing the images for one per channel.
+        # A shared matrix is repeated. One product per channel would have to transpose the images, which is slower.
         matrices = jnp.broadcast_to(matrices, (channels, groups, *matrices.shape[2:]))
         y = _exact_einsum("cgqp,cgpn->cgqn", matrices, pixels)
     return y.reshape(*y.shape[:2], height, width, images)
@@ -229,7 +229,7 @@ _conv_p = Primitive("depthwise_conv")
 _gradient_p = Primitive("depthwise_kernel_gradient")
 
 
-# Where G stands, in an image and in a kernel.
+# Position of the axis G in an image and in a kernel.
 _IMAGE, _KERNEL = 1, 3
 
 
@@ -242,7 +242,7 @@ def _gradient_shape(x: Any, y: Any, *, window: tuple[int, int], **_: Any) -> Any
 
 
 def _summed_like(operand: Any, cotangent: Array, axis: int) -> Array:
-    """The cotangent of an operand that one or all of the G convolutions shared."""
+    """Return the cotangent of an operand. If the G convolutions shared it, their cotangents are summed."""
     shared = operand.aval.shape[axis] == 1 < cotangent.shape[axis]
     return jnp.sum(cotangent, axis, keepdims=True) if shared else cotangent
 
@@ -271,7 +271,7 @@ def _batch(
     axes: tuple[int | None, int | None],
     **params: Any,
 ) -> tuple[Array, int]:
-    """Fold the mapped axis into G; an operand that is neither mapped nor grouped stays shared."""
+    """Fold the mapped axis into G. An operand that is neither mapped nor grouped stays shared."""
     moved = [
         jnp.expand_dims(a, place) if axis is None else jnp.moveaxis(a, axis, place)
         for a, axis, place in zip(operands, axes, places, strict=True)
@@ -293,7 +293,7 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 
 
 def _lowering(rules: dict[str, Callable[..., Array]], pixels: int, platform: str) -> Callable[..., list[Array]]:
-    """The rule for `platform`; on CPU, Toeplitz products up to `pixels`."""
+    """Make the lowering rule for a platform. On CPU "auto" takes Toeplitz products up to `pixels`."""
 
     def lower(x: Array, other: Array, *, method: Method, precision: str | None, **params: Any) -> list[Array]:
         if method == "auto" and platform == "cpu":
@@ -310,7 +310,7 @@ def _lowering(rules: dict[str, Callable[..., Array]], pixels: int, platform: str
 def _define(
     primitive: Primitive, shape: Any, places: tuple[int, int, int], rules: dict[str, Callable[..., Array]], pixels: int
 ) -> None:
-    """Register all but the derivatives. `places` says where G stands in the operands and in the result."""
+    """Register all but the derivatives. `places` are the positions of G in the operands and in the result."""
     primitive.def_abstract_eval(shape)
     primitive.def_impl(lambda *operands, **params: _compiled(primitive, tuple(params.items()))(*operands))
     batching.primitive_batchers[primitive] = partial(_batch, primitive, places[:2], places[2])

@@ -1,12 +1,13 @@
 """Visual Attention Networks: Guo, Lu, Liu, Cheng, Hu, "Visual Attention Network", 2022, arXiv 2202.09741.
 
-The official architecture, sizes B0 to B6, and two small ones for 32 x 32 and 8 x 8 images. Four stages (fewer in the
-small ones), each an overlapping patch embedding, blocks of large kernel attention and convolutional MLP, and a layer
-normalisation; then the mean over pixels and a linear head.
+The sizes B0 to B6 are the official ones, and two small sizes are for 32 x 32 and 8 x 8 images. A network has four
+stages, the small ones fewer. A stage is an overlapping patch embedding, blocks of large kernel attention and
+convolutional MLP, and a layer normalisation. Then come the mean over pixels and a linear head.
 
-Images come in as (N, H, W, C). Inside, everything is (C, H, W, N), channels first and images last: pointwise layers are
-then plain matrix products, per-channel factors vary slowest, and depthwise convolutions run fastest on CPU (see
-`training.models.depthwise`). With both, Gauss-Newton products take less time than with channels last.
+Images come in as they are stored, (N, H, W, C), and the first layer normalises them. Inside, arrays are (C, H, W, N),
+channels first and images last. Pointwise layers are then plain matrix products, factors of channels vary slowest, and
+depthwise convolutions run fastest on CPU (see `training.models.depthwise`). So Gauss-Newton products take less time
+than with channels last.
 """
 
 import math
@@ -33,14 +34,14 @@ class VANVariant:
     depths: tuple[int, ...]
     """Blocks in each stage."""
     mlp_ratios: tuple[int, ...]
-    """Hidden channels of the MLP over channels of the stage, for each stage."""
+    """Hidden channels of the MLP divided by channels of the stage, for each stage."""
     stem_kernel: int = 7
-    """Kernel size of the first patch embedding; odd."""
+    """Kernel size of the first patch embedding. It is odd."""
     stem_stride: int = 4
-    """Stride of the first patch embedding; the later ones have kernel 3 and stride 2."""
+    """Stride of the first patch embedding. The later ones have kernel 3 and stride 2."""
     image_shape: tuple[int, int, int] = (224, 224, 3)
-    """The height, width and channels it is meant for. Any other will do that is no smaller than the product of the
-    strides."""
+    """Height, width and channels of the images it is meant for. Other images work too if their height and width are at
+    least the product of the strides."""
 
 
 _SMALL = (32, 64, 160, 256)
@@ -63,12 +64,12 @@ VARIANTS: dict[str, VANVariant] = {
 
 
 class Normalise(nn.Module):
-    """Pixels from 0 to 255, channels last, to (pixel / 255 - mean) / std. The statistics are constants, not weights."""
+    """Map pixels from 0 to 255 to (pixel / 255 - mean) / std. The statistics are constants, not weights."""
 
     mean: tuple[float, ...]
-    """Of each channel, for pixels scaled to [0, 1]."""
+    """Mean of each channel, for pixels scaled to [0, 1]. Channels are the last axis of the images."""
     std: tuple[float, ...]
-    """Of each channel, for pixels scaled to [0, 1]."""
+    """Standard deviation of each channel, for pixels scaled to [0, 1]."""
 
     def __call__(self, x: Array) -> Array:
         std = np.asarray(self.std, np.float64)
@@ -116,13 +117,13 @@ class PatchEmbedding(nn.Module):
         shape = (self.size, self.size, x.shape[0], self.features)
         kernel = self.param("kernel", nn.initializers.normal(math.sqrt(2 / self.features) / self.size), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        # Patches times kernel as one matrix product. The library convolution has no fast form for many kernels at
-        # once, nor for one kernel gradient per image; the patches overlap little enough to be written out.
+        # Patches times kernel is one matrix product. The convolution of the library is slow for many kernels at once
+        # and for one kernel gradient per image, and the patches overlap little enough to be written out.
         y = _linear(kernel.reshape(-1, self.features), self._patches(x))
         return _batch_norm("norm", train)(y + _per_channel(bias))
 
     def _patches(self, x: Array) -> Array:
-        """(C, H, W, N) to (size * size * C, H / stride, W / stride, N), zeros outside, centred on every stride-th."""
+        """Map (C, H, W, N) to (size * size * C, H / stride, W / stride, N): patches around every stride-th pixel."""
         radius, stride = self.size // 2, self.stride
         height, width = (-(-extent // stride) for extent in x.shape[1:3])
         x = jnp.pad(x, ((0, 0), (radius, radius), (radius, radius), (0, 0)))
@@ -135,7 +136,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Large kernel attention between two pointwise layers: 25 + 49 taps let the gate see 23 x 23 pixels."""
+    """Large kernel attention between two pointwise layers. With 25 + 49 taps the gate sees 23 x 23 pixels."""
 
     method: Method
 
@@ -165,7 +166,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP: each normalised first, scaled per channel, and added to its input."""
+    """Attention, then MLP. Each gets its input normalised, and adds its output, scaled per channel, to that input."""
 
     mlp_ratio: int
     drop_path: float
@@ -189,7 +190,7 @@ class Block(nn.Module):
 class VAN(nn.Module):
     """Visual Attention Network: images (N, H, W, C) to logits (N, num_classes).
 
-    Fields are those of `VANVariant`, and:
+    It has the fields of `VANVariant` and these:
 
     num_classes
         Length of the logits.
@@ -197,16 +198,16 @@ class VAN(nn.Module):
         With them the first layer normalises the images, one number per channel; see `Normalise`. Without them the
         images must be normalised already.
     drop_path
-        Probability, in training, that a residual branch of the last block is dropped for an image; it grows linearly
-        from 0 at the first block. Draws from the random stream "drop_path".
+        Probability, in training, that a residual branch of the last block is dropped for an image. It grows linearly
+        from 0 at the first block. The random stream is "drop_path".
     depthwise
         How depthwise convolutions run; see `training.models.depthwise.depthwise_conv`.
 
     Raises
     ------
     ValueError
-        When called: fields that do not fit together, images smaller than the product of the strides, or with another
-        number of channels than the weights were made for.
+        It is called, and fields do not fit together, or images are smaller than the product of the strides or have
+        another number of channels than the weights.
 
     Examples
     --------
@@ -230,7 +231,7 @@ class VAN(nn.Module):
 
     @classmethod
     def from_variant(cls, variant: VANVariant, num_classes: int, **options: Any) -> "VAN":
-        """The network of a size; `options` are further fields, and replace those of the variant."""
+        """Make the network of a size. `options` are further fields, and they replace those of the variant."""
         size = {f.name: getattr(variant, f.name) for f in fields(variant) if f.name != "image_shape"}
         return cls(num_classes, **(size | options))
 
@@ -284,13 +285,13 @@ class VAN(nn.Module):
         stem = self.variables.get("params", {}).get("patch_embed1")
         if stem is not None and stem["kernel"].shape[2] != shape[3]:
             raise ValueError(
-                f"VAN()(x) must get images of {stem['kernel'].shape[2]} channels, those its weights were made for; "
+                f"VAN()(x) must get images of {stem['kernel'].shape[2]} channels, as its weights were made for; "
                 f"got {shape[3]}; convert the images or initialise anew"
             )
 
 
 def from_config(config: Config, num_classes: int) -> VAN:
-    """The network that a configuration describes.
+    """Make the network that a configuration describes.
 
     Parameters
     ----------
@@ -298,12 +299,14 @@ def from_config(config: Config, num_classes: int) -> VAN:
         Its model section has the variant, overrides of its stem, and drop-path. Its data section has the statistics
         of the pixels, measured or configured (`training.data.load.with_statistics`).
     num_classes
-        Classes of the data.
+        Number of classes of the data.
 
     Raises
     ------
     UserError
-        An unknown variant, an even stem kernel, or a stem stride that leaves pixels out.
+        The variant is unknown, the stem kernel is even, or the stem stride leaves pixels out.
+    ValueError
+        The configuration has no statistics of the pixels.
     """
     model, data = config.model, config.data
     if data.mean is None or data.std is None:
@@ -331,12 +334,12 @@ def from_config(config: Config, num_classes: int) -> VAN:
 
 
 def _per_channel(v: Array) -> Array:
-    """(C,) against (C, H, W, N)."""
+    """Give a vector of channels the axes of (C, H, W, N)."""
     return v[:, None, None, None]
 
 
 def _linear(kernel: Array, x: Array) -> Array:
-    """kernel' x over the leading axes. With the kernel first, features come out first, as everywhere in here."""
+    """Multiply kernel' x over the leading axes. With the kernel first, the features come out first."""
     return lax.dot_general(kernel, x, (((0,), (0,)), ((), ())))
 
 

@@ -1,4 +1,4 @@
-"""Held-out evaluation of a trained network and its posteriors: from logits to a `RunResults` record."""
+"""Held-out evaluation of a trained network and its posteriors, from logits to a `RunResults` record."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -30,7 +30,7 @@ _STOPPED = "stopped in stage evaluation; nothing of it is written"
 
 
 def foreign_images(config: Config, data: ImageData) -> np.ndarray:
-    """The out-of-distribution images to evaluate on; loaded before anything is computed, as they may be missing."""
+    """Load the out-of-distribution images. Call it before anything is computed, because they may be missing."""
     split: Split = getattr(data, config.evaluation.split)
     return out_of_distribution(config.evaluation.ood, split, config.data.dir, config.seed)
 
@@ -45,14 +45,14 @@ def evaluate(
 ) -> RunResults:
     """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
 
-    The temperature and the second precision (the lowest NLL of the Monte Carlo predictive on a grid, among the
-    precisions at which the samples have converged) are chosen on the validation images; the first precision is the
-    maximiser of the evidence. `foreign` is what `foreign_images` gives.
+    The first precision maximises the evidence. The second has the lowest NLL of the Monte Carlo predictive on the
+    validation images, among the precisions of the grid at which the samples have converged. The temperature is chosen
+    on the validation images too. `foreign` comes from `foreign_images`.
 
     Raises
     ------
     UserError
-        There is no precision on the grid to choose by the validation NLL.
+        The validation NLL can choose no precision of the grid.
     """
     network = next(iter(posteriors.values())).network
     split: Split = getattr(data, config.evaluation.split)
@@ -89,10 +89,10 @@ def evaluate(
 
 
 def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, labels: np.ndarray) -> "PrecisionCurve":
-    """Evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima.
+    """Compute evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima.
 
-    Where the samples have not converged, NLL and ECE are not those of the posterior: such precisions are marked in
-    `converged`, and the validation NLL does not choose them.
+    At a precision at which the samples have not converged, NLL and ECE are not those of the posterior. `converged`
+    marks such precisions, and the validation NLL does not choose them.
     """
     from bnnlaplace.plots import PrecisionCurve  # Matplotlib takes most of a second to load.
 
@@ -109,7 +109,7 @@ def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, 
         num_samples=config.curvature.num_probes,
         microbatch=config.curvature.microbatch,
     )
-    # The log-determinant is at most this much too high, so the evidence at most half as much too low.
+    # The log-determinant is too high by at most the truncation, so the evidence is too low by at most half of it.
     truncation = np.array([0.5 * la.structure.truncation(delta).mean() for delta in grid])
     nll_optimum, nll_at_bound = lowest_nll(name, grid, heldout.negative_log_likelihood, heldout.converged)
     return PrecisionCurve(
@@ -130,18 +130,20 @@ def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, 
 
 
 def lowest_nll(name: str, grid: np.ndarray, nll: np.ndarray, converged: np.ndarray) -> tuple[float, bool]:
-    """The precision with the lowest NLL among those that may be chosen, and whether it is the first or last of them.
+    """Choose the precision with the lowest NLL, and say whether it is the first or last of those to choose from.
+
+    A precision can be chosen if its samples have converged and its NLL is finite.
 
     Raises
     ------
     UserError
-        None may be chosen: nowhere on the grid are the samples converged and the NLL finite.
+        No precision of the grid can be chosen.
     """
     eligible = np.flatnonzero(converged & np.isfinite(nll))
     if not len(eligible):
         raise UserError(
-            f"the {name} posterior must have converged samples and a finite validation NLL at one prior precision of "
-            f"the grid at least; got none of {len(grid)} from {grid[0]:g} to {grid[-1]:g}; raise "
+            f"the {name} posterior must have converged samples and a finite validation NLL at least at one prior "
+            f"precision of the grid; got none of {len(grid)} from {grid[0]:g} to {grid[-1]:g}; raise "
             "--evaluation.grid-high and go on with --resume"
         )
     best = eligible[np.argmin(nll[eligible])]
@@ -149,7 +151,7 @@ def lowest_nll(name: str, grid: np.ndarray, nll: np.ndarray, converged: np.ndarr
 
 
 def krylov_result(config: Config, la: Laplace, prior_precision: float) -> KrylovResult:
-    """What the decomposition cost and how far it can be off, at one prior precision."""
+    """Say what the decomposition cost, and how far it can be off at one prior precision."""
     structure = la.structure
     error = structure.error(prior_precision)
     upper = float(structure.log_determinant(prior_precision).mean())
@@ -167,23 +169,23 @@ def krylov_result(config: Config, la: Laplace, prior_precision: float) -> Krylov
 
 
 def mode_distance(la: Laplace, prior_precision: float) -> ModeDistance:
-    """How far the weights are from the mode at one prior precision, beside how far a posterior sample is."""
+    """Measure how far the weights, and a posterior sample, are from the mode at one prior precision."""
     effective = la.structure.error(prior_precision).effective_parameters
     return ModeDistance(prior_precision, la.mode_decrement(prior_precision), effective)
 
 
 @dataclasses.dataclass(frozen=True)
 class _HeldOut:
-    """Images to evaluate on; every method sees the same ones and the same resamples."""
+    """Images to evaluate on. Every method sees the same images and the same resamples."""
 
     config: Config
     images: np.ndarray
-    """Those of the split, then the out-of-distribution ones: one array, so that one program serves both."""
+    """The images of the split, then the out-of-distribution ones. One array, so one compiled program serves both."""
     labels: np.ndarray
-    """Of the split."""
+    """Labels of the split."""
 
     def point_predictions(self, network: Network, validation: np.ndarray, labels: np.ndarray) -> Iterator[MethodResult]:
-        """MAP, and MAP with the temperature that validation chooses."""
+        """Evaluate MAP, and MAP with the temperature that the validation images choose."""
         logits, chosen_on = (
             np.asarray(outputs(network, x, microbatch=self.config.curvature.microbatch), np.float64)
             for x in (self.images, validation)
@@ -198,7 +200,7 @@ class _HeldOut:
         )
 
     def posterior_predictions(self, name: str, la: Laplace, choices: Mapping[str, float]) -> Iterator[MethodResult]:
-        """One posterior at each chosen prior precision, through each link."""
+        """Evaluate one posterior at each chosen prior precision, through each link."""
         interruption.stop_if_requested(_STOPPED)
         settings = self.config.curvature
         posteriors = la.functional_posteriors(
@@ -208,15 +210,15 @@ class _HeldOut:
             num_samples=settings.num_probes,
             microbatch=settings.microbatch,
         )
-        for (choice, precision), found in zip(choices.items(), posteriors, strict=True):
-            variance = np.diagonal(found.variance, axis1=1, axis2=2)
+        for (choice, precision), posterior in zip(choices.items(), posteriors, strict=True):
+            variance = np.diagonal(posterior.variance, axis1=1, axis2=2)
             by_link = {
-                "MC": link.monte_carlo(la.likelihood, found.mean, found.deviations),
-                "probit": link.probit(la.likelihood, found.mean, variance),
+                "MC": link.monte_carlo(la.likelihood, posterior.mean, posterior.deviations),
+                "probit": link.probit(la.likelihood, posterior.mean, variance),
             }
             for link_name, probs in by_link.items():
                 probs = np.asarray(probs, np.float64)
-                probs /= probs.sum(axis=1, keepdims=True)  # rows that sum to one in double precision too
+                probs /= probs.sum(axis=1, keepdims=True)  # Rows should sum to one in double precision too.
                 labels = {"structure": name, "prior_choice": choice, "prior_precision": precision, "link": link_name}
                 yield self._result(probs, **labels)
 

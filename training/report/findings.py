@@ -1,4 +1,4 @@
-"""What the numbers of a run mean, in plain words made from the numbers."""
+"""The numbers of a run in plain words: which prediction is best, and what qualifies the numbers."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,64 +10,64 @@ from training.report.results import MethodResult, ModeDistance, RunResults
 if TYPE_CHECKING:
     from bnnlaplace.plots import PrecisionCurve
 
-_NEAR_MODE = 0.01  # squared distance to the mode over the effective number of parameters
-_SAME_OPTIMUM = 2.0  # prior precisions within this factor are called the same
+_NEAR_MODE = 0.01  # A point is a mode if its squared distance is below this times the effective number of parameters.
+_SAME_OPTIMUM = 2.0  # Two prior precisions within this factor count as the same.
 
 
 class Finding(NamedTuple):
-    """One paragraph: what it is about, and what it says."""
+    """One paragraph of the report: its title and its text."""
 
     title: str
     text: str
 
 
 def findings(results: RunResults) -> list[Finding]:
-    """The paragraphs of the report, in the order of their importance.
+    """Write the paragraphs of the report, in the order of their importance.
 
-    Comparisons of methods rest on paired bootstrap intervals; where an interval includes zero the text says that the
+    Comparisons of methods rest on paired bootstrap intervals. If an interval includes zero, the text says that the
     images do not tell the methods apart.
     """
-    reserved = reservations(results)
-    found = [Finding("Before reading the numbers", " ".join(reserved))] if reserved else []
-    found += [_best(results), *(_structure(results, name) for name in results.curves)]
+    qualified = reservations(results)
+    paragraphs = [Finding("Before reading the numbers", " ".join(qualified))] if qualified else []
+    paragraphs += [_best(results), *(_structure(results, name) for name in results.curves)]
     if len(results.curves) > 1:
-        found += [_structures_compared(results), *_hadamard(results)]
+        paragraphs += [_structures_compared(results), *_hadamard(results)]
     if results.ood is not None:
-        found.append(_out_of_distribution(results))
-    return [*found, _krylov(results), _mode(results)]
+        paragraphs.append(_out_of_distribution(results))
+    return [*paragraphs, _krylov(results), _mode(results)]
 
 
 def reservations(results: RunResults) -> list[str]:
-    """What qualifies the numbers of a run, a sentence each: images that also chose, optima at the end of a search."""
-    found = []
+    """Write a sentence for all that qualifies the numbers: images that also chose, optima at the end of a search."""
+    sentences = []
     if not results.held_out:
-        found.append(
+        sentences.append(
             f"The evaluated images are the {results.chosen_on} images, which also chose the temperature and the prior "
             f"precisions of the {results.chosen_on} NLL: methods that use these look better here than on images of "
             "their own."
         )
     for name, curve in results.curves.items():
         if curve.evidence_at_bound:
-            found.append(
+            sentences.append(
                 f"The evidence of the {name} posterior still rises at the end of its search range, prior precision "
                 f"{precision(curve.evidence_optimum)}: the optimum is not inside it."
             )
         if curve.nll_at_bound:
-            found.append(
+            sentences.append(
                 f"The validation NLL of the {name} posterior is lowest at the {_end(curve)}, prior precision "
                 f"{precision(curve.nll_optimum)}: the optimum may lie beyond it."
             )
-    found += [
+    sentences += [
         f"The temperature of {method.label} is at the end of its search range, {number(method.temperature, 2)}: the "
         "optimum is not inside it."
         for method in results.methods
         if method.temperature_at_bound
     ]
-    return found
+    return sentences
 
 
 def _end(curve: "PrecisionCurve") -> str:
-    """Which end of the precisions to choose from is the one with the lowest validation NLL."""
+    """Name the end of the grid at which the validation NLL is lowest."""
     if curve.nll_optimum == curve.precision[-1]:
         return "upper end of the grid"
     if curve.nll_optimum == curve.precision[0]:
@@ -76,14 +76,14 @@ def _end(curve: "PrecisionCurve") -> str:
 
 
 def confidence_gap(bootstrap: Bootstrap) -> Interval:
-    """Mean confidence minus accuracy with its 95 % interval: positive is overconfident."""
+    """Compute mean confidence minus accuracy with its 95 % interval. Positive is overconfident."""
     gap = bootstrap.replicates["confidence"] - bootstrap.replicates["accuracy"]
     low, high = np.quantile(gap, (0.025, 0.975))
     return Interval(bootstrap.values["confidence"] - bootstrap.values["accuracy"], float(low), float(high))
 
 
 def number(value: float, decimals: int = 3) -> str:
-    """A number for readers: a fixed number of decimals, a proper minus sign, no NaN."""
+    """Write a number for readers, with a fixed number of decimals, a proper minus sign, and words for NaN."""
     if np.isnan(value):
         return "undefined"
     if np.isinf(value):
@@ -92,7 +92,7 @@ def number(value: float, decimals: int = 3) -> str:
 
 
 def precision(value: float) -> str:
-    """Two digits that count: 0.083, 1.7, 560, 1,800."""
+    """Write a prior precision with two significant digits: 0.083, 1.7, 560, 1,800."""
     return f"{float(f'{value:.2g}'):,.10g}"
 
 
@@ -108,7 +108,7 @@ def _verdict(method: MethodResult) -> str:
 
 
 def _word(metric: str, method: MethodResult, reference: MethodResult) -> str:
-    """Whether the images tell `method` from `reference`, by the paired interval of their difference."""
+    """Say whether a metric is lower or higher than that of another method, or the images do not tell them apart."""
     difference = paired_differences(method.bootstrap, reference.bootstrap)[metric]
     if difference.high < 0:
         return f"lower than that of {reference.label}"
@@ -118,7 +118,7 @@ def _word(metric: str, method: MethodResult, reference: MethodResult) -> str:
 
 
 def _against(metric: str, method: MethodResult, reference: MethodResult) -> str:
-    """The same with the difference and its interval."""
+    """Say the same as `_word`, with the difference and its interval."""
     difference = paired_differences(method.bootstrap, reference.bootstrap)[metric]
     word = _word(metric, method, reference)
     return f"{word} (difference {number(difference.value)} {_range(difference)})"
@@ -149,7 +149,7 @@ def _best(results: RunResults) -> Finding:
 
 
 def _structure(results: RunResults, structure: str) -> Finding:
-    """Evidence against validation for one structure, and what either choice does to the predictions."""
+    """Compare the choices of evidence and validation NLL for one structure, and the predictions that follow."""
     curve = results.curves[structure]
     ratio = curve.nll_optimum / curve.evidence_optimum
     if max(ratio, 1 / ratio) <= _SAME_OPTIMUM:
@@ -178,7 +178,7 @@ def _structure(results: RunResults, structure: str) -> Finding:
 
 
 def _by_link(methods: list[MethodResult], values: list[str]) -> str:
-    """One value where all links agree, else each with its link."""
+    """Write one value if all links agree, and otherwise each value with its link."""
     if len(set(values)) == 1:
         return values[0]
     return " and ".join(f"{value} with {method.link}" for method, value in zip(methods, values, strict=True))
@@ -201,16 +201,16 @@ def _structures_compared(results: RunResults) -> Finding:
 
 
 def _hadamard(results: RunResults) -> list[Finding]:
-    """The diagonal's evidence must nowhere exceed another structure's: its log-determinant is never the smaller."""
-    found = []
+    """Check Hadamard's inequality: the evidence of the diagonal nowhere exceeds that of another structure."""
+    paragraphs = []
     diagonal = results.curves.get("diagonal")
     for name, curve in results.curves.items():
         if diagonal is None or curve is diagonal:
             continue
         here = np.interp(np.log(curve.precision), np.log(diagonal.precision), diagonal.log_evidence)
         excess = here - curve.log_evidence
-        # Two standard errors, what truncation can have taken from the evidence, and the rounding of sums of this size:
-        # at large precision the two evidences are all but equal.
+        # Two standard errors, what truncation can have taken from the evidence, and the rounding of sums of this size.
+        # Rounding counts at large precision, where the two evidences are almost equal.
         allowed = 2 * np.asarray(curve.log_evidence_sem) + curve.log_evidence_truncation + 1e-6 * np.abs(here)
         violated = (excess > allowed) & curve.converged
         best, best_diagonal = np.nanmax(curve.log_evidence), np.nanmax(diagonal.log_evidence)
@@ -226,17 +226,17 @@ def _hadamard(results: RunResults) -> list[Finding]:
             )
         else:
             text += "that holds at every precision of the grid where the decomposition has converged, within the error."
-        found.append(Finding("Evidence", text))
-    return found
+        paragraphs.append(Finding("Evidence", text))
+    return paragraphs
 
 
 def _out_of_distribution(results: RunResults) -> Finding:
     baseline = results.methods[0]
     best = max(results.methods, key=lambda method: method.bootstrap.values["auroc"])
-    found = best.metrics["auroc"]
+    auroc = best.metrics["auroc"]
     text = (
-        f"Told apart from {results.ood} images by the largest probability, the best AUROC is {number(found.value)} "
-        f"{_range(found)}, of {best.label} (0.5 is chance, 1 perfect)."
+        f"Told apart from {results.ood} images by the largest probability, the best AUROC is {number(auroc.value)} "
+        f"{_range(auroc)}, of {best.label} (0.5 is chance, 1 perfect)."
     )
     if best is not baseline:
         text += f" It is {_against('auroc', best, baseline)}."
@@ -263,7 +263,7 @@ def _krylov(results: RunResults) -> Finding:
 
 
 def _unconverged(name: str, curve: "PrecisionCurve") -> str:
-    """At which precisions of the grid a curve is not to be believed, and what became of them."""
+    """Name the precisions of the grid at which the samples have not converged."""
     outside = curve.precision[~curve.converged]
     if not len(outside):
         return ""
@@ -286,12 +286,12 @@ def _mode(results: RunResults) -> Finding:
         text += "a mode for practical purposes."
     else:
         text += (
-            "not quite a mode, so the evidence is that of a point beside it, mostly in directions that the prior alone "
-            "determines and training reaches last; train longer to come closer."
+            "not quite a mode, so the evidence belongs to a point beside it. Most of the distance lies in directions "
+            "that the prior alone determines and training reaches last; train longer to come closer."
         )
     text += (
-        f" The mode moves with the prior: that of the precision which the evidence prefers, "
-        f"{precision(there.prior_precision)}, is {_distance(there)}."
+        f" The mode moves with the prior: at the precision that the evidence prefers, "
+        f"{precision(there.prior_precision)}, it is {_distance(there)}."
     )
     return Finding("Is this a mode?", text)
 

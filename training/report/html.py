@@ -1,7 +1,8 @@
-"""The results of a run for people: a table on the console and one self-contained `report.html`.
+"""The results of a run for people: a table on the console, the figures, and one self-contained `report.html`.
 
-`report.html` needs no network and no other file: figures are embedded, styles are inline. It adapts to phones, to
-paper and to dark screens. The tree is built with ElementTree, which escapes every string.
+`report.html` is made from the template `report.html.j2`, which escapes every string, and the style sheet `report.css`.
+It needs neither a network nor another file: figures are embedded, styles are inline. It adapts to phones, to paper and
+to dark screens.
 """
 
 import base64
@@ -28,7 +29,7 @@ class _Column(NamedTuple):
     heading: str
     short: str
     direction: int
-    """1 where larger is better, -1 where smaller is, 0 where neither."""
+    """1 if larger is better, -1 if smaller is better, 0 if neither is."""
 
 
 _COLUMNS = {
@@ -43,23 +44,24 @@ _COLUMNS = {
 }
 _CAPTIONS = {
     "evidence": "Log evidence, validation NLL and validation ECE against prior precision. Solid vertical lines mark "
-    "the optimum of the evidence, with its error band shaded, dotted ones that of the validation NLL. The band around "
-    "the evidence is two standard errors, and upwards also what stopping the recurrence can have taken from it. Where "
-    "the samples have not converged, NLL and ECE are drawn faint, and the validation NLL does not choose.",
+    "the optimum of the evidence, with its error band shaded. Dotted lines mark the optimum of the validation NLL. "
+    "The band around the evidence is two standard errors, and upwards also what stopping the recurrence can have taken "
+    "from it. NLL and ECE are drawn faint at precisions where the samples have not converged; the validation NLL "
+    "chooses none of these.",
     "reliability": "Accuracy against confidence, and below how many images have which confidence. On the dashed line a "
     "prediction made with 70 % confidence is right 70 % of the time.",
     "training": "Training. The loss is the negative log joint divided by the number of training images.",
-    "spectrum": "Ritz values of the GGN. The data determine the directions above a line, the prior those below.",
+    "spectrum": "Ritz values of the GGN. The data determine the directions above a line, the prior the ones below.",
 }
 _ARROWS = {1: "\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", -1: "\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}", 0: ""}
-_WIDE = 130  # console columns that the table takes with its intervals
+_WIDE = 130  # Columns that the table takes on a console with its intervals.
 
 
 def best_methods(results: RunResults, metric: str) -> set[str]:
-    """Labels of the best method and of those that the images do not tell from it.
+    """Return the labels of the best method and of those that the images do not tell from it.
 
-    Two methods are told apart when the paired 95 % interval of their difference excludes zero. Empty where none is
-    told from the best, and for metrics without a better direction.
+    Two methods are told apart if the paired 95 % interval of their difference excludes zero. The set is empty if no
+    method is told from the best, and for metrics without a better direction.
     """
     direction = _COLUMNS[metric].direction
     if direction == 0:
@@ -74,9 +76,10 @@ def best_methods(results: RunResults, metric: str) -> set[str]:
 
 
 def print_table(console: Console, results: RunResults) -> None:
-    """Print all metrics of all methods, with 95 % intervals where the console is wide enough, and what qualifies them.
+    """Print all metrics of all methods, and what qualifies them.
 
-    Bold: the best of a column and what is not told from it by the images; see `best_methods`.
+    If the console is wide enough, each value has its 95 % interval. Bold is for the best of a column and for what the
+    images do not tell from it; see `best_methods`.
     """
     wide = console.width >= _WIDE
     columns = _present(results)
@@ -124,12 +127,12 @@ def write_results(directory: Path, results: RunResults, console: Console) -> Non
     total = sum(results.seconds.values())
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results.seconds.items())
     console.print(f"{total:.0f} s in all ({stages}). Report:", highlight=False)
-    # The last line and nothing else on it, so that it can be clicked on, copied, and read by a script.
+    # The path is the last line, and alone on it: a person can click on it, and a script can read it.
     console.out(str(directory / "report.html"), highlight=False)
 
 
 def draw_figures(results: RunResults) -> dict[str, "Figure"]:
-    """The figures of the report by name: evidence, training, spectrum, reliability."""
+    """Draw the figures of the report. Their names are evidence, training, spectrum and reliability."""
     from bnnlaplace import plots  # Matplotlib takes most of a second to load.
 
     curve = results.curves["Lanczos"]
@@ -152,7 +155,8 @@ def write_report(path: Path, results: RunResults, figures: Mapping[str, "Figure"
     results
         What the run found.
     figures
-        By name, in the order of the report: those of `draw_figures`, or others under a caption of their own.
+        The figures by name, in the order of the report. They may come from `draw_figures`, or have names of their own,
+        which are then their captions.
 
     Raises
     ------
@@ -196,7 +200,7 @@ def _summary(results: RunResults) -> str:
 
 
 def _rows(results: RunResults, columns: list[str]) -> list[dict[str, Any]]:
-    """The rows of the table, one for each method."""
+    """Return the rows of the table, one for each method."""
     best = {metric: best_methods(results, metric) for metric in columns}
     rows = []
     for method, before in zip(results.methods, (results.methods[0], *results.methods), strict=False):
@@ -210,7 +214,7 @@ def _rows(results: RunResults, columns: list[str]) -> list[dict[str, Any]]:
 
 
 def _embedded(name: str, figure: "Figure") -> dict[str, str]:
-    """A figure as an SVG inside an image: sharp at any size, and apart from the page's styles and identifiers."""
+    """Embed a figure as an SVG image: sharp at any size, and apart from the page's styles and identifiers."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -1,4 +1,4 @@
-"""What a run found, in one typed record, and `metrics.json`, its form on disk."""
+"""The results of a run in one typed record, and `metrics.json`, their form on disk."""
 
 import dataclasses
 import importlib.metadata
@@ -34,18 +34,18 @@ class MethodResult:
     """Metrics and their resamples, from `bnnlaplace.calibration.bootstrap` with the run's seed for every method."""
     reliability: ReliabilityBins
     prior_choice: str | None = None
-    """What chose the prior precision: evidence or validation NLL; None without a posterior."""
+    """Which score chose the prior precision: evidence or validation NLL. None without a posterior."""
     prior_precision: float | None = None
     link: str | None = None
-    """MC or probit; None without a posterior."""
+    """MC or probit. None without a posterior."""
     temperature: float | None = None
-    """The fitted temperature, where the method has one."""
+    """The fitted temperature. None if the method has no temperature."""
     temperature_at_bound: bool = False
-    """Whether the temperature sits at an end of its search range."""
+    """Whether the temperature is at an end of its search range."""
 
     @property
     def label(self) -> str:
-        """The method in words, unique in a run: `MAP + temperature`, `Lanczos (evidence, MC)`."""
+        """Name of the method, unique in a run: `MAP + temperature`, `Lanczos (evidence, MC)`."""
         if self.temperature is not None:
             return f"{self.structure} + temperature"
         choices = ", ".join(part for part in (self.prior_choice, self.link) if part)
@@ -84,24 +84,24 @@ class ModeDistance(NamedTuple):
 
     prior_precision: float
     decrement: float
-    """Squared distance in standard deviations of the Lanczos posterior; twice the nats that a Gauss-Newton step
-    promises."""
+    """Squared distance in standard deviations of the Lanczos posterior, which is twice the nats that a Gauss-Newton
+    step promises."""
     effective_parameters: float
-    """The same of a posterior sample, on average, in the directions that the data determine."""
+    """Mean squared distance of a posterior sample, in the directions that the data determine."""
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """Everything that the table, `metrics.json` and `report.html` show."""
+    """All that the table, `metrics.json` and `report.html` show."""
 
     data: str
     """Name of the image set."""
     num_images: Mapping[str, int]
-    """By split, e.g. train, validation, test."""
+    """Number of images by split: train, validation, test."""
     split: str
     """The split that the methods are evaluated on."""
     ood: str | None
-    """The out-of-distribution images; None where there are none."""
+    """The out-of-distribution images. None if there are none."""
     num_weights: int
     seed: int
     config: Mapping[str, Any]
@@ -109,9 +109,9 @@ class RunResults:
     seconds: Mapping[str, float]
     """Wall-clock seconds by stage."""
     methods: Sequence[MethodResult]
-    """In the order of the table; the first is MAP, with which the others are compared."""
+    """Methods in the order of the table. The first is MAP, with which the others are compared."""
     curves: Mapping[str, "PrecisionCurve"]
-    """By structure, named as in `methods`; Lanczos among them."""
+    """Curves by structure, named as in `methods`. Lanczos is one of them."""
     curve_link: str
     """The predictive behind the validation curves: MC or probit."""
     krylov: KrylovResult
@@ -122,47 +122,47 @@ class RunResults:
     prior_gradient_norm: float
     """Norm of the prior term's gradient there, the scale on which `gradient_norm` is small or not."""
     mode_in_training: ModeDistance
-    """At the prior precision of training, whose mode training heads for."""
+    """At the prior precision of training. Training heads for this mode."""
     mode_of_evidence: ModeDistance
-    """At the prior precision of the Lanczos evidence, whose mode is another one."""
+    """At the prior precision that maximises the Lanczos evidence. Its mode is a different one."""
     chosen_on: str = "validation"
     """The split that the temperature and the second prior precision of each structure were chosen on."""
 
     def __post_init__(self) -> None:
         labels = [method.label for method in self.methods]
         if not labels or len(set(labels)) < len(labels):
-            raise ValueError(f"methods must be at least one, each with a label of its own; got {labels}")
+            raise ValueError(f"there must be at least one method, each with a label of its own; got {labels}")
         if "Lanczos" not in self.curves:
             raise ValueError(f"curves must hold Lanczos, whose decomposition is `krylov`; got {list(self.curves)}")
 
     @property
     def held_out(self) -> bool:
-        """Whether the images that the methods are evaluated on had no part in choosing anything."""
+        """Whether the images that the methods are evaluated on had no part in choosing temperatures and precisions."""
         return self.split != self.chosen_on
 
 
 def difference_from_map(results: RunResults, method: MethodResult) -> dict[str, Interval]:
-    """Paired 95 % intervals of each metric, `method` minus MAP (the first method)."""
+    """Compute the paired 95 % interval of each metric of a method minus that of MAP, the first method."""
     return paired_differences(method.bootstrap, results.methods[0].bootstrap)
 
 
 def environment() -> dict[str, str | int | None]:
-    """Versions and hardware, as far as they can change the numbers."""
-    found: dict[str, str | int | None] = {"python": platform.python_version()}
+    """Name the versions and the hardware that can change the numbers."""
+    versions: dict[str, str | int | None] = {"python": platform.python_version()}
     for package in ("bnnlaplace", "jax", "jaxlib", "flax", "optax", "numpy"):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            found[package] = None  # run from a source tree that is not installed
+            versions[package] = None  # The programs can run from a source tree that is not installed.
     device = jax.devices()[0]
-    return found | {"platform": device.platform, "device": device.device_kind, "cpu_count": os.cpu_count()}
+    return versions | {"platform": device.platform, "device": device.device_kind, "cpu_count": os.cpu_count()}
 
 
 def write_metrics(path: Path, results: RunResults) -> None:
     """Write `metrics.json`, atomically: a file under its final name is complete.
 
-    Strict JSON: a value that is not finite (the NLL of an impossible label, an empty bin) is null. Intervals are
-    objects of value, low and high; bootstrap replicates are left out, their paired differences from MAP are in.
+    It is strict JSON: a value that is not finite (the NLL of an impossible label, an empty bin) is null. Intervals are
+    objects of value, low and high. The bootstrap replicates are left out; the paired differences from MAP are in.
 
     Raises
     ------
@@ -199,7 +199,7 @@ def write_metrics(path: Path, results: RunResults) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """The same content in the types that JSON has."""
+    """Convert a value to the types that JSON has."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, Mapping):

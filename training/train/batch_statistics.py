@@ -1,11 +1,11 @@
 """The exact population statistics of batch normalisation, for a network that is about to be frozen.
 
-During training a batch-normalised layer divides by the statistics of its batch and keeps a running average of them,
-taken while the weights were still moving. Frozen, the network should divide by the mean and variance that the
-layer's input has over the training set - with all earlier layers normalised by theirs. That is what one batch of the
-whole set would compute. It is found here in bounded memory, as the fixed point of: pass over the set in order with
-the present statistics, measure the input of every layer, replace them all. After k passes the first k layers are
-exact, so as many passes as there are layers always suffice; in practice a few do.
+During training a batch-normalised layer divides by the statistics of its batch, and keeps a running average of them
+while the weights still move. The frozen network should use the mean and variance of the layer's input over the whole
+training set, with all earlier layers normalised in the same way. One batch of the whole set would give these numbers.
+Here they are found in bounded memory by fixed-point iteration: pass over the set in order with the present statistics,
+measure the input of every layer, and replace all statistics. After k passes the first k layers are exact. So as many
+passes as there are layers always suffice, and in practice a few do.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,9 +18,10 @@ import numpy as np
 
 Moments = dict[str, tuple[Any, Any, Any]]
 
-# Of the standard deviation; the variance that flax adds before dividing keeps layers without variation out of this.
 TOLERANCE = 1e-5
-_EPSILON = 1e-5
+"""The iteration ends if no mean changes by more than this fraction of the standard deviation, and no variance by more
+than this fraction of itself."""
+_EPSILON = 1e-5  # Flax adds it to the variance before it divides, so a layer without variation does not matter here.
 
 
 def make_moments(module: nn.Module) -> Callable[..., Moments]:
@@ -34,9 +35,9 @@ def make_moments(module: nn.Module) -> Callable[..., Moments]:
     Returns
     -------
     moments(params, batch_stats, images)
-        For every layer, by its path: the sums over all images and pixels of the input minus the present mean, and of
-        its square, per channel; and the number of terms in each sum. Measured from the present mean, which is near
-        the new one, they lose no digits to cancellation.
+        For every layer, by its path: per channel, the sum over all images and pixels of the input minus the present
+        mean, the sum of its square, and the number of terms. The present mean is near the new one, so the sums lose no
+        digits to cancellation.
     """
 
     def moments(params: Any, batch_stats: Any, images: jax.Array) -> Moments:
@@ -70,8 +71,8 @@ def population_statistics(
     params, batch_stats
         The network.
     batches
-        Called for every pass: the images of the data set, unaugmented, in batches of one shape and in a fixed order,
-        each batch with the weight of its sums (`training.batches.weighted_batches`).
+        It is called for every pass. It gives the images of the data set, unaugmented, in batches of one shape and in a
+        fixed order, each batch with the weight of its sums (`training.train.batches.weighted_batches`).
 
     Returns
     -------
@@ -88,14 +89,14 @@ def population_statistics(
         totals: dict[str, tuple[Any, ...]] = {}
         for images, weight in batches():
             for name, sums in moments(params, _nested(layers), images).items():
-                held = totals.get(name, (0.0, 0.0, 0.0))
-                totals[name] = tuple(a + weight * np.asarray(b, np.float64) for a, b in zip(held, sums, strict=True))
+                so_far = totals.get(name, (0.0, 0.0, 0.0))
+                totals[name] = tuple(a + weight * np.asarray(b, np.float64) for a, b in zip(so_far, sums, strict=True))
         for name in layers.keys() - totals.keys():
             raise _other_statistics(name)
         for name, (first, second, count) in totals.items():
             mean, var = layers[name]
             shift = first / count
-            # Rounding may leave a variance of zero just below it.
+            # Rounding can make a variance of zero slightly negative.
             new = (mean + shift).astype(mean.dtype), np.maximum(second / count - shift**2, 0.0).astype(var.dtype)
             scale = np.sqrt(new[1] + _EPSILON)
             change = max(change, np.max(np.abs(shift) / scale), np.max(np.abs(new[1] - var) / scale**2))
@@ -106,16 +107,15 @@ def population_statistics(
 
 
 def _layers(batch_stats: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Mean and variance of every layer by its path."""
-    flat = jax.tree_util.tree_flatten_with_path(batch_stats)[0]
-    found: dict[str, dict[str, np.ndarray]] = {}
-    for keys, leaf in flat:
+    """Return mean and variance of every layer by its path."""
+    statistics: dict[str, dict[str, np.ndarray]] = {}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(batch_stats)[0]:
         *path, field = (key.key for key in keys)
-        found.setdefault("/".join(path), {})[field] = np.asarray(leaf)
-    for name, fields in found.items():
+        statistics.setdefault("/".join(path), {})[field] = np.asarray(leaf)
+    for name, fields in statistics.items():
         if fields.keys() != {"mean", "var"}:
             raise _other_statistics(name)
-    return {name: (fields["mean"], fields["var"]) for name, fields in found.items()}
+    return {name: (fields["mean"], fields["var"]) for name, fields in statistics.items()}
 
 
 def _other_statistics(name: str) -> TypeError:
@@ -123,6 +123,7 @@ def _other_statistics(name: str) -> TypeError:
 
 
 def _nested(layers: dict[str, tuple[np.ndarray, np.ndarray]]) -> Any:
+    """Return the nested dictionaries that `_layers` flattened."""
     tree: dict[str, Any] = {}
     for name, (mean, var) in layers.items():
         node = tree

@@ -1,8 +1,8 @@
 """Which images each step sees: a pure function of the seed and the number of the step.
 
-An epoch's permutation is followed without a gap by the next one's, and the steps cut this stream into batches of one
-size. Nothing is dropped or padded; where the batch size does not divide the number of images, the last batch of an
-epoch ends with the first images of the next.
+The permutations of the epochs follow each other without a gap, and the steps cut this stream into batches of one size.
+Nothing is dropped or padded. If the batch size does not divide the number of images, the last batch of an epoch ends
+with the first images of the next.
 """
 
 from collections.abc import Iterator
@@ -38,14 +38,14 @@ class Plan(NamedTuple):
         return self.epochs + self.polish_epochs
 
     def end_of_epoch(self, epoch: int) -> int:
-        """Number of steps done when the given number of epochs is complete."""
+        """Number of steps after the given number of epochs."""
         if epoch <= self.epochs:
             return self._steps(epoch)
         return self.train_steps + self._steps(epoch - self.epochs)
 
     def indices(self, seed: int, step: int) -> np.ndarray:
         """The training images of a step, shape (batch_size,)."""
-        # The last training batch may reach into permutation `epochs`; polishing starts with the one after it.
+        # The last training batch may reach into permutation `epochs`, so polishing starts with the one after it.
         polishing = step >= self.train_steps
         first = (step - self.train_steps if polishing else step) * self.batch_size
         position = np.arange(first, first + self.batch_size)
@@ -61,7 +61,7 @@ _order = lru_cache(maxsize=2)(epoch_order)
 
 
 def fixed_order(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Images, labels and mask of a split in its own order; the last batch is padded with masked zeros to full size."""
+    """Yield images, labels and mask of a split in its own order. Masked zeros fill the last batch to full size."""
     for start in range(0, len(split.labels), batch_size):
         images, labels = split.images[start : start + batch_size], split.labels[start : start + batch_size]
         mask = np.arange(batch_size) < len(labels)
@@ -73,10 +73,11 @@ def fixed_order(split: Split, batch_size: int) -> Iterator[tuple[np.ndarray, np.
 
 
 def weighted_batches(images: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, float]]:
-    """Batches of full size with weights, such that the weighted sums over batches are the sums over the images.
+    """Yield batches of full size with weights, such that the weighted sums over batches are the sums over the images.
 
-    For sums in which the images cannot be told apart any more, so that a mask is of no use: the last batch is filled
-    up with copies of its first image, and a batch of nothing but these copies takes their share away again.
+    They are for sums in which the images cannot be told apart any more, so that a mask is of no use. Copies of its
+    first image fill the last batch, and one more batch of these copies alone, with negative weight, takes their share
+    away.
     """
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]

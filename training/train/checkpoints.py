@@ -1,9 +1,11 @@
-"""What a training run leaves in its work directory, and how it is read again.
+"""The files of a training run in its work directory, and how they are read again.
 
 ::
 
-    workdir/train/step_XXXXXXXX/   the state after a step, with the journal as metadata (see `steps`)
-    workdir/log.jsonl              the journal's history, one record per epoch
+    workdir/train/step_XXXXXXXX/   the state after a step, with the journal as metadata
+    workdir/log.jsonl              the history of the journal, one record for each epoch
+
+Of the step checkpoints the newest two are kept, and a resumed run starts from the newest good one.
 """
 
 import dataclasses
@@ -21,6 +23,9 @@ from training.errors import UserError
 from training.train.step import TrainState
 
 LOG_FILE = "log.jsonl"
+KEPT = 2
+
+_NAME = re.compile(r"step_(\d{8})")
 
 
 class TrainResult(NamedTuple):
@@ -30,29 +35,29 @@ class TrainResult(NamedTuple):
     batch_stats: Any
     prior_precision: float
     history: list[dict[str, Any]]
-    """Per epoch: epoch, phase, loss, accuracy, validation_nll, validation_accuracy, prior_precision (during the
+    """For each epoch: epoch, phase, loss, accuracy, validation_nll, validation_accuracy, prior_precision (during the
     epoch), learning_rate (of its last step), gradient_norm (of the log joint, at the end of each phase; otherwise
     None), seconds."""
     joint_gradient_norm: float
     """Norm of the gradient of log p(D, theta), in nats per unit of weight."""
     joint_gradient_to_prior: float
-    """The same over the norm of the prior's part of that gradient, prior_precision * |theta|."""
+    """That norm divided by the norm of the gradient of the prior alone, prior_precision * |theta|."""
 
 
 @dataclasses.dataclass
 class Journal:
-    """What a run remembers beside its arrays; all of it JSON."""
+    """What a run remembers beside its arrays, all of it as JSON."""
 
     step: int = 0
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     epoch_seconds: float = 0.0
-    """Spent on the present epoch so far."""
+    """Seconds spent on the present epoch so far."""
     gradient_norm: float = math.nan
     prior_gradient_norm: float = math.nan
 
 
 def result_of(state: TrainState, journal: Journal) -> TrainResult:
-    """The result of a finished run."""
+    """Make the result of a finished run."""
     return TrainResult(
         params=state.params,
         batch_stats=state.batch_stats,
@@ -64,17 +69,17 @@ def result_of(state: TrainState, journal: Journal) -> TrainResult:
 
 
 def seconds_of(result: TrainResult) -> float:
-    """Wall-clock seconds of all epochs, in whichever sessions they ran; what led to a kept state counts, once."""
+    """Sum the wall-clock seconds of all epochs, in whichever sessions they ran. Repeated steps count once."""
     return sum(record["seconds"] for record in result.history)
 
 
 def load_trained(workdir: Path) -> TrainResult:
-    """Read the result of a finished training from its work directory; the arrays are NumPy arrays.
+    """Read the result of a finished training from its work directory. The arrays are NumPy arrays.
 
     Raises
     ------
     UserError
-        There is none, it is not finished, or a file of it is damaged (the file is named).
+        There is no training, it is not finished, or a file is damaged. The message names the file.
     """
     checkpoints = list_steps(workdir / "train")
     if not checkpoints:
@@ -85,7 +90,7 @@ def load_trained(workdir: Path) -> TrainResult:
         raise UserError(f"{error}, or train its last steps again with --resume") from None
     if not metadata["finished"]:
         raise UserError(f"the training in {workdir} must be finished; it is not; finish it with --resume")
-    # Containers without leaves, such as the statistics of a network without normalisation, are not in the file.
+    # The file has no containers without leaves, such as the statistics of a network without normalisation.
     tree.setdefault("batch_stats", {})
     return result_of(TrainState(**tree), _journal(metadata))
 
@@ -100,15 +105,15 @@ def load_progress(
     workdir: Path, like: TrainState, report: Callable[[str], None]
 ) -> tuple[TrainState, Journal, bool] | None:
     """Read the newest good step checkpoint: state, journal, and whether the training is finished."""
-    found = load_newest(workdir / "train", like, report=report)
-    if found is None:
+    newest = load_newest(workdir / "train", like, report=report)
+    if newest is None:
         return None
-    state, metadata = found
+    state, metadata = newest
     return state, _journal(metadata), metadata["finished"]
 
 
 def _journal(metadata: dict[str, Any]) -> Journal:
-    """The journal of a checkpoint, without what earlier releases also remembered."""
+    """Make the journal of a checkpoint. Fields that only earlier releases had are left out."""
     known = {field.name for field in dataclasses.fields(Journal)}
     return Journal(**{name: value for name, value in metadata["journal"].items() if name in known})
 
@@ -128,15 +133,11 @@ def _line(record: dict[str, Any]) -> str:
     return json.dumps(record) + "\n"
 
 
-# The step checkpoints of a run, `train/step_XXXXXXXX`: the newest two are kept, and the newest good one is resumed.
-KEPT = 2
-
-_NAME = re.compile(r"step_(\d{8})")
-
-
 def save_step(directory: Path, step: int, tree: Any, metadata: dict[str, Any]) -> Path:
-    """Write the checkpoint of a step, then remove what it supersedes: all but the newest two, and the remains of
-    saves that were killed. One run at a time writes to a directory."""
+    """Write the checkpoint of a step. Then remove all but the newest two, and the remains of saves that were killed.
+
+    Only one run at a time may write to a directory.
+    """
     path = directory / f"step_{step:08d}"
     save_pytree(path, tree, metadata)
     for old in list_steps(directory)[:-KEPT]:
@@ -147,9 +148,9 @@ def save_step(directory: Path, step: int, tree: Any, metadata: dict[str, Any]) -
 
 
 def list_steps(directory: Path) -> list[Path]:
-    """The step checkpoints there are, oldest first, good or not."""
-    found = directory.iterdir() if directory.exists() else ()
-    return sorted(path for path in found if _NAME.fullmatch(path.name))
+    """List the step checkpoints of a directory, oldest first, good or not."""
+    entries = directory.iterdir() if directory.exists() else ()
+    return sorted(path for path in entries if _NAME.fullmatch(path.name))
 
 
 def load_newest(
@@ -157,17 +158,18 @@ def load_newest(
 ) -> tuple[Any, dict[str, Any]] | None:
     """Read the newest step checkpoint whose files are all as they were saved.
 
-    A damaged one is set aside as `step_XXXXXXXX.damaged`, and `report` is told which file is at fault and where the
+    A damaged checkpoint is renamed to `step_XXXXXXXX.damaged`. `report` is told which file is at fault and where the
     run continues.
 
     Returns
     -------
-    (tree, metadata), or None where there is no checkpoint at all.
+    tuple or None
+        The tree and the metadata. If there is no checkpoint at all: None.
 
     Raises
     ------
     UserError
-        There are checkpoints but not one good one; or the newest good one has another structure than `like`.
+        There are checkpoints, but none is good. Or the newest good one has another structure than `like`.
     """
     damaged: list[str] = []
     for path in reversed(list_steps(directory)):

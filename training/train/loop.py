@@ -1,13 +1,12 @@
 """Training to a mode of the posterior: the loop around the steps, and what it keeps on disk.
 
 Phase "train" runs with batch statistics, drop-path and augmentation live. Then the batch statistics are replaced by
-those of the whole training set, and phase "polish" runs with all three off: on the deterministic network that the
-Laplace approximation expands, whose loss is exactly its negative log joint over N. How close the end is to a mode is
-measured and reported: the gradient of the log joint over all training images.
+those of the whole training set, and phase "polish" runs with all three off. Its network is the deterministic one that
+the Laplace approximation expands, and its loss is exactly the negative log joint over N. At the end of each phase the
+gradient of the log joint over all training images is measured: it says how close the weights are to a mode.
 
-Images, keys and schedules are pure functions of (seed, step), and the state of a step is all that a checkpoint
-holds, so a run interrupted after any step continues to the same numbers. `training.train.checkpoints` says what is on
-disk.
+Images, keys and schedules are pure functions of (seed, step), and a checkpoint holds the state of a step. So a run
+that is interrupted after any step continues to the same numbers. `training.train.checkpoints` says what is on disk.
 """
 
 import math
@@ -47,14 +46,14 @@ from training.train.step import Steps, TrainState, frozen_state, initial_state, 
 CHECKPOINTS = 10
 CHECKPOINT_SECONDS = 10.0
 
-# The host prepares batches while the device computes, but no further ahead than this, so that a run stops promptly.
+# The host prepares batches while the device computes. It stays at most this many ahead, so that a run stops promptly.
 STEPS_IN_FLIGHT = 2
 
 UpdatePrior = Callable[[Any, Any, float, int], float]
 
 
 class _Run(NamedTuple):
-    """What stays the same from the first step of a run to the last."""
+    """All that stays the same from the first step of a run to the last."""
 
     config: Config
     data: ImageData
@@ -79,40 +78,42 @@ def train(
     console: Console,
     update_prior: UpdatePrior | None = None,
 ) -> TrainResult:
-    """Train a network to a mode of the posterior, or continue where an earlier run was interrupted.
+    """Train a network to a mode of the posterior, or continue a run that was interrupted.
 
     Parameters
     ----------
     config
-        The run; `data` must be what its data section describes.
+        The settings of the run.
+    data
+        The images that the data section of `config` describes.
     module
         A Flax network: ``module.apply(variables, images, train=..., rngs={"drop_path": key}, mutable=["batch_stats"])``
         returns logits. Its batch statistics, if any, are those of `flax.linen.BatchNorm` layers.
     workdir
         A directory claimed by `training.workdir.open_workdir`.
     resume
-        Continue from the newest good checkpoint in `workdir`; where there is none, start at the beginning and say so.
-        A finished run is returned as it is, without computing anything.
+        Continue from the newest good checkpoint in `workdir`. If there is none, start at the beginning and say so. The
+        result of a finished run is returned, and nothing is computed.
     console
-        For the progress bar and for what the user should know.
+        Where the progress and messages for the user are printed.
     update_prior
-        ``update_prior(params, batch_stats, prior_precision, epoch)`` returns the new precision. Called after every
-        `prior.every_epochs` epochs where `prior.update` is online, the last time no later than half way through
-        polishing, so that the run ends at a mode under the prior that it reports. It must be deterministic for the
-        run to be resumable to the same numbers.
+        ``update_prior(params, batch_stats, prior_precision, epoch)`` returns the new precision. If `prior.update` is
+        online, it is called after every `prior.every_epochs` epochs. The last call comes no later than half way through
+        polishing, so that the run ends at a mode under the prior that it reports. It must be deterministic: only then
+        does a resumed run give the same numbers.
 
     Raises
     ------
     UserError
-        The batch is larger than the training set; loss or gradient is not finite (the step is named, the last good
-        checkpoint kept); no checkpoint of several is good.
+        The batch is larger than the training set. Loss or gradient is not finite: the message names the step, and the
+        last good checkpoint is kept. There are checkpoints, but none is good.
     Interrupted
-        Ctrl-C or SIGTERM came; the running step was finished and a checkpoint written.
+        Ctrl-C or SIGTERM came. The running step was finished, and a checkpoint was written.
 
     Notes
     -----
-    Cost: beside the steps, one gradient over the training set at the end of each phase, and a few
-    forward passes over it between the phases. One compilation for each kind of pass.
+    Beside the steps it costs one gradient over the training set at the end of each phase, and a few forward passes over
+    it between the phases. Each kind of pass compiles once.
     """
     run = _prepare(config, data, module, workdir, console, update_prior)
     state, journal = (_restore(run) if resume else None) or _begin(run)
@@ -139,7 +140,7 @@ def train(
 
 
 def check_batch_size(config: Config, data: ImageData) -> None:
-    """Raise a UserError if a batch is larger than the training set; `train` checks it too."""
+    """Raise a UserError if a batch is larger than the training set. `train` checks it too."""
     num_examples = len(data.train.labels)
     if config.optimizer.batch_size > num_examples:
         raise UserError(
@@ -193,11 +194,11 @@ def _begin(run: _Run) -> tuple[TrainState, Journal]:
 
 def _restore(run: _Run) -> tuple[TrainState, Journal] | None:
     like = jax.eval_shape(lambda: _initial_state(run))
-    found = load_progress(run.workdir, like, report=lambda message: _say(run, message))
-    if found is None:
+    progress_so_far = load_progress(run.workdir, like, report=lambda message: _say(run, message))
+    if progress_so_far is None:
         _say(run, f"no training checkpoint in {run.workdir}: starting at the beginning")
         return None
-    state, journal, finished = found
+    state, journal, finished = progress_so_far
     if finished:
         _say(run, f"training is finished: {journal.step} steps, {len(journal.history)} epochs")
     else:
@@ -211,7 +212,7 @@ def _restore(run: _Run) -> tuple[TrainState, Journal] | None:
 def _run_epoch(
     run: _Run, state: TrainState, journal: Journal, display: progress.Display, interrupted: Callable[[], bool]
 ) -> TrainState:
-    """Take the steps that are left of the present epoch, or fewer if the run is interrupted."""
+    """Take the rest of the steps of the present epoch, or fewer if the run is interrupted."""
     started = time.monotonic() - journal.epoch_seconds
     epoch = len(journal.history)
     polishing = epoch >= run.plan.epochs
@@ -236,7 +237,7 @@ def _run_epoch(
 
 
 def _end_epoch(run: _Run, state: TrainState, journal: Journal) -> TrainState:
-    """Evaluate and record a complete epoch; freeze the network after the last of phase "train"; update the prior."""
+    """Evaluate and record a complete epoch. Freeze the network at the end of phase "train", and update the prior."""
     started, epoch = time.monotonic(), len(journal.history) + 1
     end_of_phase = journal.step in (run.plan.train_steps, run.plan.total_steps)
     loss, correct, steps = (np.asarray(total).item() for total in state.sums)
@@ -277,7 +278,7 @@ def _freeze(run: _Run, state: TrainState) -> TrainState:
 def _updated_prior(run: _Run, state: TrainState, epoch: int) -> TrainState:
     prior, last = run.config.prior, run.plan.epochs + run.plan.polish_epochs // 2
     due = prior.update == "online" and epoch % prior.every_epochs == 0 and epoch <= last
-    # After the very last epoch nothing would move the weights to the new mode.
+    # After the very last epoch no step would move the weights to the new mode.
     if not due or epoch == run.plan.total_epochs:
         return state
     precision = float(run.update_prior(state.params, state.batch_stats, float(state.prior_precision), epoch))
@@ -314,7 +315,7 @@ def _save(run: _Run, state: TrainState, journal: Journal) -> Path:
 
 
 def _checkpoint_is_due(plan: Plan, journal: Journal, seconds: float) -> bool:
-    """At the end, and at most ten times before, no two within ten seconds."""
+    """Say whether to write a checkpoint: at the end, and at most ten times before, no two within ten seconds."""
     every = -(-plan.total_epochs // CHECKPOINTS)
     regular = len(journal.history) % every == 0 and seconds >= CHECKPOINT_SECONDS
     return regular or journal.step == plan.total_steps

@@ -1,7 +1,7 @@
 """The network as training sees it: log-likelihood, its gradient, and the gradient of the log joint.
 
-Two modes. Live: batch statistics come from the batch, drop-path is on. Frozen: both are fixed, and the network is
-the deterministic function that a Laplace approximation expands.
+There are two modes. Live: batch statistics come from the batch, and drop-path is on. Frozen: batch statistics are fixed
+and drop-path is off, so the network is the deterministic function that a Laplace approximation expands.
 """
 
 from collections.abc import Callable, Iterable
@@ -22,12 +22,12 @@ Totals = tuple[jax.Array, jax.Array]
 
 
 class Passes(NamedTuple):
-    """The passes over one batch; each compiles at its first call and only then."""
+    """The passes over one batch. Each compiles at its first call."""
 
     initialise: Callable[[jax.Array, Any], tuple[Any, Any]]
     """(key, images) -> params, batch_stats"""
     live_gradient: Callable[..., Any]
-    """(params, batch_stats, images, labels, key) -> (nll, (correct, batch_stats)), gradient; compiled with the step"""
+    """(params, batch_stats, images, labels, key) -> (nll, (correct, batch_stats)), gradient. Compiles with the step."""
     frozen_gradient: Callable[..., Any]
     """(params, batch_stats, images, labels, mask) -> (nll, correct), gradient"""
     frozen_totals: Callable[..., Totals]
@@ -35,12 +35,12 @@ class Passes(NamedTuple):
 
 
 class JointGradient(NamedTuple):
-    """Euclidean norms at one point, in nats per unit of weight."""
+    """Euclidean norms of gradients at one point, in nats per unit of weight."""
 
     norm: float
-    """Of the gradient of log p(D, theta) over all training images."""
+    """Norm of the gradient of log p(D, theta) over all training images."""
     prior_norm: float
-    """Of the prior's part of it, prior_precision * |theta|."""
+    """Norm of the gradient of the prior alone, prior_precision * |theta|."""
 
 
 def make_passes(module: nn.Module) -> Passes:
@@ -91,7 +91,7 @@ def _totals(logits: jax.Array, labels: Any, mask: Any) -> Totals:
 
 
 def evaluate(passes: Passes, params: Any, batch_stats: Any, batches: Batches) -> tuple[float, float]:
-    """Mean negative log-likelihood (nats) and accuracy of the frozen network."""
+    """Compute the mean negative log-likelihood (nats) and the accuracy of the frozen network."""
     nll = correct = count = 0.0
     for images, labels, mask in batches:
         batch_nll, batch_correct = passes.frozen_totals(params, batch_stats, images, labels, mask)
@@ -106,8 +106,8 @@ def joint_gradient(
 
     Notes
     -----
-    Cost: one gradient of the training set. The batches are summed in float64, because at a mode the likelihood's
-    part and the prior's cancel.
+    It costs one gradient of the training set. The batches are summed in float64, because at a mode the gradients of
+    likelihood and prior cancel.
     """
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
     total = [prior_precision * leaf for leaf in leaves]
@@ -115,7 +115,7 @@ def joint_gradient(
     for images, labels, mask in batches:
         _, gradient = passes.frozen_gradient(params, batch_stats, images, labels, mask)
         terms = jax.tree.leaves(gradient)
-        total = [one + np.asarray(other, np.float64) for one, other in zip(total, terms, strict=True)]
+        total = [leaf + np.asarray(term, np.float64) for leaf, term in zip(total, terms, strict=True)]
     return JointGradient(_norm(total), prior_norm)
 
 

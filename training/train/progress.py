@@ -1,4 +1,4 @@
-"""What a person sees of a run: a live bar on a terminal, a few plain lines elsewhere."""
+"""The progress of a run: a live bar on a terminal, a few plain lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,12 +16,12 @@ SECONDS_BETWEEN_UPDATES = 0.25
 
 
 class Display(NamedTuple):
-    """How the loop reports."""
+    """The functions that the loop calls to report."""
 
     step: Callable[[int, EpochSums, int], None]
-    """After a step: steps done, sums over the epoch so far (computed, not pending), and images per step."""
+    """Called after a step: steps done, sums over the epoch so far (computed, not pending), and images per step."""
     epoch: Callable[[dict[str, Any]], None]
-    """After an epoch: its record."""
+    """Called after an epoch, with its record."""
 
 
 @contextmanager

@@ -4,9 +4,9 @@ For a batch of B of the N training images the objective is
 
     1/B sum_b -log p(y_b | x_b, theta) + prior_precision / (2 N) |theta|^2,
 
-an unbiased estimate of -log p(D, theta) / N up to the prior's constant: its minimiser is a mode of the posterior
-under the prior N(0, 1/prior_precision), the point that a Laplace approximation expands around. Weight decay
-decoupled from the loss has no such meaning. The prior precision is part of the state, so changing it compiles nothing.
+an unbiased estimate of -log p(D, theta) / N up to the constant of the prior. Its minimiser is a mode of the posterior
+under the prior N(0, 1/prior_precision), and a Laplace approximation expands around such a mode. Weight decay that is
+decoupled from the loss has no such meaning. The prior precision is part of the state, so a change compiles nothing.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class EpochSums(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes; all arrays, so that it is one checkpoint."""
+    """All that a step changes. The leaves are arrays, so the state is one checkpoint."""
 
     params: Any
     batch_stats: Any
@@ -40,18 +40,18 @@ class TrainState(NamedTuple):
     prior_precision: jax.Array
     sums: EpochSums
     bad_step: jax.Array
-    """The first step with a loss or gradient that is not finite, or -1: read once an epoch rather than every step."""
+    """The first step with a loss or gradient that is not finite, or -1. It is read once an epoch, not at every step."""
 
 
 class Steps(NamedTuple):
-    """The steps of a run, compiled at their first call and only then."""
+    """The steps of a run. Each compiles at its first call."""
 
     train: Callable[[TrainState, Any, Any, jax.Array], TrainState]
     """(state, images, labels, key): batch statistics and drop-path live."""
     polish: Callable[[TrainState, Any, Any, jax.Array], TrainState]
-    """(state, images, labels, key): both frozen; the key is not used."""
+    """(state, images, labels, key): both frozen. The key is not used."""
     learning_rate: Callable[[int], float]
-    """The rate of a step."""
+    """Learning rate by the number of the step."""
 
 
 def make_steps(passes: Passes, config: Optimizer, plan: Plan) -> Steps:
@@ -80,7 +80,7 @@ def make_steps(passes: Passes, config: Optimizer, plan: Plan) -> Steps:
         )
         return update(state._replace(batch_stats=batch_stats), nll, correct, gradient)
 
-    # Polishing takes the expensive part from the network, where the gradient of the log joint has compiled it already.
+    # The expensive part of polishing is the frozen gradient, which the gradient of the log joint has compiled already.
     compiled_update = jax.jit(update)
     everything = np.ones(plan.batch_size, bool)
 
@@ -93,7 +93,7 @@ def make_steps(passes: Passes, config: Optimizer, plan: Plan) -> Steps:
 
 
 def initial_state(params: Any, batch_stats: Any, config: Optimizer, prior_precision: float) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     return TrainState(
         params=params,
         batch_stats=batch_stats,
@@ -106,13 +106,13 @@ def initial_state(params: Any, batch_stats: Any, config: Optimizer, prior_precis
 
 
 def frozen_state(state: TrainState, batch_stats: Any, config: Optimizer) -> TrainState:
-    """The state before the first polishing step: given batch statistics, the optimiser's memory cleared."""
+    """Return the state before the first polishing step: the given batch statistics, and an optimiser without memory."""
     opt_state = jax.jit(_optimizer(config).init)(state.params)
     return state._replace(batch_stats=jax.tree.map(jnp.asarray, batch_stats), opt_state=opt_state)
 
 
 def no_sums() -> EpochSums:
-    """The sums before an epoch's first step."""
+    """Return the sums before the first step of an epoch."""
     return EpochSums(jnp.float32(0), jnp.int32(0), jnp.int32(0))
 
 
@@ -121,7 +121,7 @@ def _optimizer(config: Optimizer) -> optax.GradientTransformation:
 
 
 def _schedule(config: Optimizer, plan: Plan) -> optax.Schedule:
-    """Linear warm-up and cosine to zero; then, from the first polishing step, a second cosine to zero."""
+    """Join a linear warm-up, a cosine to zero, and, from the first polishing step, a second cosine to zero."""
     warmup = plan.end_of_epoch(config.warmup_epochs)
     rising = optax.linear_schedule(config.learning_rate / max(warmup, 1), config.learning_rate, max(warmup - 1, 1))
     falling = optax.cosine_decay_schedule(config.learning_rate, max(plan.train_steps - warmup, 1))
