@@ -39,9 +39,9 @@ def main(
     """Grow each decomposition, print and write.
 
     Args:
-        workdir: Of the run.
+        workdir: The directory of the run.
         probes: Numbers of probes in a block.
-        max_vectors: At which a decomposition ends that has not converged; its row then says so.
+        max_vectors: Number of vectors at which a decomposition ends if it has not converged; its row then says so.
     """
     options = dict(locals())
     config = load_saved_config(workdir)
@@ -76,7 +76,7 @@ def main(
 
 
 class Growth(NamedTuple):
-    """Products until the samples had converged, or `max_vectors` was reached, and seconds, compilation excluded."""
+    """Products and seconds until the samples converged or `max_vectors` was reached, without compilation."""
 
     products: int
     seconds: float
@@ -86,13 +86,13 @@ class Growth(NamedTuple):
 def grow(
     product: Callable[[Array], Array], dimension: int, probes: int, max_vectors: int, precision: float, seed: int
 ) -> Growth:
-    """Decompose from `probes` normal probes until the bound on the error of a sample is small."""
+    """Grow a decomposition from `probes` normal probes until the bound on the error of a sample is small."""
     rows = jax.random.normal(jax.random.key(seed), (probes, dimension))
     jax.block_until_ready(product(rows))
     start, converged = time.perf_counter(), False
     for decomposition in krylov.block_lanczos(product, rows, max_vectors=max_vectors):
         count = len(decomposition.tridiagonal)
-        # The bound costs little, but not nothing beside one product of one vector.
+        # The bound costs little, but not nothing beside one product of one vector, so it is not computed each time.
         if count % 16 == 0:
             converged = KrylovStructure.from_decomposition(decomposition).error(precision).sample <= TOLERANCE
         if converged:

@@ -41,7 +41,7 @@ from training.models.van import VAN, VARIANTS, VANVariant
 
 IMAGES, DEPTH = 50, 10
 DELTA, BOTH, OF_EACH = "d delta", "d delta and weights", "d delta of each weight"
-# Which arguments are differentiated in, and the share of the peer's time that is aimed at.
+# The arguments in which each case is differentiated, and the share of the peer's time that it should not exceed.
 GRADIENTS, TIMES = {DELTA: 0, BOTH: (0, 1)}, {DELTA: 1 / 3, BOTH: 1 / 1.5}
 BATCHED = f"paper, {DELTA}, all images at once"
 REMAT, REMAT_MICROBATCH = "ours by remat", 10
@@ -50,7 +50,7 @@ TINY = VANVariant((2,), (1,), (1,), 3, 2, (4, 4, 1))
 
 
 class Setting(NamedTuple):
-    """A network, data, probes of as many numbers as there are weights, and the depth."""
+    """A network, data, probes with one number for each weight, and the depth."""
 
     network: Network
     images: Array
@@ -60,7 +60,7 @@ class Setting(NamedTuple):
 
 
 def build(classes: int, probes: int, small: bool) -> Setting:
-    """The network for 32 x 32 images away from its initialisation, or one that takes little time to compile."""
+    """Build the network for 32 x 32 images away from its initialisation, or one that compiles quickly."""
     variant = TINY if small else VARIANTS["cifar"]
     count, depth = (2, 2) if small else (IMAGES, DEPTH)
     module = VAN.from_variant(variant, classes)
@@ -77,7 +77,7 @@ def build(classes: int, probes: int, small: bool) -> Setting:
 def log_evidence(
     setting: Setting, gradient: str = "adjoint", *, of_each_weight: bool = False, remat: bool = False
 ) -> Callable[..., Array]:
-    """(log delta, weights, probes, images, labels) -> ours, of the same numbers as the peer."""
+    """Our map from (log delta, weights, probes, images, labels) to the evidence, with the arguments of the peer."""
     unravel = unraveler(setting.network.params)
     at_a_time = {"microbatch": REMAT_MICROBATCH, "remat": True} if remat else {}
 
@@ -99,16 +99,16 @@ def log_evidence(
 
 
 def many_steps(setting: Setting, steps: int) -> Callable[..., tuple[Array, Array]]:
-    """(log delta, ...) -> log delta after RMSprop on the evidence, and the evidence before each step."""
+    """The map from (log delta, ...) to log delta after RMSprop on the evidence, and the evidence before each step."""
     unravel = unraveler(setting.network.params)
 
     def run(log_precision: Array, weights: Array, probes: Array, images: Array, labels: Array) -> tuple[Array, Array]:
         options = {"network": setting.network, "likelihood": categorical(), "num_matvecs": setting.depth}
-        found = evidence.isotropic(unravel(weights), (images, labels), probes, **options)
+        curve = evidence.isotropic(unravel(weights), (images, labels), probes, **options)
 
         def step(state: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], Array]:
             position, square = state
-            value, slope = jax.value_and_grad(lambda position: found(jnp.exp(position)).mean)(position)
+            value, slope = jax.value_and_grad(lambda position: curve(jnp.exp(position)).mean)(position)
             square = 0.9 * square + 0.1 * slope**2
             return (position + STEP_SIZE * slope / (jnp.sqrt(square) + 1e-8), square), value
 
@@ -119,7 +119,7 @@ def many_steps(setting: Setting, steps: int) -> Callable[..., tuple[Array, Array
 
 
 def programs(setting: Setting, steps: int, gradients: Sequence[str]) -> dict[str, Program]:
-    """All cases, compiled; of `GRADIENTS` those that are named."""
+    """Compile all cases, with those of `GRADIENTS` that are named."""
     network, images, labels, probes, _ = setting
     start = jnp.zeros(()), ravel(network.params), probes, images
     ours = {
@@ -130,32 +130,32 @@ def programs(setting: Setting, steps: int, gradients: Sequence[str]) -> dict[str
     for name in gradients:
         ours[f"ours, {name}"] = jax.value_and_grad(log_evidence(setting), GRADIENTS[name])
         ours[f"{REMAT}, {name}"] = jax.value_and_grad(log_evidence(setting, remat=True), GRADIENTS[name])
-    found = {name: compile_ahead(function, *start, labels) for name, function in ours.items()}
+    compiled = {name: compile_ahead(function, *start, labels) for name, function in ours.items()}
     if evidence_paper.decomp:
         theirs = evidence_paper.log_evidence(network, setting.depth)
         targets = jax.nn.one_hot(labels, network(network.params, images[:1]).shape[-1])
         for name in gradients:
-            found[f"paper, {name}"] = compile_ahead(jax.value_and_grad(theirs, GRADIENTS[name]), *start, targets)
+            compiled[f"paper, {name}"] = compile_ahead(jax.value_and_grad(theirs, GRADIENTS[name]), *start, targets)
         batched = evidence_paper.log_evidence(network, setting.depth, whole_batch=True)
-        found[BATCHED] = compile_ahead(jax.value_and_grad(batched), *start, targets)
-    return found
+        compiled[BATCHED] = compile_ahead(jax.value_and_grad(batched), *start, targets)
+    return compiled
 
 
 def differences(cases: dict[str, Program], name: str) -> dict[str, float]:
-    """Of the value and the derivatives of the case `name` between the formulations, relative to the peer's."""
-    found = {}
+    """Differences of value and derivatives of a case between the formulations, relative to the peer's."""
+    relative = {}
     expected = jax.tree.leaves(cases[f"paper, {name}"].run())
     names = ("value", "d delta", "d weights")[: len(expected)]
     for who in ("ours", REMAT):
         answer = jax.tree.leaves(cases[f"{who}, {name}"].run())
         for what, ours, theirs in zip(names, answer, expected, strict=True):
-            found[f"{who}, {what}"] = float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
-            console.print(f"  {who}, {what}, largest difference to theirs, relative: {found[f'{who}, {what}']:.1e}")
-    return found
+            relative[f"{who}, {what}"] = float(np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max())
+            console.print(f"  {who}, {what}, largest relative difference to theirs: {relative[f'{who}, {what}']:.1e}")
+    return relative
 
 
 def compare(results: Results, steps: int, classes: int, gradients: Sequence[str]) -> Results:
-    """Print and judge ratios, all of them ours over theirs."""
+    """Print and judge ratios of ours to theirs."""
 
     def ratio(ours: str, theirs: str, key: str) -> float:
         return results[ours][key] / results[f"paper, {theirs}"][key]
@@ -193,11 +193,11 @@ def main(
     """Run, print and write.
 
     Args:
-        classes: Of the network, each a table of its own.
-        probes: Rademacher probes of the log-determinant. The experiment has 10; both take time in proportion.
-        rounds: Of each timing; the median counts.
-        steps: Of the optimiser.
-        weights: Derivatives in the weights, too, which take the most time.
+        classes: Numbers of classes of the network; each has a table.
+        probes: Rademacher probes of the log-determinant. The experiment has 10; time grows in proportion.
+        rounds: How often to repeat each timing; the median counts.
+        steps: Steps of the optimiser.
+        weights: Also compute derivatives in the weights, which take the most time.
         small: A small network and one round, to see that everything runs.
     """
     options = dict(locals())

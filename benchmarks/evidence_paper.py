@@ -28,10 +28,10 @@ def cross_entropy(outputs: Array, target: Array) -> Array:
 
 
 def curvature_product(network: Network, *, whole_batch: bool = False) -> Callable[..., Array]:
-    """(v, delta, weights, images, targets) -> (G + delta I) v on vectors of P numbers, everything computed on the spot.
+    """The map from (v, delta, weights, images, targets) to (G + delta I) v, which computes everything anew.
 
-    `whole_batch` linearises all images together in place of one at a time, which is no part of the experiment: it shows
-    how much of the difference that makes.
+    `whole_batch` linearises all images together in place of one at a time. The experiment does not do this; it shows
+    how much of the difference comes from that.
     """
     unravel = unraveler(network.params)
 
@@ -56,7 +56,7 @@ def curvature_product(network: Network, *, whole_batch: bool = False) -> Callabl
 def log_evidence(
     network: Network, num_matvecs: int, *, whole_batch: bool = False
 ) -> Callable[[Array, Array, Array, Array, Array], Array]:
-    """(log delta, weights, probes, images, labels) -> the evidence, differentiable in reverse mode by matfree."""
+    """The map from (log delta, weights, probes, images, labels) to the evidence, with reverse mode by matfree."""
     matvec = curvature_product(network, whole_batch=whole_batch)
     form = funm.monte_carlo_funm_sym_logdet(decomp.tridiag_sym(num_matvecs))
 

@@ -51,7 +51,7 @@ SMALL = Sizes(TINY, TINY, 2, 3, 2, 1)
 
 
 def build(variant: VANVariant, images: int, method: Method = "auto") -> tuple[Network, Array]:
-    """The network at random weights, and random images."""
+    """Return a network at random weights, and random images."""
     module = VAN.from_variant(variant, CLASSES, depthwise=method)
     x = jax.random.normal(jax.random.key(0), (images, *variant.image_shape))
     variables = jax.jit(module.init)(jax.random.key(1), x[:1])
@@ -63,7 +63,7 @@ def build(variant: VANVariant, images: int, method: Method = "auto") -> tuple[Ne
 
 
 def vectors(network: Network, count: int) -> Array:
-    """Random directions of the weights, one in each row."""
+    """Draw random directions of the weights, one in each row."""
     return jax.random.normal(jax.random.key(3), (count, size(network.params)))
 
 
@@ -96,7 +96,7 @@ def one_product(networks: dict[str, tuple[Network, Array]], microbatch: int, rep
 
 
 def largest_difference(networks: dict[str, tuple[Network, Array]], microbatch: int) -> float:
-    """Of the products of two networks with the same weights, relative to the largest entry."""
+    """Largest difference of the products of two networks with the same weights, relative to the largest entry."""
 
     @jax.jit
     def product(network: Network, x: Array, vector: Array) -> Array:

@@ -53,7 +53,7 @@ SLOW_PRODUCT = 0.01  # Seconds from which on a product counts as expensive.
 
 
 def value_and_grad(factorise: Callable) -> Callable:
-    """Of the sum of squares of T or H, which all its entries enter, in the start vector and the parameters."""
+    """Return the sum of squares of T or H, which depends on every entry, with its gradients in start and parameters."""
     return jax.value_and_grad(lambda *arguments: jnp.sum(projected(factorise(*arguments)) ** 2), argnums=(0, 1))
 
 
@@ -64,34 +64,34 @@ def programs(
     gradients: Sequence[str] = ("adjoint",),
     libraries: Sequence[str] = LIBRARIES,
 ) -> dict[str, Program]:
-    """Forward, and value with gradient, of each library, compiled for a problem."""
-    found = {}
+    """Compile the decomposition, and its value with gradients, of each library for a problem."""
+    compiled = {}
     for gradient in gradients:
         suffix = "" if gradient == "adjoint" else ", backpropagation"
         for library in libraries:
             run = factorisation(library, method, problem.matvec, depth, gradient)
             for name, function in (("forward", run), ("value and gradient", value_and_grad(run))):
-                found[f"{library} {name}{suffix}"] = compile_ahead(function, problem.start, problem.params)
-    return found
+                compiled[f"{library} {name}{suffix}"] = compile_ahead(function, problem.start, problem.params)
+    return compiled
 
 
-def difference(found: Array, expected: Array) -> float:
-    """The largest, relative to the largest entry."""
-    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    return float(np.abs(found - expected).max() / np.abs(expected).max())
+def difference(actual: Array, expected: Array) -> float:
+    """Largest difference of two arrays, relative to the largest expected entry."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
 
 
 def agreement(problem: Problem, depth: int, method: str, cases: Mapping[str, Program]) -> Results:
-    """Relative differences of T or H, and of the gradients, between the libraries and from ours in float64."""
+    """Print relative differences of T or H and of the gradients, between libraries and from ours in float64."""
 
     def parts(result: Any, value: tuple[Array, tuple[Array, Array]]) -> dict[str, Array]:
         start, entries = value[1]
         if method == "lanczos":
-            # Of a symmetric matrix, only the sum of the gradients in an entry and in its mirror image has a meaning.
+            # In a symmetric matrix only the sum of the gradients in an entry and in its mirror image has a meaning.
             entries = entries + entries[problem.mirror]
         return {"T or H": projected(result), "gradient in start": start, "gradient in entries": entries}
 
-    found = {
+    results = {
         library: parts(cases[f"{library} forward"].run(), cases[f"{library} value and gradient"].run())
         for library in LIBRARIES
     }
@@ -99,9 +99,9 @@ def agreement(problem: Problem, depth: int, method: str, cases: Mapping[str, Pro
         run = factorisation("ours", method, problem.matvec, depth)
         exact = problem.start.astype(jnp.float64), problem.params.astype(jnp.float64)
         reference = parts(jax.jit(run)(*exact), jax.jit(value_and_grad(run))(*exact))
-    pairs = {f"{library} from float64": (values, reference) for library, values in found.items()}
-    if "matfree" in found:
-        pairs["ours from matfree"] = found["ours"], found["matfree"]
+    pairs = {f"{library} from float64": (values, reference) for library, values in results.items()}
+    if "matfree" in results:
+        pairs["ours from matfree"] = results["ours"], results["matfree"]
     table = Table("relative largest difference", *reference)
     differences = {}
     for name, (values, expected) in pairs.items():
@@ -127,7 +127,7 @@ def compare(seconds: Mapping[str, float]) -> Results:
 
 
 def headline(repetitions: int, small: bool) -> Results:
-    """Both methods at two depths, backpropagation at the smaller one."""
+    """Measure both methods at two depths, and backpropagation at the smaller one."""
     both = "adjoint", "autodiff"
     side, depths = (32, {10: both}) if small else (100, {100: ("adjoint",), 50: both})
     answers = {}
@@ -140,13 +140,13 @@ def headline(repetitions: int, small: bool) -> Results:
             answers[f"{method}_{depth}"] = {
                 "cases": results,
                 "differences": agreement(problem, depth, method, cases),
-                "targets": compare({name: found["seconds"] for name, found in results.items()}),
+                "targets": compare({name: case["seconds"] for name, case in results.items()}),
             }
     return answers
 
 
 def growth_with_depth(repetitions: int, small: bool) -> dict[str, Any]:
-    """Lanczos on the sparse grid at several depths, and how the memory of the gradients grows."""
+    """Measure Lanczos on the sparse grid at several depths, and how the memory of the gradients grows."""
     side, depths = (32, (5, 10)) if small else (100, (10, 20, 50, 100))
     problem, rows = sparse_grid(side), {}
     for depth in depths:
@@ -165,7 +165,7 @@ def growth_with_depth(repetitions: int, small: bool) -> dict[str, Any]:
 
 
 def growth_with_size(repetitions: int, small: bool) -> dict[str, Any]:
-    """Lanczos on grids of several sizes by shifts, and what counting the vectors found so far in blocks is worth."""
+    """Measure Lanczos on grids of several sizes by shifts, and what Gram-Schmidt in blocks of vectors saves."""
     sides, depth = ((32,), 10) if small else ((32, 100, 316, 1000), 50)
     rows, blocks = {}, {}
     for side in sides:
@@ -210,7 +210,7 @@ def slow_matrix(small: bool) -> tuple[Array, Callable[[Array, Array, Array], Arr
 
 
 def unavoidable(matvec: Callable, depth: int) -> dict[str, Callable]:
-    """What no implementation of full reorthogonalisation goes without, as loops of (start, scale, matrix, basis)."""
+    """The work that full reorthogonalisation cannot avoid, as loops of (start, scale, matrix, basis)."""
 
     def products(start: Array, scale: Array, matrix: Array, _: Array) -> Array:
         return jax.lax.fori_loop(0, depth, lambda _, vector: matvec(vector, scale, matrix), start)
@@ -229,8 +229,8 @@ def unavoidable(matvec: Callable, depth: int) -> dict[str, Callable]:
 
 
 def fractions_left(results: Results) -> dict[str, list[float]]:
-    """In each round, of the time forward and of that with gradient: what is left after the unavoidable."""
-    of_each_round = zip(*(found["rounds"] for found in results.values()), strict=True)
+    """Fraction of each round's time that is left after the unavoidable work, forward and with gradient."""
+    of_each_round = zip(*(case["rounds"] for case in results.values()), strict=True)
     fractions: dict[str, list[float]] = {"forward": [], "value and gradient": []}
     for forward, gradient, products, derivatives, sweep in of_each_round:
         fractions["forward"].append(1 - (products + sweep) / forward)
@@ -239,7 +239,7 @@ def fractions_left(results: Results) -> dict[str, list[float]]:
 
 
 def overhead(repetitions: int, small: bool) -> dict[str, Any]:
-    """Which part of the time is not products, derivatives of products, or one pass of Gram-Schmidt a step."""
+    """Measure how much of the time is not products, their derivatives, or one pass of Gram-Schmidt in each step."""
     depth = 10 if small else 50
     matrix, matvec = slow_matrix(small)
     arguments = jax.random.normal(jax.random.key(0), (len(matrix),)), jnp.ones(()), matrix
@@ -259,12 +259,12 @@ def overhead(repetitions: int, small: bool) -> dict[str, Any]:
     show(f"Lanczos, depth {depth}, dense {len(matrix)} x {len(matrix)}, {1e3 * product:.1f} ms a product", results)
     if product < SLOW_PRODUCT:
         console.print(f"  a product takes less than {1e3 * SLOW_PRODUCT:g} ms here: too little for this question")
-    # Asked for is the gradient in the scale: one in the matrix would take as much memory again as the matrix.
+    # The gradient is in the scale. One in the matrix would take as much memory again as the matrix.
     formed = results["value and gradient"]["memory_bytes"] > 1.5 * matrix.nbytes
     console.print(f"  a gradient in the matrix {'[bold]is[/bold]' if formed else 'is not'} formed")
     console.print("  counted for forward: K products, one sweep; for value and gradient: 2 K products, K derivatives")
     console.print("  in the scale (a product each), two sweeps. A sweep is one pass of Gram-Schmidt in each step.")
-    # A small difference of large times on a machine that does other things as well: compared within each round.
+    # A small difference of large times, on a machine that does other things as well, is compared within each round.
     left = fractions_left(results)
     for name, values in left.items():
         low, high = np.quantile(values, (0.25, 0.75))
@@ -274,7 +274,7 @@ def overhead(repetitions: int, small: bool) -> dict[str, Any]:
 
 
 def hilbert(_repetitions: int, small: bool) -> dict[str, Any]:
-    """Errors for all sizes and both methods, in float64."""
+    """Measure the errors of all sizes and both methods, in float64."""
     sizes, seeds = (range(2, 4), 1) if small else (range(2, 9), 3)
     log10_errors, targets = {}, {}
     for method in ("lanczos", "arnoldi"):
@@ -296,7 +296,7 @@ def main(parts: tuple[Part, ...] = get_args(Part), repetitions: int = 9, small: 
 
     Args:
         parts: Which questions to answer.
-        repetitions: Of each timing; the median counts. Large problems have fewer.
+        repetitions: How often to repeat each timing; the median counts. Large problems have fewer.
         small: Small problems and three repetitions, to see that everything runs.
     """
     parts = tuple(part for part in get_args(Part) if part in parts)

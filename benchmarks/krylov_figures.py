@@ -1,4 +1,4 @@
-"""The figures of `krylov.py`."""
+"""Figures of `krylov.py`."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator, ScalarFo
 
 matplotlib.use("Agg")
 
-# Colours of Okabe and Ito, which the colour-blind tell apart; markers and dashes say the same in print.
+# The colour-blind can tell the colours of Okabe and Ito apart; markers and dashes make the same distinctions in print.
 TIME_STYLES = {
     "ours forward": ("#56B4E9", "-", "o"),
     "ours value and gradient": ("#0072B2", "-", "s"),
@@ -28,7 +28,7 @@ ERROR_STYLES = {
 
 
 def panels(titles: list[str], ylabels: list[str], xlabel: str, sharey: bool = False) -> tuple[Figure, list[Any]]:
-    """A row of panels with a light grid."""
+    """Make a row of panels with a light grid."""
     figure = Figure(figsize=(9, 4.6), layout="constrained")
     axes = figure.subplots(1, len(titles), sharey=sharey)
     for axis, title, ylabel in zip(axes, titles, ylabels, strict=True):
@@ -40,7 +40,7 @@ def panels(titles: list[str], ylabels: list[str], xlabel: str, sharey: bool = Fa
 
 
 def finish(figure: Figure, axes: list[Any], path: Path) -> Path:
-    """One legend for all panels below them, and the file."""
+    """Put one legend for all panels below them, and write the file."""
     labelled = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=150)
@@ -48,18 +48,18 @@ def finish(figure: Figure, axes: list[Any], path: Path) -> Path:
 
 
 def draw(axis: Any, x: list[float], y: list[float], label: str, style: tuple[str, str, str]) -> None:
-    """One line with markers, open so that lines on top of each other stay visible."""
+    """Draw a line with open markers, so that lines on top of each other stay visible."""
     colour, dashes, marker = style
     axis.plot(x, y, dashes, color=colour, marker=marker, markerfacecolor="white", markersize=6, label=label)
 
 
-def plot_time(found: Mapping[str, Any], path: Path) -> Path:
-    """Time and memory against depth; what was not run has no time."""
-    depths = list(found["depths"])
-    size = f"Lanczos, {found['rows']:,} rows"
+def plot_time(record: Mapping[str, Any], path: Path) -> Path:
+    """Draw time and memory against depth. A case that was not run has no time."""
+    depths = list(record["depths"])
+    size = f"Lanczos, {record['rows']:,} rows"
     figure, axes = panels([f"{size}: time", f"{size}: memory"], ["milliseconds", "megabytes"], "depth")
     for name, style in TIME_STYLES.items():
-        measured = [(depth, found["depths"][depth][name]) for depth in depths if name in found["depths"][depth]]
+        measured = [(depth, record["depths"][depth][name]) for depth in depths if name in record["depths"][depth]]
         timed = [(depth, 1e3 * case["seconds"]) for depth, case in measured if case["seconds"] is not None]
         sized = [(depth, case["memory_bytes"] / 1e6) for depth, case in measured]
         for axis, points in zip(axes, (timed, sized), strict=True):
@@ -74,16 +74,16 @@ def plot_time(found: Mapping[str, Any], path: Path) -> Path:
     return finish(figure, axes, path)
 
 
-def plot_hilbert(found: Mapping[str, Any], path: Path) -> Path:
-    """The error of the Jacobian against the size of the Hilbert matrix, one panel for each method."""
-    errors = found["log10_errors"]
+def plot_hilbert(record: Mapping[str, Any], path: Path) -> Path:
+    """Draw the error of the Jacobian against the size of the Hilbert matrix, in one panel for each method."""
+    errors = record["log10_errors"]
     titles = [f"{method.capitalize()}, float64" for method in errors]
     figure, axes = panels(
         titles, ["root-mean-square error of the Jacobian", ""], "rows of the Hilbert matrix", sharey=True
     )
     for axis, lines in zip(axes, errors.values(), strict=True):
         for name, logarithms in lines.items():
-            draw(axis, found["sizes"], [10**value for value in logarithms], name, ERROR_STYLES[name])
+            draw(axis, record["sizes"], [10**value for value in logarithms], name, ERROR_STYLES[name])
         axis.set(yscale="log")
-        axis.xaxis.set_major_locator(FixedLocator(found["sizes"]))
+        axis.xaxis.set_major_locator(FixedLocator(record["sizes"]))
     return finish(figure, axes, path)

@@ -1,6 +1,6 @@
-"""How exact derivatives are on Hilbert matrices, for `krylov.py`.
+"""Accuracy of derivatives on Hilbert matrices, for `krylov.py`.
 
-At full depth A -> Q H Q' is the identity, so that its Jacobian is known.
+At full depth the map A -> Q H Q' is the identity, so its Jacobian is known.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from bnnlaplace.krylov.operator import Settings, default_tolerance
 
 
 def hilbert_maps(method: str, size: int) -> dict[str, Callable[[Array, Array], Array]]:
-    """The map (A, start) -> Q H Q' at full depth, by everything that differentiates it."""
+    """Return the map (A, start) -> Q H Q' at full depth, once for each way to differentiate it."""
 
     def matvec(vector: Array, matrix: Array) -> Array:
         return matrix @ vector
@@ -34,21 +34,21 @@ def hilbert_maps(method: str, size: int) -> dict[str, Callable[[Array, Array], A
 
     adjoint = {"lanczos": lanczos_adjoint, "arnoldi": arnoldi_adjoint}[method]
     settings = Settings(size, default_tolerance(jnp.float64))
-    found = {
+    maps = {
         "projection": lambda a, v: adjoint(matvec, settings, v, (a,)),
         "no projection": lambda a, v: adjoint(matvec, settings._replace(project=False), v, (a,)),
         "backpropagation": lambda a, v: factorisation("ours", method, matvec, size, "autodiff")(v, a),
     }
     if decomp and method == "lanczos":
-        found["matfree"] = lambda a, v: decomp.tridiag_sym(size)(matvec, v, a)
+        maps["matfree"] = lambda a, v: decomp.tridiag_sym(size)(matvec, v, a)
     elif decomp:
-        found["matfree"] = lambda a, v: decomp.hessenberg(size, reortho="full")(matvec, v, a)
-        found["matfree, no projection"] = lambda a, v: decomp.hessenberg(size, reortho="none")(matvec, v, a)
-    return {name: lambda a, v, run=run: rebuild(run(a, v)) for name, run in found.items()}
+        maps["matfree"] = lambda a, v: decomp.hessenberg(size, reortho="full")(matvec, v, a)
+        maps["matfree, no projection"] = lambda a, v: decomp.hessenberg(size, reortho="none")(matvec, v, a)
+    return {name: lambda a, v, run=run: rebuild(run(a, v)) for name, run in maps.items()}
 
 
 def jacobian_errors(method: str, size: int, seeds: int) -> dict[str, float]:
-    """Mean over start vectors of log10 of the root-mean-square error of the Jacobian."""
+    """Mean over start vectors of log10 of the root-mean-square error of the Jacobian, for each way."""
     matrix = jnp.asarray(scipy.linalg.hilbert(size))
     expected = symmetriser = np.eye(size * size)
     if method == "lanczos":
@@ -59,8 +59,8 @@ def jacobian_errors(method: str, size: int, seeds: int) -> dict[str, float]:
         jacobian, logarithms = jax.jit(jax.jacrev(run)), []
         for seed in range(seeds):
             start = jax.random.normal(jax.random.key(seed), (size,))
-            found = np.asarray(jacobian(matrix, start)).reshape(size * size, -1) @ symmetriser
+            actual = np.asarray(jacobian(matrix, start)).reshape(size * size, -1) @ symmetriser
             # An error of exactly zero is possible for small matrices.
-            logarithms.append(np.log10(max(np.sqrt(np.mean((found - expected) ** 2)), 1e-18)))
+            logarithms.append(np.log10(max(np.sqrt(np.mean((actual - expected) ** 2)), 1e-18)))
         errors[name] = float(np.mean(logarithms))
     return errors

@@ -1,4 +1,4 @@
-"""The operators of `krylov.py`, and the libraries that decompose them."""
+"""Operators of `krylov.py`, and the libraries that decompose them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ CONVECTION = 0.3, 0.5  # The wind along both axes of the grid, which makes the o
 
 
 class Problem(NamedTuple):
-    """An operator and what it is started from. `mirror` leads from each nonzero entry to its mirror image."""
+    """An operator with its start vector and parameters. `mirror` maps each nonzero entry to its mirror image."""
 
     matvec: Callable[[Array, Array], Array]
     start: Array
@@ -63,7 +63,7 @@ def stencil_grid(side: int) -> Problem:
 
 
 def factorisation(library: str, method: str, matvec: Callable, depth: int, gradient: str = "adjoint") -> Callable:
-    """(start, params) -> all that the library returns."""
+    """Return the map from (start, params) to what the library returns."""
     if library == "ours":
         ours = {"lanczos": lanczos, "arnoldi": arnoldi}[method]
         return lambda start, params: ours(matvec, start, params, num_matvecs=depth, gradient=gradient)
@@ -76,7 +76,7 @@ def factorisation(library: str, method: str, matvec: Callable, depth: int, gradi
 
 
 def projected(result: Any) -> Array:
-    """All entries of T or H that the library returns, each once."""
+    """Concatenate the entries of T or H that the library returns, each once."""
     if isinstance(result, Lanczos):
         return jnp.concatenate([result.diagonal, result.off_diagonal])
     matrix = result.hessenberg if isinstance(result, Arnoldi) else result.J_small

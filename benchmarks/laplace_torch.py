@@ -45,7 +45,7 @@ HAVE_PEER = importlib.util.find_spec("laplace") is not None and importlib.util.f
 
 
 class Timing(NamedTuple):
-    """Seconds of each step: of the first call, of each round, and of the processors in each round."""
+    """Seconds of each step in the first call and in each round, and processor seconds in each round."""
 
     first: dict[str, float]
     rounds: dict[str, list[float]]
@@ -53,13 +53,13 @@ class Timing(NamedTuple):
 
 
 def medians(rounds: dict[str, list[float]]) -> dict[str, float]:
-    """Over the rounds, of each step and of their total."""
+    """Medians over the rounds of each step and of the total."""
     totals = [sum(parts) for parts in zip(*rounds.values(), strict=True)]
     return {step: statistics.median(values) for step, values in (rounds | {"total": totals}).items()}
 
 
 def steps_of(library: str, case: Case) -> dict[str, Callable[[], Any]]:
-    """The three steps, each of which uses the result of the one before."""
+    """Return the three steps; each uses the result of the one before."""
     if library == "ours":
         return our_steps(case)
     from laplace_torch_peer import peer_steps
@@ -68,7 +68,7 @@ def steps_of(library: str, case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def run(steps: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of each step, once; and those of all threads on processors."""
+    """Run each step once; return its seconds and the processor seconds of all threads."""
     seconds, processors = {}, {}
     for step, call in steps.items():
         start, busy = time.perf_counter(), time.process_time()
@@ -78,9 +78,9 @@ def run(steps: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], dict[str
 
 
 def timed(case: Case, libraries: tuple[str, ...], repetitions: int) -> dict[str, Timing]:
-    """All libraries in turn, `repetitions` times after a first call of each."""
+    """Time all libraries in turn, `repetitions` times after a first call of each."""
     steps = {library: steps_of(library, case) for library in libraries}
-    found = {
+    timings = {
         library: Timing(run(steps[library])[0], {step: [] for step in STEPS}, {step: [] for step in STEPS})
         for library in libraries
     }
@@ -89,13 +89,13 @@ def timed(case: Case, libraries: tuple[str, ...], repetitions: int) -> dict[str,
             gc.collect()
             seconds, processors = run(steps[library])
             for step in STEPS:
-                found[library].rounds[step].append(seconds[step])
-                found[library].processors[step].append(processors[step])
-    return found
+                timings[library].rounds[step].append(seconds[step])
+                timings[library].processors[step].append(processors[step])
+    return timings
 
 
 def times(selected: list[Case], libraries: tuple[str, ...], repetitions: int) -> Results:
-    """Print and return the times of all cases, each as soon as it is there."""
+    """Print and return the times of all cases, each as soon as it is known."""
     answers: Results = {}
     for case in selected:
         table = Table("library", *STEPS, "total", "processors, total", "first call", title_justify="left")
@@ -121,16 +121,16 @@ def times(selected: list[Case], libraries: tuple[str, ...], repetitions: int) ->
 
 
 def memory(selected: list[Case], libraries: tuple[str, ...], options: list[str]) -> Results:
-    """Each case in a process of its own: print and return the rise of its memory."""
+    """Print and return how far memory rises in each case, which runs in a process of its own."""
     table = Table("case", *libraries, *(["ours / theirs"] if len(libraries) == 2 else []))
     table.title, table.title_justify = "megabytes above imports, data and networks", "left"
     answers: Results = {}
     for case in selected:
-        found = {library: peak(library, case.name, options) for library in libraries}
-        row = [f"{value:.0f}" if value is not None else "failed" for value in found.values()]
-        answers[case.name] = dict(found)
-        if len(found) == 2 and None not in found.values():
-            answers[case.name]["ratio"] = found["ours"] / max(found["laplace-torch"], 1.0)
+        rises = {library: peak(library, case.name, options) for library in libraries}
+        row = [f"{value:.0f}" if value is not None else "failed" for value in rises.values()]
+        answers[case.name] = dict(rises)
+        if len(rises) == 2 and None not in rises.values():
+            answers[case.name]["ratio"] = rises["ours"] / max(rises["laplace-torch"], 1.0)
             row.append(f"{answers[case.name]['ratio']:.3g}")
         table.add_row(case.name, *row)
     console.print(table)
@@ -138,7 +138,7 @@ def memory(selected: list[Case], libraries: tuple[str, ...], options: list[str])
 
 
 def peak(library: str, name: str, options: list[str]) -> float | None:
-    """Megabytes as `measure_peak` finds them in a process of its own; None where that ends in an error."""
+    """Run `measure_peak` in a process of its own and return its megabytes; None if it ends in an error."""
     command = [sys.executable, __file__, "--measure", library, name, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -159,15 +159,15 @@ def measure_peak(library: str, case: Case) -> float:
 
 
 def targets(answers: dict[str, Results]) -> Results:
-    """What was aimed at, beside what was found; empty without the peer."""
+    """Judge the ratios by their targets; empty without the peer."""
     bounds = {}
-    for name, found in answers.get("time", {}).items():
+    for name, case in answers.get("time", {}).items():
         bound = 1.0 if "kron" in name else 0.2
-        if "ratios" in found:
-            bounds[f"time, {name}"] = found["ratios"]["medians"]["total"], bound
-    for name, found in answers.get("memory", {}).items():
-        if "ratio" in found and "100 classes" in name:
-            bounds[f"memory, {name}"] = found["ratio"], 0.2
+        if "ratios" in case:
+            bounds[f"time, {name}"] = case["ratios"]["medians"]["total"], bound
+    for name, case in answers.get("memory", {}).items():
+        if "ratio" in case and "100 classes" in name:
+            bounds[f"memory, {name}"] = case["ratio"], 0.2
     return judge(bounds)
 
 
@@ -183,7 +183,7 @@ def main(
     Args:
         parts: Which questions to answer.
         classes: Numbers of classes.
-        repetitions: Of each timing; the median counts.
+        repetitions: How often to repeat each timing; the median counts.
         small: Small networks, one repetition and the memory of one case, to see that everything runs.
         measure: A library and the name of a case: print the rise of memory alone. Used for the part "memory".
     """

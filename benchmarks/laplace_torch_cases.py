@@ -1,4 +1,4 @@
-"""The networks and data of `benchmarks/laplace_torch.py`, and our side of it."""
+"""Networks and data of `benchmarks/laplace_torch.py`, and our side of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,8 @@ class Case:
     network
         "mlp" or "cnn".
     widths
-        Of an MLP its inputs and hidden layers; of a CNN pixels a side, channels of the image and of the convolutions.
+        For an MLP the numbers of inputs and of units in the hidden layers. For a CNN the pixels of a side, and the
+        channels of the image and of each convolution.
     """
 
     network: str
@@ -35,7 +36,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As it stands in tables."""
+        """The name in tables and records; no two cases of one run share it."""
         where = "last layer " if self.subset == "last_layer" else ""
         return f"{self.network} {'-'.join(map(str, self.widths))}, {self.classes} classes, {where}{self.structure}"
 
@@ -49,24 +50,24 @@ class Data(NamedTuple):
 
 
 def cases(classes: tuple[int, ...], small: bool) -> list[Case]:
-    """All combinations that both packages can hold in memory."""
+    """Return all combinations that both packages can hold in memory."""
     large = ("mlp", (16, 12, 12), 64) if small else ("mlp", (64, 128, 128), 1000)
     images = ("cnn", (8, 1, 3, 4), 32) if small else ("cnn", (16, 3, 8, 16), 300)
     compact = ("mlp", (8, 6, 6), 64) if small else ("mlp", (32, 24, 24), 1000)
     everywhere = [name for name in ("diag", "kron") if name in BY_NAME]
-    found = []
+    selected = []
     for count in classes:
         for network, widths, examples in (large, images):
             for structure in everywhere:
-                found.append(Case(network, widths, count, examples, "all", structure))
-        found.append(Case(compact[0], compact[1], count, compact[2], "all", "full"))
+                selected.append(Case(network, widths, count, examples, "all", structure))
+        selected.append(Case(compact[0], compact[1], count, compact[2], "all", "full"))
         for structure in [*everywhere, *(["full"] if count <= 10 else [])]:
-            found.append(Case(large[0], large[1], count, large[2], "last_layer", structure))
-    return found
+            selected.append(Case(large[0], large[1], count, large[2], "last_layer", structure))
+    return selected
 
 
 def data(case: Case) -> Data:
-    """Normal inputs and random labels: the cost depends on neither."""
+    """Draw normal inputs and random labels; the cost depends on neither."""
     rng = np.random.default_rng(0)
     shape = (case.widths[0],) if case.network == "mlp" else (case.widths[0], case.widths[0], case.widths[1])
     inputs = rng.normal(size=(case.examples + TEST, *shape)).astype(np.float32)
@@ -105,21 +106,21 @@ def module(case: Case) -> nn.Module:
 
 
 def our_steps(case: Case) -> dict[str, Callable[[], Any]]:
-    """Fit, evidence, predictive, each with the result of the one before."""
-    found = data(case)
+    """Return fit, evidence and predictive; each uses the result of the one before."""
+    images = data(case)
     flax_module = module(case)
-    network = bnnlaplace.Network.from_linen(flax_module, flax_module.init(jax.random.key(0), found.inputs[:1]))
+    network = bnnlaplace.Network.from_linen(flax_module, flax_module.init(jax.random.key(0), images.inputs[:1]))
     unfitted = bnnlaplace.Laplace(
         network, "classification", subset_of_weights=case.subset, hessian_structure=case.structure
     )
     latest: dict[str, bnnlaplace.Laplace] = {}
 
     def fit() -> Any:
-        latest["posterior"] = unfitted.fit((found.inputs, found.targets), microbatch=BATCH)
+        latest["posterior"] = unfitted.fit((images.inputs, images.targets), microbatch=BATCH)
         return latest["posterior"].structure
 
     return {
         "fit": fit,
         "evidence": lambda: latest["posterior"].log_marginal_likelihood().mean,
-        "predictive": lambda: latest["posterior"].predictive(found.test, microbatch=BATCH),
+        "predictive": lambda: latest["posterior"].predictive(images.test, microbatch=BATCH),
     }

@@ -1,4 +1,4 @@
-"""The peer's side of `benchmarks/laplace_torch.py`: the same networks in PyTorch. Imported only where there is one."""
+"""The peer's side of `benchmarks/laplace_torch.py`: the same networks in PyTorch. Imported only if it is installed."""
 
 import os
 import warnings
@@ -35,12 +35,12 @@ def module(case: Case) -> nn.Sequential:
 
 
 def peer_steps(case: Case) -> dict[str, Callable[[], Any]]:
-    """Fit, evidence, predictive, each with the result of the one before."""
-    found = data(case)
-    inputs, test = (torch.as_tensor(_channels_first(case, part)) for part in (found.inputs, found.test))
+    """Return fit, evidence and predictive; each uses the result of the one before."""
+    images = data(case)
+    inputs, test = (torch.as_tensor(_channels_first(case, part)) for part in (images.inputs, images.test))
     torch.manual_seed(0)
     network = module(case)
-    loader = DataLoader(TensorDataset(inputs, torch.as_tensor(found.targets)), batch_size=BATCH)
+    loader = DataLoader(TensorDataset(inputs, torch.as_tensor(images.targets)), batch_size=BATCH)
     latest: dict[str, laplace.ParametricLaplace] = {}
 
     def fit() -> None:

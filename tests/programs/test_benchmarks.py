@@ -58,16 +58,24 @@ def test_walks_are_counted():
         assert 1 < walk["files"] == len(walk["order"]) <= 1 + walk["moves"], name
 
 
-@pytest.fixture
-def record():
-    """The module that the benchmarks share."""
-    spec = importlib.util.spec_from_file_location("record", ROOT / "benchmarks" / "record.py")
+def load(name: str):
+    """Import a module of the benchmarks, which are scripts rather than a package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where a dataclass looks for its module
     spec.loader.exec_module(module)
     return module
 
 
-def test_records_of_other_options_have_other_names(record, tmp_path, monkeypatch):
+@pytest.mark.parametrize("small", [False, True])
+def test_no_two_cases_of_a_run_share_a_name(small):
+    names = [case.name for case in load("laplace_torch_cases").cases((10, 100), small)]
+    assert len(names) == len(set(names)) > 10
+
+
+def test_records_of_other_options_have_other_names(tmp_path, monkeypatch):
+    record = load("record")
+
     def main(workdir: Path, classes: tuple = (10, 100), weights: bool = True, small: bool = False, rounds: int = 3):
         pass
 
