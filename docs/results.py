@@ -105,10 +105,10 @@ def page(numbers: Record) -> str:
         "machine.",
     ]
     for table in TABLES:
-        found = numbers[table.name]
+        kept = numbers[table.name]
         lines += ["", f"## {table.heading}", "", table.text, "", f"    {table.command}", ""]
-        lines += markdown(table.columns, [table.write(row) for row in found["rows"]])
-        lines += ["", measured_with(found["environment"])]
+        lines += markdown(table.columns, [table.write(row) for row in kept["rows"]])
+        lines += ["", measured_with(kept["environment"])]
         lines += ["", table.remarks] if table.remarks else []
     return "\n".join(lines) + "\n"
 

@@ -140,8 +140,8 @@ def run_in_a_process(script: Path, root: Path) -> tuple[list[Cell], dict[str, by
         done = subprocess.run(
             [sys.executable, __file__, script, folder], env=environment, capture_output=True, text=True, cwd=folder
         )
-        found = Path(folder, "cells.json")
-        outputs = json.loads(found.read_text(encoding="utf-8")) if found.exists() else []
+        written = Path(folder, "cells.json")
+        outputs = json.loads(written.read_text(encoding="utf-8")) if written.exists() else []
         for cell, (output, figures) in zip(cells, outputs, strict=False):
             cell.output, cell.figures = output, figures
         figures = {name: Path(folder, name).read_bytes() for cell in cells for name in cell.figures}
