@@ -57,7 +57,9 @@ def test_imports_point_one_way():
 
 def test_files_are_one_idea_each():
     lengths = {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    lengths |= {path.relative_to(ROOT): len(path.read_text().splitlines()) for path in (ROOT / "training").rglob("*.py")}
+    lengths |= {
+        path.relative_to(ROOT): len(path.read_text().splitlines()) for path in (ROOT / "training").rglob("*.py")
+    }
     front = Path("bnnlaplace/laplace.py")
     assert lengths.pop(front) <= LONGEST_FRONT_OBJECT
     assert {str(path): length for path, length in lengths.items() if length > LONGEST_FILE} == {}

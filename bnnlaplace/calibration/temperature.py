@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported at their first use, which takes half a second
 from jaxtyping import Array, Float
-from scipy.optimize import brentq
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.checks import Labels
@@ -79,6 +79,7 @@ def fit_temperature(
     elif slope(np.log(high)) >= 0:
         temperature, at_bound = float(high), True
     else:
-        temperature, at_bound = float(np.exp(brentq(slope, np.log(low), np.log(high), xtol=1e-12))), False
+        log_temperature = scipy.optimize.brentq(slope, np.log(low), np.log(high), xtol=1e-12)
+        temperature, at_bound = float(np.exp(log_temperature)), False
     nll = float(np.logaddexp.reduce(margins / temperature, axis=1).mean())
     return Temperature(temperature, nll, at_bound)

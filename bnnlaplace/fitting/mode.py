@@ -12,7 +12,6 @@ from collections.abc import Callable
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
-from scipy.sparse.linalg import LinearOperator, cg
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, ravel, unraveler
@@ -147,5 +146,7 @@ def _newton_step(
     product: Callable[[np.ndarray], np.ndarray], gradient: Float[np.ndarray, " P"], max_products: int
 ) -> Float[np.ndarray, " P"]:
     """Solve (G + delta I) step = gradient. An inexact solution is still a direction of ascent."""
+    from scipy.sparse.linalg import LinearOperator, cg  # slow to import, and seldom needed
+
     operator = LinearOperator((len(gradient), len(gradient)), matvec=product, dtype=gradient.dtype)
     return cg(operator, gradient, rtol=1e-3, maxiter=max_products)[0]

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+import scipy  # its parts are imported at their first use, which takes half a second
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import minimize
 
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.prior.scalar import SEARCH_RANGE
@@ -85,7 +85,7 @@ def grouped_optimum(
     bounds = np.log(search_range)
     inside = np.clip(np.log(start), *bounds)
     options = {"maxiter": 200, "ftol": 1e-12, "gtol": 1e-6}
-    found = minimize(
+    found = scipy.optimize.minimize(
         negative, inside, jac=True, method="L-BFGS-B", bounds=[tuple(bounds)] * len(start), options=options
     )
     at_bound = np.abs(found.x[:, None] - bounds).min(axis=1) < 1e-3

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported at their first use, which takes half a second
 from jaxtyping import Float
-from scipy.optimize import minimize_scalar
 
 from bnnlaplace.evidence.log_joint import LogJoint
 
@@ -173,7 +173,7 @@ def _log_maximiser(negative: Callable[[float], float], bounds: Float[np.ndarray,
     grid = np.linspace(low, high, 1 + int(np.ceil(8 * (high - low) / np.log(10))))
     best = lowest(np.array([negative(point) for point in grid]), "the evidence")
     around = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    return float(minimize_scalar(negative, bounds=around, method="bounded", options={"xatol": 1e-6}).x)
+    return float(scipy.optimize.minimize_scalar(negative, bounds=around, method="bounded", options={"xatol": 1e-6}).x)
 
 
 def _log_standard_error(negative: Callable[[float], float], log_determinant: LogDeterminant, log_delta: float) -> float:

@@ -8,8 +8,10 @@ from problems import random_problem
 from scipy import stats
 
 import bnnlaplace
+from bnnlaplace import fitted as fitted_module
 from bnnlaplace import prior
 from bnnlaplace.core.tree import ravel
+from bnnlaplace.prior import gaussian
 
 STRUCTURES = ["full", "diag", "lanczos"]
 LAYERS = {"b1": 0.3, "b2": 2.0, "w1": 0.7, "w2": 5.0}
@@ -96,6 +98,22 @@ SPLIT = [
     part.reshape(shape)
     for part, shape in zip(np.split(MEAN, np.cumsum(list(SIZES.values()))[:-1]), SHAPES.values(), strict=True)
 ]
+
+
+def test_the_prior_is_resolved_once(problem, monkeypatch):
+    """For a number at another prior precision; with a precision for each weight that would take most of the time."""
+    calls = []
+    resolve = gaussian.resolve
+    for module in (gaussian, fitted_module):
+        monkeypatch.setattr(module, "resolve", lambda *args, **options: calls.append(args) or resolve(*args, **options))
+    la = fitted(problem, "diag", 1.0)
+    for precision, expected in ((2.0, 1), (DELTA, 1), (None, 0)):
+        calls.clear()
+        la.log_marginal_likelihood(precision)
+        assert len(calls) == expected
+    calls.clear()
+    fitted(problem, "diag", LAYERS)
+    assert len(calls) == 1  # to construct, to fit
 
 
 @pytest.mark.parametrize("structure", ["full", "diag"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
@@ -62,6 +62,6 @@ def test_a_complete_environment_is_used_as_it_is(make):
 
 def test_changed_dependencies_are_installed(make, tmp_path):
     make()
-    later = (tmp_path / ".venv" / "installed").stat().st_mtime + 1
+    later = (tmp_path / ".venv" / "installed-training").stat().st_mtime + 1
     os.utime(tmp_path / "pyproject.toml", (later, later))
     assert make() == (0, ["pip", "training.fit_van"])
