@@ -1,7 +1,5 @@
 """What the programs share: how wide they print, where the report is said to lie, caches that cannot be written."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,8 +10,6 @@ from rich.console import Console
 from training.cli import program
 from training.errors import UserError
 from training.report import html as report
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_nothing_is_wrapped_where_there_is_no_terminal(capsys, monkeypatch):
@@ -87,62 +83,3 @@ def test_a_cache_that_can_be_written_is_used(tmp_path, monkeypatch, capsys, cach
     assert capsys.readouterr() == ("", "")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "bnnlaplace" / "xla")
     assert list(tmp_path.iterdir()) == []  # made when there is something to keep
-
-
-def test_programs_run_with_directories_that_cannot_be_written(tmp_path):
-    """A cache below a file is a warning, a work directory below a file an error, and neither leaves anything behind."""
-    (tmp_path / "file").touch()
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": str(tmp_path / "file" / "cache"),
-        "MPLCONFIGDIR": str(tmp_path / "matplotlib"),
-        "TFDS_DATA_DIR": str(tmp_path / "sets"),
-    }
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    done = subprocess.run(
-        [sys.executable, "-m", "training.fit_van", "--workdir", str(tmp_path / "file" / "run")],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    warning, error = done.stderr.splitlines()
-    assert warning.startswith("warning: the cache of compiled programs must be writable")
-    assert error.startswith("error: `--workdir` must be writable") and error.endswith("or free the disk")
-    assert (tmp_path / "file").read_bytes() == b""
-
-
-# Signals that come within a callback of the garbage collector, as JAX has one: exceptions there are forgotten.
-IN_A_CALLBACK = """
-import gc, os, signal, sys, time
-from rich.console import Console
-from training.cli import interruption, program
-
-def main(console):
-    def interrupt(phase, info):
-        for _ in range(int(sys.argv[1]) if phase == "start" else 0):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-    with program.Stopwatch(console, kept="all is kept").stage("posterior"):
-        gc.callbacks.append(interrupt)
-        gc.collect(0)
-        gc.callbacks.clear()
-        if sys.argv[1] == "2":
-            time.sleep(60)
-    print("went on")
-
-interruption.SECONDS_TO_UNWIND = 0.5
-sys.exit(program.run(main))
-"""
-
-
-@pytest.mark.parametrize(
-    ("signals", "last_line"),
-    [(1, "stopped after stage posterior; all is kept"), (2, "stopped at once; what was finished is kept")],
-)
-def test_signals_in_a_callback_are_not_forgotten(signals, last_line, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_CALLBACK, str(signals)],
-        cwd=ROOT, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)}, capture_output=True, text=True, timeout=50,
-    )  # fmt: skip
-    assert done.returncode == 130 and "went on" not in done.stdout
-    assert done.stderr.splitlines()[-1] == last_line
-    assert ("Exception ignored" in done.stderr) == (signals == 2)  # the control: a second one does raise there

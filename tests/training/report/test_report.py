@@ -396,7 +396,9 @@ def test_gradient_at_the_mode_is_judged(results):
     near = said(results, "mode")
     assert "norm 0.02, 0.20 % of the norm of the prior's gradient" in near
     assert "of training, 1, the mode is 0.7 standard deviations" in near and "promises 0.2 nats: a mode" in near
-    assert "evidence prefers, 3, it is 3.0 standard deviations of the posterior away, where a sample is about 14.1" in near
+    assert (
+        "evidence prefers, 3, it is 3.0 standard deviations of the posterior away, where a sample is about 14.1" in near
+    )
     far = dataclasses.replace(results, mode_in_training=ModeDistance(1.0, 50.0, 300.0))
     assert "not quite a mode" in said(far, "mode")
 

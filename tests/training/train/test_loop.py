@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from bnnlaplace.checkpoint.pytree import load_pytree
-from training.cli import interruption
 from training.config import Config, Optimizer, Prior
 from training.data.load import ImageData, epoch_order
 from training.data.reading import Split
@@ -238,44 +236,11 @@ def test_regular_checkpoints_keep_the_newest_two(tmp_path: Path, monkeypatch: py
     assert [path.name for path in checkpoints.list_steps(tmp_path / "train")] == ["step_00000014", "step_00000017"]
 
 
-def test_a_second_signal_stops_at_once_and_handlers_return(capfd: pytest.CaptureFixture[str]) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), interruption.watch() as interrupted:
-        assert not interrupted()
-        signal.raise_signal(signal.SIGINT)
-        assert interrupted()
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert capfd.readouterr().err.count("stopping as soon as") == 1
-
-
-def test_a_watch_within_another_asks_the_outer_one(capfd: pytest.CaptureFixture[str]) -> None:
-    with interruption.watch() as outer:
-        with interruption.watch() as inner:
-            signal.raise_signal(signal.SIGTERM)
-            assert inner() and outer() and interruption.requested()
-        assert outer()
-        with pytest.raises(Interrupted, match="stopped here"):
-            interruption.stop_if_requested("stopped here")
-    assert not interruption.requested()
-    interruption.stop_if_requested("stopped here")
-
-
 def test_a_checkpoint_of_an_earlier_release_is_read(finished, tmp_path: Path) -> None:
     tree, metadata = load_pytree(checkpoints.list_steps(finished[1] / "train")[-1])
     metadata["journal"]["initial_gradient_norm"] = 2.0
     checkpoints.save_step(tmp_path / "train", 17, tree, metadata)
     assert_same_result(load_trained(tmp_path), finished[0])
-
-
-def test_outside_the_main_thread_signals_are_left_alone() -> None:
-    def ask() -> tuple[bool, Any]:
-        with interruption.watch() as interrupted:
-            return interrupted(), signal.getsignal(signal.SIGTERM)
-
-    before = signal.getsignal(signal.SIGTERM)
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(ask).result() == (False, before)
 
 
 # --- the finished run -----------------------------------------------------------------------------------------------

@@ -1,0 +1,102 @@
+"""Command lines that cannot be used are one line, and nothing is left behind; nothing is trained here."""
+
+import signal
+
+import pytest
+
+from training import evaluate, fit_van, summarise
+from training.cli import program
+from training.cli.arguments import load_config
+from training.workdir import save_config
+
+SMALL = """
+from training.config import Config, Data, Optimizer
+
+config = Config(data=Data(name="digits", train_examples=90), optimizer=Optimizer(batch_size=30))
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def private_directories(tmp_path_factory):
+    """These tests share their data, and change no setting of JAX."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
+        patch.setattr(program, "use_compilation_cache", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("configs") / "small.py"
+    path.write_text(SMALL)
+    return path
+
+
+def run(module, capsys, *arguments):
+    """Exit status and stderr."""
+    status = module.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return status, captured.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.name", "imagenet21k"], "digits"),
+        (["--model.variant", "b9"], "b0"),
+        (["--model.variant", "b0"], "images"),
+        (["--evaluation.ood", "imagenet21k"], "imagenet21k"),
+        (["--optimizer.batch-size", "5000"], "batch_size"),
+        (["--optimizer.learning-rate", "fast"], "--optimizer.learning-rate: could not convert string to float: 'fast'"),
+        (["--seed", "1.5"], "--seed: invalid literal for int() with base 10: '1.5'"),
+        (["--prior.update", "sometimes"], "invalid choice 'sometimes' for argument '--prior.update'"),
+        (["--workdir"], "Missing value for argument '--workdir'"),
+        (["--optimizer.learning-rate", "-1"], "`optimizer.learning_rate` must be greater than 0; got -1.0"),
+        (["--data.augment"], "augment"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
+def test_bad_options(config_file, tmp_path, capsys, arguments, message):
+    workdir = tmp_path / "run"
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", workdir, *arguments)
+    assert status == 2 and message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (evaluate, [], "Missing from python -m training.evaluate: PATH"),
+        (evaluate, ["somewhere", "--split", "train"], "invalid choice 'train' for argument '--split'"),
+        (summarise, ["--digits"], "Unrecognized options: --digits"),
+    ],
+)
+def test_bad_options_of_the_other_programs(module, arguments, message, capsys):
+    status, error = run(module, capsys, *arguments)
+    assert status == 2 and message in error
+    assert error.startswith("error: ") and error.endswith("--help\n") and error.count("\n") == 1
+
+
+def test_a_signal_while_reading_the_data(config_file, tmp_path, capsys, monkeypatch):
+    original = fit_van.load
+    monkeypatch.setattr(fit_van, "load", lambda config: signal.raise_signal(signal.SIGTERM) or original(config))
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", tmp_path / "run")
+    assert (status, error) == (130, "stopped after stage data; continue with --resume\n")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+
+
+def test_evaluating_what_is_no_run(tmp_path, capsys):
+    status, error = run(evaluate, capsys, tmp_path / "nothing")
+    assert status == 2 and "config.json" in error
+    status, error = run(summarise, capsys, tmp_path)
+    assert status == 2 and "metrics.json" in error
+
+
+def test_a_workdir_of_another_run(config_file, tmp_path, capsys):
+    save_config(tmp_path / "run", load_config(config_file))
+    (tmp_path / "run" / "train").mkdir()
+    options = ["--seed", "7", "--resume", "--evaluation.ood", "noise"]
+    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", tmp_path / "run", *options)
+    assert status == 2 and "seed: 0 there, 7 here" in error and "evaluation" not in error

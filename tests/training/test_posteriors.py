@@ -1,0 +1,268 @@
+"""The posteriors of a run and their evaluation, on a logistic regression whose GGN NumPy can write down."""
+
+import io
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from bnnlaplace import Laplace
+from training import posteriors
+from training.cli import interruption
+from training.config import Config, Curvature, Data, Evaluation, Prior
+from training.data.load import ImageData
+from training.data.reading import Split
+from training.data.shuffle import stratified_indices
+from training.errors import Interrupted, UserError
+from training.models.van import Normalise
+from training.report.evaluation import evaluate, foreign_images
+from training.report.html import write_results
+from training.train.checkpoints import TrainResult
+
+MEAN, STD = 0.45, 0.2
+CONFIG = Config(
+    data=Data(name="toy", mean=(MEAN,), std=(STD,)),
+    prior=Prior(precision=2.0, update="online", examples=12),
+    curvature=Curvature(num_probes=5, max_vectors=30, tolerance=1e-4, microbatch=8),
+    evaluation=Evaluation(grid_size=3, grid_low=0.1, resamples=20, ood="noise"),
+)
+
+
+class Logistic(nn.Module):
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        return nn.Dense(3)(Normalise((MEAN,), (STD,))(images).reshape(len(images), -1))
+
+
+def split(rng: np.random.Generator, count: int) -> Split:
+    labels = np.arange(count, dtype=np.int32) % 3
+    images = rng.integers(0, 150, (count, 2, 2, 1)) + 50 * labels[:, None, None, None]
+    return Split(images.astype(np.uint8), labels)
+
+
+RNG = np.random.default_rng(0)
+DATA = ImageData("toy", ("a", "b", "c"), split(RNG, 26), split(RNG, 10), split(RNG, 12))
+PARAMS = {"Dense_0": {"kernel": 0.3 * RNG.normal(size=(4, 3)), "bias": 0.1 * RNG.normal(size=3)}}
+PARAMS = jax.tree.map(np.float32, PARAMS)
+WEIGHTS = np.concatenate([PARAMS["Dense_0"]["kernel"], PARAMS["Dense_0"]["bias"][None]]).astype(np.float64)
+
+
+def features(images: np.ndarray) -> np.ndarray:
+    """Normalised pixels and a one for the bias, from the definition: (N, 5)."""
+    return np.concatenate([((images / 255 - MEAN) / STD).reshape(len(images), -1), np.ones((len(images), 1))], axis=1)
+
+
+def probabilities(images: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(features(images) @ WEIGHTS)
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
+
+
+def ggn(images: np.ndarray) -> np.ndarray:
+    """The GGN from its definition: (15, 15), with the weights of one pixel together."""
+    total = np.zeros((15, 15))
+    for x, p in zip(features(images), probabilities(images), strict=True):
+        total += np.kron(np.outer(x, x), np.diag(p) - np.outer(p, p))
+    return total
+
+
+def log_evidence(curvature: np.ndarray, precision: float) -> float:
+    """The evidence of the training images. A vector is the diagonal of the curvature."""
+    log_likelihood = np.log(probabilities(DATA.train.images)[np.arange(26), DATA.train.labels]).sum()
+    matrix = np.diag(curvature) if curvature.ndim == 1 else curvature
+    log_determinant = np.linalg.slogdet(np.eye(15) + matrix / precision)[1]
+    return log_likelihood - 0.5 * precision * np.sum(WEIGHTS**2) - 0.5 * log_determinant
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+NETWORK = posteriors.make_network(Logistic(), PARAMS, {})
+
+
+@pytest.fixture(scope="module")
+def fitted() -> dict[str, Laplace]:
+    return posteriors.fit(CONFIG, DATA, NETWORK, 2.0, console())
+
+
+def test_both_structures_are_fitted_on_all_training_images(fitted):
+    assert list(fitted) == ["diagonal", "Lanczos"]
+    curvature = ggn(DATA.train.images)
+    diagonal, lanczos = (fitted[name].log_marginal_likelihood() for name in fitted)
+    np.testing.assert_allclose(diagonal.mean, log_evidence(np.diag(curvature), 2.0), rtol=1e-5)
+    assert lanczos.sem == 0.0  # at full depth
+    np.testing.assert_allclose(lanczos.mean, log_evidence(curvature, 2.0), rtol=1e-5)
+    assert lanczos.mean > diagonal.mean + 1
+
+
+def test_posteriors_come_back_as_they_were_saved(fitted, tmp_path):
+    posteriors.save(tmp_path, fitted, seconds=12.5)
+    loaded = posteriors.load(tmp_path, NETWORK)
+    for name, la in fitted.items():
+        assert loaded[name].log_marginal_likelihood() == la.log_marginal_likelihood()
+    assert posteriors.seconds_to_fit(tmp_path) == 12.5
+
+
+@pytest.mark.parametrize("content", [None, "", "{}", '{"fit": null}'])
+def test_seconds_that_were_not_saved_are_none(content, tmp_path):
+    (tmp_path / "laplace").mkdir()
+    if content is not None:
+        (tmp_path / "laplace" / "seconds.json").write_text(content)
+    assert posteriors.seconds_to_fit(tmp_path) is None
+
+
+def test_a_damaged_posterior_is_named(fitted, tmp_path):
+    posteriors.save(tmp_path, fitted, seconds=1.0)
+    files = [path for path in (tmp_path / "laplace" / "Lanczos").rglob("*") if path.is_file()]
+    victim = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(UserError, match=f"must be whole: .*{victim.name}.*--resume fits them again"):
+        posteriors.load(tmp_path, NETWORK)
+    with pytest.raises(UserError, match=r"there is none at .*diagonal"):
+        posteriors.load(tmp_path / "nowhere", NETWORK)
+
+
+def test_a_decomposition_that_has_not_converged_is_one_line_on_the_console():
+    few = replace(CONFIG, curvature=Curvature(num_probes=2, max_vectors=4, tolerance=1e-3, microbatch=8))
+    printed = console()
+    posteriors.fit(few, DATA, NETWORK, 2.0, printed)
+    lines = printed.file.getvalue().splitlines()
+    assert sum(line.startswith("warning: ") and "converged" in line for line in lines) == 1
+    assert any("4 vectors; error at precision" in line for line in lines)
+
+
+def test_a_signal_between_the_structures_keeps_nothing(monkeypatch):
+    calls = []
+
+    def fit(la: Laplace, *arguments: Any, original: Any = Laplace.fit, **options: Any) -> Laplace:
+        signal.raise_signal(signal.SIGINT)
+        calls.append(la)
+        return original(la, *arguments, **options)
+
+    monkeypatch.setattr(Laplace, "fit", fit)
+    with interruption.watch(), pytest.raises(Interrupted, match="while fitting the posteriors; the trained network is"):
+        posteriors.fit(CONFIG, DATA, NETWORK, 2.0, console())
+    assert len(calls) == 1
+
+
+# --- online updates of the prior ------------------------------------------------------------------------------------
+
+
+def exact_optimum() -> float:
+    """The maximiser of the evidence on the subset of an online update, scaled to all images."""
+    chosen = stratified_indices(DATA.train.labels, 12, (CONFIG.seed + 102) % 2**63)
+    curvature = 26 / 12 * ggn(DATA.train.images[chosen])
+    grid = np.geomspace(0.1, 100, 2000)
+    return grid[np.argmax([log_evidence(curvature, precision) for precision in grid])]
+
+
+def test_an_online_update_maximises_the_scaled_evidence_of_its_subset():
+    update = posteriors.online_update(CONFIG, DATA, Logistic(), console())
+    precision = update(PARAMS, {}, 1.0, 4)
+    assert update(PARAMS, {}, 1.0, 4) == precision  # so that a resumed run gets the same numbers
+    assert update(PARAMS, {}, 1.0, 8) != precision  # from probes of its own
+    assert precision == pytest.approx(exact_optimum(), rel=4e-3)  # the spacing of the grid
+
+
+def test_an_online_update_stays_in_its_range_and_says_so(monkeypatch):
+    monkeypatch.setattr(posteriors, "ONLINE_RANGE", (1e-3, 0.5))
+    printed = console()
+    assert posteriors.online_update(CONFIG, DATA, Logistic(), printed)(PARAMS, {}, 1.0, 4) == 0.5
+    assert "epoch 4: the evidence prefers precision" in printed.file.getvalue()
+    assert "bounded to 0.5" in printed.file.getvalue()
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------
+
+
+def results_of(config: Config, fitted: dict[str, Laplace]) -> Any:
+    history = [{"epoch": 1, "phase": "polish", "loss": 1.0, "gradient_norm": None}]
+    trained = TrainResult(PARAMS, {}, 2.0, history, joint_gradient_norm=0.5, joint_gradient_to_prior=0.25)
+    return evaluate(config, DATA, foreign_images(config, DATA), trained, fitted, {"training": 1.0})
+
+
+@pytest.fixture(scope="module")
+def results(fitted):
+    return results_of(CONFIG, fitted)
+
+
+def test_every_method_is_evaluated_on_the_split(results):
+    assert [method.label for method in results.methods] == ["MAP", "MAP + temperature"] + [
+        f"{structure} ({choice}, {link})"
+        for structure in ("diagonal", "Lanczos")
+        for choice in ("evidence", "validation NLL")
+        for link in ("MC", "probit")
+    ]
+    assert results.num_images == {"train": 26, "validation": 10, "test": 12}
+    assert (results.num_weights, results.held_out, results.prior_gradient_norm) == (15, True, 2.0)
+    probs = probabilities(DATA.test.images)
+    values = results.methods[0].bootstrap.values
+    assert values["nll"] == pytest.approx(-np.log(probs[np.arange(12), DATA.test.labels]).mean(), rel=1e-5)
+    assert values["accuracy"] == np.mean(probs.argmax(axis=1) == DATA.test.labels)
+
+
+def test_precisions_are_the_optima_of_the_curves(results, fitted):
+    for name, curve in results.curves.items():
+        assert curve.evidence_optimum == fitted[name].evidence_optimum().prior_precision
+        chosen = {m.prior_choice: m.prior_precision for m in results.methods if m.structure == name}
+        assert chosen == {"evidence": curve.evidence_optimum, "validation NLL": curve.nll_optimum}
+        assert curve.nll_optimum in curve.precision
+    diagonal = [log_evidence(np.diag(ggn(DATA.train.images)), delta) for delta in results.curves["diagonal"].precision]
+    np.testing.assert_allclose(results.curves["diagonal"].log_evidence, diagonal, rtol=1e-5)
+
+
+def test_the_probit_predictive_of_the_diagonal_is_that_of_the_definition(results):
+    """Logits divided by sqrt(1 + pi/8 v), v their variances under the diagonal posterior."""
+    method = next(m for m in results.methods if m.label == "diagonal (evidence, probit)")
+    variances = 1 / (np.diag(ggn(DATA.train.images)) + method.prior_precision)
+    inputs = features(DATA.test.images)
+    logits = inputs @ WEIGHTS / np.sqrt(1 + np.pi / 8 * (inputs**2 @ variances.reshape(5, 3)))
+    probs = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = -np.log(probs[np.arange(12), DATA.test.labels]).mean()
+    assert method.bootstrap.values["nll"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_distances_from_the_mode_are_those_of_newton_steps(results):
+    """Half the decrement is what a Gauss-Newton step promises: g' P^-1 g / 2 with the exact posterior precision."""
+    residual = np.eye(3)[DATA.train.labels] - probabilities(DATA.train.images)
+    gradient = (features(DATA.train.images).T @ residual - 2.0 * WEIGHTS).ravel()
+    decrement = gradient @ np.linalg.solve(ggn(DATA.train.images) + 2.0 * np.eye(15), gradient)
+    assert results.mode_in_training.prior_precision == 2.0
+    assert results.mode_in_training.decrement == pytest.approx(decrement, rel=1e-3)
+    assert results.mode_of_evidence.prior_precision == results.curves["Lanczos"].evidence_optimum
+
+
+def test_a_run_is_written_whole(results, tmp_path):
+    printed = Console(file=io.StringIO(), width=400)
+    write_results(tmp_path, results, printed)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    figures = {f"figures/{name}.png" for name in ("evidence", "training", "spectrum", "reliability")}
+    assert names == {"metrics.json", "report.html"} | figures
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["config"]["data"]["mean"] == [MEAN]
+    assert printed.file.getvalue().splitlines()[-1] == str(Path(tmp_path) / "report.html")
+
+
+def test_another_split_is_not_held_out(fitted):
+    config = replace(CONFIG, evaluation=replace(CONFIG.evaluation, split="validation"))
+    results = results_of(config, fitted)
+    assert not results.held_out
+    probs = probabilities(DATA.validation.images)
+    nll = -np.log(probs[np.arange(10), DATA.validation.labels]).mean()
+    assert results.methods[0].bootstrap.values["nll"] == pytest.approx(nll, rel=1e-5)
+
+
+def test_a_signal_while_evaluating_stops(fitted):
+    with interruption.watch():
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted, match="stopped in stage evaluation; nothing of it is written"):
+            results_of(CONFIG, fitted)
