@@ -126,21 +126,21 @@ def memory_of(model: Model, hessian_structure: str, max_vectors: int) -> memory.
     """How much memory the fit of a prepared model needs at its peak. Nothing is computed for it."""
     max_vectors = checks.count(max_vectors, "max_vectors=...", advice="try 512")
     weight_bytes = size(model.head.params) * number_type(model.head.params).itemsize
-    kept = model.data.mapped_bytes
+    feature_bytes = model.data.mapped_bytes
     if hessian_structure == "lanczos":
         vector_bytes = 2 * weight_bytes  # a basis vector, and its copy while a block is appended
         outputs = num_outputs(model)
-        if outputs is not None:  # the rows of B' J of few outputs are the whole basis
+        if outputs is not None:  # for few outputs the basis is the rows of B' J
             max_vectors = min(max_vectors, outputs)
         free = memory.free_bytes()
-        most = max_vectors if free is None else max(0, free - kept) // vector_bytes
-        fits = f" (at most {most} fit)" if most < max_vectors else ""
+        num_fitting = max_vectors if free is None else max(0, free - feature_bytes) // vector_bytes
+        fits = f" (at most {num_fitting} fit)" if num_fitting < max_vectors else ""
         shrink = (
             f"lower max_vectors, now {max_vectors}{fits}, use hessian_structure='diag', or give fewer weights a "
             "posterior with subset_of_weights"
         )
-        return memory.MemoryEstimate(kept + vector_bytes * max_vectors, free, shrink)
-    # The sum over batches, the share of a batch, and for a matrix what its eigendecomposition takes besides.
+        return memory.MemoryEstimate(feature_bytes + vector_bytes * max_vectors, free, shrink)
+    # Two copies are the sum over batches and the curvature of one batch. A matrix takes two more to be decomposed.
     copies = 2 if hessian_structure == "diag" else 4
     shrink = "give fewer weights a posterior with subset_of_weights"
     if hessian_structure != "diag":
@@ -150,18 +150,19 @@ def memory_of(model: Model, hessian_structure: str, max_vectors: int) -> memory.
         "kron": lambda: _kronecker_bytes(model),
         "full": lambda: size(model.head.params) * weight_bytes,
     }[hessian_structure]()
-    return memory.MemoryEstimate(kept + copies * curvature_bytes, memory.free_bytes(), shrink)
+    return memory.MemoryEstimate(feature_bytes + copies * curvature_bytes, memory.free_bytes(), shrink)
 
 
 def _kronecker_bytes(model: Model) -> int:
     """Bytes of the Kronecker factors, by abstract evaluation for one example."""
     example = Shapes.of_example(model.data.first).batch(1)
-
-    def factors(network: Network, likelihood: Likelihood, inputs: PyTree) -> list[kronecker.LeafSums]:
-        return kronecker.factors(network, likelihood, network.params, inputs, weights=jnp.ones(1), microbatch=1)
-
-    sums = jax.eval_shape(factors, model.head, model.likelihood, example)
+    sums = jax.eval_shape(_factors_of_one, model.head, model.likelihood, example)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums))
+
+
+@jax.jit  # never run: it makes JAX remember the trace for the next fit
+def _factors_of_one(network: Network, likelihood: Likelihood, inputs: PyTree) -> list[kronecker.LeafSums]:
+    return kronecker.factors(network, likelihood, network.params, inputs, weights=jnp.ones(1), microbatch=1)
 
 
 def num_outputs(model: Model) -> int | None:
