@@ -1,8 +1,8 @@
-"""The exact diagonal of the GGN, without a Jacobian in memory."""
+"""The exact diagonal of the GGN, computed without a Jacobian in memory."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.tree import number_type
@@ -16,37 +16,38 @@ def ggn_diagonal(
     network: Network,
     likelihood: Likelihood,
     params: PyTree,
-    inputs: PyTree[Float[Array, "N ..."]],
+    inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
-    weights: Float[Array, " N"] | None = None,
-    scale: float = 1.0,
+    weights: Real[ArrayLike, " N"] | None = None,
+    scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 32,
 ) -> Float[Array, " P"]:
-    """diag(G) = scale * sum_n w_n sum_c (J_n' B_n e_c)^2, exactly.
+    """Compute the exact diagonal of G = scale * sum_n w_n J_n' Lambda_n J_n. Call it inside `jit`.
 
-    With a the inputs of a layer and g the derivative with respect to its outputs, an example's gradient of the layer's
-    matrix is sum_t a_t g_t' over positions t. Where there is one position the squares are those of a times those of g,
-    so that no gradient of that matrix is computed; elsewhere it is, for one output at a time.
+    The diagonal is scale * sum_n w_n sum_c (J_n' B_n e_c)^2. With a the inputs of a layer and g the derivative with
+    respect to its outputs, an example's gradient of the layer's matrix is sum_t a_t g_t' over positions t. With one
+    position, its squares are those of a times those of g, so that no gradient of the matrix is computed. With several,
+    the gradient is computed for one output at a time.
 
     Parameters
     ----------
     network, likelihood
-        Where f and Lambda come from.
+        The network f, and the likelihood with its curvature Lambda = B B'.
     params
         The weights at which the network is differentiated.
     inputs
         All N examples.
     weights
-        w, by default all ones. Zero for examples that do not count.
+        A weight w_n for each example: by default one, zero for examples that do not count.
     scale
         (all training examples) / (examples in `inputs`).
     microbatch
-        Examples in one step of the inner loop.
+        How many examples are in one step of the inner loop.
 
     Notes
     -----
     Cost: a backward pass for each example and output, without the gradients of matrices that have one position. Memory:
-    the activations of `microbatch` examples and their gradients of all other weights. Call it inside `jit`.
+    the activations of `microbatch` examples and their gradients of all other weights.
     """
     batches = mb.split(inputs, microbatch, number_type(params), weights)
     leaves = jax.tree.leaves(params)
@@ -56,26 +57,29 @@ def ggn_diagonal(
         single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
 
         def squares(column: Array) -> list[Array]:
-            found = passed.gradients(likelihood.factor_mv(passed.outputs, column))
+            gradients = passed.gradients(likelihood.factor_mv(passed.outputs, column))
             return [
-                found[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, found[leaf], batch.weights)
+                gradients[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, gradients[leaf], batch.weights)
                 for leaf in range(len(leaves))
             ]
 
-        added = tapped.over_columns(squares, passed.outputs)
+        sums = tapped.over_columns(squares, passed.outputs)
         for leaf in single:
-            weighted = mb.over_outputs(batch.weights, added[leaf]) * added[leaf]
+            # So far the squares of g, example by example; those of a are the same for all outputs.
+            weighted = mb.over_outputs(batch.weights, sums[leaf]) * sums[leaf]
             matrix = einsum("mi,mo->io", passed.layer_inputs[leaf][:, 0] ** 2, weighted)
-            added[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
-        return added
+            sums[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
+        return sums
 
     return scale * jnp.concatenate(mb.summed(of_batch, batches))
 
 
-def _squared(passed: tapped.Pass, leaf: int, found: Array, weights: Float[Array, " M"]) -> Float[Array, " p"]:
-    """sum_m w_m (gradient of example m)^2, of one leaf."""
+def _squared(
+    passed: tapped.Pass, leaf: int, gradients: Float[Array, "M ..."], weights: Float[Array, " M"]
+) -> Float[Array, " p"]:
+    """Sum the squared gradients of one leaf over examples, each with its weight."""
     layer = passed.weights.layers.get(leaf)
     if layer is None:
-        return einsum("m,mp->p", weights, found.reshape(len(found), -1) ** 2)
-    gradients = einsum("mti,mto->mio", passed.layer_inputs[leaf], found)
-    return layer.layout.flat(einsum("m,mio->io", weights, gradients**2))
+        return einsum("m,mp->p", weights, gradients.reshape(len(gradients), -1) ** 2)
+    of_matrix = einsum("mti,mto->mio", passed.layer_inputs[leaf], gradients)
+    return layer.layout.flat(einsum("m,mio->io", weights, of_matrix**2))

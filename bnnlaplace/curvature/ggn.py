@@ -1,12 +1,12 @@
-"""Products with the generalised Gauss-Newton matrix G = scale * sum_n J_n' Lambda_n J_n, never formed.
+"""Products with the generalised Gauss-Newton matrix G = scale * sum_n J_n' Lambda_n J_n, which is never formed.
 
-Three arrangements of the same product, each for its use:
+There are three arrangements of the same product:
 
-- `ggn_operator`: on a `Linearisation` of one batch, for differentiable Krylov methods.
-- `dual_operator`: B' J J' B on stacked outputs, the same nonzero spectrum; for more weights than outputs. A
-  `Linearisation` also holds the outputs, so that a likelihood needs no forward pass of its own.
-- `block_product`: S vectors at once, linearised once per microbatch and block. The forward pass is shared by S vectors
-  and memory holds one microbatch only, so data of any size stream through; this is what block Lanczos calls.
+- `ggn_operator` works on a `Linearisation` of one batch, for differentiable Krylov methods.
+- `dual_operator` is B' J J' B on stacked outputs, which has the same nonzero spectrum. It is for networks with more
+  weights than outputs.
+- `block_product` takes S vectors at once and linearises each microbatch once for all of them. It holds one microbatch
+  in memory, so that data of any size stream through. Block Lanczos calls it.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core.tree import number_type, ravel, unraveler
 from bnnlaplace.core.types import LinearOperator
@@ -24,22 +24,24 @@ from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 
 
-def ggn_operator(linearised: Linearisation, likelihood: Likelihood, *, scale: float = 1.0) -> LinearOperator:
-    """The P x P operator G = scale * sum_n J_n' Lambda_n J_n.
+def ggn_operator(
+    linearised: Linearisation, likelihood: Likelihood, *, scale: Real[ArrayLike, ""] = 1.0
+) -> LinearOperator:
+    """Return the P x P operator G = scale * sum_n J_n' Lambda_n J_n.
 
     Parameters
     ----------
     linearised
-        Where J and the outputs come from.
+        The linearised network: J and the outputs.
     likelihood
-        Where Lambda comes from.
+        The likelihood with its curvature Lambda.
     scale
         (all training examples) / (examples in `linearised`).
 
     Returns
     -------
     LinearOperator
-        On vectors of P numbers. One product costs about two forward and two backward passes' arithmetic.
+        An operator on vectors of P numbers. One product costs as much as about two forward and two backward passes.
     """
 
     def curved(outputs: Array, weights: Array, tangent: Array) -> Array:
@@ -52,13 +54,13 @@ def dual_operator(
     linearised: Linearisation,
     likelihood: Likelihood,
     *,
-    scale: float = 1.0,
-    prior_precision: Float[Array, ""] | Float[Array, " P"] = 1.0,
+    scale: Real[ArrayLike, ""] = 1.0,
+    prior_precision: Real[ArrayLike, ""] | Real[ArrayLike, " P"] = 1.0,
 ) -> LinearOperator:
-    """The operator scale * B' J P0^-1 J' B on stacked outputs.
+    """Return the operator scale * B' J P0^-1 J' B on the stacked outputs of all examples.
 
-    It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same, with vectors of all outputs instead
-    of P numbers; rows of padding are zero.
+    It has the nonzero spectrum of P0^-1/2 G P0^-1/2, so log det(I + .) is the same. Its vectors hold all outputs
+    instead of P weights. Rows of padding are zero.
 
     Parameters
     ----------
@@ -78,9 +80,9 @@ def dual_operator(
 
 
 def dual_pullback(
-    linearised: Linearisation, likelihood: Likelihood, *, scale: float = 1.0
+    linearised: Linearisation, likelihood: Likelihood, *, scale: Real[ArrayLike, ""] = 1.0
 ) -> Callable[[Float[Array, " V"]], Float[Array, " P"]]:
-    """Return v -> sqrt(scale) J' B v, from stacked outputs to weights: the first half of `dual_operator`.
+    """Return the function v -> sqrt(scale) J' B v from stacked outputs to weights: the first half of `dual_operator`.
 
     Parameters
     ----------
@@ -91,8 +93,8 @@ def dual_pullback(
     return lambda vector: linearised.pullback(root * likelihood.factor_mv(outputs, vector.reshape(outputs.shape)))
 
 
-def _root_scale(linearised: Linearisation, scale: float) -> Float[Array, "M ..."]:
-    """sqrt(scale), and zero for padding, shaped so that it multiplies outputs."""
+def _root_scale(linearised: Linearisation, scale: Real[ArrayLike, ""]) -> Float[Array, "M ..."]:
+    """Return sqrt(scale) for examples and zero for padding, shaped so that it multiplies outputs."""
     return jnp.sqrt(scale * mb.over_outputs(linearised.weights, linearised.outputs))
 
 
@@ -100,48 +102,47 @@ def block_product(
     network: Network,
     likelihood: Likelihood,
     params: PyTree,
-    inputs: PyTree[Float[Array, "N ..."]],
+    inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
-    weights: Float[Array, " N"] | None = None,
-    scale: float = 1.0,
+    weights: Real[ArrayLike, " N"] | None = None,
+    scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 64,
     vectors_at_once: int = 8,
 ) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
-    """Return V -> V G for S row vectors at once, streamed over microbatches of the data.
+    """Return the function V -> V G of S row vectors at once, which streams over microbatches of the data.
 
-    Arithmetic: one forward pass and S GGN products. Memory: residuals of one microbatch, and `vectors_at_once` times
-    its activations.
+    Cost of a call: one forward pass and S products with G. Memory: the residuals of one microbatch, and
+    `vectors_at_once` times its activations.
 
     Parameters
     ----------
     network, likelihood
-        Where f and Lambda come from.
+        The network f, and the likelihood with its curvature Lambda.
     params
         The weights at which the network is linearised.
     inputs
         All N examples.
     weights
-        One for each example; zero for those that do not count. By default all ones.
+        A weight for each example: by default one, zero for examples that do not count.
     scale
         (all training examples) / N.
-    microbatch
-        Examples linearised at a time; bounds memory.
-    vectors_at_once
-        Vectors pushed through a microbatch at a time; bounds memory, too.
+    microbatch, vectors_at_once
+        How many examples are linearised at a time, and how many vectors go through a microbatch at a time. They bound
+        the memory.
     """
     unravel = unraveler(params)
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
-    def product(vectors: Float[Array, "S P"]) -> Float[Array, "S P"]:
+    def product(vectors: Float[ArrayLike, "S P"]) -> Float[Array, "S P"]:
         def add(total: Array, batch: mb.Microbatches) -> tuple[Array, None]:
             outputs, pushforward = jax.linearize(lambda p: network(p, batch.inputs), params)
             pullback = jax.linear_transpose(pushforward, params)
 
-            def one(vector: Float[Array, " P"]) -> Float[Array, " P"]:
+            def of_vector(vector: Float[Array, " P"]) -> Float[Array, " P"]:
                 curved = likelihood.hessian_mv(outputs, pushforward(unravel(vector)))
                 return ravel(pullback(scale * mb.over_outputs(batch.weights, curved) * curved)[0])
 
-            return total + jax.lax.map(one, vectors, batch_size=min(vectors_at_once, len(vectors))), None
+            return total + jax.lax.map(of_vector, vectors, batch_size=min(vectors_at_once, len(vectors))), None
 
         return jax.lax.scan(add, jnp.zeros_like(vectors), batches)[0]
 

@@ -1,43 +1,45 @@
-"""The Jacobian of a network's outputs as a backward pass leaves it: inputs and derivatives of each layer.
+"""The Jacobian of a network's outputs in the form in which a backward pass leaves it: inputs and derivatives of layers.
 
-A row of J is a kron g for a dense layer with inputs a, g being the derivative of the output with respect to what the
-layer gives. I + O numbers stand for I O, all outputs of an example have their a in common, and whatever is made of
-rows of J is made faster from the factors: a norm of them from a^2 and g^2, a product with a matrix by a first.
+For a dense layer with inputs a, a row of J is a kron g, where g is the derivative of the output with respect to what
+the layer returns. So I + O numbers stand for I O, and all outputs of an example share their a. Whatever is computed
+from rows of J is faster from the factors: a norm from a^2 and g^2, a product with a matrix by multiplying with a first.
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from bnnlaplace.core.linalg import einsum, matmul
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.layers import find
 from bnnlaplace.curvature.layout import Layout, as_matrices, as_matrix
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import Outline
+from bnnlaplace.model.spec import NetworkSpec
 
 
 class Factors(NamedTuple):
-    """The derivatives with respect to one leaf, with nothing left to sum over but what is made of them.
+    """The derivatives with respect to one leaf, with the sum over positions already taken.
 
     Attributes
     ----------
     inputs
-        a of each example, (M, I), of a layer that multiplies once for each example; None for any other leaf.
+        a of each example, (M, I), if the leaf is a layer that multiplies once for each example. None for any other
+        leaf.
     derivatives
-        g in O columns, or the p derivatives themselves: of M examples, U groups of C outputs.
+        g in O columns, or without inputs the p derivatives themselves, for M examples with U groups of C outputs.
     """
 
     inputs: Float[Array, "M I"] | None
     derivatives: Float[Array, "M U C p"]
 
     def weighted(self, weights: Float[Array, "..."]) -> Float[Array, "M U C C"]:
-        """J diag(w) J' within each group, w being of shape (I, O) or (p,) and not negative.
+        """Compute J diag(w) J' within each group, for weights w of shape (I, O) or (p,) that are not negative.
 
-        Cost: I O multiplications for each example where there are inputs, C p for each output otherwise.
+        Cost: with inputs I O multiplications for each example, without them C p for each output.
         """
         if self.inputs is None:
             return inner_products(self.derivatives, weights.reshape(-1))
@@ -50,11 +52,12 @@ class LeafJacobian(NamedTuple):
     Attributes
     ----------
     inputs
-        What a layer multiplies at each of T positions, (M, T, I); None for a leaf that is the matrix of none.
+        What a layer multiplies at each of T positions, (M, T, I). None for a leaf that is not a layer.
     derivatives
-        With respect to the outputs of the layer, (M, U, C, T, O); to the leaf itself, (M, U, C, p), where it is none.
+        With inputs the derivatives with respect to the outputs of the layer, (M, U, C, T, O). Without them the
+        derivatives with respect to the leaf itself, (M, U, C, p).
     layout
-        How the leaf is a matrix, or None.
+        How the leaf forms a matrix. None without inputs.
     """
 
     inputs: Float[Array, "M T I"] | None
@@ -68,20 +71,20 @@ class LeafJacobian(NamedTuple):
 
     @property
     def size(self) -> int:
-        """The number of weights."""
+        """Number of weights in the leaf."""
         width = self.derivatives.shape[-1]
         return width if self.inputs is None else self.inputs.shape[-1] * width
 
     def rows(self) -> Float[Array, "M U C p"]:
-        """The derivatives with respect to each weight of the leaf, in its own order."""
+        """Form the derivatives with respect to each weight, in the order in which the leaf stores its weights."""
         return self.derivatives if self.inputs is None else self.layout.flat(self._matrices())
 
-    def as_matrix(self, flat: Float[Array, " p"]) -> Float[Array, "..."]:
-        """Numbers for each weight in the shape that `Factors.weighted` of `factors()` takes."""
+    def as_matrix(self, flat: Real[ArrayLike, " p"]) -> Real[ArrayLike, "..."]:
+        """Arrange one number for each weight in the shape that `Factors.weighted` of `factors()` takes."""
         return flat if self.layout is None else as_matrix(flat, self.layout.segments)
 
     def factors(self) -> Factors:
-        """Of this leaf; for several positions the sum over them, rows of the matrix slowest."""
+        """Take the sum over positions. If there are several, the rows of the layer's matrix are slowest."""
         if self.inputs is None:
             return Factors(None, self.derivatives)
         if self.is_single:
@@ -90,7 +93,7 @@ class LeafJacobian(NamedTuple):
         return Factors(None, matrices.reshape(*matrices.shape[:3], -1))
 
     def rotated(self, rows: Float[Array, "I I"], columns: Float[Array, "O O"]) -> "LeafJacobian":
-        """In other coordinates of the layer's matrix W, those of rows' W columns; its `layout` is that of W still."""
+        """Change the coordinates of the layer's matrix W to rows' W columns. `layout` remains that of W."""
         return self._replace(inputs=matmul(self.inputs, rows), derivatives=matmul(self.derivatives, columns))
 
     def _matrices(self) -> Float[Array, "M U C I O"]:
@@ -103,62 +106,62 @@ class Jacobian(NamedTuple):
     Attributes
     ----------
     leaves
-        In the order of `jax.tree.leaves` of the weights, and with it of the flat vector.
+        One for each leaf of the weights, in the order of `jax.tree.leaves`, which is that of the flat vector.
     """
 
     leaves: list[LeafJacobian]
 
     @property
     def sizes(self) -> list[int]:
-        """The number of weights in each leaf."""
+        """Number of weights in each leaf."""
         return [leaf.size for leaf in self.leaves]
 
     def rows(self) -> Float[Array, "M U C P"]:
-        """J itself. Memory: P numbers for each output."""
+        """Form J itself. Memory: P numbers for each output."""
         return jnp.concatenate([leaf.rows() for leaf in self.leaves], axis=-1)
 
-    def times(self, matrix: Float[Array, "q R"]) -> Float[Array, "M U C R"]:
-        """J matrix, its last P - q rows being zero.
+    def times(self, matrix: Float[ArrayLike, "q R"]) -> Float[Array, "M U C R"]:
+        """Multiply J by a matrix. If the matrix has q rows of P, the missing last rows are taken as zero.
 
-        Cost: of a layer with one position, I inputs and O columns, I O R multiplications for each example and O R for
-        each output, or I O R for each output where those are fewer or hardly more; of all else p R for each output.
-        Memory: O R numbers for each example where inputs come first.
+        Cost of a layer with one position, I inputs and O columns: I O R multiplications for each example and O R for
+        each output, or I O R for each output if that is less or hardly more. All other leaves cost p R for each output.
+        Memory: O R numbers for each example of a layer whose inputs are multiplied first.
         """
-        # All layers in one product, and all else in another: small ones are slow.
-        derivatives, met, rows, parts = [], [], [], []
+        # One product for all layers, and one for all other leaves, because small products are slow.
+        derivatives, by_inputs, rows, blocks = [], [], [], []
         start = 0
         for leaf in self.leaves:
             if start >= len(matrix):
                 break
-            part = matrix[start : start + leaf.size]
+            block = matrix[start : start + leaf.size]
             start += leaf.size
-            part = jnp.pad(part, ((0, leaf.size - len(part)), (0, 0)))
+            block = jnp.pad(block, ((0, leaf.size - len(block)), (0, 0)))
             if leaf.is_single and _inputs_first(math.prod(leaf.derivatives.shape[1:3]), leaf.inputs.shape[-1]):
                 derivatives.append(leaf.derivatives[..., 0, :])
-                met.append(einsum("mi,ior->mor", leaf.inputs[:, 0], as_matrices(part, leaf.layout.segments)))
+                by_inputs.append(einsum("mi,ior->mor", leaf.inputs[:, 0], as_matrices(block, leaf.layout.segments)))
             else:
                 rows.append(leaf.rows())
-                parts.append(part)
-        found = []
-        if met:
-            pair = jnp.concatenate(derivatives, axis=-1), jnp.concatenate(met, axis=1)
-            found.append(einsum("muco,mor->mucr", *pair))
+                blocks.append(block)
+        products = []
+        if by_inputs:
+            of_layers = jnp.concatenate(derivatives, axis=-1), jnp.concatenate(by_inputs, axis=1)
+            products.append(einsum("muco,mor->mucr", *of_layers))
         if rows:
-            found.append(matmul(jnp.concatenate(rows, axis=-1), jnp.concatenate(parts)))
-        return sum(found[1:], found[0])
+            products.append(matmul(jnp.concatenate(rows, axis=-1), jnp.concatenate(blocks)))
+        return sum(products[1:], products[0])
 
 
 class JacobianSize(NamedTuple):
-    """How many numbers a `Jacobian` holds, and what is computed from it at most.
+    """How many numbers a `Jacobian` holds, including those that are formed from it.
 
     Attributes
     ----------
     example
-        Of each example: the inputs of layers.
+        The numbers for each example: the inputs of layers.
     output
-        Of each output: derivatives, with those with respect to weights where they are formed.
+        The numbers for each output: derivatives, and derivatives with respect to weights if they are formed.
     layers
-        Inputs and columns of each layer that has one position.
+        (inputs, columns) of each layer that has one position.
     """
 
     example: int
@@ -166,23 +169,29 @@ class JacobianSize(NamedTuple):
     layers: tuple[tuple[int, int], ...]
 
     def columns(self, num_outputs: int) -> int:
-        """Of the layers whose inputs are met first in `Jacobian.times`, for as many outputs of each example.
+        """Count the columns of the layers whose inputs `Jacobian.times` multiplies first.
 
         Parameters
         ----------
         num_outputs
-            U times C.
+            U times C, the number of outputs of each example.
         """
         return sum(columns for rows, columns in self.layers if _inputs_first(num_outputs, rows))
 
 
 def _inputs_first(num_outputs: int, rows: int) -> bool:
-    """Whether meeting the inputs of a layer first saves enough arithmetic to be worth its memory."""
+    """Whether multiplying by the inputs of a layer first saves enough arithmetic to be worth its memory."""
     return num_outputs * rows >= 5 * (num_outputs + rows)
 
 
-def jacobian(passed: tapped.Pass, numbers: Int[Array, "U C"], at_once: int | None = None) -> Jacobian:
-    """The derivatives of some of the outputs of each example.
+def jacobian(
+    passed: tapped.Pass,
+    numbers: Int[ArrayLike, "U C"],
+    at_once: int | None = None,
+    *,
+    factor_mv: Callable[[Float[Array, "M ... C"], Float[Array, "M ... C"]], Float[Array, "M ... C"]] | None = None,
+) -> Jacobian:
+    """Differentiate some of the outputs of each example.
 
     Cost: a backward pass for each of them, without the gradients of layers.
 
@@ -191,38 +200,39 @@ def jacobian(passed: tapped.Pass, numbers: Int[Array, "U C"], at_once: int | Non
     passed
         A forward pass of M examples.
     numbers
-        Of the outputs of an example, in groups. The derivatives of one that there is not are zero.
+        The numbers of the outputs, in U groups. An index past the last output gives zero rows (padding).
     at_once
         How many of them go through a backward pass together; by default all.
+    factor_mv
+        A function (f, u) -> B u, such as that of a likelihood. With it the result is made of rows of B' J instead of J.
     """
-    found = tapped.at_columns(passed.gradients, passed.outputs, numbers.reshape(-1), at_once)
 
-    def leaf(number: int, derivatives: Float[Array, "K M ..."]) -> LeafJacobian:
-        grouped = jnp.moveaxis(derivatives, 0, 1).reshape(derivatives.shape[1], *numbers.shape, *derivatives.shape[2:])
-        layer = passed.weights.layers.get(number)
+    def gradients(column: Float[Array, "M ... C"]) -> dict[int, Float[Array, "M ..."]]:
+        return passed.gradients(column if factor_mv is None else factor_mv(passed.outputs, column))
+
+    derivatives = tapped.at_columns(gradients, passed.outputs, numbers.reshape(-1), at_once)
+
+    def leaf_jacobian(leaf: int, by_output: Float[Array, "K M ..."]) -> LeafJacobian:
+        by_example = jnp.moveaxis(by_output, 0, 1)
+        grouped = by_example.reshape(by_example.shape[0], *numbers.shape, *by_example.shape[2:])
+        layer = passed.weights.layers.get(leaf)
         if layer is None:
             return LeafJacobian(None, grouped.reshape(*grouped.shape[:3], -1), None)
-        return LeafJacobian(passed.layer_inputs[number], grouped, layer.layout)
+        return LeafJacobian(passed.layer_inputs[leaf], grouped, layer.layout)
 
-    return Jacobian([leaf(number, found[number]) for number in sorted(found)])
+    return Jacobian([leaf_jacobian(leaf, derivatives[leaf]) for leaf in sorted(derivatives)])
 
 
-def size_of_jacobian(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> JacobianSize:
-    """Count the numbers of a Jacobian; of `inputs` shape and dtype are used alone.
-
-    Parameters
-    ----------
-    network, inputs
-        What is differentiated, and where.
-    """
-    return _size(Outline.of(network, inputs))
+def size_of_jacobian(network: Network, inputs: PyTree) -> JacobianSize:
+    """Count the numbers of a Jacobian. Only shape and type of `inputs` are used."""
+    return _size(NetworkSpec.of(network, inputs))
 
 
 @lru_cache(maxsize=64)
-def _size(outline: Outline) -> JacobianSize:
-    weights = find(outline.network(), outline.example.batch(2))
+def _size(spec: NetworkSpec) -> JacobianSize:
+    weights = find(spec.network(), spec.example.batch(2))
     example, output, layers = 0, 0, []
-    for leaf, variable in enumerate(weights.equations.params):
+    for leaf, variable in enumerate(weights.jaxpr.params):
         count, layer = math.prod(variable.aval.shape), weights.layers.get(leaf)
         if layer is None:
             output += 2 * count
@@ -238,18 +248,18 @@ def _size(outline: Outline) -> JacobianSize:
 
 
 def inner_products(
-    rows: Float[Array, "M U C p"], weights: Float[Array, "..."] | float = 1.0
+    rows: Float[Array, "M U C p"], weights: Float[ArrayLike, "..."] | float = 1.0
 ) -> Float[Array, "M U C C"]:
-    """The inner products of the rows of each group; differentiable also where weights are zero.
+    """Compute the inner products of the rows of each group. They are differentiable even if weights are zero.
 
     Parameters
     ----------
     rows
-        Of M examples, U groups of C.
+        U groups of C rows for each of M examples.
     weights
-        Of the p numbers of a row; may differ between examples, (M, 1, 1, p).
+        A weight for each of the p numbers of a row. They may differ between examples: (M, 1, 1, p).
     """
     if rows.shape[2] == 1:
         return jnp.sum(rows**2 * weights, axis=-1, keepdims=True)
-    found = einsum("mucp,mudp->mucd", rows * weights, rows)
-    return (found + jnp.swapaxes(found, -1, -2)) / 2
+    products = einsum("mucp,mudp->mucd", rows * weights, rows)
+    return (products + jnp.swapaxes(products, -1, -2)) / 2

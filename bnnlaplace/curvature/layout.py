@@ -1,4 +1,4 @@
-"""How the numbers of a weight form a matrix, whatever reshaping and transposing brings them there."""
+"""How the numbers of a weight form a matrix, through any reshaping and transposing on the way to the product."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -7,21 +7,22 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn, Var
-from jaxtyping import Array, Float
+from jaxtyping import ArrayLike, Real, Shaped
 
 
 class Layout(NamedTuple):
-    """A weight as a matrix from inputs (rows) to outputs (columns), both in the order in which it stores them.
+    """A weight as a matrix from inputs (rows) to outputs (columns), both in the order in which the weight stores them.
 
     Attributes
     ----------
     segments
-        The weight's shape with neighbouring axes of the same side joined: (length, whether it belongs to the rows). A
-        kernel (3, 3, 8, 16) of a convolution is ((72, True), (16, False)).
+        The weight's shape after neighbouring axes of the same side are joined, as pairs (length, whether it belongs to
+        the rows). The kernel (3, 3, 8, 16) of a convolution has the segments ((72, True), (16, False)).
     row_sizes, row_order
-        The inputs as the product sums over them have these axes; transposed like this they are in the order of rows.
+        The lengths of the axes of the inputs as the product sums over them, and the transposition that brings them into
+        the order of the rows.
     column_sizes, column_order
-        The same of the outputs.
+        Lengths and transposition for the outputs.
     """
 
     segments: tuple[tuple[int, bool], ...]
@@ -30,81 +31,81 @@ class Layout(NamedTuple):
     column_sizes: tuple[int, ...]
     column_order: tuple[int, ...]
 
-    def rows(self, inputs: Float[Array, "M T I"]) -> Float[Array, "M T I"]:
-        """Inputs in the order of the product -> in the order of the rows."""
+    def rows(self, inputs: Shaped[ArrayLike, "M T I"]) -> Shaped[ArrayLike, "M T I"]:
+        """Bring inputs from the order of the product into the order of the rows."""
         return _reordered(inputs, self.row_sizes, self.row_order)
 
-    def columns(self, outputs: Float[Array, "M T O"]) -> Float[Array, "M T O"]:
-        """Outputs in the order of the product -> in the order of the columns."""
+    def columns(self, outputs: Shaped[ArrayLike, "M T O"]) -> Shaped[ArrayLike, "M T O"]:
+        """Bring outputs from the order of the product into the order of the columns."""
         return _reordered(outputs, self.column_sizes, self.column_order)
 
-    def flat(self, matrix: Float[Array, "I O"]) -> Float[Array, " P"]:
-        """A matrix -> the numbers of the weight in their own order."""
+    def flat(self, matrix: Real[ArrayLike, "... I O"]) -> Real[ArrayLike, "... p"]:
+        """Turn matrices into the numbers of the weight, in the order in which the weight stores them."""
         return from_matrix(matrix, self.segments)
 
 
-def from_matrix(matrix: Float[Array, "... I O"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... P"]:
-    """Matrices of rows and columns -> the numbers of the weight in their own order; NumPy arrays remain such.
+def from_matrix(matrix: Real[ArrayLike, "... I O"], segments: Sequence[tuple[int, bool]]) -> Real[ArrayLike, "... p"]:
+    """Turn matrices into the numbers of the weight, in the order in which the weight stores them.
 
     Parameters
     ----------
     matrix
-        One or several.
+        One matrix or several. NumPy arrays remain NumPy arrays.
     segments
-        Those of the `Layout`.
+        The segments of the `Layout`.
     """
     lead = matrix.shape[:-2]
     order = _matrix_order(segments)
     shape = [segments[index][0] for index in order]
     # The inverse of a permutation sorts it.
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    parts = matrix.reshape((*lead, *shape))
-    return parts.transpose((*range(len(lead)), *(len(lead) + index for index in inverse))).reshape((*lead, -1))
+    pieces = matrix.reshape((*lead, *shape))
+    return pieces.transpose((*range(len(lead)), *(len(lead) + index for index in inverse))).reshape((*lead, -1))
 
 
-def as_matrices(columns: Float[Array, "P R"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "I O R"]:
-    """Columns of as many numbers as the weight has, in their own order -> a matrix of rows and columns for each.
+def as_matrices(columns: Real[ArrayLike, "p R"], segments: Sequence[tuple[int, bool]]) -> Real[ArrayLike, "I O R"]:
+    """Turn each column of numbers, in the order in which the weight stores them, into a matrix.
 
     Parameters
     ----------
     columns
-        One number for each weight in each of R columns.
+        R columns with one number for each weight.
     segments
-        Those of the `Layout`.
+        The segments of the `Layout`.
     """
     order = _matrix_order(segments)
-    parts = columns.reshape((*(size for size, _ in segments), columns.shape[-1]))
-    moved = parts.transpose((*order, len(order)))
+    pieces = columns.reshape((*(size for size, _ in segments), columns.shape[-1]))
+    moved = pieces.transpose((*order, len(order)))
     return moved.reshape((math.prod(size for size, is_row in segments if is_row), -1, columns.shape[-1]))
 
 
-def as_matrix(flat: Float[Array, "... P"], segments: Sequence[tuple[int, bool]]) -> Float[Array, "... I O"]:
-    """The numbers of the weight in their own order -> matrices of rows and columns; NumPy arrays remain such.
+def as_matrix(flat: Real[ArrayLike, "... p"], segments: Sequence[tuple[int, bool]]) -> Real[ArrayLike, "... I O"]:
+    """Turn the numbers of the weight, in the order in which the weight stores them, into matrices.
 
     Parameters
     ----------
     flat
-        One weight or several.
+        One weight or several. NumPy arrays remain NumPy arrays.
     segments
-        Those of the `Layout`.
+        The segments of the `Layout`.
     """
     lead = flat.shape[:-1]
-    parts = flat.reshape((*lead, *(size for size, _ in segments)))
+    pieces = flat.reshape((*lead, *(size for size, _ in segments)))
     order = _matrix_order(segments)
-    moved = parts.transpose((*range(len(lead)), *(len(lead) + index for index in order)))
+    moved = pieces.transpose((*range(len(lead)), *(len(lead) + index for index in order)))
     return moved.reshape((*lead, math.prod(size for size, is_row in segments if is_row), -1))
 
 
 def find_layout(
-    leaf: Var, operand: Var, steps: Iterable[JaxprEqn], summed: Sequence[int], left: Sequence[int]
+    leaf: Var, operand: Var, equations: Iterable[JaxprEqn], summed: Sequence[int], left: Sequence[int]
 ) -> Layout | None:
-    """The layout of a leaf that `steps` turn into the operand of a product.
+    """Find the layout of a leaf that `equations` turn into the operand of a product.
 
     Parameters
     ----------
     leaf, operand
-        The weight, and what enters the product.
-    steps
+        The weight, and the operand of the product.
+    equations
         The equations between them.
     summed, left
         The axes of the operand that the product sums over, and the others, each in the order of the product.
@@ -112,10 +113,10 @@ def find_layout(
     Returns
     -------
     Layout or None
-        None where anything but reshaping, transposing and a change of dtype is done to the leaf.
+        None if the equations do anything but reshape, transpose or change the type of the leaf.
     """
     axes = {leaf: _axes_of(leaf.aval.shape)}
-    for equation in steps:
+    for equation in equations:
         (source, *others) = equation.invars
         if others or source not in axes:
             return None
@@ -134,7 +135,7 @@ def find_layout(
 
 
 class _Piece(NamedTuple):
-    """A part of an axis of the weight: its length, and how far its indices are apart in memory."""
+    """A part of an axis of the weight: its length, and the distance of neighbouring indices in memory."""
 
     size: int
     stride: int
@@ -153,7 +154,7 @@ def _axes_of(shape: tuple[int, ...]) -> _Axes:
 
 
 def _moved(equation: JaxprEqn, axes: _Axes) -> _Axes | None:
-    """The axes after one equation; each is a list of pieces, the slowest first."""
+    """Follow axes, each of which is a list of pieces with the slowest first, through one equation."""
     name, params = equation.primitive.name, equation.params
     if name in ("convert_element_type", "copy", "copy_p"):
         return axes
@@ -167,7 +168,7 @@ def _moved(equation: JaxprEqn, axes: _Axes) -> _Axes | None:
 
 
 def _regrouped(pieces: list[_Piece], shape: tuple[int, ...]) -> _Axes | None:
-    """Cut a sequence of pieces into axes of the given lengths, breaking up pieces where they divide."""
+    """Cut a sequence of pieces into axes of the given lengths. A piece is split if its length divides."""
     pieces = list(pieces)
     axes: _Axes = []
     for length in shape:
@@ -189,18 +190,20 @@ def _regrouped(pieces: list[_Piece], shape: tuple[int, ...]) -> _Axes | None:
 
 
 def _order(pieces: list[_Piece]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The lengths of the pieces, and the permutation that puts them into the order of the weight."""
+    """Return the lengths of the pieces, and the permutation that puts them into the order of the weight."""
     order = sorted(range(len(pieces)), key=lambda index: -pieces[index].stride)
     return tuple(piece.size for piece in pieces), tuple(order)
 
 
 def _matrix_order(segments: Sequence[tuple[int, bool]]) -> list[int]:
-    """Segments of rows first, then those of columns."""
+    """The indices of the segments with those of rows first."""
     return sorted(range(len(segments)), key=lambda index: not segments[index][1])
 
 
-def _reordered(array: Float[Array, "M T I"], sizes: Sequence[int], order: Sequence[int]) -> Float[Array, "M T I"]:
+def _reordered(
+    array: Shaped[ArrayLike, "M T I"], sizes: Sequence[int], order: Sequence[int]
+) -> Shaped[ArrayLike, "M T I"]:
     if list(order) == sorted(order):
         return array
-    parts = array.reshape(*array.shape[:2], *sizes)
-    return jnp.transpose(parts, (0, 1, *(2 + index for index in order))).reshape(array.shape)
+    pieces = array.reshape(*array.shape[:2], *sizes)
+    return jnp.transpose(pieces, (0, 1, *(2 + index for index in order))).reshape(array.shape)

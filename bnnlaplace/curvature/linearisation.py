@@ -1,15 +1,15 @@
-"""A network linearised at its weights on a batch: J v and J' u, whose residuals are kept or computed again.
+"""A network linearised at its weights on a batch: products J v and J' u, with residuals that are kept or recomputed.
 
-Kept, they make every product cheap and take memory for all examples. Computed again, a microbatch at a time, they take
-memory for one microbatch, and a forward pass more in each product, which is less than it seems, as they need not be
-read from memory.
+Kept residuals make every product cheap, and take memory for all examples. Recomputed ones take memory for one
+microbatch, and each product takes another forward pass. That costs less than it seems, because recomputed residuals
+need not be read from memory.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
 from bnnlaplace.core.tree import examples, number_type, ravel, size, unraveler
 from bnnlaplace.curvature import microbatch as mb
@@ -19,12 +19,12 @@ Middle = Callable[[Float[Array, "m ... C"], Float[Array, " m"], Float[Array, "m 
 
 
 class Linearisation(NamedTuple):
-    """A network linearised at its weights on all inputs; M = N and the padding of the last microbatch.
+    """A network linearised at its weights on M inputs: all N examples, and the padding of the last microbatch.
 
     Attributes
     ----------
     outputs
-        f(params, x_n), the padding last; differentiable in what `linearise` was given.
+        f(params, x_n), with the padding last. They are differentiable in the arguments of `linearise`.
     weights
         One for an example, zero for padding.
     pushforward
@@ -32,7 +32,8 @@ class Linearisation(NamedTuple):
     pullback
         u -> J' u, (M, ..., C) -> (P,).
     sandwich
-        (middle, v) -> J' middle(outputs, weights, J v), (P,) -> (P,), for a function of each example alone.
+        (middle, v) -> J' middle(outputs, weights, J v), (P,) -> (P,). The function `middle` must treat each example on
+        its own.
     size
         P.
     """
@@ -46,58 +47,76 @@ class Linearisation(NamedTuple):
 
 
 def linearise(
-    network: Network, params: PyTree, inputs: Float[Array, "N ..."], *, microbatch: int = 128, remat: bool = False
+    network: Network,
+    params: PyTree,
+    inputs: PyTree[Shaped[ArrayLike, "N ..."]],
+    *,
+    microbatch: int = 128,
+    remat: bool = False,
 ) -> Linearisation:
-    """Linearise a network at `params` on all inputs, `microbatch` of them in one step of the inner loop.
+    """Linearise a network at `params` on all inputs. Call it inside `jit`.
 
-    Cost: a forward pass and what its derivative saves; memory: those residuals at all N examples, kept as long as the
-    result. With `remat`: those of one microbatch, and a forward pass more in each call of `pushforward`, `pullback` and
-    `sandwich`. Call it inside `jit`.
+    Cost: a forward pass, and what its derivative saves. Memory: these residuals for all N examples, as long as the
+    result is in use. With `remat`: the residuals of one microbatch, and another forward pass in each call of
+    `pushforward`, `pullback` and `sandwich`.
 
     Parameters
     ----------
     network, params
-        What is linearised, and at which weights.
+        The network, and the weights at which it is linearised.
     inputs
         All N examples.
     microbatch
-        Examples in one step of the inner loop.
+        How many examples are in one step of the inner loop.
     remat
-        Compute the residuals again where they are needed, in derivatives of the products, too.
+        Whether the residuals are computed again where they are needed, also in derivatives of the products.
     """
     batches = mb.split(inputs, microbatch, number_type(params))
-    return (_rematerialised if remat else _kept)(network, params, batches)
+    products = (_rematerialised if remat else _kept)(network, params, batches)
+    shape = products.outputs.shape
+    rows = (shape[0] * shape[1], *shape[2:])
+    outputs, weights = products.outputs.reshape(rows), batches.weights.reshape(-1)
+
+    def pushforward(vector: Float[Array, " P"]) -> Float[Array, "M ... C"]:
+        return products.push(vector).reshape(rows)
+
+    def pullback(cotangent: Float[Array, "M ... C"]) -> Float[Array, " P"]:
+        return products.pull(cotangent.reshape(shape))
+
+    def sandwich(middle: Middle, vector: Float[Array, " P"]) -> Float[Array, " P"]:
+        return pullback(middle(outputs, weights, pushforward(vector)))
+
+    return Linearisation(outputs, weights, pushforward, pullback, products.sandwich or sandwich, size(params))
 
 
-def _kept(network: Network, params: PyTree, batches: mb.Microbatches) -> Linearisation:
-    num_batches, unravel = len(batches.weights), unraveler(params)
+class _Products(NamedTuple):
+    """The outputs of `num` microbatches and both products, with an axis of microbatches.
 
-    def every_output(params: PyTree) -> Float[Array, "num size ... C"]:
-        if num_batches > 1:
+    `sandwich` is None if it is to be made of the other two.
+    """
+
+    outputs: Float[Array, "num size ... C"]
+    push: Callable[[Float[Array, " P"]], Float[Array, "num size ... C"]]
+    pull: Callable[[Float[Array, "num size ... C"]], Float[Array, " P"]]
+    sandwich: Callable[[Middle, Float[Array, " P"]], Float[Array, " P"]] | None = None
+
+
+def _kept(network: Network, params: PyTree, batches: mb.Microbatches) -> _Products:
+    unravel = unraveler(params)
+
+    def all_outputs(params: PyTree) -> Float[Array, "num size ... C"]:
+        if len(batches.weights) > 1:
             return jax.lax.map(lambda x: network(params, x), batches.inputs)
         # A loop over one microbatch would copy what it saves for the derivative.
         return network(params, examples(batches.inputs, 0))[None]
 
-    outputs, jvp = jax.linearize(every_output, params)
+    outputs, jvp = jax.linearize(all_outputs, params)
     transposed = jax.linear_transpose(jvp, params)
-    shape = outputs.shape
-    rows = (shape[0] * shape[1], *shape[2:])
-    stacked, weights = outputs.reshape(rows), batches.weights.reshape(-1)
-
-    def pushforward(vector: Float[Array, " P"]) -> Float[Array, "M ... C"]:
-        return jvp(unravel(vector)).reshape(rows)
-
-    def pullback(cotangent: Float[Array, "M ... C"]) -> Float[Array, " P"]:
-        return ravel(transposed(cotangent.reshape(shape))[0])
-
-    def sandwich(middle: Middle, vector: Float[Array, " P"]) -> Float[Array, " P"]:
-        return pullback(middle(stacked, weights, pushforward(vector)))
-
-    return Linearisation(stacked, weights, pushforward, pullback, sandwich, size(params))
+    return _Products(outputs, lambda vector: jvp(unravel(vector)), lambda cotangent: ravel(transposed(cotangent)[0]))
 
 
-def _rematerialised(network: Network, params: PyTree, batches: mb.Microbatches) -> Linearisation:
-    """Each step of a loop is checkpointed: a derivative of the loop would keep the residuals of all of them."""
+def _rematerialised(network: Network, params: PyTree, batches: mb.Microbatches) -> _Products:
+    # Each step of a loop is checkpointed, because a derivative of the loop would keep the residuals of all its steps.
     unravel = unraveler(params)
 
     @jax.checkpoint
@@ -112,16 +131,11 @@ def _rematerialised(network: Network, params: PyTree, batches: mb.Microbatches) 
     def pulled(inputs: PyTree, params: PyTree, cotangent: Float[Array, "size ... C"]) -> Float[Array, " P"]:
         return ravel(jax.vjp(lambda p: network(p, inputs), params)[1](cotangent)[0])
 
-    outputs = jax.lax.map(lambda x: outputs_of(x, params), batches.inputs)
-    shape = outputs.shape
-    rows = (shape[0] * shape[1], *shape[2:])
+    def push(vector: Float[Array, " P"]) -> Float[Array, "num size ... C"]:
+        return jax.lax.map(lambda x: pushed(x, params, vector), batches.inputs)
 
-    def pushforward(vector: Float[Array, " P"]) -> Float[Array, "M ... C"]:
-        return jax.lax.map(lambda x: pushed(x, params, vector), batches.inputs).reshape(rows)
-
-    def pullback(cotangent: Float[Array, "M ... C"]) -> Float[Array, " P"]:
-        parts = batches.inputs, cotangent.reshape(shape)
-        return mb.summed(lambda part: pulled(part[0], params, part[1]), parts)
+    def pull(cotangents: Float[Array, "num size ... C"]) -> Float[Array, " P"]:
+        return mb.summed(lambda part: pulled(part[0], params, part[1]), (batches.inputs, cotangents))
 
     def sandwich(middle: Middle, vector: Float[Array, " P"]) -> Float[Array, " P"]:
         @jax.checkpoint
@@ -130,7 +144,8 @@ def _rematerialised(network: Network, params: PyTree, batches: mb.Microbatches) 
             cotangent = middle(outputs, batch.weights, jvp(unravel(vector)))
             return ravel(jax.linear_transpose(jvp, params)(cotangent)[0])
 
+        # One loop in place of two, so that each microbatch is linearised once.
         return mb.summed(lambda batch: of_batch(batch, params, vector), batches)
 
-    stacked, weights = outputs.reshape(rows), batches.weights.reshape(-1)
-    return Linearisation(stacked, weights, pushforward, pullback, sandwich, size(params))
+    outputs = jax.lax.map(lambda x: outputs_of(x, params), batches.inputs)
+    return _Products(outputs, push, pull, sandwich)

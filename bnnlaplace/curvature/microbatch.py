@@ -1,4 +1,4 @@
-"""Data cut into equal microbatches, so that a scan over them compiles once and bounds memory."""
+"""Data cut into equal microbatches, so that a scan over them compiles once and bounds the memory."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core.tree import examples, num_examples
+from bnnlaplace.model.batched import check_microbatch
 
 
 class Microbatches(NamedTuple):
@@ -18,42 +19,34 @@ class Microbatches(NamedTuple):
     Attributes
     ----------
     inputs
-        (num, size, ...), or a pytree of such arrays.
+        An array (num, size, ...), or a pytree of such arrays.
     weights
-        One for each example; zero for padding.
+        One weight for each example; zero for padding.
     """
 
-    inputs: PyTree[Float[Array, "num size ..."]]
+    inputs: PyTree[Shaped[Array, "num size ..."]]
     weights: Float[Array, "num size"]
 
 
-def over_outputs(weights: Float[Array, " M"], outputs: Float[Array, "M ..."]) -> Float[Array, "M ..."]:
-    """Weights of examples, shaped so that they multiply outputs or what is computed from each of them.
-
-    Parameters
-    ----------
-    weights
-        One for each of M examples.
-    outputs
-        Whose number of dimensions the result is to have.
-    """
+def over_outputs(weights: Float[Array, " M"], outputs: Shaped[Array, "M ..."]) -> Float[Array, "M ..."]:
+    """Shape the weights of M examples so that they multiply `outputs`, or any array with a row for each example."""
     return weights.reshape(-1, *[1] * (outputs.ndim - 1))
 
 
-def summed(function: Callable[[Any], PyTree], parts: PyTree[Float[Array, "num ..."]]) -> PyTree:
-    """The sum of `function` over parts along the leading axis, one after another. Call it inside `jit`.
+def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[Array, "num ..."]]) -> PyTree:
+    """Sum `function` over parts along the leading axis, one after another. Call it inside `jit`.
 
     Memory: the sum, and what `function` takes for one part.
 
     Parameters
     ----------
     function
-        One part -> a pytree of arrays.
+        A function from one part to a pytree of arrays.
     parts
-        A pytree of arrays, of equal length along the leading axis; microbatches, for instance.
+        A pytree of arrays with leading axes of equal length, such as microbatches.
     """
 
-    def add(total: PyTree, part: Any) -> tuple[PyTree, None]:
+    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, function(part)), None
 
     shapes = jax.eval_shape(function, examples(parts, 0))
@@ -61,12 +54,15 @@ def summed(function: Callable[[Any], PyTree], parts: PyTree[Float[Array, "num ..
 
 
 def split(
-    inputs: PyTree[Float[Array, "N ..."]], size: int, dtype: jnp.dtype, weights: Float[Array, " N"] | None = None
+    inputs: PyTree[Shaped[ArrayLike, "N ..."]],
+    size: int,
+    dtype: Any,
+    weights: Real[ArrayLike, " N"] | None = None,
 ) -> Microbatches:
-    """Cut `inputs` into microbatches of at most `size` examples, as equal as they can be.
+    """Cut `inputs` into microbatches of at most `size` examples, as equal as possible.
 
-    The last one is padded with copies of the last example, at weight zero: they cost time and change nothing. The
-    number of microbatches is fixed first and the size follows, so that padding stays below one example a microbatch.
+    The last microbatch is padded with copies of the last example at weight zero, which change nothing. The number of
+    microbatches is chosen first and their size follows from it, so that padding stays below one example a microbatch.
 
     Parameters
     ----------
@@ -75,9 +71,9 @@ def split(
     size
         The largest number of examples in a microbatch.
     dtype
-        Of the weights.
+        The type of the weights.
     weights
-        Of the examples: one, or zero for those that do not count; by default all ones.
+        A weight for each example: one, or zero for examples that do not count. By default all are one.
 
     Raises
     ------
@@ -87,12 +83,11 @@ def split(
     count = num_examples(inputs)
     if count == 0:
         raise ValueError("curvature needs at least one example; got an empty batch; check the data")
-    if size < 1:
-        raise ValueError(f"microbatch=... must be at least 1; got {size}; try 128")
+    check_microbatch(size)
     num = math.ceil(count / size)
     size = math.ceil(count / num)
     index = np.minimum(np.arange(num * size), count - 1).reshape(num, size)
-    counted = jnp.asarray((np.arange(num * size) < count).reshape(num, size), dtype)
+    padded_weights = jnp.asarray((np.arange(num * size) < count).reshape(num, size), dtype)
     if weights is not None:
-        counted = counted * jnp.asarray(weights, dtype)[index]
-    return Microbatches(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), inputs), counted)
+        padded_weights = padded_weights * jnp.asarray(weights, dtype)[index]
+    return Microbatches(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), inputs), padded_weights)

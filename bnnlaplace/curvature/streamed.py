@@ -1,24 +1,25 @@
-"""The GGN of data that do not fit in memory: products that read the batches anew, for the primal and the dual side.
+"""The GGN of data that do not fit in memory: products that read all batches in each call, on either side.
 
-For Krylov methods that are called from Python, such as `krylov.block_lanczos` or `scipy.sparse.linalg.eigsh`. Batches
-are read on the host, so that these products cannot be traced; `ggn.ggn_operator` and `ggn.dual_operator` can.
+They are for Krylov methods that are called from Python, such as `krylov.block_lanczos` or `scipy.sparse.linalg.eigsh`.
+Batches are read on the host, so these products cannot be traced. `ggn.ggn_operator` and `ggn.dual_operator` can.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import as_vector, number_type, ravel, size, unraveler
 from bnnlaplace.core.types import LinearOperator
 from bnnlaplace.curvature import ggn
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.model.data import Batch, Data, Inputs, accumulate, as_data, check_fits_model
+from bnnlaplace.model.data import Batch, Data, accumulate, as_data, check_fits_model
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import output_shape
@@ -29,42 +30,46 @@ VECTORS_AT_ONCE = 8
 def operator(
     network: Network,
     likelihood: Likelihood,
-    data: tuple[Inputs, Array] | Iterable[tuple[Inputs, Array]],
+    data: Any,
     *,
     side: Literal["auto", "primal", "dual"] = "auto",
-    prior_precision: Float[Array, ""] | Float[Array, " P"] = 1.0,
-    scale: float = 1.0,
+    prior_precision: PyTree[Real[ArrayLike, "..."]] = 1.0,
+    scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 64,
 ) -> LinearOperator:
-    """P0^-1/2 G P0^-1/2 or its dual, scale * B' J P0^-1 J' B: the same nonzero spectrum, hence log det(I + .).
+    """Return P0^-1/2 G P0^-1/2 or its dual, scale * B' J P0^-1 J' B, as an operator that reads the data in each call.
+
+    Both have the same nonzero spectrum, and so the same log det(I + .).
 
     Parameters
     ----------
     network, likelihood
-        Where J and Lambda = B B' come from.
+        The network with its Jacobian J, and the likelihood with its curvature Lambda = B B'.
     data
-        As for `Laplace.fit`: (x, y), or such batches that can be iterated over again, without augmentation.
+        Arrays (x, y) or batches of such pairs, as for `Laplace.fit`. Batches must be readable several times, and the
+        same each time: without augmentation.
     side
-        "primal": on P numbers. "dual": on the outputs of all examples, in their order, so that every pass must have the
-        same one: no shuffling. "auto": the shorter one.
+        "primal" acts on P numbers. "dual" acts on the outputs of all examples in their order, so that every pass must
+        have the same order: no shuffling. "auto" is the shorter one.
     prior_precision
         The diagonal of P0: one number, one for each weight, or a pytree like the weights. With 1 the primal is G.
     scale
         (all training examples) / (examples in `data`).
     microbatch
-        Examples linearised at a time; bounds memory.
+        How many examples are linearised at a time. It bounds the memory.
 
     Returns
     -------
     LinearOperator
-        Its `matvec` takes one vector (V,) or rows (S, V), for which a batch is read and linearised once. Cost: a pass
-        over the data for the primal, two for the dual. Memory: a batch, the residuals of a microbatch, and S vectors.
+        Its `matvec` takes one vector (V,) or rows (S, V). A batch is read and linearised once for all rows. Cost: a
+        pass over the data for the primal, two for the dual. Memory: a batch, the residuals of a microbatch, and S
+        vectors.
 
     Raises
     ------
     ValueError
-        If `side` is unknown, a precision or the scale is not positive, or data are empty, do not fit the network, or
-        can be read once only. By `matvec` of the dual side, if batches come in another order than before.
+        If `side` is unknown, a precision or the scale is not positive, or the data are empty, do not fit the network,
+        or can be read only once. `matvec` of the dual side raises it if batches come in another order than before.
 
     Examples
     --------
@@ -80,26 +85,25 @@ def operator(
     >>> krylov.trace_forms(krylov.ritz(decomposition), jnp.log1p).shape  # log det(I + .) as each probe estimates it
     (4,)
     """
-    if side not in ("auto", "primal", "dual"):
-        raise ValueError(f"operator(side=...) must be 'auto', 'primal' or 'dual'; got {side!r}")
-    found = as_data(data)
-    found.check_repeatable("operator(data=...) must be readable several times")
+    checks.choice(side, "operator(side=...)", ("auto", "primal", "dual"))
+    batches = as_data(data)
+    batches.check_repeatable("operator(data=...) must be readable several times")
     delta = as_vector(prior_precision, network.params)
     if not np.all(np.asarray(delta) > 0) or not scale > 0:
         raise ValueError(
             f"operator(prior_precision=..., scale=...) must be positive; got {prior_precision} and {scale}; try 1.0"
         )
-    found = found.checked(partial(check_fits_model, network, likelihood))
-    for _ in found:  # it counts, and checks
+    batches = batches.checked(partial(check_fits_model, network, likelihood))
+    for _ in batches:  # the first pass counts the examples, and checks them
         pass
-    outputs = math.prod(output_shape(network, found.first)[1:]) * found.num_examples
+    num_outputs = math.prod(output_shape(network, batches.first)[1:]) * batches.num_examples
     options = {"prior_precision": delta, "scale": scale, "microbatch": microbatch}
-    if side == "dual" or (side == "auto" and outputs < size(network.params)):
-        return LinearOperator(_dual(network, likelihood, found.in_order(), **options), outputs)
+    if side == "dual" or (side == "auto" and num_outputs < size(network.params)):
+        return LinearOperator(_dual(network, likelihood, batches.in_order(), **options), num_outputs)
     root = jax.lax.rsqrt(delta)
-    product = primal_product(network, likelihood, found, scale, microbatch=microbatch)
+    product = primal_product(network, likelihood, batches, scale, microbatch=microbatch)
 
-    def matvec(vectors: Float[Array, "*S P"]) -> Float[Array, "*S P"]:
+    def matvec(vectors: Float[ArrayLike, "*S P"]) -> Float[Array, "*S P"]:
         rows = _as_rows(vectors, root.size, root.dtype)
         return (root * product(root * rows)).reshape(vectors.shape)
 
@@ -107,9 +111,9 @@ def operator(
 
 
 def primal_product(
-    network: Network, likelihood: Likelihood, data: Data, scale: float, *, microbatch: int
+    network: Network, likelihood: Likelihood, data: Data, scale: Real[ArrayLike, ""], *, microbatch: int
 ) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
-    """V -> V G for S rows at once; each product is a pass over the data.
+    """Return the function V -> V G of S rows at once. Each call is a pass over the data.
 
     Parameters
     ----------
@@ -126,21 +130,23 @@ def _dual(
     data: Data,
     *,
     prior_precision: Float[Array, " P"],
-    scale: float,
+    scale: Real[ArrayLike, ""],
     microbatch: int,
-) -> Callable[[Float[Array, "*S V"]], Float[Array, "*S V"]]:
+) -> Callable[[Float[ArrayLike, "*S V"]], Float[Array, "*S V"]]:
+    """Return the product of the dual side. It reads the data twice: for J' B v, and for B' J of that."""
     model, options = (network, likelihood), {"microbatch": microbatch}
     shape = output_shape(network, data.first)[1:]
     width = math.prod(shape)
 
-    def matvec(vectors: Float[Array, "*S V"]) -> Float[Array, "*S V"]:
+    def matvec(vectors: Float[ArrayLike, "*S V"]) -> Float[Array, "*S V"]:
         rows = _as_rows(vectors, data.num_examples * width, prior_precision.dtype)
-        parts = rows.reshape(len(rows), -1, *shape)
+        by_example = rows.reshape(len(rows), -1, *shape)
         start, pulled = 0, 0.0
         for batch in data:
-            count, padding = _count(batch), [(0, 0)] * len(shape)
-            part = jnp.pad(parts[:, start : start + count], [(0, 0), (0, len(batch.weights) - count), *padding])
-            pulled, start = pulled + _pull(*model, batch, part, **options), start + count
+            count, unpadded = _count(batch), [(0, 0)] * len(shape)
+            of_batch = by_example[:, start : start + count]
+            of_batch = jnp.pad(of_batch, [(0, 0), (0, len(batch.weights) - count), *unpadded])
+            pulled, start = pulled + _pull(*model, batch, of_batch, **options), start + count
         weighted = scale * pulled / prior_precision
         pushed = [_push(*model, batch, weighted, **options)[:, : _count(batch)] for batch in data]
         return jnp.concatenate(pushed, axis=1).reshape(len(rows), -1, width).reshape(vectors.shape)
@@ -148,14 +154,15 @@ def _dual(
     return matvec
 
 
-def _as_rows(vectors: Float[Array, "*S V"], size: int, dtype: jnp.dtype) -> Float[Array, "S V"]:
+def _as_rows(vectors: Any, size: int, dtype: Any) -> Float[Array, "S V"]:
+    """Turn one vector of `size` numbers into a row; rows of them stay as they are."""
     if np.ndim(vectors) not in (1, 2) or np.shape(vectors)[-1] != size:
         raise ValueError(f"matvec takes a vector of {size} numbers, or rows of them; got shape {np.shape(vectors)}")
     return jnp.atleast_2d(jnp.asarray(vectors, dtype))
 
 
 def _count(batch: Batch) -> int:
-    """Examples that are no padding; padding comes last."""
+    """Number of examples without the padding, which comes last."""
     return int(batch.weights.sum())
 
 
@@ -164,21 +171,21 @@ def batch_product(
     network: Network,
     likelihood: Likelihood,
     batch: Batch,
-    scale: float,
+    scale: Real[ArrayLike, ""],
     vectors: Float[Array, "S P"],
     *,
     microbatch: int,
 ) -> Float[Array, "S P"]:
-    """V G for a block of rows and one batch, compiled once per shape; see `ggn.block_product`.
+    """Multiply rows by the G of one batch: V G. It is compiled once for each shape; see `ggn.block_product`.
 
     Parameters
     ----------
     network, likelihood, scale, microbatch
         As for `operator`.
     batch
-        One of the data.
+        One batch of the data.
     vectors
-        Rows of P numbers.
+        S rows of P numbers.
     """
     options = {"weights": batch.weights, "scale": scale, "microbatch": microbatch}
     return ggn.block_product(network, likelihood, network.params, batch.inputs, **options)(vectors)
@@ -188,19 +195,19 @@ def batch_product(
 def _pull(
     network: Network, likelihood: Likelihood, batch: Batch, rows: Float[Array, "S B ... C"], *, microbatch: int
 ) -> Float[Array, "S P"]:
-    """Rows u -> J' B u, summed over the batch."""
+    """Map rows u to J' B u, summed over the batch."""
     params = network.params
     split = mb.split((batch.inputs, jnp.swapaxes(rows, 0, 1)), microbatch, number_type(params), batch.weights)
 
     def of_microbatch(part: mb.Microbatches) -> Float[Array, "S P"]:
         inputs, columns = part.inputs
         outputs, pullback = jax.vjp(lambda p: network(p, inputs), params)
-        counted = jnp.sqrt(mb.over_outputs(part.weights, outputs))
+        root_weights = jnp.sqrt(mb.over_outputs(part.weights, outputs))
 
-        def one(column: Float[Array, "m ... C"]) -> Float[Array, " P"]:
-            return ravel(pullback(counted * likelihood.factor_mv(outputs, column))[0])
+        def of_row(row: Float[Array, "m ... C"]) -> Float[Array, " P"]:
+            return ravel(pullback(root_weights * likelihood.factor_mv(outputs, row))[0])
 
-        return jax.lax.map(one, jnp.swapaxes(columns, 0, 1), batch_size=min(VECTORS_AT_ONCE, len(rows)))
+        return jax.lax.map(of_row, jnp.swapaxes(columns, 0, 1), batch_size=min(VECTORS_AT_ONCE, len(rows)))
 
     return mb.summed(of_microbatch, split)
 
@@ -209,19 +216,19 @@ def _pull(
 def _push(
     network: Network, likelihood: Likelihood, batch: Batch, vectors: Float[Array, "S P"], *, microbatch: int
 ) -> Float[Array, "S B ... C"]:
-    """Rows v -> B' J v at each example of the batch."""
+    """Map rows v to B' J v at each example of the batch."""
     params = network.params
     unravel = unraveler(params)
 
     def of_microbatch(part: mb.Microbatches) -> Float[Array, "S m ... C"]:
         outputs, pushforward = jax.linearize(lambda p: network(p, part.inputs), params)
 
-        def one(vector: Float[Array, " P"]) -> Float[Array, "m ... C"]:
-            return likelihood.factor_transpose_mv(outputs, pushforward(unravel(vector)))
+        def of_row(row: Float[Array, " P"]) -> Float[Array, "m ... C"]:
+            return likelihood.factor_transpose_mv(outputs, pushforward(unravel(row)))
 
-        return jax.lax.map(one, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
+        return jax.lax.map(of_row, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
 
-    found = jax.lax.map(of_microbatch, mb.split(batch.inputs, microbatch, number_type(params), batch.weights))
+    by_microbatch = jax.lax.map(of_microbatch, mb.split(batch.inputs, microbatch, number_type(params), batch.weights))
     # (microbatches, S, m, ...) -> (S, examples, ...)
-    joined = jnp.moveaxis(found, 0, 1)
-    return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, : len(batch.weights)]
+    by_row = jnp.moveaxis(by_microbatch, 0, 1)
+    return by_row.reshape(by_row.shape[0], -1, *by_row.shape[3:])[:, : len(batch.weights)]

@@ -1,20 +1,20 @@
-"""Derivatives of the outputs of single examples, from one backward pass for all of them.
+"""Derivatives of the outputs of single examples, from one backward pass for all examples.
 
 A zero is added to every array in which weights meet examples. The cotangent of that zero is the derivative with respect
-to the array, example by example; what the weights have to do with it is a small function of one example, which needs
-no pass through the network.
+to the array, example by example. From there to the weights leads a small function of one example, which needs no pass
+through the network.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core.linalg import all_products
 from bnnlaplace.core.tree import examples, summed_type
@@ -25,41 +25,44 @@ from bnnlaplace.model.network import Network
 
 
 class Pass(NamedTuple):
-    """A forward pass of M examples that is ready to be differentiated.
+    """A forward pass of M examples that can be differentiated.
 
     Attributes
     ----------
     weights
         How the leaves of the weights enter.
     outputs
-        f(params, x_m); of a linearised network those of the expansion, while all else is that of its centre.
+        f(params, x_m). If the network is linearised, these are the outputs of the expansion, and all other attributes
+        are those of the network at the centre of the expansion.
     layer_inputs
-        Leaf -> what its matrix multiplies, for each example and position, in the order of the matrix's rows.
+        For each leaf that is a layer: what its matrix multiplies at each of T positions of each example, in the order
+        of the matrix's rows.
     gradients
-        Cotangents of the outputs -> for each leaf, one example after another: of a layer the derivative with respect to
-        its outputs at each position, (M, T, O); of any other weight the derivative with respect to itself, (M, ...).
+        A function from cotangents of the outputs to a derivative for each leaf, example by example. If the leaf is a
+        layer, it is the derivative with respect to the layer's outputs (M, T, O). For any other leaf it is the
+        derivative with respect to the leaf itself (M, ...).
     """
 
     weights: Weights
     outputs: Float[Array, "M ... C"]
     layer_inputs: dict[int, Float[Array, "M T I"]]
-    gradients: Callable[[Float[Array, "M ... C"]], dict[int, Array]]
+    gradients: Callable[[Float[Array, "M ... C"]], dict[int, Float[Array, "M ..."]]]
 
 
-def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ..."]]) -> Pass:
-    """Run a network, tapped where its weights enter.
+def forward(network: Network, params: PyTree, inputs: PyTree[Shaped[ArrayLike, "M ..."]]) -> Pass:
+    """Run a network that is tapped where its weights enter.
 
     With a the inputs of a layer and g the derivative with respect to its outputs, the derivative of an example's output
     with respect to the layer's matrix is sum_t a_t g_t' over positions.
 
     Cost: a forward pass, and for each call of `gradients` a backward pass that stops at activations. Weights of
-    `Weights.rest` take another forward and backward pass for each call. Memory: activations of M examples, the patches
-    of convolutions, and with each call M derivatives of the weights that are no layers.
+    `Weights.rest` take another forward and backward pass in each call. Memory: the activations of M examples, the
+    patches of convolutions, and in each call M derivatives of the weights that are not layers.
 
     Parameters
     ----------
     network, params
-        What is run, and at which weights.
+        The network, and the weights at which it is run.
     inputs
         M examples.
     """
@@ -67,59 +70,59 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Float[Array, "M ...
         base = network.unlinearised()
         return forward(base, base.params, inputs)._replace(outputs=network(params, inputs))
     weights = find(network, inputs)
-    equations = weights.equations
-    known = dict(equations.constants)
+    jaxpr = weights.jaxpr
+    known: dict[Var, Any] = dict(jaxpr.constants)
     leaves = jax.tree.leaves(params)
-    for variables, tree in ((equations.params, params), (equations.frozen, network.frozen), (equations.inputs, inputs)):
+    for variables, tree in ((jaxpr.params, params), (jaxpr.frozen, network.frozen), (jaxpr.inputs, inputs)):
         known |= dict(zip(variables, jax.tree.leaves(tree), strict=True))
-    entries = {entry.step: entry for entry in _all_entries(weights)}
-    steps, taps = _tapped(equations.steps, sorted(entries))
-    saved = list(dict.fromkeys(_operands(equations.steps, entries.values())))
+    entries = {entry.index: entry for entry in _all_entries(weights)}
+    tapped_equations, taps = _tapped(jaxpr.equations, sorted(entries))
+    saved = list(dict.fromkeys(_operands(jaxpr.equations, entries.values())))
 
-    def tapped(zeros: list[Array]) -> tuple[Array, list[Array]]:
+    def tapped(zeros: list[Array]) -> tuple[Array, list[Any]]:
+        given = known | dict(zip(taps, zeros, strict=True))
         with all_products():
-            outputs, *values = run(
-                equations, steps, known | dict(zip(taps, zeros, strict=True)), [*equations.outputs, *saved]
-            )
+            outputs, *values = run(jaxpr, tapped_equations, given, [*jaxpr.outputs, *saved])
         return outputs, values
 
     zeros = [jnp.zeros(tap.aval.shape, tap.aval.dtype) for tap in taps]
     outputs, pullback, values = jax.vjp(tapped, zeros, has_aux=True)
     value_of = known | dict(zip(saved, values, strict=True))
-    tapped_results = [result for step in sorted(entries) for result in equations.steps[step].outvars]
+    entry_results = [result for index in sorted(entries) for result in jaxpr.equations[index].outvars]
 
-    def gradients(cotangent: Float[Array, "M ... C"]) -> dict[int, Array]:
+    def gradients(cotangent: Float[Array, "M ... C"]) -> dict[int, Float[Array, "M ..."]]:
         with all_products():
-            (found,) = pullback(cotangent)
-            at = dict(zip(tapped_results, found, strict=True))
+            (derivatives_at_taps,) = pullback(cotangent)
+            at = dict(zip(entry_results, derivatives_at_taps, strict=True))
             derivatives = {
-                leaf: _as_columns(layer, equations.steps[layer.entry.step], at)
+                leaf: _as_columns(layer, jaxpr.equations[layer.entry.index], at)
                 for leaf, layer in weights.layers.items()
             }
-            for leaf, met in weights.entries.items():
-                parts = [_per_example(weights, leaf, entry, value_of, at) for entry in met]
+            for leaf, entries_of_leaf in weights.entries.items():
+                summands = [_per_example(weights, leaf, entry, value_of, at) for entry in entries_of_leaf]
+                # A leaf without any entry has no effect: its derivative is zero.
                 zero = jnp.zeros((len(outputs), *leaves[leaf].shape), leaves[leaf].dtype)
-                derivatives[leaf] = sum(parts, zero)
+                derivatives[leaf] = sum(summands, zero)
             if weights.rest:
                 derivatives |= _by_whole_network(network, params, inputs, weights.rest, cotangent)
         return {leaf: derivatives[leaf].astype(summed_type(leaves[leaf].dtype)) for leaf in sorted(derivatives)}
 
     layer_inputs = {
-        leaf: _as_rows(layer, equations.steps[layer.entry.step], value_of).astype(summed_type(leaves[leaf].dtype))
+        leaf: _as_rows(layer, jaxpr.equations[layer.entry.index], value_of).astype(summed_type(leaves[leaf].dtype))
         for leaf, layer in weights.layers.items()
     }
     return Pass(weights, outputs, layer_inputs, gradients)
 
 
 def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs: Float[Array, "M ... C"]) -> PyTree:
-    """The sum of `function` over the unit vectors of one example's outputs, each given for all examples at once.
+    """Sum `function` over the unit vectors of one example's outputs. Each is given for all examples at once.
 
     Parameters
     ----------
     function
-        From a cotangent of the outputs to a pytree.
+        A function from a cotangent of the outputs to a pytree.
     outputs
-        Of which shape and dtype are used.
+        The outputs, of which only shape and type are used.
     """
     return mb.summed(lambda number: function(_column(outputs, number)), jnp.arange(math.prod(outputs.shape[1:])))
 
@@ -127,19 +130,19 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
 def at_columns(
     function: Callable[[Float[Array, "M ... C"]], PyTree],
     outputs: Float[Array, "M ... C"],
-    numbers: Int[Array, " K"],
+    numbers: Int[ArrayLike, " K"],
     at_once: int | None = None,
 ) -> PyTree:
-    """`function` of some of the unit vectors of one example's outputs, each given for all examples at once.
+    """Apply `function` to some unit vectors of one example's outputs. Each is given for all examples at once.
 
     Parameters
     ----------
     function
-        From a cotangent of the outputs to a pytree, whose leaves get a leading axis.
+        A function from a cotangent of the outputs to a pytree. Its results are stacked along a leading axis.
     outputs
-        Of which shape and dtype are used.
+        The outputs, of which only shape and type are used.
     numbers
-        Which unit vectors; zero in place of one that there is not.
+        Which unit vectors. A number past the last output stands for a zero vector.
     at_once
         How many go through `function` together; by default all.
     """
@@ -149,7 +152,7 @@ def at_columns(
 
     if at_once is None or at_once >= len(numbers):
         return jax.vmap(of_column)(jnp.asarray(numbers))
-    at_once = math.ceil(len(numbers) / math.ceil(len(numbers) / at_once))  # in parts as equal as can be
+    at_once = math.ceil(len(numbers) / math.ceil(len(numbers) / at_once))  # groups as equal as possible
     return lax.map(of_column, jnp.asarray(numbers), batch_size=at_once)
 
 
@@ -165,44 +168,46 @@ def _all_entries(weights: Weights) -> list[Entry]:
     ]
 
 
-def _operands(steps: Sequence[JaxprEqn], entries: Sequence[Entry]) -> list[Var]:
-    return [steps[entry.step].invars[index] for entry in entries for index, _ in entry.operands]
+def _operands(equations: Sequence[JaxprEqn], entries: Iterable[Entry]) -> list[Var]:
+    """The operands of entries that are arrays of examples."""
+    return [equations[entry.index].invars[index] for entry in entries for index, _ in entry.operands]
 
 
-def _tapped(steps: Sequence[JaxprEqn], entries: Sequence[int]) -> tuple[list[JaxprEqn], list[Var]]:
-    """The equations with a new variable added to every result of the entries."""
-    changed, taps = list(steps), []
-    for position in reversed(entries):
-        equation = steps[position]
-        plain = [Var(result.aval) for result in equation.outvars]
-        new = [Var(result.aval) for result in equation.outvars]
+def _tapped(equations: Sequence[JaxprEqn], entries: Sequence[int]) -> tuple[list[JaxprEqn], list[Var]]:
+    """Add a new variable, the tap, to every result of the entries. Return the new equations, and the taps in order."""
+    changed, taps = list(equations), []
+    # From the last entry to the first one, so that insertions do not move the entries that are still to come.
+    for index in reversed(entries):
+        equation = equations[index]
+        untapped = [Var(result.aval) for result in equation.outvars]
+        new_taps = [Var(result.aval) for result in equation.outvars]
         additions = [
             equation.replace(primitive=lax.add_p, params={}, invars=[before, tap], outvars=[after])
-            for before, tap, after in zip(plain, new, equation.outvars, strict=True)
+            for before, tap, after in zip(untapped, new_taps, equation.outvars, strict=True)
         ]
-        changed[position : position + 1] = [equation.replace(outvars=plain), *additions]
-        taps = new + taps
+        changed[index : index + 1] = [equation.replace(outvars=untapped), *additions]
+        taps = new_taps + taps
     return changed, taps
 
 
-# Layers ---------------------------------------------------------------------------------------------------------------
+# --- layers -----------------------------------------------------------------------------------------------------
 
 
-def _as_columns(layer: Layer, equation: JaxprEqn, at: dict[Var, Array]) -> Float[Array, "M T O"]:
-    """Derivatives with respect to the outputs of a layer: examples, positions, and columns of its matrix."""
+def _as_columns(layer: Layer, equation: JaxprEqn, at: dict[Var, Any]) -> Float[Array, "M T O"]:
+    """Arrange the derivatives with respect to a layer's outputs by examples, positions, and columns of its matrix."""
     derivative, (axis,) = at[equation.outvars[0]], layer.entry.axes
     if equation.primitive.name == "conv_general_dilated":
         columns = [equation.params["dimension_numbers"].out_spec[1]]
     else:
-        # The free axes of the left operand come first.
+        # In the result of a product, the axes of the left operand come first.
         count, other = (_count_free(equation, side) for side in (layer.kernel, 1 - layer.kernel))
         columns = range(count) if layer.kernel == 0 else range(other, other + count)
     matrix = _three_axes(derivative, axis, list(columns))
     return layer.layout.columns(matrix)
 
 
-def _as_rows(layer: Layer, equation: JaxprEqn, value_of: dict[Var, Array]) -> Float[Array, "M T I"]:
-    """What a layer multiplies: examples, positions, and rows of its matrix."""
+def _as_rows(layer: Layer, equation: JaxprEqn, value_of: dict[Var, Any]) -> Float[Array, "M T I"]:
+    """Arrange what a layer multiplies by examples, positions, and rows of its matrix."""
     ((index, axis),) = layer.entry.operands
     array = value_of[equation.invars[index]]
     if equation.primitive.name == "conv_general_dilated":
@@ -213,21 +218,19 @@ def _as_rows(layer: Layer, equation: JaxprEqn, value_of: dict[Var, Array]) -> Fl
 
 
 def _count_free(equation: JaxprEqn, side: int) -> int:
+    """Number of axes of an operand that a product does not sum over."""
     return len(equation.invars[side].aval.shape) - len(equation.params["dimension_numbers"][0][side])
 
 
-def _three_axes(array: Array, example: int, last: list[int]) -> Float[Array, "M T D"]:
-    """The axis of examples first, then all others as one, then those of `last` as one."""
+def _three_axes(array: Shaped[ArrayLike, "..."], example: int, last: list[int]) -> Shaped[Array, "M T D"]:
+    """Bring the axis of examples first, then join all others to one, and those of `last` to one behind it."""
     middle = [axis for axis in range(array.ndim) if axis != example and axis not in last]
     sizes = (math.prod(array.shape[axis] for axis in axes) for axes in ([example], middle, last))
     return jnp.transpose(array, (example, *middle, *last)).reshape(*sizes)
 
 
-def _patches(images: Array, equation: JaxprEqn) -> Float[Array, "M T I"]:
-    """The window of a convolution at each position of its output, input channels slowest.
-
-    By slices, one for each number in a channel's window: they move numbers and multiply none.
-    """
+def _patches(images: Shaped[ArrayLike, "..."], equation: JaxprEqn) -> Shaped[Array, "M T I"]:
+    """Cut out the window of a convolution at each position of its output, with input channels slowest."""
     params, dimensions = equation.params, equation.params["dimension_numbers"]
     images = jnp.transpose(images, dimensions.lhs_spec)  # examples, channels, then space
     result, kernel = equation.outvars[0].aval.shape, equation.invars[1].aval.shape
@@ -237,54 +240,58 @@ def _patches(images: Array, equation: JaxprEqn) -> Float[Array, "M T I"]:
     padded = lax.pad(images, jnp.zeros((), images.dtype), [(0, 0, 0), (0, 0, 0), *margins])
     strides = params["window_strides"]
 
-    def shifted(tap: tuple[int, ...]) -> Array:
-        first = [offset * apart for offset, apart in zip(tap, params["rhs_dilation"], strict=True)]
+    # A slice for each place in the window. Slices only move numbers; a convolution with unit vectors would multiply.
+    def at_place(place: tuple[int, ...]) -> Array:
+        first = [offset * apart for offset, apart in zip(place, params["rhs_dilation"], strict=True)]
         last = [f + (size - 1) * stride + 1 for f, size, stride in zip(first, extent, strides, strict=True)]
         return lax.slice(padded, (0, 0, *first), (*padded.shape[:2], *last), (1, 1, *strides))
 
-    taps = jnp.stack([shifted(tap) for tap in product(*map(range, window))], axis=2)
+    windows = jnp.stack([at_place(place) for place in product(*map(range, window))], axis=2)
     count, channels = images.shape[:2]
-    rows = taps.reshape(count, channels * math.prod(window), math.prod(extent))
+    rows = windows.reshape(count, channels * math.prod(window), math.prod(extent))
     return jnp.swapaxes(rows, 1, 2)
 
 
-# Other weights --------------------------------------------------------------------------------------------------------
+# --- other weights ----------------------------------------------------------------------------------------------
 
 
 def _per_example(
-    weights: Weights, leaf: int, entry: Entry, value_of: dict[Var, Array], at: dict[Var, Array]
+    weights: Weights, leaf: int, entry: Entry, value_of: dict[Var, Any], at: dict[Var, Any]
 ) -> Float[Array, "M ..."]:
-    """The derivative of each example's outputs with respect to a weight through one of its entries."""
-    equations = weights.equations
-    equation = equations.steps[entry.step]
-    before = [equations.steps[index] for index in entry.before]
-    taken = dict.fromkeys(a for step in (*before, equation) for a in step.invars if not isinstance(a, Literal))
+    """Differentiate each example's outputs with respect to a weight, through one of its entries."""
+    jaxpr = weights.jaxpr
+    equation = jaxpr.equations[entry.index]
+    before = [jaxpr.equations[index] for index in entry.before]
+    atoms = [atom for step in (*before, equation) for atom in step.invars]
+    read = dict.fromkeys(atom for atom in atoms if not isinstance(atom, Literal))
     operands = [equation.invars[index] for index, _ in entry.operands]
-    known = {variable: value_of[variable] for variable in taken if variable in value_of and variable not in operands}
-    weight = equations.params[leaf]
+    known = {variable: value_of[variable] for variable in read if variable in value_of and variable not in operands}
+    weight = jaxpr.params[leaf]
 
-    def one(values: list[Array], cotangents: list[Array]) -> Array:
+    def of_example(values: list[Array], cotangents: list[Array]) -> Array:
+        # Batches of one example, because the equation expects an axis of examples.
         expanded = [jnp.expand_dims(value, axis) for value, (_, axis) in zip(values, entry.operands, strict=True)]
 
-        def entering(value: Array) -> list[Array]:
+        def results(value: Array) -> list[Array]:
             given = known | dict(zip(operands, expanded, strict=True)) | {weight: value}
-            return run(equations, [*before, at_one_example(equation, entry.axes)], given, equation.outvars)
+            return run(jaxpr, [*before, at_one_example(equation, entry.axes)], given, equation.outvars)
 
-        _, pullback = jax.vjp(entering, value_of[weight])
-        results = zip(cotangents, entry.axes, strict=True)
-        return pullback([jnp.expand_dims(cotangent, axis) for cotangent, axis in results])[0]
+        _, pullback = jax.vjp(results, value_of[weight])
+        with_axes = zip(cotangents, entry.axes, strict=True)
+        return pullback([jnp.expand_dims(cotangent, axis) for cotangent, axis in with_axes])[0]
 
     axes = [axis for _, axis in entry.operands], list(entry.axes)
-    return jax.vmap(one, in_axes=axes)([value_of[o] for o in operands], [at[result] for result in equation.outvars])
+    values, cotangents = [value_of[operand] for operand in operands], [at[result] for result in equation.outvars]
+    return jax.vmap(of_example, in_axes=axes)(values, cotangents)
 
 
 def _by_whole_network(
     network: Network, params: PyTree, inputs: PyTree, numbers: Sequence[int], cotangent: Float[Array, "M ... C"]
 ) -> dict[int, Float[Array, "M ..."]]:
-    """The derivatives with respect to some leaves by a backward pass through the network for each example."""
+    """Differentiate with respect to some leaves by a backward pass through the network for each example."""
     leaves, structure = jax.tree.flatten(params)
 
-    def one(example: PyTree, cotangent: Float[Array, "... C"]) -> list[Array]:
+    def of_example(example: PyTree, cotangent: Float[Array, "... C"]) -> list[Array]:
         def outputs(some: list[Array]) -> Float[Array, "... C"]:
             filled = list(leaves)
             for number, leaf in zip(numbers, some, strict=True):
@@ -293,4 +300,4 @@ def _by_whole_network(
 
         return jax.vjp(outputs, [leaves[number] for number in numbers])[1](cotangent)[0]
 
-    return dict(zip(numbers, jax.vmap(one)(inputs, cotangent), strict=True))
+    return dict(zip(numbers, jax.vmap(of_example)(inputs, cotangent), strict=True))

@@ -1,4 +1,4 @@
-"""A network, a likelihood and data, and what the network's traced forward pass says of all three."""
+"""Networks, likelihoods and data, and what can be told of them from the traced forward pass."""
 
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian

@@ -1,6 +1,6 @@
-"""Data as users hand them over, read a batch of one shape at a time, and checked against the model.
+"""Data as users hand them over, read as batches of one shape and checked against the model.
 
-Arrays are one batch. Of an iterable each pass reads every batch again, so that data need not fit in memory.
+Arrays are one batch. An iterable is read again in every pass, so that the data need not fit in memory.
 """
 
 import copy
@@ -20,8 +20,7 @@ from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import check_outputs, output_shape
 
-
-# Inputs and targets, as two arrays or in batches that can be iterated over.
+# Inputs and targets: two arrays, or batches of such pairs that can be iterated over.
 PairOrBatches = tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]
 
 
@@ -31,11 +30,11 @@ class Batch(NamedTuple):
     Attributes
     ----------
     inputs
-        An array or a pytree of arrays, examples along the leading axis.
+        An array, or a pytree of arrays, with the examples along the leading axis.
     targets
-        As the likelihood needs them.
+        What the likelihood compares the outputs with.
     weights
-        One; zero for the padding of a batch that was shorter than the first one.
+        One for each example, and zero for the padding of a batch that is shorter than the first one.
     """
 
     inputs: Inputs
@@ -44,33 +43,33 @@ class Batch(NamedTuple):
 
 
 class Data:
-    """Batches of one shape, to be read as many times as needed.
+    """Batches of one shape, read as many times as needed.
 
     Attributes
     ----------
     once
-        They can be read a single time.
+        Whether they can be read only once.
     length
-        The number of examples, where it is known before they are read.
+        The number of examples, if it is known before they are read.
     mapped_bytes
-        Of `mapped` inputs, of all examples; 0 where there are none, or their number is not known.
+        The size of all inputs that `mapped` computes. 0 if the inputs are not mapped or `length` is not known.
 
     Parameters
     ----------
     pairs
         The user's (x, y) batches.
     head
-        The first of them, already read; its length is that to which shorter ones are padded.
+        The first of them, already read. Shorter batches are padded to its length. Its inputs may be abstract arrays.
     check
-        Called with inputs and targets of each batch of the first pass.
+        A function that is called with inputs and targets of each batch in the first pass.
     """
 
     def __init__(
         self,
-        pairs: Iterable[tuple[Inputs, AnyArray]],
-        head: tuple[Inputs, AnyArray],
+        pairs: Iterable[Any],
+        head: tuple[Any, Any],
         once: bool = False,
-        check: Callable[[Inputs, Array], None] | None = None,
+        check: Callable[[Inputs, AnyArray], None] | None = None,
         length: int | None = None,
         mapped_bytes: int = 0,
     ) -> None:
@@ -78,22 +77,23 @@ class Data:
         self._pairs, self._head, self._check = pairs, head, check
         self._count: int | None = None
         self._ordered = False
-        self._marks: list[int] | None = None
+        self._checksums: list[int] | None = None
 
-    def checked(self, check: Callable[[Inputs, Array], None]) -> "Data":
-        """The same data, checked while they are read for the first time."""
+    def checked(self, check: Callable[[Inputs, AnyArray], None]) -> "Data":
+        """Return the same data, with a check of each batch in the first pass."""
         data = copy.copy(self)
         data._check, data._count = check, None
         return data
 
     def in_order(self) -> "Data":
-        """The same data, of which every pass has to give the same batches in the same order."""
+        """Return the same data, with a check that every pass gives the same batches in the same order."""
         data = copy.copy(self)
-        data._ordered, data._marks = self.length is None, None  # arrays cannot do otherwise
+        is_iterable = self.length is None  # arrays are the same in every pass
+        data._ordered, data._checksums = is_iterable, None
         return data
 
     def few(self) -> "Data":
-        """The first batch in place of all of them, whose number and shapes it stands for; no pass is used up."""
+        """Return the first batch alone, with the `length` of all data. No pass is used up."""
         return Data([self._head], self._head, length=self.length)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -104,35 +104,40 @@ class Data:
         ValueError
             If batches differ in structure, or this pass gives more or fewer examples than the first one.
         """
-        expected, count, marks = None, 0, []
+        expected, count, checksums = None, 0, []
         for pair in self._pairs:
             x, y = _as_pair(pair)
-            found = jax.tree.structure(x), [*_signatures(x), *_signatures(y)]
-            if expected not in (None, found):
+            structure = jax.tree.structure(x), [*_signatures(x), *_signatures(y)]
+            if expected not in (None, structure):
                 raise ValueError(
                     "fit(data=...) must give batches of one structure, with the same shapes beyond the first axis and "
-                    f"the same types; got {_shapes(expected[1])} and then {_shapes(found[1])}"
+                    f"the same types; got {_shapes(expected[1])} and then {_shapes(structure[1])}"
                 )
-            expected, count = found, count + len(y)
+            expected, count = structure, count + len(y)
             if self._check is not None and self._count is None:
                 self._check(x, y)
             if self._ordered:
-                marks.append(_mark(x, y))
-                if self._marks is not None and marks[-1:] != self._marks[len(marks) - 1 : len(marks)]:
-                    raise ValueError(
-                        f"data must give the same batches in the same order in every pass; batch {len(marks) - 1} is "
-                        "another one than in the first pass; switch shuffling and augmentation off"
-                    )
+                checksums.append(_checksum(x, y))
+                self._check_order(checksums)
             yield _padded(x, y, len(self._head[1]))
         if self._count not in (None, count):
             raise ValueError(
                 f"fit(data=...) must give the same batches in every pass; the first gave {self._count} examples, a "
                 f"later one {count}; pass a list of batches, or an object whose __iter__ starts anew"
             )
-        self._count, self._marks = count, marks
+        self._count, self._checksums = count, checksums
+
+    def _check_order(self, checksums: list[int]) -> None:
+        """Compare the batch that was read last with that of the first pass."""
+        number = len(checksums) - 1
+        if self._checksums is not None and self._checksums[number : number + 1] != checksums[-1:]:
+            raise ValueError(
+                f"data must give the same batches in the same order in every pass; batch {number} is another one than "
+                "in the first pass; switch shuffling and augmentation off"
+            )
 
     def check_repeatable(self, what: str) -> None:
-        """Raise ValueError where the data can be read a single time; `what` says who needs more."""
+        """Raise ValueError if the data can be read only once. `what` is the start of the message."""
         if self.once:
             raise ValueError(
                 f"{what}; got an iterator that can be read once; pass a list of batches, or an object whose __iter__ "
@@ -141,33 +146,35 @@ class Data:
 
     @property
     def num_examples(self) -> int:
-        """How many examples a pass has given."""
+        """Number of examples that the last pass gave. Before the first pass it is not known."""
         if self._count is None:
             raise RuntimeError("the number of examples is known after a pass")
         return self._count
 
     @property
-    def first(self) -> Inputs:
-        """The inputs of the first batch, or, of mapped ones, their shapes; no pass is used up."""
+    def first(self) -> PyTree:
+        """Inputs of the first batch, or their abstract arrays if the inputs are mapped. No pass is used up."""
         return self._head[0]
 
-    def mapped(self, function: Callable[[Inputs], Inputs], most_bytes: int) -> "Data":
-        """Other inputs in place of these: computed once and kept, or, of more than `most_bytes`, in each pass.
+    def mapped(self, function: Callable[[Inputs], Inputs], max_bytes: int) -> "Data":
+        """Replace the inputs by a function of them.
 
-        Of data that can be read once they are computed now, and kept in any case.
+        Up to `max_bytes` of mapped inputs are kept after the first pass; more are computed again in every pass. If the
+        data can be iterated only once, the mapped inputs are computed now and kept.
         """
-        first = jax.eval_shape(function, self._head[0]), self._head[1]
-        pairs = _Mapped(self, function, most_bytes)
+        inputs, targets = self._head
+        first = jax.eval_shape(function, inputs), targets
+        pairs = _Mapped(self, function, max_bytes)
         batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first[0]))
-        mapped_bytes = batch_bytes * (self.length or 0) // len(first[1])
+        mapped_bytes = batch_bytes * (self.length or 0) // len(targets)
         return Data(list(pairs) if self.once else pairs, first, length=self.length, mapped_bytes=mapped_bytes)
 
 
 class _Mapped:
-    """Pairs of mapped inputs and targets, which are remembered after the first pass if they are small."""
+    """Pairs of mapped inputs and targets. They are kept after the first pass if they are small."""
 
-    def __init__(self, data: Data, function: Callable[[Inputs], Inputs], most_bytes: int) -> None:
-        self._data, self._function, self._most_bytes = data, function, most_bytes
+    def __init__(self, data: Data, function: Callable[[Inputs], Inputs], max_bytes: int) -> None:
+        self._data, self._function, self._max_bytes = data, function, max_bytes
         self._kept: list[tuple[Inputs, AnyArray]] | None = None
 
     def __iter__(self) -> Iterator[tuple[Inputs, AnyArray]]:
@@ -175,26 +182,26 @@ class _Mapped:
             yield from self._kept
             return
         kept: list[tuple[Inputs, AnyArray]] = []
-        held = 0
+        num_bytes = 0
         for batch in self._data:
             pair = _without_padding(batch._replace(inputs=self._function(batch.inputs)))
-            held += sum(leaf.nbytes for leaf in jax.tree.leaves(pair))
-            if held <= self._most_bytes:
+            num_bytes += sum(leaf.nbytes for leaf in jax.tree.leaves(pair))
+            if num_bytes <= self._max_bytes:
                 kept.append(pair)
             else:
                 kept.clear()
             yield pair
-        if held <= self._most_bytes:
+        if num_bytes <= self._max_bytes:
             self._kept = kept
 
 
-def as_data(data: tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]) -> Data:
-    """Arrays (x, y), x possibly a pytree, or an iterable of such batches, as `Data`; what is that already, as it is.
+def as_data(data: Any) -> Data:
+    """Turn arrays (x, y), or an iterable of such batches, into `Data`. The inputs x may be a pytree.
 
     Raises
     ------
     ValueError
-        If there are no batches or no examples, a batch is no pair, or there are not as many targets as inputs.
+        If there are no batches or no examples, a batch is not a pair, or there are not as many targets as inputs.
     """
     if isinstance(data, Data):
         return data
@@ -204,13 +211,13 @@ def as_data(data: tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]) -
     try:
         iterator = iter(data)
     except TypeError:
-        raise _no_pair(data) from None
-    found = list(itertools.islice(iterator, 1))
-    if not found:
+        raise _not_a_pair(data) from None
+    first = list(itertools.islice(iterator, 1))
+    if not first:
         raise ValueError("fit(data=...) must hold at least one batch; got none; an iterator may be used up already")
-    head = _as_pair(found[0])
+    head = _as_pair(first[0])
     once = iterator is data
-    return Data(itertools.chain(found, iterator) if once else data, head, once)
+    return Data(itertools.chain(first, iterator) if once else data, head, once)
 
 
 def accumulate(data: Data, step: Callable[[Batch], Any]) -> tuple[Any, int]:
@@ -223,12 +230,12 @@ def accumulate(data: Data, step: Callable[[Batch], Any]) -> tuple[Any, int]:
 
 
 def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: AnyArray) -> None:
-    """Check that the network turns inputs into outputs (N, ..., C), and that the targets are such as those need.
+    """Check that the network turns inputs into outputs (N, ..., C), and that the targets fit these outputs.
 
     Raises
     ------
     ValueError
-        If outputs are not (N, ..., C), or targets do not fit them; see `likelihood.check_targets`.
+        If outputs are not (N, ..., C), or the targets do not fit them; see `likelihood.check_targets`.
     """
     count = num_examples(inputs)
     shape = output_shape(network, inputs)
@@ -236,13 +243,15 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
     check_targets(likelihood, shape, targets, "fit(data=(x, y))")
 
 
-def check_inputs(network: Network, inputs: Inputs) -> None:
-    """Check that inputs to predict at are finite, and such as the network takes; of traced ones shapes alone.
+def check_inputs(network: Network, inputs: Any) -> None:
+    """Check that inputs to predict at are finite, and that the network can be called with them.
+
+    Only the shapes of traced inputs are checked.
 
     Raises
     ------
     ValueError
-        If they are no arrays of numbers, a number among them is not finite, or the network cannot be called with them.
+        If the inputs are not arrays of numbers, a number is not finite, or the network raises an error.
     """
     for leaf in jax.tree.leaves(inputs):
         if np.ndim(leaf) == 0 or not hasattr(leaf, "dtype"):
@@ -253,54 +262,53 @@ def check_inputs(network: Network, inputs: Inputs) -> None:
     _check_finite(inputs)
     try:
         output_shape(network, inputs)
-    except Exception as error:  # whatever a user's function raises at shapes that it is not made for
+    except Exception as error:  # whatever a user's function raises at shapes that it does not take
         message = str(error).split("\n", 1)[0]
         raise ValueError(
-            "inputs to predict at must have the shape of those of the data, but for the first axis; with inputs of "
+            "inputs to predict at must have the shape of those of the data, except for the first axis; with inputs of "
             f"{_shapes(_signatures(inputs))} the network raised {type(error).__name__}: {message}"
         ) from error
 
 
-def checked_pairs(
-    network: Network, validation: tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]
-) -> Iterator[tuple[Inputs, AnyArray]]:
-    """Validation data, (x, y) or batches of such pairs, a batch at a time, each after `check_inputs`.
+def checked_pairs(network: Network, validation: Any) -> Iterator[tuple[Inputs, AnyArray]]:
+    """Read validation data, (x, y) or batches of such pairs, and check the inputs of each batch with `check_inputs`.
 
     Raises
     ------
     ValueError
-        If a batch is no pair, or its inputs are not such as the network takes.
+        If a batch is not a pair, or its inputs do not fit the network.
     """
-    is_one = isinstance(validation, (tuple, list)) and len(validation) == 2
-    if _is_pair_of_arrays(validation) or (is_one and not isinstance(validation[0], (tuple, list))):
+    is_pair = isinstance(validation, (tuple, list)) and len(validation) == 2
+    if _is_pair_of_arrays(validation) or (is_pair and not isinstance(validation[0], (tuple, list))):
         validation = [validation]
     try:
         iterator = iter(validation)
     except TypeError:
-        raise _no_validation(validation) from None
+        raise _not_validation(validation) from None
     for batch in iterator:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise _no_validation(batch)
+            raise _not_validation(batch)
         inputs, targets = batch
         check_inputs(network, inputs)
         yield inputs, targets if hasattr(targets, "shape") else np.asarray(targets)
 
 
-def _no_validation(found: Any) -> ValueError:
+def _not_validation(value: Any) -> ValueError:
     return ValueError(
         "validation=... must be two arrays (x, y), or an iterable of batches, each such a pair; got "
-        f"{described(found)} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
+        f"{described(value)} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
     )
 
 
-def _check_finite(inputs: Inputs) -> None:
+def _check_finite(inputs: PyTree) -> None:
     for leaf in jax.tree.leaves(inputs):
         if isinstance(leaf, jax.core.Tracer):
             continue
         if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
             raise ValueError(f"inputs to predict at must be numbers; got an array of {leaf.dtype}; encode them")
-        # Where the inputs are: images on the host need no second copy on the device.
-        with jax.ensure_compile_time_eval():  # inputs that a traced function closes over
+        # Checked where the inputs are: images on the host need no second copy on the device. A traced function may
+        # close over inputs, whose check must not be traced.
+        with jax.ensure_compile_time_eval():
             finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)
             all_finite = bool(finite.all())
         if not all_finite:
@@ -320,7 +328,7 @@ def _is_pair_of_arrays(data: Any) -> bool:
 
 def _as_pair(batch: Any) -> tuple[Inputs, AnyArray]:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise _no_pair(batch)
+        raise _not_a_pair(batch)
     x, y = jax.tree.map(jnp.asarray, batch[0]), jnp.asarray(batch[1])
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(x)}
     count = y.shape[0] if y.ndim else 0
@@ -332,34 +340,35 @@ def _as_pair(batch: Any) -> tuple[Inputs, AnyArray]:
     return x, y
 
 
-def _no_pair(found: Any) -> ValueError:
+def _not_a_pair(value: Any) -> ValueError:
     return ValueError(
         "fit(data=...) must be two arrays (x, y), or an iterable of batches, each such a pair; got "
-        f"{type(found).__name__} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
+        f"{type(value).__name__} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
     )
 
 
-def _mark(x: Inputs, y: AnyArray) -> int:
-    """A number that other batches have with a chance of one in four billion."""
-    mark = 0
+def _checksum(x: Inputs, y: AnyArray) -> int:
+    """Reduce a batch to a number. Another batch has the same one with a chance of one in four billion."""
+    checksum = 0
     for leaf in (*jax.tree.leaves(x), y):
-        mark = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), mark)
-    return mark
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
+    return checksum
 
 
-def _signatures(arrays: PyTree[Array]) -> list[tuple[tuple[int, ...], str]]:
-    """Shape of one example and type of each leaf."""
+def _signatures(arrays: PyTree) -> list[tuple[tuple[int, ...], str]]:
+    """Shape of one example and type, for each leaf."""
     return [(leaf.shape[1:], leaf.dtype.name) for leaf in jax.tree.leaves(arrays)]
 
 
 def _shapes(signatures: list[tuple[tuple[int, ...], str]]) -> str:
+    """Signatures in words, such as float32[B,4], int32[B]."""
     return ", ".join(f"{dtype}[B{''.join(f',{extent}' for extent in shape)}]" for shape, dtype in signatures)
 
 
 def _padded(x: Inputs, y: AnyArray, size: int) -> Batch:
+    """Pad a batch to at least `size` examples, with copies of the last one at weight zero."""
     count = len(y)
-    missing = max(size - count, 0)
-    if not missing:
+    if count >= size:
         return Batch(x, y, jnp.ones(count))
     index = np.minimum(np.arange(size), count - 1)
     return Batch(examples(x, index), y[index], jnp.asarray(np.arange(size) < count, float))

@@ -1,167 +1,172 @@
-"""The features of a network: what enters the part of it that depends on the weights with a posterior."""
+"""The features of a network: the array that enters the part of it whose weights have a posterior.
+
+If only some weights have a posterior, such as those of the last layer, everything before them is the same in every pass
+over the data. It is computed once.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import JaxprEqn, Literal, Var
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, PyTree, Shaped
 
 from bnnlaplace.core import memory
 from bnnlaplace.core.tree import examples
-from bnnlaplace.model.jaxpr import Equations, run, trace
+from bnnlaplace.model.jaxpr import FlatJaxpr, run, trace
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import Outline, Shapes
+from bnnlaplace.model.spec import NetworkSpec, Shapes
 
 
 class Head(NamedTuple):
-    """A network cut in two, so that network(params, features(x)) is what it gives.
+    """A network that is cut in two: network(params, features(x)) are the outputs of the whole.
 
     Attributes
     ----------
     whole
-        The network that was cut; for a linearised one, of which it is the expansion.
+        The network that was cut. If it was linearised: the network that it is the expansion of.
     network
-        The head: a network with the same weights, whose inputs are features; linearised where the whole one was.
+        The second half: a network with the same weights whose inputs are features. It is linearised if the network
+        that was cut was linearised.
     """
 
     whole: Network
     network: Network
 
-    def features(self, inputs: PyTree[Float[Array, "B ..."]]) -> Float[Array, "B ..."]:
-        """What enters the head: one array, examples along its leading axis. Call it inside `jit`."""
-        equations = trace(self.whole, inputs)
-        parts = _cut(equations)
-        given = zip(equations.inputs, jax.tree.leaves(inputs), strict=True)
-        known = _known(equations, frozen=self.whole.frozen) | dict(given)
-        return run(equations, parts.before, known, parts.features)[0]
+    def features(self, inputs: PyTree[Shaped[ArrayLike, "B ..."]]) -> Shaped[Array, "B ..."]:
+        """Compute what enters the head: one array, examples along its leading axis. Call it inside `jit`."""
+        jaxpr = trace(self.whole, inputs)
+        halves = _halves(jaxpr)
+        known = _values(jaxpr, frozen=self.whole.frozen, inputs=inputs)
+        return run(jaxpr, halves.before, known, halves.crossing)[0]
 
 
-def cut(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> Head | None:
-    """Cut a network where its weights enter, so that what comes before is computed once for all uses.
+def cut(network: Network, inputs: PyTree) -> Head | None:
+    """Cut a network where its weights enter, so that everything before is computed once for all uses.
 
     Parameters
     ----------
     network
-        One of whose weights some are frozen.
+        A network with frozen weights.
     inputs
-        Of these shape and dtype are used alone.
+        Examples, of which only shape and type are used.
 
     Returns
     -------
     Head or None
-        None where nothing comes before, more than one array crosses the cut, or one that does not belong to single
-        examples.
+        None if nothing comes before the weights, if more than one array crosses the cut, or if that array does not
+        belong to single examples.
     """
     base = network.unlinearised()
-    outline = Outline.of(base, inputs)
-    if _crossing(outline) is None:
+    spec = NetworkSpec.of(base, inputs)
+    if _crossing(spec) is None:
         return None
-    head = Network(_HeadForward(base.forward, outline.example), base.params, base.frozen)
+    head = Network(_HeadForward(base.forward, spec.example), base.params, base.frozen)
     return Head(base, head.linearised().with_params(network.params) if network.is_linearised else head)
 
 
 @partial(jax.jit, static_argnames="microbatch")
-def compute(head: Head, inputs: PyTree[Float[Array, "N ..."]], *, microbatch: int) -> Float[Array, "N ..."]:
-    """The features of many inputs; two heads that are cut from the same network at other weights share a program.
+def compute(head: Head, inputs: PyTree[Shaped[ArrayLike, "N ..."]], *, microbatch: int) -> Shaped[Array, "N ..."]:
+    """Compute the features of many inputs. Heads of the same network at other weights share a program.
 
     Cost: one forward pass. Memory: the activations of a microbatch, and the result.
 
     Parameters
     ----------
     head
-        From `cut`.
+        The result of `cut`.
     inputs
         All N examples.
     microbatch
-        Examples at a time.
+        How many examples are computed at a time.
     """
-    return jax.lax.map(lambda one: head.features(examples(one, None))[0], inputs, batch_size=microbatch)
+    return jax.lax.map(lambda example: head.features(examples(example, None))[0], inputs, batch_size=microbatch)
 
 
-def bytes_each(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> int:
-    """Of the features of one example; 0 where a network cannot be cut.
-
-    Parameters
-    ----------
-    network, inputs
-        As for `cut`.
-    """
-    found = _crossing(Outline.of(network.unlinearised(), inputs))
-    return 0 if found is None else math.prod(found.shape) * found.dtype.itemsize
+def bytes_per_example(network: Network, inputs: PyTree) -> int:
+    """Size of the features of one example in bytes; 0 if `cut` cannot cut the network."""
+    crossing = _crossing(NetworkSpec.of(network.unlinearised(), inputs))
+    return 0 if crossing is None else math.prod(crossing.shape) * crossing.dtype.itemsize
 
 
-def most_bytes() -> int:
-    """Of features that are kept between their uses: a quarter of what is free, or 1 GiB where that cannot be told."""
+def memory_limit() -> int:
+    """How many bytes of features are kept between their uses: a quarter of the free memory, 1 GiB if it is unknown."""
     free = memory.free_bytes()
     return 2**30 if free is None else free // 4
 
 
+most_bytes = memory_limit  # the old name, until `fitting.prepare` says the new one
+
+
 @lru_cache(maxsize=64)
-def _crossing(outline: Outline) -> jax.ShapeDtypeStruct | None:
-    """What crosses the cut of one example; None where that is not one array that belongs to single examples."""
-    crossing = [_cut(trace(outline.network(), outline.example.batch(size))) for size in (2, 3)]
-    if any(len(parts.features) != 1 or not parts.before for parts in crossing):
+def _crossing(spec: NetworkSpec) -> jax.ShapeDtypeStruct | None:
+    """Shape and type of the features of one example; None if there is not one array that belongs to single examples."""
+    small, large = (_halves(trace(spec.network(), spec.example.batch(size))) for size in (2, 3))
+    if any(len(halves.crossing) != 1 or not halves.before for halves in (small, large)):
         return None
-    small, large = (parts.features[0].aval for parts in crossing)
-    belongs = small.shape[:1] == (2,) and large.shape[:1] == (3,) and small.shape[1:] == large.shape[1:]
-    return jax.ShapeDtypeStruct(small.shape[1:], small.dtype) if belongs else None
+    of_two, of_three = small.crossing[0].aval, large.crossing[0].aval
+    # An array belongs to single examples if its leading axis, and no other, follows their number.
+    belongs = of_two.shape[:1] == (2,) and of_three.shape[:1] == (3,) and of_two.shape[1:] == of_three.shape[1:]
+    return jax.ShapeDtypeStruct(of_two.shape[1:], of_two.dtype) if belongs else None
 
 
-class _Parts(NamedTuple):
-    """Both halves, each with the equations that depend on neither inputs nor weights, and what crosses between them."""
+class _Halves(NamedTuple):
+    """The equations before and after the cut, and the variables that cross it.
+
+    Equations that depend on neither inputs nor weights are in both halves.
+    """
 
     before: list[JaxprEqn]
     after: list[JaxprEqn]
-    features: list[Var]
+    crossing: list[Var]
 
 
-def _cut(equations: Equations) -> _Parts:
-    after_cut, before_cut = set(equations.params), set(equations.inputs)
-    parts = _Parts([], [], [])
+def _halves(jaxpr: FlatJaxpr) -> _Halves:
+    of_weights, of_inputs = set(jaxpr.params), set(jaxpr.inputs)
+    halves = _Halves([], [], [])
 
-    def consume(atoms: list[Var | Literal]) -> None:
+    def cross(atoms: Sequence[Var | Literal]) -> None:
         for atom in atoms:
-            if not isinstance(atom, Literal) and atom in before_cut and atom not in parts.features:
-                parts.features.append(atom)
+            if not isinstance(atom, Literal) and atom in of_inputs and atom not in halves.crossing:
+                halves.crossing.append(atom)
 
-    for equation in equations.steps:
-        taken = {atom for atom in equation.invars if not isinstance(atom, Literal)}
-        if taken & after_cut:
-            consume(equation.invars)
-            parts.after.append(equation)
-            after_cut.update(equation.outvars)
-        elif taken & before_cut:
-            parts.before.append(equation)
-            before_cut.update(equation.outvars)
+    for equation in jaxpr.equations:
+        operands = {atom for atom in equation.invars if not isinstance(atom, Literal)}
+        if operands & of_weights:
+            cross(equation.invars)
+            halves.after.append(equation)
+            of_weights.update(equation.outvars)
+        elif operands & of_inputs:
+            halves.before.append(equation)
+            of_inputs.update(equation.outvars)
         else:
-            parts.before.append(equation)
-            parts.after.append(equation)
-    consume(equations.outputs)
-    nothing_before = len(before_cut) == len(equations.inputs)
-    return parts._replace(before=[]) if nothing_before else parts
+            halves.before.append(equation)
+            halves.after.append(equation)
+    cross(jaxpr.outputs)
+    computes_nothing = len(of_inputs) == len(jaxpr.inputs)
+    return halves._replace(before=[]) if computes_nothing else halves
 
 
 @dataclass(frozen=True)
 class _HeadForward:
-    """Runs what follows the cut; equal where the forward pass that was cut is, so compiled code is shared."""
+    """Runs the second half of a forward pass. Equal forward passes have equal heads, which share compiled code."""
 
-    forward: Callable[[PyTree, PyTree, Array], Array]
+    forward: Callable[[PyTree, PyTree, Any], Any]
     example: Shapes
 
-    def __call__(self, frozen: PyTree, params: PyTree, features: Array) -> Array:
-        equations = trace(Network(self.forward, params, frozen), self.example.batch(len(features)))
-        parts = _cut(equations)
-        known = _known(equations, frozen=frozen, params=params) | {parts.features[0]: features}
-        return run(equations, parts.after, known, equations.outputs)[0]
+    def __call__(self, frozen: PyTree, params: PyTree, features: Shaped[Array, "B ..."]) -> Any:
+        jaxpr = trace(Network(self.forward, params, frozen), self.example.batch(len(features)))
+        halves = _halves(jaxpr)
+        known = _values(jaxpr, frozen=frozen, params=params) | {halves.crossing[0]: features}
+        return run(jaxpr, halves.after, known, jaxpr.outputs)[0]
 
 
-def _known(equations: Equations, **trees: PyTree) -> dict[Var, Array]:
-    """The values of constants and of the leaves of arguments, by variable."""
-    known = dict(equations.constants)
-    for name, tree in trees.items():
-        known.update(zip(getattr(equations, name), jax.tree.leaves(tree), strict=True))
-    return known
+def _values(jaxpr: FlatJaxpr, **arguments: PyTree) -> dict[Var, Any]:
+    """The values of constants and of the leaves of some arguments of the forward pass, by variable."""
+    values = dict(jaxpr.constants)
+    for name, tree in arguments.items():
+        values.update(zip(getattr(jaxpr, name), jax.tree.leaves(tree), strict=True))
+    return values

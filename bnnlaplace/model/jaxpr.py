@@ -1,7 +1,8 @@
-"""The forward pass of a network as a flat list of equations.
+"""The forward pass of a network as one flat list of JAX equations.
 
-JAX traces Linen and NNX modules and plain functions to the same equations. So which weights come last, and what can be
-computed before any weight with a posterior enters, is found there, and no module has to announce its layers.
+JAX traces Linen modules, NNX modules and plain functions to the same equations. Which weights enter last, and what can
+be computed before any weight that has a posterior enters, is read from the equations. Modules need not announce their
+layers.
 """
 
 import math
@@ -11,87 +12,98 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import Outline
+from bnnlaplace.model.spec import NetworkSpec
 
-# Calls whose equations are put in their place; others, such as loops and functions with derivatives of their own, stay.
-CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
+# Calls that are replaced by the equations of the function they call. All others stay, such as loops and functions with
+# a derivative rule of their own.
+INLINED_CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2")
 
 
-class Equations(NamedTuple):
-    """A traced forward pass; every variable is assigned once.
+class FlatJaxpr(NamedTuple):
+    """A traced forward pass without inner calls, in which every variable is assigned once.
 
     Attributes
     ----------
-    steps
-        The equations, in the order of execution.
+    equations
+        The equations in the order of execution.
     params, frozen, inputs
-        The variables of the arguments, leaf by leaf.
+        The variables of the three arguments, leaf by leaf.
     constants
-        Variables of arrays that the forward pass closes over, and those arrays.
+        The variables of the arrays that the forward pass closes over, with these arrays.
     outputs
-        Variables or literals of the result.
+        The variables or literals of the result.
     debug_info
-        What JAX knows about where the equations come from.
+        Where the equations come from, for JAX's own messages.
     """
 
-    steps: list[JaxprEqn]
+    equations: list[JaxprEqn]
     params: list[Var]
     frozen: list[Var]
     inputs: list[Var]
-    constants: dict[Var, Array]
+    constants: dict[Var, Any]
     outputs: list[Var | Literal]
     debug_info: Any
 
 
-def trace(network: Network, inputs: PyTree[Float[Array, "B ..."] | jax.ShapeDtypeStruct]) -> Equations:
-    """Trace a forward pass; of `inputs` shape and dtype are used alone."""
+def trace(network: Network, inputs: PyTree) -> FlatJaxpr:
+    """Trace the forward pass of a network. Only shape and type of `inputs` are used; they may be abstract."""
 
-    def forward(params: Any, frozen: Any, inputs: Any) -> Array:
+    def forward(params: PyTree, frozen: PyTree, inputs: PyTree) -> Any:
         return Network(network.forward, params, frozen)(params, inputs)
 
     closed = jax.make_jaxpr(forward)(network.params, network.frozen, inputs)
-    variables = [Var(variable.aval) for variable in closed.jaxpr.invars]
+    arguments = [Var(variable.aval) for variable in closed.jaxpr.invars]
     equations: list[JaxprEqn] = []
-    constants: dict[Var, Array] = {}
+    constants: dict[Var, Any] = {}
 
     def inline(closed: ClosedJaxpr, arguments: Sequence[Var | Literal]) -> list[Var | Literal]:
-        """Append the equations of a function called with `arguments`, with variables of their own for each call."""
-        here = dict(zip(closed.jaxpr.invars, arguments, strict=True))
+        """Append the equations of a function that is called with `arguments`, and return its results.
+
+        A function may be called several times, so every call gets variables of its own.
+        """
+        renamed = dict(zip(closed.jaxpr.invars, arguments, strict=True))
 
         def read(atom: Var | Literal) -> Var | Literal:
-            return atom if isinstance(atom, Literal) else here[atom]
+            return atom if isinstance(atom, Literal) else renamed[atom]
 
         for variable, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
-            here[variable] = Var(variable.aval)
-            constants[here[variable]] = value
+            renamed[variable] = Var(variable.aval)
+            constants[renamed[variable]] = value
         for equation in closed.jaxpr.eqns:
-            taken = [read(atom) for atom in equation.invars]
-            if equation.primitive.name in CALLS:
+            operands = [read(atom) for atom in equation.invars]
+            if equation.primitive.name in INLINED_CALLS:
                 inner = equation.params["jaxpr"]
-                results = inline(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), taken)
+                results = inline(inner if isinstance(inner, ClosedJaxpr) else ClosedJaxpr(inner, ()), operands)
             else:
                 results = [Var(variable.aval) for variable in equation.outvars]
-                equations.append(equation.replace(invars=taken, outvars=results))
-            here.update(zip(equation.outvars, results, strict=True))
+                equations.append(equation.replace(invars=operands, outvars=results))
+            renamed.update(zip(equation.outvars, results, strict=True))
         return [read(atom) for atom in closed.jaxpr.outvars]
 
-    outputs = inline(closed, variables)
-    ends = len(jax.tree.leaves(network.params)), len(variables) - len(jax.tree.leaves(inputs))
-    arguments = variables[: ends[0]], variables[ends[0] : ends[1]], variables[ends[1] :]
-    return Equations(equations, *arguments, constants, outputs, closed.jaxpr.debug_info)
+    outputs = inline(closed, arguments)
+    num_params, num_frozen = len(jax.tree.leaves(network.params)), len(jax.tree.leaves(network.frozen))
+    params, others = arguments[:num_params], arguments[num_params:]
+    frozen, examples = others[:num_frozen], others[num_frozen:]
+    return FlatJaxpr(equations, params, frozen, examples, constants, outputs, closed.jaxpr.debug_info)
 
 
 @lru_cache(maxsize=64)
-def numbers_of_example(outline: Outline) -> int:
-    """How many numbers the forward pass of one example computes, of which some are alive at a time."""
-    steps = trace(outline.network(), outline.example.batch(1)).steps
-    return sum(math.prod(variable.aval.shape) for step in steps for variable in step.outvars)
+def numbers_of_example(spec: NetworkSpec) -> int:
+    """Count the numbers that the forward pass of one example computes. Only some of them are in memory at a time."""
+    equations = trace(spec.network(), spec.example.batch(1)).equations
+    return sum(math.prod(variable.aval.shape) for equation in equations for variable in equation.outvars)
 
 
-def run(equations: Equations, part: list[JaxprEqn], known: dict[Var, Array], wanted: Sequence[Var | Literal]) -> list:
-    """Execute a part of `equations` with values of the variables that it does not assign; traceable, differentiable."""
-    program = Jaxpr([], list(known), list(wanted), part, debug_info=equations.debug_info)
+def run(
+    jaxpr: FlatJaxpr, equations: Sequence[JaxprEqn], known: dict[Var, Any], wanted: Sequence[Var | Literal]
+) -> list[Any]:
+    """Execute some equations of `jaxpr` and return the values of the `wanted` variables.
+
+    `known` holds the values of all variables that these equations read and do not assign. The call can be traced and
+    differentiated.
+    """
+    program = Jaxpr([], list(known), list(wanted), list(equations), debug_info=jaxpr.debug_info)
     return jaxpr_as_fun(ClosedJaxpr(program, []))(*known.values())

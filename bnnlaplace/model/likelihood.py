@@ -1,21 +1,24 @@
-"""Likelihoods, in output space only: they know outputs and targets, never weights.
+"""Likelihoods in output space: they know outputs and targets, and never see the weights.
 
-With f the outputs of one example, Lambda = -d^2 log p(y | f) / df^2 and Lambda = B B'. A new likelihood is one function
-that returns a `Likelihood`.
+f stands for the outputs of one example, Lambda = -d^2 log p(y | f) / df^2 for their curvature, and B for a factor of
+it, Lambda = B B'. A new likelihood is one function that returns a `Likelihood`.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from bnnlaplace.core.tree import summed_type
-from bnnlaplace.core.types import AnyArray
+
+Outputs = Float[ArrayLike, "*lead C"]
+Targets = Shaped[ArrayLike, "..."]
 
 
 @partial(
@@ -25,18 +28,19 @@ from bnnlaplace.core.types import AnyArray
 )
 @dataclass(frozen=True)
 class Likelihood:
-    """p(y | f) and the products with its curvature in output space.
+    """The probability p(y | f) of targets given outputs, and products with its curvature in output space.
 
-    Every function takes outputs of shape (..., C) and works along the last axis. They are
-    `jax.tree_util.Partial`s, so that parameters such as a noise scale are leaves of this pytree, and differentiable.
+    Every function takes outputs of shape (..., C) and works along the last axis. Write the functions as
+    `jax.tree_util.Partial`s, so that parameters such as a noise scale are leaves of this pytree and can be
+    differentiated.
 
     Attributes
     ----------
     name
-        "classification", "regression" or "binary", which have their own links and checks, or any other.
+        "classification", "regression" and "binary" have links and checks of their own. Any other name is allowed.
     target_kind
-        "label" for integer class labels (...,), or probabilities of the classes shaped like the outputs; "array" for
-        targets shaped like the outputs.
+        "label" if targets are integer class labels (...,), or class probabilities shaped like the outputs. "array" if
+        targets are shaped like the outputs.
     log_prob
         (f, y) -> log p(y | f), shape (...,).
     factor_mv
@@ -51,11 +55,11 @@ class Likelihood:
 
     name: str
     target_kind: str
-    log_prob: Callable[[Array, Array], Array]
-    factor_mv: Callable[[Array, Array], Array]
-    mean: Callable[[Array], Array]
-    hessian_mv: Callable[[Array, Array], Array] | None = None
-    factor_transpose_mv: Callable[[Array, Array], Array] | None = None
+    log_prob: Callable[[Any, Any], Array]
+    factor_mv: Callable[[Any, Any], Array]
+    mean: Callable[[Any], Array]
+    hessian_mv: Callable[[Any, Any], Array] | None = None
+    factor_transpose_mv: Callable[[Any, Any], Array] | None = None
 
     def __post_init__(self) -> None:
         if self.factor_transpose_mv is None:
@@ -66,16 +70,17 @@ class Likelihood:
 
     @property
     def sigma_noise(self) -> Float[Array, "*C"] | None:
-        """The noise scale of `gaussian`; None for any other likelihood."""
+        """Noise scale of a `gaussian` likelihood; None for any other."""
         is_gaussian = isinstance(self.log_prob, Partial) and self.log_prob.func is _gaussian_log_prob
         return self.log_prob.args[0] if is_gaussian else None
 
 
 def categorical() -> Likelihood:
-    """Softmax likelihood of integer labels (...,), or of soft targets (..., C): probabilities that sum to one.
+    """Softmax likelihood of integer labels (...,), or of class probabilities (..., C) that sum to one.
 
-    log p(y | f) = sum_c y_c log softmax(f)_c, with y one-hot for a label. Lambda = diag(p) - p p' and
-    B = diag(sqrt p) - p sqrt(p)', p = softmax(f): every product costs O(C), and no C x C matrix is formed.
+    log p(y | f) = sum_c y_c log softmax(f)_c, with y one-hot for a label. With p = softmax(f) the curvature is
+    Lambda = diag(p) - p p', and its factor B = diag(sqrt p) - p sqrt(p)'. Every product costs O(C), and no C x C matrix
+    is formed.
     """
     return Likelihood(
         "classification",
@@ -88,15 +93,16 @@ def categorical() -> Likelihood:
     )
 
 
-def gaussian(sigma_noise: Float[ArrayLike, "*C"] | float = 1.0) -> Likelihood:
-    """Gaussian likelihood with independent noise of standard deviation `sigma_noise`, one for all outputs or (C,).
+def gaussian(sigma_noise: Real[ArrayLike, "*C"] = 1.0) -> Likelihood:
+    """Gaussian likelihood with independent noise of standard deviation `sigma_noise`.
 
-    log p(y | f) = -sum_c [(y_c - f_c)^2 / (2 sigma_c^2) + log(sigma_c sqrt(2 pi))]; Lambda = diag(1 / sigma^2).
+    log p(y | f) = -sum_c [(y_c - f_c)^2 / (2 sigma_c^2) + log(sigma_c sqrt(2 pi))], and Lambda = diag(1 / sigma^2).
 
     Parameters
     ----------
     sigma_noise
-        sigma: one positive number, or one for each output. Traced ones are differentiated.
+        The scale sigma: one positive number for all outputs, or one for each output (C,). The likelihood is
+        differentiable in it.
     """
     sigma = jnp.asarray(sigma_noise)
     sigma = sigma.astype(summed_type(sigma.dtype))
@@ -114,9 +120,10 @@ def gaussian(sigma_noise: Float[ArrayLike, "*C"] | float = 1.0) -> Likelihood:
 
 
 def bernoulli() -> Likelihood:
-    """Independent Bernoulli likelihood with logits f; targets shaped like f: 0 or 1, or probabilities between.
+    """Independent Bernoulli likelihood with logits f.
 
-    Lambda = diag(p (1 - p)), p = sigmoid(f).
+    Targets are shaped like f. They are 0 or 1, or probabilities in between. With p = sigmoid(f) the curvature is
+    Lambda = diag(p (1 - p)).
     """
     return Likelihood(
         "binary",
@@ -130,25 +137,19 @@ def bernoulli() -> Likelihood:
 
 
 def is_ours(likelihood: Likelihood) -> bool:
-    """Whether it is one of the package's: the functions are compared.
-
-    Parameters
-    ----------
-    likelihood
-        Any.
-    """
+    """Whether the functions of a likelihood are those of one that this package defines."""
     known = (categorical(), gaussian(), bernoulli())
     return jax.tree.structure(likelihood) in map(jax.tree.structure, known)
 
 
-def resolve(likelihood: str | Likelihood, sigma_noise: Float[ArrayLike, "*C"] | float = 1.0) -> Likelihood:
-    """Turn the name of a likelihood into the record; a record passes through.
+def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:
+    """Turn the name of a likelihood into the record. A record is returned as it is.
 
     Raises
     ------
     ValueError
-        If the name is unknown, or the noise is not one positive, finite number or one for each output (of a traced one
-        the shape alone is checked), or it is not 1 and the likelihood is not "regression".
+        If the name is unknown, or the noise is not one positive, finite number or one for each output. Only the shape
+        of a traced noise is checked. Also if the noise is not 1 and the likelihood is not "regression".
     """
     traced = isinstance(sigma_noise, jax.core.Tracer)
     is_number = isinstance(sigma_noise, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(sigma_noise) <= 1
@@ -174,27 +175,26 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Float[ArrayLike, "*C"] | 
     return known[likelihood]()
 
 
-def check_targets(
-    likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Shaped[AnyArray, "..."], where: str
-) -> None:
-    """Check targets against the shape (N, ..., C) of the outputs: others would broadcast, or become NaN, in silence.
+def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Any, where: str) -> None:
+    """Check targets against the shape (N, ..., C) of the outputs. Wrong ones would broadcast, or become NaN, silently.
 
     Parameters
     ----------
     likelihood
-        Which says what targets are.
+        The likelihood, which says what its targets are.
     outputs_shape
         (N, ..., C).
     targets
-        Labels (N, ...), or arrays shaped like the outputs. Of traced ones shape and type alone are checked.
+        Labels (N, ...), or arrays shaped like the outputs. Only shape and type of traced targets are checked.
     where
-        Who asks, in the message.
+        What the message calls the argument.
 
     Raises
     ------
     ValueError
-        If labels are not integers of shape (N, ...) within the classes nor probabilities that sum to one, other targets
-        are not shaped like the outputs, binary ones are outside [0, 1], or the noise is not one number for each output.
+        If labels are neither integers of shape (N, ...) within the classes nor probabilities that sum to one, other
+        targets are not shaped like the outputs, binary targets are outside of [0, 1], or there is not one noise scale
+        for each output.
     """
     noise, num_outputs = likelihood.sigma_noise, outputs_shape[-1]
     if noise is not None and noise.shape not in ((), (num_outputs,)):
@@ -203,7 +203,7 @@ def check_targets(
             f"{noise.size}"
         )
     traced = isinstance(targets, jax.core.Tracer)
-    targets = targets if traced else np.asarray(targets)  # operations of JAX would be traced inside `jit`
+    targets = targets if traced else np.asarray(targets)  # an operation of JAX would be traced inside `jit`
     is_soft = targets.shape == outputs_shape and jnp.issubdtype(targets.dtype, jnp.floating)
     is_label = targets.shape == outputs_shape[:-1] and jnp.issubdtype(targets.dtype, jnp.integer)
     if likelihood.target_kind == "array":
@@ -222,6 +222,7 @@ def check_targets(
 
 
 def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray, where: str) -> None:
+    """Check the numbers of targets whose shape and type are right."""
     if likelihood.target_kind == "array":
         if likelihood.name == "binary" and not ((targets >= 0) & (targets <= 1)).all():
             raise ValueError(
@@ -246,74 +247,74 @@ def _all_positive(numbers: np.ndarray) -> bool:
     return numbers.size > 0 and bool(np.all((numbers > 0) & np.isfinite(numbers)))
 
 
-def _transposed(factor_mv: Callable[[Array, Array], Array], f: Array, v: Array) -> Array:
+def _transposed(factor_mv: Callable, f: Outputs, v: Outputs) -> Array:
     return jax.linear_transpose(partial(factor_mv, f), v)(v)[0]
 
 
-def _squared(factor_mv: Callable, factor_transpose_mv: Callable, f: Array, v: Array) -> Array:
+def _squared(factor_mv: Callable, factor_transpose_mv: Callable, f: Outputs, v: Outputs) -> Array:
     return factor_mv(f, factor_transpose_mv(f, v))
 
 
-def _identity(f: Array) -> Array:
+def _identity(f: Outputs) -> Outputs:
     return f
 
 
-def _softmax(f: Array) -> Array:
+def _softmax(f: Outputs) -> Array:
     return jax.nn.softmax(f, axis=-1)
 
 
-def _root_softmax(f: Array) -> Array:
-    # not sqrt(softmax(f)), whose gradient is not finite where a probability rounds to zero
+def _root_softmax(f: Outputs) -> Array:
+    # The gradient of sqrt(softmax(f)) is not finite if a probability rounds to zero.
     return jnp.exp(0.5 * jax.nn.log_softmax(f, axis=-1))
 
 
-def _inner(a: Array, b: Array) -> Array:
+def _inner(a: Outputs, b: Outputs) -> Array:
     return jnp.sum(a * b, axis=-1, keepdims=True)
 
 
-def _categorical_log_prob(f: Array, y: Array) -> Array:
+def _categorical_log_prob(f: Outputs, y: Targets) -> Array:
     log_p = jax.nn.log_softmax(f, axis=-1)
     if jnp.issubdtype(y.dtype, jnp.floating):
         return jnp.sum(y * log_p, axis=-1)
     return jnp.take_along_axis(log_p, y[..., None], axis=-1)[..., 0]
 
 
-def _categorical_hessian_mv(f: Array, v: Array) -> Array:
+def _categorical_hessian_mv(f: Outputs, v: Outputs) -> Array:
     p = _softmax(f)
     return p * v - p * _inner(p, v)
 
 
-def _categorical_factor_mv(f: Array, u: Array) -> Array:
+def _categorical_factor_mv(f: Outputs, u: Outputs) -> Array:
     root = _root_softmax(f)
     return root * u - root**2 * _inner(root, u)
 
 
-def _categorical_factor_transpose_mv(f: Array, v: Array) -> Array:
+def _categorical_factor_transpose_mv(f: Outputs, v: Outputs) -> Array:
     root = _root_softmax(f)
     return root * v - root * _inner(root**2, v)
 
 
-def _gaussian_log_prob(sigma: Array, f: Array, y: Array) -> Array:
+def _gaussian_log_prob(sigma: Array, f: Outputs, y: Targets) -> Array:
     return jnp.sum(-0.5 * ((y - f) / sigma) ** 2 - jnp.log(sigma) - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
 
 
-def _gaussian_hessian_mv(sigma: Array, f: Array, v: Array) -> Array:
+def _gaussian_hessian_mv(sigma: Array, f: Outputs, v: Outputs) -> Array:
     return v / sigma**2
 
 
-def _gaussian_factor_mv(sigma: Array, f: Array, u: Array) -> Array:
+def _gaussian_factor_mv(sigma: Array, f: Outputs, u: Outputs) -> Array:
     return u / sigma
 
 
-def _bernoulli_log_prob(f: Array, y: Array) -> Array:
+def _bernoulli_log_prob(f: Outputs, y: Targets) -> Array:
     return jnp.sum(y * jax.nn.log_sigmoid(f) + (1 - y) * jax.nn.log_sigmoid(-f), axis=-1)
 
 
-def _bernoulli_hessian_mv(f: Array, v: Array) -> Array:
+def _bernoulli_hessian_mv(f: Outputs, v: Outputs) -> Array:
     p = jax.nn.sigmoid(f)
     return p * (1 - p) * v
 
 
-def _bernoulli_factor_mv(f: Array, u: Array) -> Array:
-    # sqrt(p (1 - p)), with a finite gradient also where p rounds to 0 or 1
+def _bernoulli_factor_mv(f: Outputs, u: Outputs) -> Array:
+    # This is sqrt(p (1 - p)), written so that its gradient is finite even if p rounds to 0 or 1.
     return jnp.exp(0.5 * (jax.nn.log_sigmoid(f) + jax.nn.log_sigmoid(-f))) * u

@@ -1,4 +1,4 @@
-"""A network as the rest of the package sees it: f(params, x), with everything that is not trained frozen."""
+"""A network as the rest of the package sees it: a function of its weights and inputs, with all else frozen."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
 from bnnlaplace.core.linalg import all_products
 from bnnlaplace.core.tree import leaf_names, ravel, size, summed_type, unraveler
@@ -16,35 +16,35 @@ from bnnlaplace.core.tree import leaf_names, ravel, size, summed_type, unraveler
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
 @dataclass(frozen=True, repr=False)
 class Network:
-    """A deterministic function of weights and inputs, and the weights at which it is expanded.
+    """A deterministic function of weights and inputs, together with the weights at which it is expanded.
 
-    Build one with `from_linen`, `from_nnx` or `from_function`. It is a pytree whose leaves are `params` and `frozen`,
-    so it crosses `jit` without recompiling when the weights change.
+    Build one with `from_linen`, `from_nnx` or `from_function`. A network is a pytree whose leaves are those of `params`
+    and `frozen`, so that a jitted function of it does not compile again when the weights change.
 
     Attributes
     ----------
     forward
-        (frozen, params, x) -> outputs; hashable, compared by value where the user's module is.
+        The function (frozen, params, x) -> outputs. It is hashable, and compared by value if the user's module is.
     params
-        The weights with a posterior.
+        The weights that have a posterior.
     frozen
-        Everything else the forward pass reads, batch statistics among it; never changed.
+        All other arrays that the forward pass reads, such as batch statistics. They never change.
     """
 
-    forward: Callable[[PyTree, PyTree, Array], Array]
+    forward: Callable[[PyTree, PyTree, Any], Any]
     params: PyTree
     frozen: PyTree
 
     def __repr__(self) -> str:
-        # JAX prints what it traces, and the numbers would have to come from the device for that.
+        # JAX prints the arguments of a function that it traces. The weights would have to be copied from the device.
         return f"Network({type(self.forward).__name__.strip('_')}, {size(self.params)} weights)"
 
-    def __call__(self, params: PyTree, x: Float[Array, "B ..."]) -> Float[Array, "B ... C"]:
-        """Outputs (logits, or means of a regression) at `params` for a batch of inputs.
+    def __call__(self, params: PyTree, x: PyTree[Shaped[ArrayLike, "B ..."]]) -> Float[Array, "B ... C"]:
+        """Return the outputs (logits, or means of a regression) at `params` for a batch of inputs.
 
-        Matrix products and convolutions that state no precision of their own are computed in full precision, and so are
-        their derivatives, of which the curvature is made (`bnnlaplace.core.linalg` says why). The outputs of a model that
-        computes in fewer bits are float32.
+        Outputs are float32 or wider, even if the model computes in fewer bits. Matrix products and convolutions run in
+        full precision unless the model states one, and so do their derivatives, which the curvature is computed from
+        (`bnnlaplace.core.linalg` says why).
         """
         with all_products():
             outputs = self.forward(self.frozen, params, x)
@@ -60,15 +60,15 @@ class Network:
         module
             A `flax.linen.Module`.
         variables
-            What `module.init` returns, or training left: "params" are the weights; every other collection (batch
-            statistics, say) is frozen.
+            The collections that `module.init` returns, as training left them. "params" holds the weights. Every other
+            collection, such as the batch statistics, is frozen.
         call_arguments
-            Keyword arguments of every call, such as `train=False`: they must make the module deterministic.
+            Keyword arguments of every call, such as `train=False`. They must make the module deterministic.
 
         Raises
         ------
         ValueError
-            If `variables` has no collection "params".
+            If `variables` has no collection "params", or the module or an argument is not hashable.
 
         Examples
         --------
@@ -82,7 +82,7 @@ class Network:
         if "params" not in variables:
             raise ValueError(
                 f"from_linen(variables=...) must hold a collection 'params'; got {sorted(variables)}; "
-                "pass {'params': params} where you hold bare parameters"
+                "pass {'params': params} if these are the parameters themselves"
             )
         frozen = {name: collection for name, collection in variables.items() if name != "params"}
         forward = _LinenForward(module, tuple(sorted(call_arguments.items())))
@@ -96,16 +96,16 @@ class Network:
         Parameters
         ----------
         model
-            A `flax.nnx.Module` in evaluation mode: call `model.eval()` first. Its `nnx.Param` variables, with those of
-            `nnx.LoRAParam`, are the weights, as nested dictionaries that `nnx.update(model, params)` takes back; all
-            other state is frozen. The model is copied, neither kept nor changed.
+            A `flax.nnx.Module` in evaluation mode: call `model.eval()` first. The weights are its `nnx.Param`
+            variables, including `nnx.LoRAParam`, as nested dictionaries that `nnx.update(model, params)` takes back.
+            All other state is frozen. The model is copied: later changes to it have no effect on the network.
         call_arguments
             Keyword arguments of every call.
 
         Raises
         ------
         TypeError
-            If `model` is no such module.
+            If `model` is not a `flax.nnx.Module`.
 
         Examples
         --------
@@ -129,18 +129,18 @@ class Network:
         return cls(forward, weights, _as_arrays(nnx.to_pure_dict(rest)))
 
     @classmethod
-    def from_function(cls, function: Callable[[PyTree, Array], Array], params: PyTree) -> "Network":
+    def from_function(cls, function: Callable[[PyTree, Any], Any], params: PyTree) -> "Network":
         """Wrap a plain function `f(params, x) -> outputs` of shape (B, ..., C).
 
-        Pass the same function object each time: compiled code is kept per function. So it must not read anything that
-        changes, but for its arguments.
+        Pass the same function object each time, because compiled code is kept for each object. For the same reason the
+        function must not read anything that changes except its arguments.
 
         Parameters
         ----------
         function
-            Deterministic, of one example at a time: outputs of a row of x depend on that row alone.
+            A deterministic function. Its outputs for one row of x must depend on that row alone.
         params
-            Its weights, any pytree of arrays.
+            The weights: any pytree of arrays.
 
         Examples
         --------
@@ -152,7 +152,7 @@ class Network:
         return cls(_PlainForward(function), _as_weights(params, "from_function(params=...)"), {})
 
     def with_params(self, params: PyTree) -> "Network":
-        """The same network at other weights.
+        """Return the same network at other weights.
 
         Parameters
         ----------
@@ -162,39 +162,41 @@ class Network:
         return Network(self.forward, params, self.frozen)
 
     def subset(self, selected: Callable[[str], bool]) -> "Network":
-        """The same function of some of the weights, the others frozen.
+        """Freeze all weights but some: return the same network as a function of these alone.
 
         Parameters
         ----------
         selected
-            Whether a weight is to have a posterior, from its path, such as "Dense_0/kernel"; `leaf_names` lists them.
+            A function from the path of a weight, such as "Dense_0/kernel", to whether the weight keeps its posterior.
+            `bnnlaplace.leaf_names(network.params)` lists the paths.
 
         Returns
         -------
         Network
-            `params` has None in place of every weight that is frozen now. `full_params` puts them in again.
+            Its `params` have None in place of every frozen weight. `full_params` fills the frozen weights in again.
 
         Raises
         ------
         ValueError
-            If no path is selected; the message lists those that there are.
+            If no path is selected. The message lists the paths.
         """
         names = leaf_names(self.params)
-        chosen = [bool(selected(name)) for name in names]
-        if not any(chosen):
+        is_selected = [bool(selected(name)) for name in names]
+        if not any(is_selected):
             raise ValueError(f"a subset of weights must match at least one of the paths {names}; it matches none")
-        if all(chosen):
+        if all(is_selected):
             return self
         leaves, structure = jax.tree.flatten(self.params)
-        kept = structure.unflatten([leaf if c else None for leaf, c in zip(leaves, chosen, strict=True)])
-        rest = structure.unflatten([None if c else leaf for leaf, c in zip(leaves, chosen, strict=True)])
-        return Network(_SubsetForward(self.forward), kept, {"frozen": self.frozen, "weights": rest})
+        chosen = [leaf if keep else None for leaf, keep in zip(leaves, is_selected, strict=True)]
+        others = [None if keep else leaf for leaf, keep in zip(leaves, is_selected, strict=True)]
+        frozen = {"frozen": self.frozen, "weights": structure.unflatten(others)}
+        return Network(_SubsetForward(self.forward), structure.unflatten(chosen), frozen)
 
     def scaled(self, factors: Float[Array, " P"]) -> "Network":
-        """The same function of other coordinates of the weights, `params / factors`, at the same point.
+        """Change the coordinates of the weights to `params / factors`, at the same point.
 
-        Its Jacobian is this one's times `factors`, column by column: with factors D^-1/2 it is the network in whose
-        weights a prior of precisions tau D is isotropic. Its weights are float32 at least, as rounding would move them.
+        The Jacobian is multiplied by `factors`, column by column. With factors D^-1/2 a prior of precisions tau D
+        becomes isotropic. The new weights are float32 or wider, because rounding to fewer bits would move the point.
         """
         wide = jax.tree.map(lambda leaf: leaf.astype(summed_type(leaf.dtype)), self.params)
         unravel = unraveler(wide)
@@ -203,14 +205,14 @@ class Network:
         return Network(forward, unravel(ravel(wide) / factors), frozen)
 
     def linearised(self) -> "Network":
-        """The first-order expansion f(params) + J(params) (theta - params) in the weights, as a network of theta.
+        """Return the first-order expansion f(params) + J(params) (theta - params), as a network with weights theta.
 
-        Its Jacobian is this one's at `params`, wherever theta is.
+        Its Jacobian is J(params) at every theta.
         """
         return Network(_LinearisedForward(self.forward), self.params, {"frozen": self.frozen, "centre": self.params})
 
     def unlinearised(self) -> "Network":
-        """The network that this is the first-order expansion of, at the point of the expansion; itself if it is none.
+        """Return the network that was linearised, at the point of the expansion. Any other network returns itself.
 
         Both have the same Jacobian.
         """
@@ -234,7 +236,7 @@ class Network:
         return isinstance(self.forward, _LinearisedForward)
 
     def full_params(self, params: PyTree) -> PyTree:
-        """All weights, with `params` in the places of those that have a posterior: as the user's model holds them.
+        """Fill the frozen weights in: return all weights as the user's model holds them.
 
         Parameters
         ----------
@@ -251,27 +253,27 @@ class Network:
 
 @dataclass(frozen=True)
 class _LinenForward:
-    """Calls a Linen module; two of them are equal where their modules are, so compiled code is shared."""
+    """Calls a Linen module. Equal modules share compiled code, because a dataclass is compared by its fields."""
 
     module: Any
     call_arguments: tuple[tuple[str, Any], ...]
 
-    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         return self.module.apply({"params": params, **frozen}, x, **dict(self.call_arguments))
 
 
 @dataclass(frozen=True)
 class _NNXForward:
-    """Calls a fresh NNX model built from a graph definition, which compares by value."""
+    """Calls a fresh NNX model built from its graph definition, which is compared by value."""
 
     graph: Any
     call_arguments: tuple[tuple[str, Any], ...]
 
-    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         return self.instance(frozen, params)(x)
 
-    def instance(self, frozen: PyTree, params: PyTree) -> Callable[[Array], Array]:
-        """The model, which changes its state with every call where it is not deterministic."""
+    def instance(self, frozen: PyTree, params: PyTree) -> Callable[[Any], Any]:
+        """Build the model. If it is not deterministic, every call of it changes its state."""
         from flax import nnx
 
         return partial(nnx.merge(self.graph, params, frozen), **dict(self.call_arguments))
@@ -279,9 +281,11 @@ class _NNXForward:
 
 @dataclass(frozen=True)
 class _PlainForward:
-    function: Callable[[PyTree, Array], Array]
+    """Calls a function that has nothing frozen."""
 
-    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+    function: Callable[[PyTree, Any], Any]
+
+    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         return self.function(params, x)
 
 
@@ -289,35 +293,39 @@ class _PlainForward:
 class _SubsetForward:
     """Calls another forward pass with the frozen weights filled in."""
 
-    forward: Callable[[PyTree, PyTree, Array], Array]
+    forward: Callable[[PyTree, PyTree, Any], Any]
 
-    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         return self.forward(frozen["frozen"], _merged(params, frozen["weights"]), x)
 
 
 @dataclass(frozen=True)
 class _ScaledForward:
-    forward: Callable[[PyTree, PyTree, Array], Array]
+    """Calls another forward pass at the weights times factors, in the types that the model had."""
+
+    forward: Callable[[PyTree, PyTree, Any], Any]
     dtypes: tuple[Any, ...]
 
-    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         leaves, structure = jax.tree.flatten(jax.tree.map(jnp.multiply, params, frozen["factors"]))
-        own = [leaf.astype(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
-        return self.forward(frozen["frozen"], structure.unflatten(own), x)
+        original = [leaf.astype(dtype) for leaf, dtype in zip(leaves, self.dtypes, strict=True)]
+        return self.forward(frozen["frozen"], structure.unflatten(original), x)
 
 
 @dataclass(frozen=True)
 class _LinearisedForward:
-    forward: Callable[[PyTree, PyTree, Array], Array]
+    """Calls the first-order expansion of another forward pass."""
 
-    def __call__(self, frozen: PyTree, params: PyTree, x: Array) -> Array:
+    forward: Callable[[PyTree, PyTree, Any], Any]
+
+    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         step = jax.tree.map(jnp.subtract, params, frozen["centre"])
         outputs, change = jax.jvp(lambda p: self.forward(frozen["frozen"], p, x), (frozen["centre"],), (step,))
         return outputs + change
 
 
 def _merged(some: PyTree, others: PyTree) -> PyTree:
-    """Two trees that hold None in each other's places, as one."""
+    """Merge two trees, each of which holds None where the other one holds a leaf."""
     return jax.tree.map(lambda a, b: b if a is None else a, some, others, is_leaf=lambda leaf: leaf is None)
 
 
@@ -326,20 +334,20 @@ def _check_hashable(forward: Any, where: str) -> None:
         hash(forward)
     except TypeError as error:
         raise ValueError(
-            f"{where}: the module and its call arguments must be hashable, as compiled code is kept by them; {error}; "
-            "make arrays among them tuples, variables of the module, or a part of the inputs"
+            f"{where}: the module and its call arguments must be hashable, because compiled code is found by their "
+            f"hash; {error}; replace arrays among them by tuples, by variables of the module or by a part of the inputs"
         ) from None
 
 
 def _as_weights(tree: PyTree, where: str) -> PyTree:
-    """Arrays, of which there is at least one, and all can be differentiated in."""
-    found = _as_arrays(tree)
-    numbers = zip(leaf_names(found), jax.tree.leaves(found), strict=True)
-    wrong = [f"{name} ({leaf.dtype})" for name, leaf in numbers if not jnp.issubdtype(leaf.dtype, jnp.floating)]
-    if wrong or not jax.tree.leaves(found):
+    """Convert the leaves to arrays. Raise ValueError unless there is one, and every one can be differentiated in."""
+    weights = _as_arrays(tree)
+    named = zip(leaf_names(weights), jax.tree.leaves(weights), strict=True)
+    wrong = [f"{name} ({leaf.dtype})" for name, leaf in named if not jnp.issubdtype(leaf.dtype, jnp.floating)]
+    if wrong or not jax.tree.leaves(weights):
         got = f"{', '.join(wrong)}; keep those out of the weights" if wrong else "none"
         raise ValueError(f"the weights of {where} must be arrays of real floating-point numbers; got {got}")
-    return found
+    return weights
 
 
 def _as_arrays(tree: PyTree) -> PyTree:

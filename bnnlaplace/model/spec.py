@@ -1,6 +1,6 @@
-"""What is known of a network before any number is: its forward pass, and the shapes and types of what enters it.
+"""Shapes and types of a network and its inputs, without their numbers.
 
-Compared by value, and hashable: what a trace finds out is remembered for the next fit of the same network.
+A spec is hashable and compared by value, so that what a trace of the network finds out is remembered for the next fit.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from bnnlaplace.core.tree import num_examples
 from bnnlaplace.model.network import Network
@@ -18,89 +18,89 @@ from bnnlaplace.model.network import Network
 
 @dataclass(frozen=True)
 class Shapes:
-    """Of a pytree of arrays: its structure, and shape and type of each leaf.
+    """The structure of a pytree of arrays, and the shape and type of each leaf.
 
     Attributes
     ----------
     structure
-        The tree.
+        The structure of the tree.
     leaves
-        Shape and type of each.
+        The shape and the type of each leaf.
     """
 
     structure: Any
     leaves: tuple[tuple[tuple[int, ...], Any], ...]
 
     @classmethod
-    def of(cls, arrays: PyTree[Array]) -> "Shapes":
-        """Those of whole arrays."""
+    def of(cls, arrays: PyTree) -> "Shapes":
+        """Record the shapes of whole arrays."""
         leaves, structure = jax.tree.flatten(arrays)
         return cls(structure, tuple((tuple(leaf.shape), _dtype(leaf)) for leaf in leaves))
 
     @classmethod
-    def of_example(cls, arrays: PyTree[Float[Array, "N ..."]]) -> "Shapes":
-        """Those of one example, of which there are some along the leading axis."""
+    def of_example(cls, arrays: PyTree) -> "Shapes":
+        """Record the shapes of one example of `arrays`, which have the examples along their leading axis."""
         whole = cls.of(arrays)
         return cls(whole.structure, tuple((shape[1:], dtype) for shape, dtype in whole.leaves))
 
     def arrays(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Arrays without numbers."""
+        """Return abstract arrays of these shapes."""
         return self.structure.unflatten([jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
 
     def batch(self, size: int) -> PyTree[jax.ShapeDtypeStruct]:
-        """The same with a leading axis more."""
+        """Return abstract arrays of these shapes, with a leading axis of length `size` in addition."""
         return self.structure.unflatten([jax.ShapeDtypeStruct((size, *shape), dtype) for shape, dtype in self.leaves])
 
 
-class Outline(NamedTuple):
-    """A network and one example, without their numbers.
+class NetworkSpec(NamedTuple):
+    """A network and one example without their numbers.
 
     Attributes
     ----------
     forward
-        Of the network.
+        The forward pass of the network.
     weights
-        Of `params` and `frozen`.
+        The shapes of its `params` and `frozen`.
     example
-        Of the inputs.
+        The shapes of one example of the inputs.
     """
 
-    forward: Callable[[PyTree, PyTree, Array], Array]
+    forward: Callable[[PyTree, PyTree, Any], Any]
     weights: Shapes
     example: Shapes
 
     @classmethod
-    def of(cls, network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> "Outline":
-        """That of a network and its inputs, examples along the leading axis; both may be traced."""
+    def of(cls, network: Network, inputs: PyTree) -> "NetworkSpec":
+        """Describe a network and its inputs (N, ...). Both may be traced or abstract."""
         return cls(network.forward, Shapes.of((network.params, network.frozen)), Shapes.of_example(inputs))
 
     def network(self) -> Network:
-        """The network, with arrays without numbers."""
+        """Return the network with abstract arrays in place of its weights."""
         return Network(self.forward, *self.weights.arrays())
 
 
-def output_shape(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> tuple[int, ...] | str:
-    """The shape of the outputs, of which nothing is computed; where they are no array, the name of what they are.
+def output_shape(network: Network, inputs: PyTree) -> tuple[int, ...] | str:
+    """Shape of the outputs, by abstract evaluation.
+
+    If the network does not return one array: the name of the type that it returns.
 
     Parameters
     ----------
     network
-        At any weights.
+        The network. Its weights are not read.
     inputs
         N examples, or abstract arrays.
     """
     count = num_examples(inputs)
-    shape = _output_shape(Outline.of(network, inputs), max(count, 1))  # a module may not take none, where it flattens
+    # A module that flattens its inputs may not take a batch without examples.
+    shape = _output_shape(NetworkSpec.of(network, inputs), max(count, 1))
     return shape if count else (0, *shape[1:])
 
 
 def check_outputs(shape: tuple[int, ...] | str, count: int) -> None:
-    """Check the shape of the outputs of `count` examples, as `output_shape` says it.
+    """Raise ValueError unless the shape of the outputs for `count` examples is (count, ..., C).
 
-    Raises
-    ------
-    ValueError
-        If it is not (count, ..., C).
+    A string in place of the shape stands for outputs that are not one array; see `output_shape`.
     """
     if isinstance(shape, str) or len(shape) < 2 or shape[0] != count:
         raise ValueError(
@@ -110,16 +110,19 @@ def check_outputs(shape: tuple[int, ...] | str, count: int) -> None:
 
 
 @lru_cache(maxsize=64)
-def _output_shape(outline: Outline, count: int) -> tuple[int, ...] | str:
-    params, frozen = outline.weights.arrays()
+def _output_shape(spec: NetworkSpec, count: int) -> tuple[int, ...] | str:
+    params, frozen = spec.weights.arrays()
 
     def outputs(params: PyTree, frozen: PyTree, inputs: PyTree) -> Any:
-        return Network(outline.forward, params, frozen)(params, inputs)
+        return Network(spec.forward, params, frozen)(params, inputs)
 
-    found = jax.eval_shape(outputs, params, frozen, outline.example.batch(count))
-    return getattr(found, "shape", type(found).__name__)
+    abstract = jax.eval_shape(outputs, params, frozen, spec.example.batch(count))
+    return getattr(abstract, "shape", type(abstract).__name__)
 
 
-def _dtype(leaf: Array) -> Any:
+def _dtype(leaf: Any) -> Any:
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return leaf.dtype if is_key else jnp.result_type(leaf)
+
+
+Outline = NetworkSpec  # the old name, until `predictive.functional` says the new one

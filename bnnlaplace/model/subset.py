@@ -1,21 +1,22 @@
-"""Which weights get a posterior: all, those of the last layer, or those whose paths a predicate selects."""
+"""Which weights have a posterior: all, those of the last layer, or those whose paths a function selects."""
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import PyTree
 
 from bnnlaplace.core.tree import leaf_names
 from bnnlaplace.model.jaxpr import trace
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import Outline
+from bnnlaplace.model.spec import NetworkSpec
 
 Subset = str | Callable[[str], bool]
 
 
-def check(subset: Subset) -> None:
+def check(subset: Any) -> None:
     """Raise ValueError unless `subset` is "all", "last_layer" or a function of paths."""
     if subset not in ("all", "last_layer") and not callable(subset):
         raise ValueError(
@@ -24,8 +25,8 @@ def check(subset: Subset) -> None:
         )
 
 
-def select(network: Network, subset: Subset, inputs: PyTree[Float[Array, "N ..."]]) -> Network:
-    """The network as a function of the weights that get a posterior; see `Network.subset`."""
+def select(network: Network, subset: Subset, inputs: PyTree) -> Network:
+    """Freeze all weights outside of `subset`; see `Network.subset`. Only the shapes of `inputs` are used."""
     if subset == "all":
         return network
     if subset == "last_layer":
@@ -33,53 +34,58 @@ def select(network: Network, subset: Subset, inputs: PyTree[Float[Array, "N ..."
     return network.subset(subset)
 
 
-def last_layer(network: Network, inputs: PyTree[Float[Array, "N ..."]]) -> frozenset[str]:
-    """The paths of the weights of the last layer.
+def last_layer(network: Network, inputs: PyTree) -> frozenset[str]:
+    """Return the paths of the weights of the last layer.
 
-    It is the weight of two dimensions or more that is the last to enter the forward pass, with those that enter after
-    it and those beside it in the same module. A weight that an earlier layer shares enters there.
+    The last layer is the weight of two or more dimensions that enters the forward pass last, with the weights that
+    enter after it and the other weights of its module. A weight that is used several times enters at its first use.
 
     Parameters
     ----------
     network
-        Whose forward pass is traced, the first time.
+        The network, whose forward pass is traced once.
     inputs
-        Examples, of which the shapes are used.
+        Examples, of which only the shapes are used.
 
     Raises
     ------
     ValueError
-        If it cannot be told from others, as in a scan over layers.
+        If several weights enter at once, as in a scan over layers.
     """
-    return _last_layer(Outline.of(network, inputs))
+    return _last_layer(NetworkSpec.of(network, inputs))
 
 
 @lru_cache(maxsize=64)
-def _last_layer(outline: Outline) -> frozenset[str]:
-    network = outline.network()
-    equations = trace(network, outline.example.batch(1))
-    entered: dict[object, int] = {}
-    for position, equation in enumerate(equations.steps):
+def _last_layer(spec: NetworkSpec) -> frozenset[str]:
+    network = spec.network()
+    jaxpr = trace(network, spec.example.batch(1))
+    first_use: dict[int, int] = {}  # by identity, because literals are not hashable
+    for index, equation in enumerate(jaxpr.equations):
         for atom in equation.invars:
-            entered.setdefault(id(atom), position)
+            first_use.setdefault(id(atom), index)
     names = leaf_names(network.params)
-    first = [entered.get(id(variable), -1) for variable in equations.params]
-    matrices = [i for i, variable in enumerate(equations.params) if len(variable.aval.shape) >= 2]
-    last = max(matrices or range(len(names)), key=first.__getitem__)
+    entered = [first_use.get(id(variable), -1) for variable in jaxpr.params]
+    matrices = [leaf for leaf, variable in enumerate(jaxpr.params) if len(variable.aval.shape) >= 2]
+    last = max(matrices or range(len(names)), key=entered.__getitem__)
     module = names[last].rpartition("/")[0]
-    beside = [names[i] for i in matrices if first[i] == first[last] and not _is_in(names[i], module) and i != last]
-    if beside and _runs_others(equations.steps[first[last]]):
+    # A loop takes the weights of all its layers in one equation, so that their order cannot be told.
+    rivals = [
+        names[leaf]
+        for leaf in matrices
+        if entered[leaf] == entered[last] and not _is_in(names[leaf], module) and leaf != last
+    ]
+    if rivals and _has_inner_equations(jaxpr.equations[entered[last]]):
         raise ValueError(
-            f"subset_of_weights='last_layer' cannot tell {names[last]!r} from {beside}, which enter the same loop or "
+            f"subset_of_weights='last_layer' cannot tell {names[last]!r} from {rivals}, which enter the same loop or "
             f"function with derivatives of its own; pass a predicate, such as lambda path: path == {names[last]!r}"
         )
     return frozenset(
-        name for name, position in zip(names, first, strict=True) if position >= first[last] or _is_in(name, module)
+        name for name, use in zip(names, entered, strict=True) if use >= entered[last] or _is_in(name, module)
     )
 
 
-def _runs_others(equation: JaxprEqn) -> bool:
-    """Whether it has equations of its own, as a loop does."""
+def _has_inner_equations(equation: JaxprEqn) -> bool:
+    """Whether the equation runs a program of its own, as a loop does."""
     return any(isinstance(leaf, (Jaxpr, ClosedJaxpr)) for leaf in jax.tree.leaves(equation.params))
 
 

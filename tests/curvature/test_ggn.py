@@ -1,10 +1,11 @@
-"""Every arrangement of GGN products against the matrix from forward-mode Jacobians and autodiff Hessians."""
+"""Every arrangement of GGN products against the matrix in closed form."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
-from problems import random_problem
+from cases import LIKELIHOODS, random_problem
 
 import bnnlaplace
 from bnnlaplace.core.tree import ravel
@@ -14,54 +15,67 @@ from bnnlaplace.curvature.linearisation import linearise
 SCALE = 2.5
 
 
-@pytest.fixture(params=["classification", "regression", "binary"])
+@pytest.fixture(params=LIKELIHOODS)
 def problem(request, x64):
-    rng = np.random.default_rng(2)
-    likelihood, targets = {
-        "classification": (bnnlaplace.categorical(), rng.integers(0, 3, size=11)),
-        "regression": (bnnlaplace.gaussian(0.4), rng.normal(size=(11, 3))),
-        "binary": (bnnlaplace.bernoulli(), rng.integers(0, 2, size=(11, 3))),
-    }[request.param]
-    return random_problem(likelihood, targets)
+    make, targets = LIKELIHOODS[request.param]
+    return random_problem(make(), targets(np.random.default_rng(2), 11))
+
+
+@pytest.fixture
+def classification(x64):
+    """For what does not depend on the likelihood."""
+    make, targets = LIKELIHOODS["classification"]
+    return random_problem(make(), targets(np.random.default_rng(2), 11))
 
 
 def test_all_products_agree_with_the_matrix(problem):
     network, likelihood, inputs, _, matrix = problem
-    params = network.params
-    arguments = {"scale": SCALE}
-    np.testing.assert_allclose(dense.ggn(network, likelihood, params, inputs, **arguments), SCALE * matrix, atol=1e-10)
-    np.testing.assert_allclose(
-        diagonal.ggn_diagonal(network, likelihood, params, inputs, microbatch=4, **arguments),
-        SCALE * np.diagonal(matrix),
-        atol=1e-10,
-    )
-    vectors = np.random.default_rng(3).normal(size=(3, len(matrix)))
+    params, vectors = network.params, np.random.default_rng(3).normal(size=(3, len(matrix)))
+
     # Microbatches of 4 pad eleven examples to twelve: the copy must not count.
-    product = ggn.block_product(network, likelihood, params, inputs, microbatch=4, **arguments)
-    np.testing.assert_allclose(product(jnp.asarray(vectors)), SCALE * vectors @ matrix, atol=1e-10)
+    @jax.jit
+    def everything(network, likelihood, inputs, vectors):
+        arguments = network, likelihood, network.params, inputs
+        products = {
+            "dense": dense.ggn(*arguments, scale=SCALE),
+            "diagonal": diagonal.ggn_diagonal(*arguments, microbatch=4, scale=SCALE),
+            "block": ggn.block_product(*arguments, microbatch=4, scale=SCALE)(vectors),
+        }
+        for remat in (False, True):
+            linearised = linearise(network, network.params, inputs, microbatch=4, remat=remat)
+            operator = ggn.ggn_operator(linearised, likelihood, scale=SCALE)
+            assert operator.size == len(matrix)
+            products[f"outputs, remat={remat}"] = linearised.outputs[:11]
+            products[f"operator, remat={remat}"] = operator.matvec(vectors[0])
+        return products
+
+    expected = {"dense": SCALE * matrix, "diagonal": SCALE * np.diagonal(matrix), "block": SCALE * vectors @ matrix}
     for remat in (False, True):
-        linearised = linearise(network, params, inputs, microbatch=4, remat=remat)
-        np.testing.assert_allclose(linearised.outputs[:11], network(params, inputs), atol=1e-12)
-        operator = ggn.ggn_operator(linearised, likelihood, **arguments)
-        assert operator.size == len(matrix)
-        np.testing.assert_allclose(operator.matvec(vectors[0]), SCALE * matrix @ vectors[0], atol=1e-10)
+        expected[f"outputs, remat={remat}"] = network(params, inputs)
+        expected[f"operator, remat={remat}"] = SCALE * matrix @ vectors[0]
+    for name, product in everything(network, likelihood, inputs, vectors).items():
+        np.testing.assert_allclose(product, expected[name], atol=1e-10, err_msg=name)
 
 
-def test_wide_layers_are_not_packed(problem, monkeypatch):
-    network, likelihood, inputs, _, matrix = problem
+def test_wide_layers_are_not_packed(classification, monkeypatch):
+    network, likelihood, inputs, _, matrix = classification
     monkeypatch.setattr(dense, "MOST_PACKED", 2)
-    np.testing.assert_allclose(dense.ggn(network, likelihood, network.params, inputs), matrix, atol=1e-10)
+    unpacked = jax.jit(dense.ggn)(network, likelihood, network.params, inputs)
+    np.testing.assert_allclose(unpacked, matrix, atol=1e-10)
 
 
 def test_dense_counts_examples_by_their_weights(problem):
-    """Twice the same as there twice, none as not there; in microbatches with padding, and exactly symmetric."""
+    """Weight two is the same as there twice, none as not there; with padding, and exactly symmetric."""
     network, likelihood, inputs, _, _ = problem
     weights = np.array([2.0, 0.0, *np.ones(9)])
     repeated = np.concatenate([inputs[:1], inputs[:1], inputs[2:]])
-    found = dense.ggn(network, likelihood, network.params, inputs, weights=weights, microbatch=4)
-    expected = dense.ggn(network, likelihood, network.params, repeated, microbatch=3)
-    np.testing.assert_allclose(found, expected, atol=1e-10)
-    np.testing.assert_array_equal(found, found.T)
+    compute = jax.jit(dense.ggn, static_argnames="microbatch")
+    weighted = compute(network, likelihood, network.params, inputs, weights=weights, microbatch=4)
+    outputs = network(network.params, repeated)
+    curvatures = oracles.output_curvature(likelihood, outputs)
+    expected = oracles.ggn(oracles.two_layers_jacobian(network.params, repeated), curvatures)
+    np.testing.assert_allclose(weighted, expected, atol=1e-10)
+    np.testing.assert_array_equal(weighted, weighted.T)
 
 
 def test_dense_memory_does_not_grow_with_the_data():
@@ -117,28 +131,38 @@ def test_diagonal_of_convolutions_and_of_examples_that_count(x64):
     counted = jnp.array([1.0, 0.0, 1.0, 1.0, 0.0])
     arguments = network, bnnlaplace.categorical(), params
     run = jax.jit(lambda w: diagonal.ggn_diagonal(*arguments, inputs, weights=w, scale=SCALE, microbatch=2))
-    expected = jnp.diagonal(dense.ggn(*arguments, inputs[counted == 1], scale=SCALE))
-    np.testing.assert_allclose(run(counted), expected, rtol=1e-10)
+    rows = oracles.jacobian(network, params, inputs[counted == 1])
+    curvatures = oracles.output_curvature(arguments[1], network(params, inputs[counted == 1]))
+    np.testing.assert_allclose(run(counted), SCALE * np.diagonal(oracles.ggn(rows, curvatures)), rtol=1e-10)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_dual_has_the_same_nonzero_spectrum(problem, remat):
+def test_dual_has_the_same_nonzero_spectrum(problem):
     network, likelihood, inputs, _, matrix = problem
     precision = np.linspace(0.5, 2.0, len(matrix))
-    linearised = linearise(network, network.params, inputs, microbatch=4, remat=remat)
-    dual = ggn.dual_operator(linearised, likelihood, scale=SCALE, prior_precision=precision)
-    gram = jax.vmap(dual.matvec)(jnp.eye(dual.size))
+
+    @jax.jit
+    def grams(network, inputs):
+        linearised = [linearise(network, network.params, inputs, microbatch=4, remat=remat) for remat in (False, True)]
+        options = {"scale": SCALE, "prior_precision": precision}
+        duals = [ggn.dual_operator(each, likelihood, **options) for each in linearised]
+        return [jax.vmap(dual.matvec)(jnp.eye(dual.size)) for dual in duals]
+
     root = 1 / np.sqrt(precision)
     primal = SCALE * root[:, None] * matrix * root
     count = np.linalg.matrix_rank(primal)
-    np.testing.assert_allclose(gram, gram.T, atol=1e-10)
-    np.testing.assert_allclose(np.linalg.eigvalsh(gram)[-count:], np.linalg.eigvalsh(primal)[-count:], atol=1e-9)
+    for gram in grams(network, inputs):
+        np.testing.assert_allclose(gram, gram.T, atol=1e-10)
+        np.testing.assert_allclose(np.linalg.eigvalsh(gram)[-count:], np.linalg.eigvalsh(primal)[-count:], atol=1e-9)
 
 
-@pytest.mark.parametrize("sizes", [(11,), (4, 4, 3)])
-def test_streamed_products_of_both_sides(problem, sizes):
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("classification", (4, 4, 3)), ("regression", (11,)), ("binary", (4, 4, 3))]
+)
+def test_streamed_products_of_both_sides(name, sizes, x64):
     """Batches of which the last is shorter, in microbatches with padding; one vector, or rows at once."""
-    network, likelihood, inputs, targets, matrix = problem
+    make, draw = LIKELIHOODS[name]
+    likelihood = make()
+    network, _, inputs, targets, matrix = random_problem(likelihood, draw(np.random.default_rng(2), 11))
     ends = np.cumsum(sizes)
     batches = [(inputs[end - size : end], targets[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
     delta = np.linspace(0.5, 3.0, 43)
@@ -153,11 +177,26 @@ def test_streamed_products_of_both_sides(problem, sizes):
     small = dual.matvec(np.eye(33))
     np.testing.assert_allclose(dual.matvec(np.eye(33)[4]), small[4], atol=1e-10)
     # On outputs one after another, as B' J has its rows.
-    ones = jnp.ones(len(inputs))
-    rows = np.sqrt(SCALE) * dense.factor_rows(network, likelihood, network.params, inputs, ones) / np.sqrt(delta)
+    factors = jax.vmap(jax.vmap(likelihood.factor_transpose_mv, (None, 1), 1))
+    jacobians = jnp.asarray(oracles.two_layers_jacobian(network.params, inputs))
+    rows = np.asarray(factors(network(network.params, inputs), jacobians)).reshape(33, 43)
+    rows = np.sqrt(SCALE) * rows / np.sqrt(delta)
     np.testing.assert_allclose(small, rows @ rows.T, atol=1e-10)
-    assert streamed.operator(network, likelihood, batches).size == 33
-    assert streamed.operator(network, likelihood, 2 * batches[:1] + batches).size == 43
+    np.testing.assert_allclose(rows.T @ rows, whitened, atol=1e-10)
+
+
+def test_the_shorter_side_is_chosen(classification):
+    network, likelihood, inputs, targets, _ = classification
+    assert streamed.operator(network, likelihood, (inputs, targets)).size == 33
+    assert streamed.operator(network, likelihood, [(inputs, targets), (inputs[:4], targets[:4])]).size == 43
+
+
+def test_rows_of_the_factor(problem):
+    """`factor_rows` has one row for each output of each example, and its square is the GGN."""
+    network, likelihood, inputs, _, matrix = problem
+    rows = jax.jit(dense.factor_rows)(network, likelihood, network.params, inputs, jnp.ones(11))
+    assert rows.shape == (33, 43)
+    np.testing.assert_allclose(rows.T @ rows, matrix, atol=1e-10)
 
 
 class Shuffled:
@@ -171,17 +210,18 @@ class Shuffled:
         return iter(self.batches if self.passes % 2 else self.batches[::-1])
 
 
-def test_the_dual_side_notices_another_order(problem):
-    network, likelihood, inputs, targets, matrix = problem
+def test_the_dual_side_notices_another_order(classification):
+    network, likelihood, inputs, targets, matrix = classification
     batches = [(inputs[:5], targets[:5]), (inputs[5:10], targets[5:10])]
     primal, dual = (streamed.operator(network, likelihood, Shuffled(batches), side=side) for side in ("primal", "dual"))
-    expected = dense.ggn(network, likelihood, network.params, inputs[:10])
+    curvatures = oracles.output_curvature(likelihood, network(network.params, inputs[:10]))
+    expected = oracles.ggn(oracles.two_layers_jacobian(network.params, inputs[:10]), curvatures)
     np.testing.assert_allclose(primal.matvec(np.eye(len(matrix))), expected, atol=1e-10)  # a sum over all of them
     with pytest.raises(ValueError, match="batch 0 is another one than in the first pass; switch shuffling"):
         dual.matvec(np.ones(dual.size))
 
 
-def test_bad_streams(problem):
+def test_bad_streams(problem, unchecked_annotations):
     network, likelihood, inputs, targets, _ = problem
     with pytest.raises(ValueError, match="'auto', 'primal' or 'dual'; got 'both'"):
         streamed.operator(network, likelihood, (inputs, targets), side="both")
@@ -189,6 +229,11 @@ def test_bad_streams(problem):
         streamed.operator(network, likelihood, ((inputs, targets) for _ in range(2)))
     with pytest.raises(ValueError, match="targets|labels"):
         streamed.operator(network, likelihood, (inputs, targets[:, None]))
+    for options in ({"prior_precision": 0.0}, {"scale": -1.0}):
+        with pytest.raises(ValueError, match="must be positive; got"):
+            streamed.operator(network, likelihood, (inputs, targets), **options)
+    with pytest.raises(ValueError, match=r"takes a vector of 43 numbers, or rows of them; got shape \(3,\)"):
+        streamed.operator(network, likelihood, (inputs, targets), side="primal").matvec(np.ones(3))
 
 
 def test_microbatches_are_even_and_complete():
@@ -200,7 +245,9 @@ def test_microbatches_are_even_and_complete():
     assert microbatch.split(jnp.arange(9.0), 8, jnp.float32).inputs.shape == (2, 5)
 
 
-@pytest.mark.parametrize(("count", "size", "message"), [(0, 4, "at least one example"), (3, 0, "at least 1; got 0")])
+@pytest.mark.parametrize(
+    ("count", "size", "message"), [(0, 4, "at least one example"), (3, 0, "at least 1; got 0; try 64")]
+)
 def test_bad_microbatches(count, size, message):
     with pytest.raises(ValueError, match=message):
         microbatch.split(jnp.zeros(count), size, jnp.float32)
@@ -208,6 +255,9 @@ def test_bad_microbatches(count, size, message):
 
 def test_products_keep_single_precision():
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3), jnp.float32))
-    linearised = linearise(network, network.params, jnp.ones((4, 2), jnp.float32))
-    operator = ggn.ggn_operator(linearised, bnnlaplace.categorical())
-    assert operator.matvec(ravel(network.params)).dtype == jnp.float32
+
+    def product(network, inputs):
+        linearised = linearise(network, network.params, inputs)
+        return ggn.ggn_operator(linearised, bnnlaplace.categorical()).matvec(ravel(network.params))
+
+    assert jax.eval_shape(product, network, jnp.ones((4, 2), jnp.float32)).dtype == jnp.float32

@@ -1,10 +1,12 @@
 """Data in batches, read again and again or once, and inputs that are pytrees: the same as arrays; and bad ones."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import random_problem, two_layers
+from cases import random_problem, two_layers
 
 import bnnlaplace
 from bnnlaplace.model.data import as_data
@@ -84,8 +86,22 @@ def test_a_part_of_the_data_is_scaled_to_all(problem, whole):
     np.testing.assert_allclose(la.fitted.log_likelihood.value, 2 * whole["kron"].fitted.log_likelihood.value, rtol=1e-9)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("subset", ["all", "last_layer"])
+exhaustive = partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(
+    ("structure", "subset"),
+    [
+        ("full", "last_layer"),
+        ("diag", "all"),
+        ("kron", "all"),
+        ("lanczos", "last_layer"),
+        exhaustive("full", "all"),
+        exhaustive("diag", "last_layer"),
+        exhaustive("kron", "last_layer"),
+        exhaustive("lanczos", "all"),
+    ],
+)
 def test_inputs_that_are_pytrees(problem, structure, subset):
     """A mask beside the features, which plain inputs of another network hold, too."""
     mask = np.random.default_rng(0).integers(0, 2, size=(11, 4)).astype(float)
@@ -109,31 +125,32 @@ def fit(problem, data, structure="diag", **options):
     return bnnlaplace.Laplace(problem.network, hessian_structure=structure).fit(data, **OPTIONS | options)
 
 
-def test_bad_batches(problem):
+def bad_batches(problem):
+    """Data, options of the fit, and the message."""
     x, y = problem.inputs, problem.targets
-    with pytest.raises(
-        ValueError, match=r"one structure.*float64\[B,4\], int64\[B\] and then float64\[B,3\], int64\[B\]"
-    ):
-        fit(problem, [(x, y), (x[:, :3], y)])
-    with pytest.raises(ValueError, match=r"float64\[B,4\], int64\[B\] and then float32\[B,4\]"):
-        fit(problem, [(x, y), (x.astype(np.float32), y)])
-    for structure, options in (("lanczos", {}), ("diag", {"mean": "linear"})):
-        with pytest.raises(ValueError, match="must be readable several times.*an iterator that can be read once"):
-            fit(problem, iter(Loader(problem)), structure, **options)
-    with pytest.raises(ValueError, match="at least one batch; got none; an iterator may be used up"):
-        fit(problem, iter(()))
-    with pytest.raises(ValueError, match="as many targets as inputs, and at least one; got 0 and 0"):
-        fit(problem, (x[:0], y[:0]))
-    with pytest.raises(ValueError, match="as many targets as inputs, and at least one; got 3 or 11 and 11"):
-        fit(problem, ({"a": x, "b": x[:3]}, y))
-    with pytest.raises(ValueError, match="must be two arrays.*got int for a batch"):
-        fit(problem, 3)
-    with pytest.raises(ValueError, match="labels must lie in 0..2"):
-        fit(problem, [(x, y), (x, y + 1)])
-    with pytest.raises(ValueError, match="labels must be integers of shape"):
-        fit(problem, (x, y.astype(float)))
-    with pytest.raises(ValueError, match="not finite at these weights and data"):
-        fit(problem, [(x, y), (x * np.nan, y)])
+    readable = "must be readable several times.*an iterator that can be read once"
+    structure = r"one structure.*float64\[B,4\], int64\[B\] and then float64\[B,3\], int64\[B\]"
+    counts = "as many targets as inputs, and at least one; got"
+    return [
+        ([(x, y), (x[:, :3], y)], {}, structure),
+        ([(x, y), (x.astype(np.float32), y)], {}, r"float64\[B,4\], int64\[B\] and then float32\[B,4\]"),
+        (iter(Loader(problem)), {"structure": "lanczos"}, readable),
+        (iter(Loader(problem)), {"mean": "linear"}, readable),
+        (iter(()), {}, "at least one batch; got none; an iterator may be used up"),
+        ((x[:0], y[:0]), {}, f"{counts} 0 and 0"),
+        (({"a": x, "b": x[:3]}, y), {}, f"{counts} 3 or 11 and 11"),
+        (3, {}, "must be two arrays.*got int for a batch"),
+        ([(x, y), (x, y + 1)], {}, "labels must lie in 0..2"),
+        ((x, y.astype(float)), {}, "labels must be integers of shape"),
+        ([(x, y), (x * np.nan, y)], {}, "not finite at these weights and data"),
+    ]
+
+
+def test_bad_batches(problem, unchecked_annotations):
+    for data, options, message in bad_batches(problem):
+        with pytest.raises(ValueError, match=message):
+            fit(problem, data, **options)
+            pytest.fail(f"accepted: {message}")
 
 
 def test_passes_that_differ_are_found(problem):

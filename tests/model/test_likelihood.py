@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from scipy import stats
 
@@ -23,13 +24,20 @@ VECTORS = np.array([[1.0, -0.3, 0.2], [0.4, 0.9, -2.0]])
 @pytest.mark.parametrize("name", CASES)
 def test_curvature_is_the_hessian(x64, name):
     make, targets = CASES[name]
+
+    @jax.jit
+    def curvatures(likelihood, f, v, y):
+        hessian = jax.hessian(lambda f: -likelihood.log_prob(f, y))(f)
+        factor = jax.vmap(likelihood.factor_mv, in_axes=(None, 0), out_axes=1)(f, jnp.eye(3))
+        return hessian, factor, likelihood.hessian_mv(f, v), likelihood.factor_transpose_mv(f, v)
+
     likelihood = make()
     for f, v, y in zip(OUTPUTS, VECTORS, jnp.asarray(targets), strict=True):
-        hessian = jax.hessian(lambda f, y=y: -likelihood.log_prob(f, y))(f)
-        np.testing.assert_allclose(likelihood.hessian_mv(f, v), hessian @ v, atol=1e-12)
-        factor = jax.vmap(likelihood.factor_mv, in_axes=(None, 0), out_axes=1)(f, jnp.eye(3))
+        hessian, factor, hessian_mv, factor_transpose_mv = curvatures(likelihood, f, v, y)
+        np.testing.assert_allclose(hessian_mv, hessian @ v, atol=1e-12)
         np.testing.assert_allclose(factor @ factor.T, hessian, atol=1e-12)
-        np.testing.assert_allclose(likelihood.factor_transpose_mv(f, v), factor.T @ v, atol=1e-12)
+        np.testing.assert_allclose(factor_transpose_mv, factor.T @ v, atol=1e-12)
+        np.testing.assert_allclose(oracles.output_curvature(likelihood, f[None])[0], hessian, atol=1e-12)
 
 
 def test_log_probabilities(x64):
@@ -50,7 +58,7 @@ def test_log_probabilities(x64):
 def test_products_stay_finite_at_certainty():
     certain = jnp.array([200.0, 0.0, -200.0])
     for likelihood in (bnnlaplace.categorical(), bnnlaplace.bernoulli()):
-        gradient = jax.grad(lambda f, of=likelihood: jnp.sum(of.factor_mv(f, jnp.ones(3))))(certain)
+        gradient = jax.jit(jax.grad(lambda f, of=likelihood: jnp.sum(of.factor_mv(f, jnp.ones(3)))))(certain)
         assert np.isfinite(gradient).all()
 
 
