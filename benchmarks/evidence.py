@@ -6,7 +6,8 @@ For 50 images, 10 Lanczos steps and a scalar prior precision, on the same networ
 
 1. The value with its derivative in the prior precision. Ours needs no product beyond those of the value.
 2. The value with the derivatives in the prior precision and in all weights, by the adjoint of Lanczos.
-3. The same as 1 with a precision for each weight, from which those of groups are sums. The peer has none.
+3. The value with its derivatives in one prior precision for each weight. Those of groups are sums of them. The peer
+   has no such derivatives.
 4. An optimiser that takes many steps in the prior precision: one decomposition serves them all. The peer decomposes in
    each step, so its time is that of 1, times the number of steps: an extrapolation.
 

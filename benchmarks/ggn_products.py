@@ -4,7 +4,7 @@
 
 1. One product of the network for 32 x 32 images: our depthwise convolution against the library's grouped one.
 2. One product over 1,257 images of 8 x 8 pixels, the size of the embedded training set, linearised once.
-3. The same for a block of 64 vectors, linearised once per block: what block Lanczos calls.
+3. A product of a block of 64 vectors over these images, linearised once for the block, as block Lanczos calls it.
 4. The exact diagonal over the same images.
 
 Weights and images are random, since the cost does not depend on them. Alternatives run in turn in one process;

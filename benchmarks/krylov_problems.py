@@ -49,7 +49,7 @@ def sparse_grid(side: int, wind: tuple[float, float] = (0.0, 0.0)) -> Problem:
 
 
 def stencil_grid(side: int) -> Problem:
-    """The same Laplacian by shifts of the grid, as a function of its three coefficients."""
+    """The Laplacian of `sparse_grid` by shifts of the grid, as a function of its three coefficients."""
 
     def matvec(vector: Array, coefficients: Array) -> Array:
         grid = jnp.pad(vector.reshape(side, side), 1)

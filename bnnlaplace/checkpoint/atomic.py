@@ -56,7 +56,7 @@ def recover(path: Path) -> None:
 
 
 def _replaced(path: Path) -> Path:
-    """Where the old entry lies between the two renames."""
+    """The hidden path of the old entry between the two renames."""
     return path.with_name(f".{path.name}.replaced")
 
 

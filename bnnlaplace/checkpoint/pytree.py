@@ -135,7 +135,7 @@ def restructure(path: Path, stored: Any, like: Any) -> Any:
     path
         The checkpoint, for messages.
     stored
-        The part.
+        The part of its pytree.
     like
         As for `load_pytree`.
 

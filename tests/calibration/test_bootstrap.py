@@ -9,7 +9,7 @@ import pytest
 from bnnlaplace import calibration
 from bnnlaplace.calibration import Bootstrap, detection, intervals, paired_differences, resample
 
-# `bnnlaplace.calibration.bootstrap` is the exported function; the file of that name is found by its module.
+# `bnnlaplace.calibration.bootstrap` is the exported function; `importlib` reaches the file of that name.
 MODULE = importlib.import_module("bnnlaplace.calibration.bootstrap")
 
 
@@ -20,7 +20,7 @@ def test_the_exported_function_wins_over_the_file_of_its_name():
 
 def test_evaluate_reports_the_functions_and_brackets_them(case):
     probs, labels, ood = case
-    found = calibration.evaluate(probs, labels, ood, seed=0, resamples=200)
+    results = calibration.evaluate(probs, labels, ood, seed=0, resamples=200)
     scores = probs.max(axis=1), ood.max(axis=1)
     expected = {
         "accuracy": calibration.accuracy(probs, labels),
@@ -32,10 +32,10 @@ def test_evaluate_reports_the_functions_and_brackets_them(case):
         "auroc": detection.auroc(*scores),
         "fpr95": detection.fpr_at_95_tpr(*scores),
     }
-    assert list(found) == list(expected)
+    assert list(results) == list(expected)
     for name, value in expected.items():
-        assert found[name].value == pytest.approx(value, rel=1e-12)
-        assert found[name].low < found[name].value <= found[name].high
+        assert results[name].value == pytest.approx(value, rel=1e-12)
+        assert results[name].low < results[name].value <= results[name].high
     assert set(calibration.evaluate(probs, labels, seed=0, resamples=2)) == set(expected) - {"auroc", "fpr95"}
 
 
@@ -82,14 +82,14 @@ def test_interval_of_a_biased_metric_holds_its_value_and_no_negative_number():
 def test_interval_of_the_accuracy_is_binomial():
     correct = 0.8
     labels = np.repeat([0, 1], [320, 80])
-    found = calibration.evaluate(np.tile([0.9, 0.1], (400, 1)), labels, seed=0, resamples=2000)["accuracy"]
+    accuracy = calibration.evaluate(np.tile([0.9, 0.1], (400, 1)), labels, seed=0, resamples=2000)["accuracy"]
     half_width = 1.96 * math.sqrt(correct * (1 - correct) / 400)
-    assert found.value == correct
-    assert found.high - found.low == pytest.approx(2 * half_width, rel=0.1)
+    assert accuracy.value == correct
+    assert accuracy.high - accuracy.low == pytest.approx(2 * half_width, rel=0.1)
 
 
 def test_reflected_interval_covers_the_calibration_error_and_the_percentile_one_does_not():
-    """Confidence c, accuracy c - 0.05, 360 examples: MODULE adds its own bias to the plug-in's."""
+    """Confidence c, accuracy c - 0.05, 360 examples: resampling adds its own bias to the plug-in's."""
     rng = np.random.default_rng(0)
     covered = {"reflected": 0, "percentile": 0}
     for _ in range(60):

@@ -25,9 +25,9 @@ def test_auroc_against_sklearn_and_loop():
     ]:
         truth = np.repeat([1, 0], [len(scores_in), len(scores_out)])
         expected = sklearn.metrics.roc_auc_score(truth, np.concatenate([scores_in, scores_out]))
-        found = detection.auroc(scores_in, scores_out)
-        assert found == pytest.approx(expected, abs=1e-14)
-        assert found == pytest.approx(auroc_by_loop(scores_in, scores_out), abs=1e-14)
+        area = detection.auroc(scores_in, scores_out)
+        assert area == pytest.approx(expected, abs=1e-14)
+        assert area == pytest.approx(auroc_by_loop(scores_in, scores_out), abs=1e-14)
         assert detection.fpr_at_95_tpr(scores_in, scores_out) == fpr95_by_loop(scores_in, scores_out)
 
 

@@ -122,8 +122,8 @@ def test_certain_and_right_scores_plus_zero():
 
 def test_jax_arrays_of_lower_precision_are_welcome(case):
     probs, labels, _ = case
-    found = calibration.evaluate(jnp.asarray(probs, jnp.float32), jnp.asarray(labels), seed=0, resamples=2)
-    assert found["nll"].value == pytest.approx(calibration.negative_log_likelihood(probs, labels), rel=1e-6)
+    results = calibration.evaluate(jnp.asarray(probs, jnp.float32), jnp.asarray(labels), seed=0, resamples=2)
+    assert results["nll"].value == pytest.approx(calibration.negative_log_likelihood(probs, labels), rel=1e-6)
 
 
 @pytest.mark.usefixtures("unchecked_annotations")

@@ -70,6 +70,14 @@ def test_remains_of_a_killed_write_are_cleared(tmp_path):
     assert (tmp_path / "y").read_bytes() == "text, \N{GREEK SMALL LETTER DELTA}".encode()
 
 
+def test_a_write_that_fails_after_a_killed_one_leaves_the_old(tmp_path):
+    """The kill came between the renames, so the old directory is under its hidden name when the next write starts."""
+    make_directory(tmp_path / ".x.replaced", "old")
+    with pytest.raises(KeyError), replacing(tmp_path / "x"):
+        raise KeyError
+    assert read(tmp_path / "x") == "old" and os.listdir(tmp_path) == ["x"]
+
+
 def test_a_parent_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):

@@ -104,6 +104,14 @@ def test_evidence_curve_draws_its_curves_and_optima(curves):
         assert len(marks) == 1
         on_the_line = np.interp(np.log(curve.nll_optimum), np.log(GRID), curve.validation_nll)
         assert marks[0].get_ydata()[0] == pytest.approx(on_the_line)
+    for band, curve in zip(evidence.collections, curves.values(), strict=True):
+        corners = band.get_paths()[0].vertices
+        for height in (
+            curve.log_evidence - 2 * curve.log_evidence_sem,
+            curve.log_evidence + 2 * curve.log_evidence_sem + curve.log_evidence_truncation,
+        ):
+            distances = np.abs(corners[:, None] - np.stack([GRID, height], axis=1)).sum(axis=-1)
+            assert distances.min(axis=0).max() < 1e-6
     words = assert_readable(figure)
     assert "best evidence: 0.8 (0.67 to 0.96)" in words and "best validation NLL: 1,000" in words
     assert "samples not converged" not in words
