@@ -29,7 +29,7 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from problems import Problem, random_problem  # noqa: E402
+from cases import Problem, random_problem  # noqa: E402
 
 import bnnlaplace  # noqa: E402
 

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from problems import random_problem
+from cases import random_problem
 
 import bnnlaplace
 from bnnlaplace import evidence

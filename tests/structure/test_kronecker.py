@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import two_layers
+from cases import two_layers
 
 import bnnlaplace
 from bnnlaplace import checkpoint
