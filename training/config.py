@@ -68,7 +68,7 @@ def _ordered(value: float, info: ValidationInfo, holds: bool, rule: str, other: 
 
 @section
 class Data:
-    """Which images, and how they are prepared."""
+    """The images, and how they are prepared."""
 
     name: str = "digits"
     """A TFDS image-classification set. `digits` is embedded; others must be prepared in `array_record` format."""
@@ -88,7 +88,7 @@ class Data:
 
 @section
 class Model:
-    """Which Visual Attention Network."""
+    """The Visual Attention Network."""
 
     variant: str = "digits"
     """b0 to b6 (the official sizes), cifar (32x32 images) or digits (8x8 images)."""

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnnlaplace import Laplace
 from bnnlaplace.structure import KrylovStructure
 from training import evaluate, fit_van, summarise
 from training.cli import interruption
@@ -142,8 +141,7 @@ def test_resuming_a_finished_run_fits_nothing_again(finished, config_file, tmp_p
     assert list(after["seconds"]) == ["data", "training", "posterior", "evaluation"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_while_fitting_stops_after_the_block(finished, config_file, tmp_path, capsys, monkeypatch, number):
+def test_a_signal_while_fitting_stops_after_the_block(finished, config_file, tmp_path, capsys, monkeypatch):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     shutil.rmtree(copy / "laplace")
@@ -152,7 +150,7 @@ def test_a_signal_while_fitting_stops_after_the_block(finished, config_file, tmp
 
     def fit_block(structure, tolerance, original=KrylovStructure.error):
         if not blocks:
-            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
         blocks.append(structure)
         return original(structure, tolerance)
 
@@ -161,24 +159,8 @@ def test_a_signal_while_fitting_stops_after_the_block(finished, config_file, tmp
     assert status == 130 and len(blocks) == 1
     assert error == "stopped while fitting the posteriors; the trained network is kept; continue with --resume\n"
     assert files_of(copy) == before
-    assert signal.getsignal(number) is not None and not interruption.requested()
+    assert signal.getsignal(signal.SIGTERM) is not None and not interruption.requested()
     assert run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")[0] == 0
-
-
-def test_a_signal_between_the_structures(finished, config_file, tmp_path, capsys, monkeypatch):
-    copy = tmp_path / "copy"
-    shutil.copytree(finished, copy)
-    shutil.rmtree(copy / "laplace")
-    fitted = []
-
-    def fit(la, *arguments, original=Laplace.fit, **options):
-        signal.raise_signal(signal.SIGINT)
-        fitted.append(la)
-        return original(la, *arguments, **options)
-
-    monkeypatch.setattr(Laplace, "fit", fit)
-    status, error = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
-    assert status == 130 and len(fitted) == 1 and error.startswith("stopped while fitting the posteriors")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -87,7 +87,7 @@ def test_a_signal_while_reading_the_data(config_file, tmp_path, capsys, monkeypa
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
-def test_evaluating_what_is_no_run(tmp_path, capsys):
+def test_evaluating_a_directory_without_a_run(tmp_path, capsys):
     status, error = run(evaluate, capsys, tmp_path / "nothing")
     assert status == 2 and "config.json" in error
     status, error = run(summarise, capsys, tmp_path)

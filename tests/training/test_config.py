@@ -272,7 +272,7 @@ def test_a_workdir_with_a_run_needs_resume_and_the_same_settings(tmp_path: Path)
 
 @pytest.mark.parametrize("leftover", [None, "log.jsonl", ".config.json.writing"])
 def test_a_workdir_with_only_a_config_can_be_claimed_again(leftover: str | None, tmp_path: Path) -> None:
-    """What a run leaves that ended before its first record and its first checkpoint."""
+    """A run that ended before its first record and its first checkpoint leaves only its config."""
     save_config(tmp_path, UNUSUAL)
     if leftover:
         (tmp_path / leftover).touch()
@@ -312,7 +312,7 @@ MORE_VECTORS = replace(FIXED, curvature=Curvature(max_vectors=1024))
 
 
 def run_of(config: Config, workdir: Path, fitted: bool) -> Path:
-    """What a run of these settings leaves, with and without posteriors."""
+    """Make the directory that a run of these settings leaves, with or without posteriors."""
     save_config(workdir, config)
     (workdir / "train").mkdir()
     if fitted:
@@ -360,7 +360,7 @@ def test_curvature_is_part_of_a_training_with_online_updates(tmp_path: Path) -> 
         open_workdir(tmp_path, replace(UNUSUAL, curvature=Curvature(max_vectors=1024)), resume=True)
 
 
-# --- directories that are no run ------------------------------------------------------------------------------------
+# --- directories that do not hold a run -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -381,7 +381,7 @@ def test_a_workdir_that_cannot_be_written(resume: bool, tmp_path: Path, monkeypa
     assert not (tmp_path / "new").exists()
 
 
-def test_a_workdir_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+def test_a_workdir_that_does_not_hold_a_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="must be new, empty, or hold a run; .*holds thesis.tex"):
         open_workdir(tmp_path, UNUSUAL, resume=False)

@@ -69,7 +69,7 @@ def test_prior_precisions_are_averaged_geometrically_and_scores_are_not(summary)
     assert "Highest log evidence on the grid, Lanczos: -6 [-7, -5] nats." in printed
 
 
-def test_one_run_is_no_mean(summary):
+def test_one_run_is_shown_without_a_mean(summary):
     status, printed, _ = summary(run_with(0, None, 0.0834))
     assert status == 0
     assert printed.startswith("| method | prior precision | accuracy |")

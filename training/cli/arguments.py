@@ -121,8 +121,10 @@ def load_config(path: Path) -> Config:
         raise UserError(f"a config file must run without errors; {path} raised {fault}; mend the file") from None
     config = names.get("config")
     if not isinstance(config, Config):
-        found = "nothing of that name" if "config" not in names else type(config).__name__
-        raise UserError(f"a config file must define `config`, a training.config.Config; {path} has {found}; define it")
+        present = "nothing of that name" if "config" not in names else type(config).__name__
+        raise UserError(
+            f"a config file must define `config`, a training.config.Config; {path} has {present}; define it"
+        )
     return config
 
 

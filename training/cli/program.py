@@ -1,4 +1,4 @@
-"""What the command-line programs share: one line for a fault, exit codes, the compilation cache, and a stopwatch."""
+"""Parts that the command-line programs share: one line for a fault, exit codes, compilation cache, stopwatch."""
 
 import os
 import sys

@@ -122,9 +122,9 @@ class RunResults:
     prior_gradient_norm: float
     """Norm of the prior term's gradient there, the scale on which `gradient_norm` is small or not."""
     mode_in_training: ModeDistance
-    """At the prior precision of training. Training heads for this mode."""
+    """Distance to the mode at the prior precision of training, to which training heads."""
     mode_of_evidence: ModeDistance
-    """At the prior precision that maximises the Lanczos evidence. Its mode is a different one."""
+    """Distance to the mode at the prior precision that maximises the Lanczos evidence, which is a different mode."""
     chosen_on: str = "validation"
     """The split that the temperature and the second prior precision of each structure were chosen on."""
 

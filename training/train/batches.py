@@ -1,4 +1,4 @@
-"""Which images each step sees: a pure function of the seed and the number of the step.
+"""The images that each step sees, as a pure function of the seed and the number of the step.
 
 The permutations of the epochs follow each other without a gap, and the steps cut this stream into batches of one size.
 Nothing is dropped or padded. If the batch size does not divide the number of images, the last batch of an epoch ends

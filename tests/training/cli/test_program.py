@@ -1,4 +1,4 @@
-"""What the programs share: how wide they print, where the report is said to lie, caches that cannot be written."""
+"""The width at which programs print, the line that names the report, and caches that cannot be written."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a run sees: splits, hold-out, statistics, normalisation, batch order, out-of-distribution images."""
+"""The images of a run: splits, hold-out, statistics of the pixels, order of the epochs, foreign images."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def colour_set(write_set, examples) -> Path:
 
 
 def statistics_of(config: Data) -> Data:
-    """What a run records of its pixels."""
+    """The configuration with the statistics that a run records."""
     return with_statistics(config, load(config).train.images)
 
 

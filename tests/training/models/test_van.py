@@ -131,7 +131,7 @@ def test_logits_and_derivatives_are_those_of_the_definition(derivatives, expecte
         ("b2", 26_578_472),
         ("b3", 44_765_608),
         # Published as 60.3 and 90.0 million. B6 is published as 200.3 million; its published widths and depths give
-        # 199.8, so there is no count to pin.
+        # 199.8, so its count cannot be pinned.
         ("b4", 60_283_176),
         ("b5", 89_967_688),
     ],

@@ -368,7 +368,7 @@ def test_frozen_statistics_are_those_of_the_whole_training_set(standing: TrainRe
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_population_statistics_in_small_batches_and_any_layout(batch_first: bool, standing: TrainResult) -> None:
     class Transposed(Network):
-        """The same network with channels first and images last."""
+        """A network with the same function, with channels first and images last."""
 
         @nn.compact
         def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
