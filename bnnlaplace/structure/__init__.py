@@ -1,7 +1,7 @@
-"""Fitted curvature structures: each answers, at any prior precision delta, the questions of a Laplace posterior.
+"""Fitted curvature structures: each answers the questions of a Laplace posterior at any prior precision.
 
-`Structure` says what is asked of one. A new one is a class with its methods and those of `CovarianceStructure` or
-`SampleStructure`, named below, and a function in `fit` that `Laplace.fit` calls.
+The protocol `Structure` names these questions. To add a structure, write a class with the methods of `Structure` and of
+`CovarianceStructure` or `SampleStructure`, enter it in `BY_NAME`, and let `bnnlaplace.fitting.fit` compute it.
 """
 
 from bnnlaplace.structure.dense import DenseStructure
@@ -11,7 +11,8 @@ from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
 from bnnlaplace.structure.protocol import CovarianceStructure, OutputCovariance, SampleStructure, Structure
 from bnnlaplace.structure.spectral import SpectralStructure
 
-# The `hessian_structure` of Laplace, and what it may be fitted as; the last takes few outputs instead of many products.
+# The names that `Laplace(hessian_structure=...)` takes, and the classes that each may be fitted as. "lanczos" becomes a
+# `SpectralStructure` if the data have so few outputs that all eigenpairs can be computed.
 BY_NAME = {
     "diag": (DiagonalStructure,),
     "kron": (KroneckerStructure,),

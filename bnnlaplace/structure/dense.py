@@ -1,6 +1,5 @@
 """The full GGN as a matrix. It is exact, serves small networks, and is the oracle of the other structures."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -14,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.core.tree import group_sums
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
-from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
+from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("matrix",), meta_fields=())
@@ -43,14 +43,14 @@ class DenseStructure:
         return cls((matrix + matrix.T) / 2)
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Array]) -> "DenseStructure":
+    def from_arrays(cls, arrays: dict[str, AnyArray]) -> "DenseStructure":
         """Rebuild the structure from its fields by name, as a checkpoint holds them."""
         if "eigenvalues" in arrays:  # written by an earlier release
             values, vectors = (jnp.asarray(arrays[name]) for name in ("eigenvalues", "eigenvectors"))
             return cls.fit(matmul(vectors * values, vectors.T))
         return cls(jnp.asarray(arrays["matrix"]))
 
-    def whitened(self, relative: Float[Array, " P"]) -> "DenseStructure":
+    def whitened(self, relative: Float[AnyArray, " P"]) -> "DenseStructure":
         """Return the structure of D^-1/2 G D^-1/2."""
         root = jnp.broadcast_to(jnp.sqrt(relative), self.matrix.shape[:1])
         return DenseStructure(self.matrix / root / root[:, None])
@@ -59,7 +59,7 @@ class DenseStructure:
         """Return the structure of factor * G."""
         return DenseStructure(factor * self.matrix)
 
-    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+    def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
         """log det(I + G / delta), in float64."""
         delta = float(prior_precision)
         # The diagonal of a Cholesky factor is enough. The remembered factor is an inverse, hence the reciprocals.
@@ -71,30 +71,32 @@ class DenseStructure:
             diagonal = np.diagonal(_shifted_cholesky(self.matrix, delta))
         return 2 * np.log(diagonal / np.sqrt(delta)).sum(keepdims=True)
 
-    def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+    def truncation(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
         """Zero, because nothing is truncated."""
         return np.zeros(1)
 
-    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
+    def effective_parameters(
+        self, prior_precision: PriorPrecision, groups: Int[np.ndarray, " P"]
+    ) -> Float[np.ndarray, "1 g"]:
         """tr_g G (G + delta I)^-1, the sum of 1 - delta [(G + delta I)^-1]_ii over the weights of each group."""
         delta = float(prior_precision)
         inverse = self._inverse_at(delta).factor
         # With G + delta I = L L' the diagonal of its inverse holds the squared norms of the columns of L^-1.
         return group_sums(1 - delta * np.einsum("ij,ij->j", inverse, inverse), groups)[None]
 
-    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:
         """v' (G + delta I)^-1 v, in float64."""
         whitened = self._inverse_at(float(prior_precision)).factor @ vector
         return float(whitened @ whitened)
 
-    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
+    def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows L'^-1 eps with the Cholesky factor L of G + delta I."""
         noise = jax.random.normal(key, (num_samples, len(self.matrix)), self.matrix.dtype)
         if self._is_traced(prior_precision):
             return matmul(noise, _traced_root(self.matrix, prior_precision).T)
         return matmul(noise, self._inverse_at(float(prior_precision)).root.T)
 
-    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
+    def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """Return the function J -> J D^-1/2 (G + delta I)^-1 D^-1/2 J', evaluated at each delta.
 
         A few precisions are answered by X X' with X = J D^-1/2 L'^-1 and the Cholesky factor L of G + delta I. For many
@@ -125,7 +127,7 @@ class DenseStructure:
         asked[what] = asked.get(what, 0) + times
         return asked[what] > 5
 
-    def _asks_often_for_covariances(self, precisions: Sequence[float]) -> bool:
+    def _asks_often_for_covariances(self, precisions: PriorPrecisions) -> bool:
         """Count the precisions other than the remembered one, and say whether there have been more than five."""
         new = sum(isinstance(delta, jax.core.Tracer) or not self._is_known(float(delta)) for delta in precisions)
         return new > 0 and self._asked_often("covariances", new)
@@ -163,7 +165,7 @@ class DenseStructure:
             self.__dict__["_last"] = last
         return last
 
-    def _is_traced(self, prior_precision: float) -> bool:
+    def _is_traced(self, prior_precision: PriorPrecision) -> bool:
         """Whether JAX traces the precision or the matrix, so that neither is known on the host."""
         return isinstance(prior_precision, jax.core.Tracer) or isinstance(self.matrix, jax.core.Tracer)
 
@@ -189,7 +191,7 @@ class _Inverse:
             return jax.device_put(self.factor.T.astype(self._dtype))
 
 
-def _traced_root(matrix: Float[Array, "P P"], delta: float) -> Float[Array, "P P"]:
+def _traced_root(matrix: Float[Array, "P P"], delta: PriorPrecision) -> Float[Array, "P P"]:
     """Return an upper triangular S with S S' = (G + delta I)^-1, in operations that can be traced."""
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     lower = jnp.linalg.cholesky(matrix + delta * identity)

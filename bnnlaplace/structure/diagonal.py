@@ -1,6 +1,5 @@
 """The diagonal of the GGN: the baseline. By Hadamard's inequality its log-determinant is never below the true one."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,12 +9,13 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bnnlaplace.core.tree import group_sums
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian
-from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
+from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
 
 class DiagonalStructure(NamedTuple):
-    """diag(G).
+    """The GGN with everything off its diagonal set to zero.
 
     Attributes
     ----------
@@ -28,42 +28,45 @@ class DiagonalStructure(NamedTuple):
     rows_for_output, rows_for_column = 0.0, 0.0
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Array]) -> "DiagonalStructure":
-        """Rebuild from its fields by name, as a checkpoint holds them."""
+    def from_arrays(cls, arrays: dict[str, AnyArray]) -> "DiagonalStructure":
+        """Rebuild the structure from its fields by name, as a checkpoint holds them."""
         return cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
-    def whitened(self, relative: Float[Array, " P"]) -> "DiagonalStructure":
-        """That of D^-1/2 G D^-1/2."""
+    def whitened(self, relative: Float[AnyArray, " P"]) -> "DiagonalStructure":
+        """Return the structure of D^-1/2 G D^-1/2."""
         return DiagonalStructure(self.diagonal / relative)
 
     def scaled(self, factor: float) -> "DiagonalStructure":
-        """That of factor * G."""
+        """Return the structure of factor * G."""
         return DiagonalStructure(factor * self.diagonal)
 
-    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+    def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
         """log det(I + diag(G) / delta), in float64."""
+        # In float64 on the host, because a sum over all weights loses digits in float32.
         ratio = np.asarray(self.diagonal, np.float64) / float(prior_precision)
         return np.log1p(ratio).sum(keepdims=True)
 
-    def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
-        """Zero: nothing is truncated."""
+    def truncation(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
+        """Zero, because nothing is truncated."""
         return np.zeros(1)
 
-    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
-        """sum_g G_ii / (G_ii + delta) over the weights of each group."""
+    def effective_parameters(
+        self, prior_precision: PriorPrecision, groups: Int[np.ndarray, " P"]
+    ) -> Float[np.ndarray, "1 g"]:
+        """The sum of G_ii / (G_ii + delta) over the weights of each group."""
         return group_sums(self.diagonal / (self.diagonal + prior_precision), groups)[None]
 
-    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:
         """v' diag(1 / (diag(G) + delta)) v."""
         return float(np.sum(vector**2 / (np.asarray(self.diagonal, np.float64) + prior_precision)))
 
-    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
-        """Rows eps / sqrt(diag(G) + delta)."""
+    def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
+        """Draw rows eps / sqrt(diag(G) + delta)."""
         noise = jax.random.normal(key, (num_samples, self.diagonal.size), self.diagonal.dtype)
         return noise / jnp.sqrt(self.diagonal + prior_precision)
 
-    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
-        """J -> J diag(1 / (D (diag(G) + delta))) J' for each delta."""
+    def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
+        """Return the function J -> J diag(1 / (D (diag(G) + delta))) J', evaluated at each delta."""
         return Partial(_covariances, self.diagonal, jnp.asarray(precisions, self.diagonal.dtype), relative)
 
 
@@ -73,13 +76,15 @@ def _covariances(
     relative: RelativePrecisions,
     jacobian: Jacobian,
 ) -> Float[Array, "D M U C C"]:
+    """Sum J_l diag(v_l) J_l' over the leaves l, where v_l holds the posterior variances of the leaf's weights."""
+    # The factors do not depend on delta, so they are formed once, outside the loop over precisions.
     factors = [leaf.factors() for leaf in jacobian.leaves]
     ends = np.cumsum(jacobian.sizes)[:-1]
 
     def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
-        variances = 1 / (diagonal + delta)
-        parts = jnp.split(variances / relative, ends)
-        leaves = zip(jacobian.leaves, factors, parts, strict=True)
-        return sum(found.weighted(leaf.as_matrix(part)) for leaf, found, part in leaves)
+        variances = jnp.split(1 / (diagonal + delta) / relative, ends)
+        leaves = zip(jacobian.leaves, factors, variances, strict=True)
+        return sum(leaf_factors.weighted(leaf.as_matrix(variance)) for leaf, leaf_factors, variance in leaves)
 
+    # One precision after another, because all at once would hold D times the weighted derivatives in memory.
     return jax.lax.map(at, precisions)

@@ -1,4 +1,14 @@
-"""A Kronecker-factored GGN by the eigendecompositions of its factors: layer by layer, for networks of any depth."""
+"""A Kronecker-factored GGN, by the eigendecompositions of its factors.
+
+The GGN is approximated layer by layer. A weight matrix W of I rows and O columns, flattened with its rows slowest, has
+the block A kron B. With A = U diag(a) U' and B = V diag(b) V' this block is
+
+    (A kron B) vec(W) = vec(A W B'),    A kron B = (U kron V) diag(a_i b_j) (U kron V)'.
+
+So its eigenvectors are products of those of the factors, and U' W V are the coordinates of W in them. I^2 + O^2 numbers
+describe a block of (I O)^2, and every function of G + delta I is a function of a_i b_j + delta between two rotations.
+Weights that do not form a matrix have exact blocks instead, one for each filter, or an exact diagonal.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -7,25 +17,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from bnnlaplace.core.linalg import eigh, einsum, matmul
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
-from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
+from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
 
 class KroneckerBlock(NamedTuple):
-    """The block (A kron B) of a matrix by A = U diag(a) U' and B = V diag(b) V'; its eigenvalues are a_i b_j.
+    """The block A kron B of a weight matrix, by the eigendecompositions of A and B.
 
     Attributes
     ----------
     row_values, column_values
-        a and b, shaped so that their product has the shape of the weight, with neighbouring axes of the same side
-        joined: (I, 1) and (1, O) for a kernel that is stored input first.
+        The eigenvalues a and b. Their shapes broadcast to the shape of the weight, in which neighbouring axes of the
+        same side are joined: (I, 1) and (1, O) for a kernel that is stored input first.
     row_vectors, column_vectors
-        U and V.
+        The eigenvectors U and V, in columns.
     """
 
     row_values: Float[Array, "..."]
@@ -35,16 +46,17 @@ class KroneckerBlock(NamedTuple):
 
     @classmethod
     def fit(cls, sums: kronecker.LayerSums) -> "KroneckerBlock":
-        """Decompose both factors."""
+        """Decompose both factors of a layer's block (inputs kron outputs) / count."""
         rows, row_vectors = _decomposed(sums.inputs)
         columns, column_vectors = _decomposed(sums.outputs)
         row_shape = [size if is_row else 1 for size, is_row in sums.segments]
         column_shape = [1 if is_row else size for size, is_row in sums.segments]
+        # The shapes store how the axes of the weight alternate between rows and columns; see `_segments`.
         return cls((rows / sums.count).reshape(row_shape), row_vectors, columns.reshape(column_shape), column_vectors)
 
     @property
-    def eigenvalues(self) -> Float[Array, " p"]:
-        """a_i b_j, rows slowest."""
+    def eigenvalues(self) -> Float[AnyArray, " p"]:
+        """The products a_i b_j, with the index of the rows slowest."""
         return (self.row_values.reshape(-1, 1) * self.column_values.reshape(-1)).reshape(-1)
 
     @property
@@ -52,29 +64,34 @@ class KroneckerBlock(NamedTuple):
         """The number of weights."""
         return self.row_values.size * self.column_values.size
 
-    def rotated(self, vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
-        """Weights -> coefficients of the eigenvectors."""
+    def rotated(self, vectors: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
+        """Turn weights W into their coordinates in the eigenvectors, U' W V."""
         matrices = as_matrix(vectors, self._segments)
         return _between(self.row_vectors.T, matrices, self.column_vectors).reshape(vectors.shape)
 
-    def rotated_back(self, coefficients: Float[Array, "... p"]) -> Float[Array, "... p"]:
-        """Coefficients of the eigenvectors -> weights."""
+    def rotated_back(self, coefficients: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
+        """Turn coordinates C in the eigenvectors into weights, U C V'."""
         shape = (*coefficients.shape[:-1], len(self.row_vectors), len(self.column_vectors))
         matrices = _between(self.row_vectors, coefficients.reshape(shape), self.column_vectors.T)
         return from_matrix(matrices, self._segments)
 
-    def divided(self, number: Float[Array, ""]) -> "KroneckerBlock":
+    def divided(self, number: Float[ArrayLike, ""]) -> "KroneckerBlock":
         """The block divided by a positive number."""
         return self._replace(row_values=self.row_values / number)
 
     @property
     def _segments(self) -> list[tuple[int, bool]]:
+        """The length of each axis of the weight, and whether it belongs to the rows of the matrix."""
+        # On each axis one of the two shapes is one. An axis of length one may count as a column: it moves nothing.
         shapes = zip(self.row_values.shape, self.column_values.shape, strict=True)
         return [(rows * columns, rows > 1) for rows, columns in shapes]
 
 
 class FilterBlock(NamedTuple):
-    """Exact blocks of a leaf of shape (..., C), one for each last index; a vector is one filter.
+    """Exact blocks of a leaf of shape (..., C), one for each of the C filters; a vector is one filter.
+
+    The leaf stores its filters in the last axis: it is a matrix (K, C). Eigenvalues and coordinates are stored filter
+    by filter, (C, K).
 
     Attributes
     ----------
@@ -87,12 +104,12 @@ class FilterBlock(NamedTuple):
 
     @classmethod
     def fit(cls, sums: kronecker.FilterSums) -> "FilterBlock":
-        """Decompose all blocks."""
+        """Decompose the block of each filter."""
         return cls(*_decomposed(sums.blocks))
 
     @property
-    def eigenvalues(self) -> Float[Array, " p"]:
-        """Those of one filter after another."""
+    def eigenvalues(self) -> Float[AnyArray, " p"]:
+        """The eigenvalues of one filter after another."""
         return self.values.reshape(-1)
 
     @property
@@ -100,33 +117,33 @@ class FilterBlock(NamedTuple):
         """The number of weights."""
         return self.values.size
 
-    def rotated(self, vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
-        """Weights -> coefficients of the eigenvectors."""
-        parts = vectors.reshape(*vectors.shape[:-1], *self.values.shape[::-1])
-        return _einsum_like(vectors, "ckl,...kc->...cl", self.vectors, parts).reshape(vectors.shape)
+    def rotated(self, vectors: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
+        """Turn weights into their coordinates in the eigenvectors of each filter."""
+        filters = vectors.reshape(*vectors.shape[:-1], *self.values.shape[::-1])  # (..., K, C)
+        return _einsum_like(vectors, "ckl,...kc->...cl", self.vectors, filters).reshape(vectors.shape)
 
-    def rotated_back(self, coefficients: Float[Array, "... p"]) -> Float[Array, "... p"]:
-        """Coefficients of the eigenvectors -> weights."""
-        parts = coefficients.reshape(*coefficients.shape[:-1], *self.values.shape)
-        return _einsum_like(coefficients, "ckl,...cl->...kc", self.vectors, parts).reshape(coefficients.shape)
+    def rotated_back(self, coefficients: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
+        """Turn coordinates in the eigenvectors of each filter into weights."""
+        by_filter = coefficients.reshape(*coefficients.shape[:-1], *self.values.shape)  # (..., C, K)
+        return _einsum_like(coefficients, "ckl,...cl->...kc", self.vectors, by_filter).reshape(coefficients.shape)
 
-    def divided(self, number: Float[Array, ""]) -> "FilterBlock":
+    def divided(self, number: Float[ArrayLike, ""]) -> "FilterBlock":
         """The blocks divided by a positive number."""
         return self._replace(values=self.values / number)
 
 
 class DiagonalBlock(NamedTuple):
-    """The exact diagonal of a leaf."""
+    """The exact diagonal of a leaf, whose weights are their own coordinates."""
 
     diagonal: Float[Array, " p"]
 
     @classmethod
     def fit(cls, sums: kronecker.DiagonalSums) -> "DiagonalBlock":
-        """Nothing is left to decompose."""
+        """Take the diagonal as it is: a diagonal needs no decomposition."""
         return cls(sums.diagonal)
 
     @property
-    def eigenvalues(self) -> Float[Array, " p"]:
+    def eigenvalues(self) -> Float[AnyArray, " p"]:
         """The diagonal."""
         return self.diagonal
 
@@ -135,15 +152,15 @@ class DiagonalBlock(NamedTuple):
         """The number of weights."""
         return self.diagonal.size
 
-    def rotated(self, vectors: Float[Array, "... p"]) -> Float[Array, "... p"]:
-        """The same: weights are the eigenvectors."""
+    def rotated(self, vectors: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
+        """Return the weights: they are their own coordinates."""
         return vectors
 
-    def rotated_back(self, coefficients: Float[Array, "... p"]) -> Float[Array, "... p"]:
-        """The same."""
+    def rotated_back(self, coefficients: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
+        """Return the coordinates: they are the weights."""
         return coefficients
 
-    def divided(self, number: Float[Array, ""]) -> "DiagonalBlock":
+    def divided(self, number: Float[ArrayLike, ""]) -> "DiagonalBlock":
         """The diagonal divided by a positive number."""
         return DiagonalBlock(self.diagonal / number)
 
@@ -157,15 +174,15 @@ _BY_SUMS = {
 
 
 class KroneckerStructure(NamedTuple):
-    """A block-diagonal G, one block for each leaf of the weights.
+    """A block-diagonal G, with one block for each leaf of the weights.
 
-    Memory: I^2 + O^2 numbers for each layer. A covariance of outputs costs I^2 + I O multiplications for each example
-    and O^2 for each output, of a layer with one position.
+    Memory: I^2 + O^2 numbers for each layer. In a layer that multiplies once for each example, a covariance of outputs
+    costs I^2 + I O multiplications for each example and O^2 for each output.
 
     Attributes
     ----------
     blocks
-        In the order of `jax.tree.leaves` of the weights, which is that of the flat vector.
+        The blocks in the order of `jax.tree.leaves` of the weights, which is also the order of the flat vector.
     """
 
     blocks: list[Block]
@@ -174,98 +191,110 @@ class KroneckerStructure(NamedTuple):
 
     @classmethod
     def fit(cls, sums: Sequence[kronecker.LeafSums]) -> "KroneckerStructure":
-        """Decompose what `kronecker.factors` summed; eigenvalues that rounding made negative become zero."""
+        """Decompose the sums of `kronecker.factors`. Eigenvalues that rounding made negative become zero."""
         return cls([_BY_SUMS[type(leaf)].fit(leaf) for leaf in sums])
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "KroneckerStructure":
-        """Rebuild from its fields by name, as a checkpoint holds them."""
+        """Rebuild the structure from its fields by name, as a checkpoint holds them."""
+        # A checkpoint stores no classes. The names of the fields tell which kind of block they belong to.
         kinds = {frozenset(kind._fields): kind for kind in _BY_SUMS.values()}
         blocks = (jax.tree.map(jnp.asarray, fields) for fields in arrays["blocks"])
         return cls([kinds[frozenset(fields)](**fields) for fields in blocks])
 
-    def whitened(self, relative: Float[Array, " P"]) -> "KroneckerStructure":
-        """D^-1/2 G D^-1/2; nothing is decomposed again.
+    def whitened(self, relative: Float[AnyArray, " P"]) -> "KroneckerStructure":
+        """Return the structure of D^-1/2 G D^-1/2. Nothing is decomposed again.
 
         Raises
         ------
         ValueError
-            If D is not the same for all weights of a leaf: the block would be no Kronecker product.
+            If D differs between weights of one leaf, because the block would not be a Kronecker product any more.
         """
-        numbers = []
-        for _, part in self._parts(jnp.asarray(relative)):
-            if not isinstance(part, jax.core.Tracer) and not np.allclose(part, part[0], rtol=1e-6):
+        divisors = []
+        for _, leaf_values in self._parts(jnp.asarray(relative)):
+            if not isinstance(leaf_values, jax.core.Tracer) and not np.allclose(leaf_values, leaf_values[0], rtol=1e-6):
                 raise ValueError(
                     "hessian_structure='kron' must have one prior precision for all weights of an array, as its blocks "
                     "are Kronecker products; got different ones; try prior_structure='layerwise', or 'diag' or 'full'"
                 )
-            numbers.append(part[0])
-        return KroneckerStructure([block.divided(number) for block, number in zip(self.blocks, numbers, strict=True)])
+            divisors.append(leaf_values[0])
+        # If D is d I on a leaf, D^-1/2 G D^-1/2 is G / d there, with the same eigenvectors.
+        pairs = zip(self.blocks, divisors, strict=True)
+        return KroneckerStructure([block.divided(divisor) for block, divisor in pairs])
 
     def scaled(self, factor: float) -> "KroneckerStructure":
-        """That of factor * G."""
+        """Return the structure of factor * G."""
         return KroneckerStructure([block.divided(1 / factor) for block in self.blocks])
 
-    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
+    def effective_parameters(
+        self, prior_precision: PriorPrecision, groups: Int[np.ndarray, " P"]
+    ) -> Float[np.ndarray, "1 g"]:
         """tr_g G (G + delta I)^-1 over the weights of each group.
 
         Raises
         ------
         ValueError
-            If a group holds some weights of a leaf and not the others.
+            If the weights of one leaf are in several groups.
         """
         sums = np.zeros(int(groups.max()) + 1)
-        for block, part in self._parts(groups):
-            if part.min() != part.max():
+        for block, leaf_values in self._parts(groups):
+            # The eigenvectors mix the weights of a leaf, so its eigenvalues cannot be assigned to some of them.
+            if leaf_values.min() != leaf_values.max():
                 raise ValueError(
                     "hessian_structure='kron' must have all weights of an array in one group; got several; try "
                     "prior_structure='layerwise', or 'diag' or 'full'"
                 )
             values = np.asarray(block.eigenvalues, np.float64)
-            sums[part[0]] += (values / (values + float(prior_precision))).sum()
+            sums[leaf_values[0]] += (values / (values + float(prior_precision))).sum()
         return sums[None]
 
-    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+    def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
         """log det(I + G / delta), in float64."""
+        # det of a block-diagonal matrix is the product over blocks, and over a_i b_j within a block.
         ratios = (np.asarray(block.eigenvalues, np.float64) / float(prior_precision) for block in self.blocks)
         return np.array([sum(np.log1p(ratio).sum() for ratio in ratios)])
 
-    def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
-        """Zero: nothing is truncated."""
+    def truncation(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
+        """Zero, because nothing is truncated."""
         return np.zeros(1)
 
-    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:
         """v' (G + delta I)^-1 v, in float64."""
+        # On the host, where float64 is available whatever the configuration of JAX.
         exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), self)
         return float(
             sum(
-                np.sum(block.rotated(part) ** 2 / (block.eigenvalues + float(prior_precision)))
-                for block, part in exact._parts(np.asarray(vector, np.float64))
+                np.sum(block.rotated(leaf_values) ** 2 / (block.eigenvalues + float(prior_precision)))
+                for block, leaf_values in exact._parts(np.asarray(vector, np.float64))
             )
         )
 
-    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
-        """Rows V diag((lambda + delta)^-1/2) eps of each block."""
+    def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
+        """Draw rows Q diag((lambda + delta)^-1/2) eps, with the eigenvectors Q and eigenvalues lambda of each block."""
         dtype = jax.tree.leaves(self)[0].dtype
         noise = jax.random.normal(key, (num_samples, sum(block.size for block in self.blocks)), dtype)
+        # The noise needs no rotation into the eigenvectors, as its distribution is the same in all orthonormal bases.
         return jnp.concatenate(
             [
-                block.rotated_back(part / jnp.sqrt(block.eigenvalues + prior_precision))
-                for block, part in self._parts(noise)
+                block.rotated_back(leaf_values / jnp.sqrt(block.eigenvalues + prior_precision))
+                for block, leaf_values in self._parts(noise)
             ],
             axis=-1,
         )
 
-    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
-        """J -> J V (lambda + delta)^-1 V' J' / D for each delta, block by block."""
-        numbers = [relative] * len(self.blocks)
-        if jnp.ndim(relative):  # all weights of a block have the same one, as `whitened` makes sure
-            numbers = [part[0] for _, part in self._parts(jnp.asarray(relative))]
-        dtype = jax.tree.leaves(self)[0].dtype
-        return Partial(_covariances, self.blocks, jnp.asarray(precisions, dtype), numbers)
+    def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
+        """Return the function J -> J Q diag(1 / (lambda + delta)) Q' J' / d, summed over blocks, at each delta.
 
-    def _parts(self, vectors: Float[Array, "... P"]) -> Iterator[tuple[Block, Float[Array, "... p"]]]:
-        """Each block with its part of flat vectors."""
+        d is the number that D holds for all weights of the block.
+        """
+        divisors = [relative] * len(self.blocks)
+        if jnp.ndim(relative):  # `whitened` has checked that all weights of a block have the same one
+            divisors = [leaf_values[0] for _, leaf_values in self._parts(jnp.asarray(relative))]
+        dtype = jax.tree.leaves(self)[0].dtype
+        return Partial(_covariances, self.blocks, jnp.asarray(precisions, dtype), divisors)
+
+    def _parts(self, vectors: Num[AnyArray, "... P"]) -> Iterator[tuple[Block, Num[AnyArray, "... p"]]]:
+        """Yield each block with the numbers of its leaf, cut out of flat vectors."""
         start = 0
         for block in self.blocks:
             yield block, vectors[..., start : start + block.size]
@@ -273,40 +302,49 @@ class KroneckerStructure(NamedTuple):
 
 
 def _covariances(
-    blocks: list[Block], precisions: Float[Array, " D"], divisors: list[Array], jacobian: Jacobian
+    blocks: list[Block],
+    precisions: Float[Array, " D"],
+    divisors: list[Float[ArrayLike, ""]],
+    jacobian: Jacobian,
 ) -> Float[Array, "D M U C C"]:
-    factors = [_in_eigenvectors(leaf, block) for leaf, block in zip(jacobian.leaves, blocks, strict=True)]
+    """Sum the covariances of outputs over blocks, at each delta."""
+    # The rotation into eigenvectors is the expensive step. It does not depend on delta, so it stays outside the loop.
+    rotated = [_in_eigenvectors(leaf, block) for leaf, block in zip(jacobian.leaves, blocks, strict=True)]
 
     def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
-        parts = zip(factors, blocks, divisors, strict=True)
-        return sum(found.weighted(_variances(found, block, delta) / divisor) for found, block, divisor in parts)
+        leaves = zip(rotated, blocks, divisors, strict=True)
+        return sum(factors.weighted(_variances(factors, block, delta) / divisor) for factors, block, divisor in leaves)
 
     return jax.lax.map(at, precisions)
 
 
 def _in_eigenvectors(leaf: LeafJacobian, block: Block) -> Factors:
+    """Rotate the derivatives with respect to one leaf into the eigenvectors of its block."""
     if isinstance(block, KroneckerBlock) and leaf.inputs is not None:
+        # A row of J is a kron g, which the factors rotate to U' a kron V' g: the product is never formed.
         return leaf.rotated(block.row_vectors, block.column_vectors).factors()
     return Factors(None, block.rotated(leaf.rows()))
 
 
 def _variances(factors: Factors, block: Block, delta: Float[Array, ""]) -> Float[Array, "..."]:
+    """1 / (lambda + delta), in the shape that `factors.weighted` takes."""
     flat = 1 / (block.eigenvalues + delta)
     return flat if factors.inputs is None else flat.reshape(factors.inputs.shape[-1], -1)
 
 
 def _decomposed(matrix: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
+    """Eigenvalues and eigenvectors of semidefinite matrices, with the asymmetry and the signs of rounding removed."""
     values, vectors = eigh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)
     return jnp.maximum(values, 0), vectors
 
 
-def _between(left: Array, matrices: Array, right: Array) -> Array:
-    """left M right for each matrix; on the host for NumPy arrays."""
+def _between(left: AnyArray, matrices: AnyArray, right: AnyArray) -> AnyArray:
+    """Multiply each matrix M to left M right; NumPy arrays stay on the host and in float64."""
     if isinstance(matrices, np.ndarray):
         return left @ matrices @ right
     return matmul(matmul(left, matrices), right)
 
 
-def _einsum_like(like: Array, pattern: str, *operands: Array) -> Array:
-    """On the host for NumPy arrays."""
+def _einsum_like(like: AnyArray, pattern: str, *operands: AnyArray) -> AnyArray:
+    """Call einsum of NumPy if `like` is a NumPy array, otherwise that of JAX in full precision."""
     return (np.einsum if isinstance(like, np.ndarray) else einsum)(pattern, *operands)

@@ -1,6 +1,6 @@
-"""The GGN as a block Krylov decomposition: any network whose products can be computed, nothing formed."""
+"""The GGN as a block Krylov decomposition, for any network: products are enough, and no matrix is formed."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -11,21 +11,23 @@ from jaxtyping import Array, Float, Int
 from bnnlaplace import krylov
 from bnnlaplace.core.linalg import einsum, matmul
 from bnnlaplace.core.tree import group_sums
+from bnnlaplace.core.types import AnyArray
+from bnnlaplace.structure.protocol import PriorPrecision, PriorPrecisions
 
 
 class KrylovError(NamedTuple):
-    """What stopping the recurrence costs at one prior precision; the randomness of the probes is no part of it.
+    """Bounds on what stopping the recurrence costs at one prior precision. The randomness of the probes comes on top.
 
     Attributes
     ----------
     prior_precision
-        delta.
+        The prior precision delta at which they hold.
     sample
-        Bound on |e|_{G + delta I} / sqrt(effective number of parameters), root mean square over the posterior samples.
+        Bound on the relative error of a posterior sample, |e|_{G + delta I} / sqrt(effective number of parameters), as
+        a root mean square over the samples.
     log_determinant
-        How far truncation lifts the mean over probes of the log-determinant at most: the width of the bracket between
-        the Gauss and the Gauss-Radau rule, both from these probes. Other probes would move the whole bracket, by its
-        standard error.
+        Bound on how far truncation raises the mean over probes of the log-determinant. It is the gap between the Gauss
+        and the Gauss-Radau rule for these probes. Other probes would move both rules, by about the standard error.
     effective_parameters
         tr G (G + delta I)^-1, the number of directions that the data determine.
     """
@@ -40,17 +42,17 @@ class KrylovStructure(NamedTuple):
     """A block Krylov decomposition of G from normal probes.
 
     One decomposition gives, at every prior precision, the log-determinant, its slope and as many posterior samples as
-    there were probes. Memory: the basis, m P numbers on the device, of which no method makes a copy; the rest is small,
-    in float64 on the host.
+    there were probes. Memory: the basis on the device, m P numbers, which no method copies. The rest is small and in
+    float64 on the host.
 
     Attributes
     ----------
     decomposition, ritz
-        See `bnnlaplace.krylov`.
+        The results of `krylov.block_lanczos` and `krylov.ritz`.
     radau_nodes, radau_weights
-        The Gauss-Radau rule that bounds the log-determinant from below; shapes (m + S,) and (m + S, S).
+        The Gauss-Radau rule, which bounds the log-determinant from below; shapes (m + S,) and (m + S, S).
     tolerance
-        The relative error of a sample from which on it counts as converged.
+        The relative error of a sample below which the decomposition counts as converged.
     """
 
     decomposition: krylov.BlockDecomposition
@@ -67,19 +69,20 @@ class KrylovStructure(NamedTuple):
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "KrylovStructure":
-        """Rebuild from its fields by name, as a checkpoint holds them; the small matrices stay on the host."""
+        """Rebuild the structure from its fields by name, as a checkpoint holds them."""
+        # The small matrices stay on the host in float64.
         decomposition = krylov.BlockDecomposition(**arrays["decomposition"])
         decomposition = decomposition._replace(basis=jnp.asarray(decomposition.basis))
         ritz, radau = krylov.Ritz(**arrays["ritz"]), (arrays["radau_nodes"], arrays["radau_weights"])
         return cls(decomposition, ritz, *radau, np.float64(arrays.get("tolerance", 0.1)))
 
-    def whitened(self, relative: Float[Array, " P"]) -> "KrylovStructure":
-        """Itself where nothing changes.
+    def whitened(self, relative: Float[AnyArray, " P"]) -> "KrylovStructure":
+        """Return this structure if D is one for all weights.
 
         Raises
         ------
         ValueError
-            Otherwise: another whitening has another Krylov space, which takes products to find.
+            For any other D. The Krylov space of D^-1/2 G D^-1/2 is another one, and only new products can find it.
         """
         if not np.allclose(relative, 1, rtol=1e-6):
             raise ValueError(
@@ -90,7 +93,7 @@ class KrylovStructure(NamedTuple):
         return self
 
     def scaled(self, factor: float) -> "KrylovStructure":
-        """That of factor * G: the same basis."""
+        """Return the structure of factor * G, which has the same basis and the same Ritz vectors."""
         decomposition = self.decomposition._replace(
             tridiagonal=factor * self.decomposition.tridiagonal, residual=factor * self.decomposition.residual
         )
@@ -106,41 +109,50 @@ class KrylovStructure(NamedTuple):
         """The number of probes, and of posterior samples."""
         return len(self.decomposition.start)
 
-    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " S"]:
-        """log det(I + G / delta) as each probe estimates it; converged eigenpairs enter all of them exactly."""
+    def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " S"]:
+        """log det(I + G / delta), one estimate for each probe. Converged eigenpairs enter all of them exactly."""
         return krylov.trace_forms(self.ritz, lambda values: np.log1p(values / prior_precision))
 
-    def truncation(self, prior_precision: float) -> Float[np.ndarray, " S"]:
-        """How far, at most, stopping the recurrence lifts each probe's log-determinant: Gauss minus Gauss-Radau."""
+    def truncation(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " S"]:
+        """Bound how far truncation raises the estimate of each probe, by the Gauss minus the Gauss-Radau rule."""
+        # log(1 + x / delta) has derivatives of alternating sign. For such functions the two rules bracket the value.
         upper = np.log1p(self.ritz.values / prior_precision) @ self.ritz.weights**2
         lower = np.log1p(self.radau_nodes / prior_precision) @ self.radau_weights**2
         return np.maximum(upper - lower, 0.0)
 
-    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "S g"]:
-        """tr_g G (G + delta I)^-1 as each probe estimates it.
+    def effective_parameters(
+        self, prior_precision: PriorPrecision, groups: Int[np.ndarray, " P"]
+    ) -> Float[np.ndarray, "S g"]:
+        """tr_g G (G + delta I)^-1, one estimate for each probe.
 
-        Converged eigenpairs x_j enter exactly, by theta_j / (theta_j + delta) |x_j|_g^2; of the rest a probe sees
-        E z_g' (f(G) z)_g, with z less what lies along those eigenpairs. Memory: a block of S vectors besides the basis.
+        With f(x) = x / (x + delta), an eigenpair that has converged contributes f(lambda_j) |x_j|_g^2 exactly. The rest
+        is estimated by the probes, as E z_g' (f(G) z)_g, where z is a probe without its components along those
+        eigenpairs. Memory: a block of S vectors beside the basis.
         """
         ratio = self.ritz.values / (self.ritz.values + prior_precision)
         exact = krylov.summed_exactly(self.ritz)
         basis, count = self.decomposition.basis, self.num_probes
-        known = np.zeros(int(groups.max()) + 1)
-        vectors = self.ritz.vectors[:, exact].T
-        for first in range(0, len(vectors), count):
-            chosen = matmul(jnp.asarray(vectors[first : first + count], basis.dtype), basis)
-            known += ratio[exact][first : first + count] @ group_sums(chosen**2, groups)
-        seen, images = (
-            matmul(jnp.asarray((self.ritz.vectors[:, ~exact] @ part).T, basis.dtype), basis)
-            for part in (self.ritz.weights[~exact], ratio[~exact, None] * self.ritz.weights[~exact])
+        converged_sums = np.zeros(int(groups.max()) + 1)
+        converged_vectors = self.ritz.vectors[:, exact].T
+        # The eigenvectors in the space of the weights are formed a block at a time, as all of them would be a second
+        # basis in memory.
+        for first in range(0, len(converged_vectors), count):
+            coordinates = jnp.asarray(converged_vectors[first : first + count], basis.dtype)
+            eigenvectors = matmul(coordinates, basis)
+            converged_sums += ratio[exact][first : first + count] @ group_sums(eigenvectors**2, groups)
+        # The probes and their images under f(G), both without the converged eigenpairs: rows z and f(G) z.
+        probes, images = (
+            matmul(jnp.asarray((self.ritz.vectors[:, ~exact] @ components).T, basis.dtype), basis)
+            for components in (self.ritz.weights[~exact], ratio[~exact, None] * self.ritz.weights[~exact])
         )
-        return known + group_sums(seen * images, groups)
+        return converged_sums + group_sums(probes * images, groups)
 
-    def error(self, prior_precision: float) -> KrylovError:
-        """Bounds on the error of stopping here, at one prior precision."""
+    def error(self, prior_precision: PriorPrecision) -> KrylovError:
+        """Bound the error of stopping the recurrence here, at one prior precision."""
         values = self.ritz.values
         effective = krylov.trace_forms(self.ritz, lambda theta: theta / (theta + prior_precision)).mean()
         bound = krylov.inverse_sqrt_error(self.ritz, prior_precision)
+        # In the norm of G + delta I the part of a sample that the data determine has this squared length on average.
         sample = np.sqrt(np.mean(bound**2) / max(effective, np.finfo(values.dtype).tiny))
         truncation = self.truncation(prior_precision).mean()
         return KrylovError(float(prior_precision), float(sample), float(truncation), float(effective))
@@ -148,14 +160,14 @@ class KrylovStructure(NamedTuple):
     def has_converged(self, error: KrylovError) -> bool:
         """Whether samples are within the tolerance, and truncation is below the log-determinant's standard error.
 
-        Truncation below 0.1 nat is negligible whatever the standard error.
+        A truncation below 0.1 nat is negligible, whatever the standard error.
         """
         forms = self.log_determinant(error.prior_precision)
         sem = forms.std(ddof=1) / np.sqrt(len(forms)) if len(forms) > 1 else 0.0
         return bool(error.sample <= self.tolerance and error.log_determinant <= max(0.1, sem))
 
-    def reservation(self, prior_precision: float) -> str | None:
-        """What to know before using it at a prior precision: that it has not converged there; None where it has."""
+    def reservation(self, prior_precision: PriorPrecision) -> str | None:
+        """Say that the decomposition has not converged at a prior precision, and by how much; None if it has."""
         error = self.error(prior_precision)
         if self.has_converged(error):
             return None
@@ -165,10 +177,11 @@ class KrylovStructure(NamedTuple):
             f"log-determinant by {error.log_determinant:.2g} nats"
         )
 
-    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
-        """v' (G + delta I)^-1 v from above: what lies outside the basis counts with the prior's precision alone.
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:
+        """Bound v' (G + delta I)^-1 v from above.
 
-        In float64, as the part outside is a difference. Memory: S rows of the basis are on the host at a time.
+        The part of v outside the basis counts with the precision of the prior alone. It is a difference of squares, so
+        it is computed in float64. Memory: S rows of the basis are on the host at a time.
         """
         basis, count = self.decomposition.basis, self.num_probes
         blocks = (jax.lax.dynamic_slice_in_dim(basis, first, count) for first in range(0, len(basis), count))
@@ -177,23 +190,24 @@ class KrylovStructure(NamedTuple):
         outside = max(vector @ vector - inside @ inside, 0.0)
         return float(np.sum(along**2 / (self.ritz.values + prior_precision)) + outside / prior_precision)
 
-    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
-        """Rows (G + delta I)^-1/2 z for probes z drawn without replacement, with random signs.
+    def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
+        """Draw rows (G + delta I)^-1/2 z, for probes z chosen without replacement and with random signs.
 
         Raises
         ------
         ValueError
-            If more samples are asked for than there were probes.
+            If more samples are asked for than there are probes.
         """
         return matmul(self._coefficients(key, num_samples, prior_precision), self.decomposition.basis)
 
     def function_samples(
-        self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: Sequence[float]
+        self, pushforward: Callable[[Array], Array], key: Array, num_samples: int, precisions: PriorPrecisions
     ) -> Iterator[Float[Array, "S B ... C"]]:
-        """J times samples at each prior precision: J times the basis once, then small matrix products.
+        """Yield J times samples of the weights for each prior precision.
 
-        Or J times the samples where those are fewer than the basis vectors. Memory: the images, B C numbers for each of
-        the m basis vectors or S samples.
+        J is multiplied by the basis once, and small matrix products give the samples at every precision. If all samples
+        together are fewer than the basis vectors, J is multiplied by the samples instead. Memory: B C numbers for each
+        basis vector or sample.
         """
         if len(precisions) * num_samples < len(self.decomposition.basis):
             for precision in precisions:
@@ -203,7 +217,8 @@ class KrylovStructure(NamedTuple):
         for precision in precisions:
             yield einsum("sm,m...->s...", self._coefficients(key, num_samples, precision), images)
 
-    def _coefficients(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S m"]:
+    def _coefficients(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S m"]:
+        """Choose probes and signs, and return (G + delta I)^-1/2 z in the coordinates of the basis."""
         if num_samples > self.num_probes:
             raise ValueError(
                 f"a Krylov posterior gives one sample per probe: num_samples must be at most {self.num_probes}; got "
@@ -211,6 +226,7 @@ class KrylovStructure(NamedTuple):
             )
         key_order, key_sign = jax.random.split(key)
         chosen = jax.random.permutation(key_order, self.num_probes)[:num_samples]
+        # The posterior is symmetric, so a random sign makes another sample of the same probe for another key.
         signs = jax.random.rademacher(key_sign, (num_samples, 1))
         coefficients = krylov.inverse_sqrt_coefficients(self.ritz, prior_precision)
         return signs * jnp.asarray(coefficients, self.decomposition.basis.dtype)[chosen]

@@ -1,105 +1,112 @@
-"""What a Laplace posterior asks of a fitted curvature."""
+"""The questions that a Laplace posterior asks of a fitted curvature."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian
 
+# One prior precision, which may be traced; and several of them.
+PriorPrecision = Num[ArrayLike, ""]
+PriorPrecisions = Sequence[PriorPrecision] | Num[AnyArray, " D"]
 # The diagonal of D, or the number 1.0.
 RelativePrecisions = Float[ArrayLike, ""] | Float[ArrayLike, " P"]
 
 
 @runtime_checkable
 class Structure(Protocol):
-    """A fitted curvature G, a pytree: answers at any precision delta of an isotropic prior, without another product.
+    """A fitted curvature G. It answers at any precision delta of an isotropic prior without another product with G.
 
-    A prior of precisions delta D is isotropic in the weights times sqrt(D), in which the curvature is
-    D^-1/2 G D^-1/2: `whitened` turns to it, and all vectors are in its coordinates then.
+    A prior with precisions delta D is isotropic in the weights times sqrt(D). In those coordinates the curvature is
+    D^-1/2 G D^-1/2. `whitened` changes to them, and all vectors are in these coordinates from then on.
 
-    One that can give the covariance of linearised outputs has the method of `CovarianceStructure` besides, any other
-    those of `SampleStructure`.
+    A structure is a pytree. If it can compute covariances of linearised outputs, it also has the method of
+    `CovarianceStructure`. Otherwise it has the methods of `SampleStructure`.
     """
 
-    def whitened(self, relative: Float[Array, " P"]) -> "Structure":
-        """That of D^-1/2 G D^-1/2.
+    def whitened(self, relative: Float[AnyArray, " P"]) -> "Structure":
+        """Return the structure of D^-1/2 G D^-1/2.
 
         Raises
         ------
         ValueError
-            If the structure cannot be had for these relative precisions without fitting again.
+            If the structure would have to be fitted again for these relative precisions.
         """
         ...
 
     def scaled(self, factor: float) -> "Structure":
-        """That of factor * G."""
+        """Return the structure of factor * G."""
         ...
 
-    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " S"]:
-        """log det(I + G / delta) as each probe estimates it, in float64; a single value where it is exact."""
+    def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " S"]:
+        """log det(I + G / delta) in float64: one estimate for each probe, or a single value if it is exact."""
         ...
 
-    def truncation(self, prior_precision: float) -> Float[np.ndarray, " S"]:
-        """How far each of these may lie above what its probe would estimate without truncation; zero where exact."""
+    def truncation(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " S"]:
+        """Bound how far truncation raises each value of `log_determinant`; zero if nothing is truncated."""
         ...
 
-    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "S g"]:
-        """tr_g G (G + delta I)^-1, the sum over the weights of each group, as each probe estimates it.
+    def effective_parameters(
+        self, prior_precision: PriorPrecision, groups: Int[np.ndarray, " P"]
+    ) -> Float[np.ndarray, "S g"]:
+        """tr_g G (G + delta I)^-1, the part of the trace that belongs to the weights of each group.
 
-        `groups` numbers the group of each weight, from zero. A single row where it is exact.
+        There is one row for each probe, or a single row if it is exact. `groups` holds the number of each weight's
+        group, counted from zero.
         """
         ...
 
-    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:
         """v' (G + delta I)^-1 v."""
         ...
 
-    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
-        """Rows distributed as N(0, (G + delta I)^-1)."""
+    def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
+        """Draw rows from N(0, (G + delta I)^-1)."""
         ...
 
 
-# The Jacobian of groups of outputs -> their covariances at each of D prior precisions; a pytree, to be an argument of
-# compiled functions.
+# A function from the Jacobian of groups of outputs to their covariances at each of D prior precisions. It is a pytree,
+# so that it can be an argument of compiled functions.
 OutputCovariance = Callable[[Jacobian], Float[Array, "D M U C C"]]
 
 
 @runtime_checkable
 class CovarianceStructure(Structure, Protocol):
-    """A structure that maps Jacobians to covariances.
+    """A structure that computes covariances of outputs from their Jacobian.
 
     Attributes
     ----------
     rows_for_output, rows_for_column
-        How many rows of P numbers are in memory while that is done, for each output and for each column of the layers
-        whose inputs are met first (see `Jacobian.times`).
+        How many rows of P numbers this needs in memory: for each output, and for each column of the layers that are
+        multiplied by their inputs first (see `Jacobian.times`).
     """
 
     rows_for_output: float
     rows_for_column: float
 
-    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
-        """J -> J D^-1/2 (G + delta I)^-1 D^-1/2 J' for each delta, J being in the coordinates of the network.
+    def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
+        """Return the function J -> J D^-1/2 (G + delta I)^-1 D^-1/2 J', evaluated at each delta in `precisions`.
 
-        A `jax.tree_util.Partial`. Traceable, with `precisions` traced too. `relative` is the diagonal of D, one where
-        it is None.
+        J is in the coordinates of the network, and `relative` is the diagonal of D. The function is a
+        `jax.tree_util.Partial`. It can be traced, and so can `precisions`.
         """
         ...
 
 
 @runtime_checkable
 class SampleStructure(Structure, Protocol):
-    """A structure that knows outputs only through a limited number of samples."""
+    """A structure that knows the outputs only through a limited number of samples."""
 
     @property
     def num_probes(self) -> int:
         """The largest number of samples."""
         ...
 
-    def reservation(self, prior_precision: float) -> str | None:
-        """What to know before using it at a prior precision; None where there is nothing."""
+    def reservation(self, prior_precision: PriorPrecision) -> str | None:
+        """Describe what a user should know before using the structure at a prior precision; None if all is well."""
         ...
 
     def function_samples(
@@ -107,7 +114,7 @@ class SampleStructure(Structure, Protocol):
         pushforward: Callable[[Float[Array, "R P"]], Float[Array, "R B ... C"]],
         key: Array,
         num_samples: int,
-        precisions: Sequence[float],
+        precisions: PriorPrecisions,
     ) -> Iterator[Float[Array, "S B ... C"]]:
-        """J times samples at each prior precision, given V -> J V."""
+        """Yield J times samples of the weights for each prior precision. `pushforward` is V -> J V."""
         ...

@@ -1,6 +1,5 @@
-"""The GGN by all of its eigenpairs that are not zero: exact for data with few outputs, whatever the network's size."""
+"""The GGN by all its nonzero eigenpairs: exact for data with few outputs, whatever the size of the network."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,15 +10,16 @@ from jaxtyping import Array, Float, Int
 
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.core.tree import group_sums
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
-from bnnlaplace.structure.protocol import OutputCovariance, RelativePrecisions
+from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
 
 class SpectralStructure(NamedTuple):
-    """G = V' diag(lambda) V with as many rows as there are outputs of all data, r = N C.
+    """G = V' diag(lambda) V, where V has one row for each output of all data, r = N C rows.
 
-    It is the dual form, det(I_P + J' B B' J / delta) = det(I_r + B' J J' B / delta), with its eigenvectors carried over
-    to the weights: everything is exact, in r P numbers of memory.
+    This is the dual form of the determinant, det(I_P + J' B B' J / delta) = det(I_r + B' J J' B / delta), with its
+    eigenvectors carried over to the weights. Everything is exact. Memory: r P numbers.
 
     Attributes
     ----------
@@ -36,58 +36,67 @@ class SpectralStructure(NamedTuple):
 
     @classmethod
     def fit(cls, rows: Float[Array, "R P"]) -> "SpectralStructure":
-        """From a factor with rows' rows = G, by QR and the singular values of the triangle: eigenvalues of G far below
-        the largest keep their digits, as they would not in the Gram matrix."""
+        """Build the structure from rows with rows' rows = G.
+
+        QR and the singular values of the triangle keep the digits of eigenvalues far below the largest one. The Gram
+        matrix of the rows would lose them, because it squares the singular values.
+        """
         columns, upper = jnp.linalg.qr(rows.T)
         left, values, _ = jnp.linalg.svd(upper)
         values = jnp.zeros(left.shape[1], values.dtype).at[: len(values)].set(values)
         return cls(values**2, matmul(left.T, columns.T))
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Array]) -> "SpectralStructure":
-        """Rebuild from its fields by name, as a checkpoint holds them."""
+    def from_arrays(cls, arrays: dict[str, AnyArray]) -> "SpectralStructure":
+        """Rebuild the structure from its fields by name, as a checkpoint holds them."""
         return cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
 
-    def whitened(self, relative: Float[Array, " P"]) -> "SpectralStructure":
-        """That of D^-1/2 G D^-1/2."""
+    def whitened(self, relative: Float[AnyArray, " P"]) -> "SpectralStructure":
+        """Return the structure of D^-1/2 G D^-1/2."""
+        # Whitened eigenvectors are not orthogonal any more, so the scaled rows are decomposed again.
         return SpectralStructure.fit(jnp.sqrt(self.eigenvalues)[:, None] * self.eigenvectors / jnp.sqrt(relative))
 
     def scaled(self, factor: float) -> "SpectralStructure":
-        """That of factor * G."""
+        """Return the structure of factor * G."""
         return self._replace(eigenvalues=factor * self.eigenvalues)
 
-    def log_determinant(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
+    def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
         """log det(I + G / delta), in float64."""
         return np.log1p(np.asarray(self.eigenvalues, np.float64) / float(prior_precision)).sum(keepdims=True)
 
-    def truncation(self, prior_precision: float) -> Float[np.ndarray, " 1"]:
-        """Zero: nothing is truncated."""
+    def truncation(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
+        """Zero, because nothing is truncated."""
         return np.zeros(1)
 
-    def effective_parameters(self, prior_precision: float, groups: Int[np.ndarray, " P"]) -> Float[np.ndarray, "1 g"]:
+    def effective_parameters(
+        self, prior_precision: PriorPrecision, groups: Int[np.ndarray, " P"]
+    ) -> Float[np.ndarray, "1 g"]:
         """tr_g G (G + delta I)^-1 over the weights of each group."""
         ratio = self.eigenvalues / (self.eigenvalues + prior_precision)
         return group_sums(matmul(ratio, self.eigenvectors**2), groups)[None]
 
-    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: float) -> float:
-        """v' (G + delta I)^-1 v; in float64, as the part outside of the eigenvectors is a difference."""
+    def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:
+        """v' (G + delta I)^-1 v, in float64 because the part outside the eigenvectors is a difference of squares."""
+        # One row at a time, as a copy of all eigenvectors in float64 would take twice their memory.
         along = np.array([np.asarray(row, np.float64) @ vector for row in self.eigenvectors])
         outside = max(vector @ vector - along @ along, 0.0)
         values = np.asarray(self.eigenvalues, np.float64)
         return float(np.sum(along**2 / (values + prior_precision)) + outside / prior_precision)
 
-    def samples(self, key: Array, num_samples: int, prior_precision: float) -> Float[Array, "S P"]:
-        """Rows eps / sqrt(delta) + V' [(lambda + delta)^-1/2 - delta^-1/2] V eps: outside V the prior's variance."""
+    def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
+        """Draw rows eps / sqrt(delta) + V' [(lambda + delta)^-1/2 - delta^-1/2] V eps.
+
+        Outside the rows of V the posterior has the variance of the prior.
+        """
         vectors = self.eigenvectors
         noise = jax.random.normal(key, (num_samples, vectors.shape[1]), vectors.dtype)
         change = 1 / jnp.sqrt(self.eigenvalues + prior_precision) - 1 / jnp.sqrt(prior_precision)
         return noise / jnp.sqrt(prior_precision) + matmul(matmul(noise, vectors.T) * change, vectors)
 
-    def output_covariance(self, precisions: Sequence[float], relative: RelativePrecisions = 1.0) -> OutputCovariance:
-        """J -> J V' (lambda + delta)^-1 V J' inside of V, and the prior's outside, for each delta.
+    def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
+        """Return the function J -> J V' (lambda + delta)^-1 V J' + R R' / delta, evaluated at each delta.
 
-        The part of J outside is formed before it is squared: as a difference of two squares it would be rounding where
-        the data leave next to nothing open.
+        J is whitened by `relative` first, and R = J - J V' V is its part outside the rows of V.
         """
         return Partial(_covariances, self, jnp.asarray(precisions, self.eigenvalues.dtype), relative)
 
@@ -98,8 +107,11 @@ def _covariances(
     relative: RelativePrecisions,
     jacobian: Jacobian,
 ) -> Float[Array, "D M U C C"]:
+    """Compute the covariance of outputs inside and outside the rows of V, at each delta."""
     rows = jacobian.rows() / jnp.sqrt(relative)
     inside = matmul(rows, structure.eigenvectors.T)
+    # R is formed before it is squared. A difference of two squares would be rounding alone if the data determine almost
+    # everything.
     outside = inner_products(rows - matmul(inside, structure.eigenvectors))
 
     def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
