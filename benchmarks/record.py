@@ -22,6 +22,8 @@ from bnnlaplace.core.memory import free_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+# The programs in `training` are not installed. Benchmarks that import them find them beside this folder.
+sys.path.append(str(ROOT))
 MOST_BYTES_ON_CPU = 4e9
 Results = dict[str, dict[str, Any]]
 

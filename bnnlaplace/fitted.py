@@ -36,16 +36,24 @@ class Settings:
     prior_mean: PyTree
     prior_groups: Groups
 
-    def __post_init__(self) -> None:
-        checks.choice(self.hessian_structure, "Laplace(hessian_structure=...)", sorted(BY_NAME))
-        check_subset(self.subset_of_weights)
-        if is_scalar(self.prior_precision):
-            checks.positive(self.prior_precision, "Laplace(prior_precision=...)")
-        if not callable(self.prior_groups):
+    @classmethod
+    def checked(
+        cls,
+        subset_of_weights: Subset,
+        hessian_structure: str,
+        prior_precision: Precision,
+        prior_mean: PyTree,
+        prior_groups: Groups,
+    ) -> "Settings":
+        """Settings from a user, with each field checked as far as that is possible before data are known."""
+        checks.choice(hessian_structure, "Laplace(hessian_structure=...)", sorted(BY_NAME))
+        check_subset(subset_of_weights)
+        if not callable(prior_groups):
             raise ValueError(
                 "Laplace(prior_groups=...) must be a function from the path of a weight to the name of its group; got "
-                f"{self.prior_groups!r}"
+                f"{prior_groups!r}"
             )
+        return cls(subset_of_weights, hessian_structure, prior_precision, prior_mean, prior_groups)
 
     def at(self, prior_precision: Precision) -> "Settings":
         """The same settings at another prior precision."""
@@ -86,6 +94,8 @@ class Unfitted(NamedTuple):
                 f"Laplace(network=...) must be a bnnlaplace.Network; got {type(network).__name__}; wrap a Flax model "
                 "by Network.from_linen(module, variables) or Network.from_nnx(model), a function by from_function"
             )
+        if is_scalar(settings.prior_precision):
+            checks.positive(settings.prior_precision, "Laplace(prior_precision=...)")
         return cls(network, likelihood, settings.prior(network) if settings.subset_of_weights == "all" else None)
 
 
@@ -167,7 +177,7 @@ class Fitted(NamedTuple):
         """The terms of the evidence beside the determinant, with the noise as it is or at its best."""
         if best_noise:
             return self.log_likelihood.log_joint_at_best_noise(self.likelihood.sigma_noise)
-        return self.log_likelihood.log_joint()
+        return LogJoint(float(self.log_likelihood.value))
 
     def log_marginal_likelihood(self) -> Estimate:
         """The log evidence at the prior."""

@@ -98,7 +98,7 @@ class Laplace:
         prior_groups: Groups = by_layer,
         sigma_noise: float | Float[ArrayLike, "*C"] = 1.0,
     ) -> None:
-        settings = Settings(subset_of_weights, hessian_structure, prior_precision, prior_mean, prior_groups)
+        settings = Settings.checked(subset_of_weights, hessian_structure, prior_precision, prior_mean, prior_groups)
         state = Unfitted.of(network, resolve(likelihood, sigma_noise), settings)
         object.__setattr__(self, "state", state)
         object.__setattr__(self, "settings", settings)

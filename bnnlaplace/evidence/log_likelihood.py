@@ -1,4 +1,4 @@
-"""The log likelihood at the weights and its gradient, summed over the data a microbatch at a time."""
+"""The log likelihood at the weights and its gradient, summed over the data one microbatch at a time."""
 
 import math
 from functools import partial
@@ -29,8 +29,8 @@ class LogLikelihood(NamedTuple):
     num_targets
         scale * (the number of outputs, at all positions of all examples).
     squared_residuals
-        scale * sum_n |(y_n - f_n) / sigma|^2 if the likelihood has a noise sigma, otherwise 0. The difference of two
-        log likelihoods would not have enough digits to tell it.
+        scale * sum_n |(y_n - f_n) / sigma|^2 if the likelihood has a noise sigma, otherwise 0. It is summed on its own,
+        because it would lose its digits in the difference of two log likelihoods.
     """
 
     value: Float[Array, ""]
@@ -49,18 +49,15 @@ class LogLikelihood(NamedTuple):
 
     def scaled(self, scale: float) -> "LogLikelihood":
         """The log likelihood of `scale` times as many examples."""
-        return jax.tree.map(lambda part: scale * part, self)
-
-    def log_joint(self) -> LogJoint:
-        """The terms of the evidence beside the determinant, with the noise as it is."""
-        return LogJoint(float(self.value))
+        return jax.tree.map(lambda total: scale * total, self)
 
     def log_joint_at_best_noise(self, sigma_noise: Float[Array, "*C"]) -> LogJoint:
-        """The same with the best noise for each prior; `sigma_noise` is the noise of the likelihood."""
+        """The terms of the evidence beside the determinant, with the best noise; `sigma_noise` is that of the model."""
         return LogJoint.at_best_noise(float(self.squared_residuals), float(self.num_targets), sigma_noise)
 
     def with_noise_variance(self, factor: float, sigma_noise: Float[Array, "*C"]) -> "LogLikelihood":
         """The log likelihood of a regression whose noise variance is `factor` times that of `sigma_noise`."""
+        # log p = constant - (r / factor + n log factor) / 2, where r holds the residuals in units of the present noise.
         residuals, count = float(self.squared_residuals), float(self.num_targets)
         constant = self.log_joint_at_best_noise(sigma_noise).constant
         value = constant - 0.5 * (residuals / factor + count * math.log(factor))
@@ -82,10 +79,11 @@ def batch_log_likelihood(
     *,
     microbatch: int = 64,
 ) -> LogLikelihood:
-    """Sum the log likelihood of one batch, and its gradient. Examples of weight zero do not count.
+    """Sum the log likelihood of one batch, and its gradient. Examples with weight zero do not count.
 
     Cost: one gradient of the batch. Memory: the activations of a microbatch.
     """
+    # Inputs and targets are cut alike, each in its own type, so that labels stay integers.
     dtype = number_type(params)
     batches = mb.split(inputs, microbatch, dtype, weights)
     labels = mb.split(targets, microbatch, dtype).inputs
@@ -93,6 +91,7 @@ def batch_log_likelihood(
     def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> tuple[Array, tuple[Array, Array]]:
         outputs = network(params, batch.inputs)
         log_prob = likelihood.log_prob(outputs, targets)
+        # The last microbatch is padded with examples of weight zero, which must not count as targets.
         count = jnp.sum(batch.weights) * (outputs.size // len(outputs))
         squares = jnp.zeros_like(count)
         if likelihood.sigma_noise is not None:
@@ -100,9 +99,9 @@ def batch_log_likelihood(
             squares = jnp.sum(mb.over_outputs(batch.weights, residuals) * residuals**2)
         return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob), (count, squares)
 
-    def of_microbatch(batch_and_targets: tuple[mb.Microbatches, Array]) -> LogLikelihood:
+    def value_and_gradient(batch_and_targets: tuple[mb.Microbatches, Array]) -> LogLikelihood:
         with_gradient = jax.value_and_grad(value, has_aux=True)
         (log_likelihood, (count, squares)), gradient = with_gradient(params, *batch_and_targets)
         return LogLikelihood(log_likelihood, ravel(gradient), count, squares)
 
-    return mb.summed(of_microbatch, (batches, labels))
+    return mb.summed(value_and_gradient, (batches, labels))

@@ -1,4 +1,4 @@
-"""From a network, data and a prior to the fitted posterior."""
+"""Fit the posterior: from a network, data and a prior to its curvature and log likelihood."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, Num, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import size
 from bnnlaplace.curvature import dense, diagonal, kronecker
+from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
@@ -22,8 +23,8 @@ from bnnlaplace.model.network import Network
 from bnnlaplace.prior import Prior
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KroneckerStructure, SpectralStructure, Structure
 
-# For each structure that one pass over the data gives: the curvature of a batch, which adds up over batches, and the
-# structure from the sum.
+# The structures that need one pass over the data. For each: the function that computes the curvature of a batch, whose
+# results add up over batches, and the function that makes the structure from the sum.
 EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any], Structure]]] = {
     "diag": (diagonal.ggn_diagonal, DiagonalStructure),
     "kron": (kronecker.factors, KroneckerStructure.fit),
@@ -67,7 +68,7 @@ def fit(
 
 
 def _fit_exact(model: Model, prior: Prior, name: str, *, microbatch: int) -> Fitted:
-    """A structure of `EXACT`, from one pass over the data: they may be such as can be read only once."""
+    """Fit a structure of `EXACT` in one pass over the data, which need not be readable a second time."""
     # The derivatives of single examples are in memory here. Half as many examples as in other passes keep the memory
     # level, unless the matrix is larger than they are.
     at_once = microbatch if name == "full" else max(1, microbatch // 2)
@@ -85,20 +86,20 @@ def _fit_exact(model: Model, prior: Prior, name: str, *, microbatch: int) -> Fit
 
 @partial(jax.jit, static_argnames=("name", "microbatch"))
 def batch_curvature(name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int) -> PyTree:
-    """The curvature of one batch for the structure `name` of `EXACT`, compiled once per shape."""
+    """Compute the curvature of one batch for the structure `name` of `EXACT`. Each shape is compiled once."""
     function, _ = EXACT[name]
     options = {"weights": batch.weights, "microbatch": microbatch}
     return function(network, likelihood, network.params, batch.inputs, **options)
 
 
 @partial(jax.jit, static_argnames="name")
-def exact_structure(name: str, curvature: PyTree, scale: float) -> Structure:
-    """The structure `name` of `EXACT` from the sum over batches, times `scale`."""
-    return EXACT[name][1](jax.tree.map(lambda part: scale * part, curvature))
+def exact_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> Structure:
+    """Make the structure `name` of `EXACT` from the sum of its curvature over batches, multiplied by `scale`."""
+    return EXACT[name][1](jax.tree.map(lambda leaf: scale * leaf, curvature))
 
 
 def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microbatch: int) -> Fitted:
-    """All eigenpairs where the data have few outputs, otherwise a Krylov decomposition from GGN products."""
+    """Fit all eigenpairs if the data have few outputs, otherwise a Krylov decomposition from GGN products."""
     count = num_outputs(model)
     # A fault of the options is reported before a pass over the data if the number of outputs is known by then.
     if count is not None and count > options.max_vectors:
@@ -113,7 +114,7 @@ def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microba
             white,
             scale,
             options,
-            log_joint=log_likelihood.log_joint(),
+            log_joint=LogJoint(float(log_likelihood.value)),
             squared_norm=prior.squared_distance(model.network.params),
             microbatch=microbatch,
         )
@@ -121,9 +122,9 @@ def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microba
 
 
 def fit_spectral(model: Model, scale: float) -> SpectralStructure:
-    """All eigenpairs of G by its factor B' J, which has one row for each output of all data.
+    """Compute all eigenpairs of G from its factor B' J, which has one row for each output of all data.
 
-    Cost: one backward pass an output, and the factorisation of N C rows of P numbers, which are in memory twice.
+    Cost: one backward pass for each output, and the factorisation of N C rows of P numbers. They are in memory twice.
     """
     rows = [_factor_rows(model.head, model.likelihood, batch) for batch in model.data]
     return _spectral(jnp.sqrt(scale) * jnp.concatenate(rows))
@@ -131,6 +132,7 @@ def fit_spectral(model: Model, scale: float) -> SpectralStructure:
 
 @jax.jit
 def _factor_rows(network: Network, likelihood: Likelihood, batch: Batch) -> Float[Array, "R P"]:
+    """Compute the rows of B' J for one batch."""
     return dense.factor_rows(network, likelihood, network.params, batch.inputs, batch.weights)
 
 
