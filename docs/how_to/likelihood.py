@@ -69,7 +69,8 @@ def check(likelihood, f, y):
     exact = jax.hessian(lambda f: -likelihood.log_prob(f, y))(f)
     factor = jax.vmap(likelihood.factor_mv, in_axes=(None, 0), out_axes=1)(f, columns)
     transposed = jax.vmap(likelihood.factor_transpose_mv, in_axes=(None, 0), out_axes=1)(f, columns)
-    np.testing.assert_allclose(likelihood.hessian_mv(f, columns), exact, rtol=1e-4, atol=1e-5)
+    hessian = jax.vmap(likelihood.hessian_mv, in_axes=(None, 0))(f, columns)
+    np.testing.assert_allclose(hessian, exact, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(factor @ factor.T, exact, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(transposed, factor.T, rtol=1e-4, atol=1e-5)
 
