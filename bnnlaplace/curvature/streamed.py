@@ -82,7 +82,7 @@ def operator(
     21
     >>> probes = krylov.normal_probes(jax.random.key(0), jnp.ones(dual.size), 4)
     >>> *_, decomposition = krylov.block_lanczos(dual.matvec, probes, max_vectors=12)
-    >>> krylov.trace_forms(krylov.ritz(decomposition), jnp.log1p).shape  # log det(I + .) as each probe estimates it
+    >>> krylov.trace_forms(krylov.ritz(decomposition), np.log1p).shape  # log det(I + .) as each probe estimates it
     (4,)
     """
     checks.choice(side, "operator(side=...)", ("auto", "primal", "dual"))
