@@ -1,8 +1,8 @@
-"""Checks of what a user hands to a Krylov method: vectors, operators and options.
+"""Checks of what a user hands to a Krylov method: vectors, operators, counts and numbers.
 
-Every message names the function, its argument, and a way out: "lanczos(start=...) must ...; got ...; try ...". Numbers
-and counts must be known while JAX traces, so that a traced one is refused with the advice to make it static; this is
-why they are not the checks of `bnnlaplace.core.checks`.
+Every message names the function, its argument, and a way out: "lanczos(start=...) must ...; got ...; try ...". Names of
+options are checked by `bnnlaplace.core.checks.choice`. Counts and numbers are checked here, since they must be known
+while JAX traces: a traced one is refused with the advice to make it a static argument.
 """
 
 import math
@@ -172,10 +172,3 @@ def check_number(caller: str, argument: str, value: Any, *, positive: bool) -> f
             f"{caller}({argument}=...) must be {wanted} and finite; got {number}; leave it out for the default"
         )
     return number
-
-
-def check_choice(caller: str, argument: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if not isinstance(value, str) or value not in choices:
-        names = [repr(choice) for choice in choices]
-        raise ValueError(f"{caller}({argument}=...) must be {', '.join(names[:-1])} or {names[-1]}; got {value!r}")

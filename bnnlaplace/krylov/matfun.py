@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi_adjoint, arnoldi_forward
-from bnnlaplace.krylov.checks import check_choice, check_decomposable
+from bnnlaplace.krylov.checks import check_decomposable
 from bnnlaplace.krylov.derivative_modes import reverse_only
 from bnnlaplace.krylov.frechet import Method, times_vector
 from bnnlaplace.krylov.functions import Converted, matrix_function, scalar_function
@@ -104,7 +105,7 @@ def matfun_lanczos(
     True
     """
     caller = "matfun_lanczos"
-    check_choice(caller, "gradient", gradient, GRADIENTS)
+    checks.choice(gradient, f"{caller}(gradient=...)", GRADIENTS)
     options = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
     operator, settings = prepare(caller, "vector", matvec, vector, params, **options)
     check_decomposable(caller, "vector", operator.start.dtype)
@@ -161,7 +162,7 @@ def matfun_arnoldi(
     True
     """
     caller = "matfun_arnoldi"
-    check_choice(caller, "gradient", gradient, GRADIENTS)
+    checks.choice(gradient, f"{caller}(gradient=...)", GRADIENTS)
     options = {"num_matvecs": num_matvecs, "reorthogonalise": reorthogonalise, "vjp_batch_size": vjp_batch_size}
     operator, settings = prepare(caller, "vector", matvec, vector, params, **options)
     check_decomposable(caller, "vector", operator.start.dtype)

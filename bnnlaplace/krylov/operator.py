@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import concatenated, floating, unraveler
 from bnnlaplace.krylov import breakdown
-from bnnlaplace.krylov.checks import check_choice, check_count, check_number, check_product, check_vector
+from bnnlaplace.krylov.checks import check_count, check_number, check_product, check_vector
 from bnnlaplace.krylov.derivative_modes import reverse_only
 from bnnlaplace.krylov.functions import convert
 
@@ -80,7 +81,7 @@ def decompose(
     **options: Any,
 ) -> Any:
     """Run a decomposition as a loop or with its adjoint, and return it in the user's structure."""
-    check_choice(caller, "gradient", gradient, ("adjoint", "autodiff"))
+    checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "autodiff"))
     operator, settings = prepare(caller, "start", matvec, start, params, **options)
     run = partial(forward, operator.matvec, settings)
     if gradient == "adjoint":
@@ -102,7 +103,7 @@ def prepare(
     breakdown_tolerance: float | None = None,
 ) -> tuple[FlatOperator, Settings]:
     """Check an operator and the options of its decomposition; errors are those of `flatten` and of each option."""
-    check_choice(caller, "reorthogonalise", reorthogonalise, ("full", "none"))
+    checks.choice(reorthogonalise, f"{caller}(reorthogonalise=...)", ("full", "none"))
     vjp_batch_size = check_count(caller, "vjp_batch_size", vjp_batch_size)
     operator = flatten(caller, argument, matvec, start, params)
     # Only now is the dimension known, which bounds the number of steps.

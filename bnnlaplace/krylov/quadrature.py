@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import concatenated, floating
 from bnnlaplace.krylov.checks import (
-    check_choice,
     check_count,
     check_decomposable,
     check_finite,
@@ -178,7 +178,7 @@ def stochastic_lanczos_quadrature(
     True
     """
     caller = "stochastic_lanczos_quadrature"
-    check_choice(caller, "gradient", gradient, ("adjoint", "quadrature", "autodiff"))
+    checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "quadrature", "autodiff"))
     probe_batch_size = check_count(caller, "probe_batch_size", probe_batch_size)
     relative_sem = _check_relative_sem(caller, relative_sem, gradient)
     probes = check_real(caller, "probes", probes)

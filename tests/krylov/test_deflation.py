@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from krylov.decompositions import Refusal, assert_close, check_refusals
+from krylov.decompositions import Refusal, assert_close, check_refusals, usual
 
 from bnnlaplace.krylov import Eigenpairs, leading_eigenpairs, rademacher_probes, stochastic_lanczos_quadrature
 
@@ -46,8 +46,14 @@ def test_a_batch_with_probes_of_which_nothing_is_left():
     np.testing.assert_allclose(slope, 1 / VALUES, rtol=1e-4)
 
 
-@pytest.mark.parametrize("gradient", ["adjoint", "quadrature"])
-def test_second_derivatives(x64, gradient):
+SECOND = {"hessian": jax.hessian, "reverse mode twice": lambda loss: jax.jacrev(jax.grad(loss))}
+
+
+@pytest.mark.parametrize(
+    ("gradient", "mode"),
+    usual([("adjoint", "reverse mode twice"), ("quadrature", "hessian")], ("adjoint", "quadrature"), SECOND),
+)
+def test_second_derivatives(x64, gradient, mode):
     """Those of the estimated gradient, exact at full depth. With deflation they are refused."""
     values, probes = jnp.asarray(np.asarray(VALUES, np.float64)), jnp.asarray(EXACT, jnp.float64)
 
@@ -55,10 +61,10 @@ def test_second_derivatives(x64, gradient):
         return log_determinant(values**2, 1.0, probes @ mixing, gradient=gradient, **options)
 
     mixing = jnp.linalg.qr(jax.random.normal(jax.random.key(0), (SIZE, SIZE)))[0]
-    for derivative in (jax.hessian(loss), jax.jacrev(jax.grad(loss))):
-        np.testing.assert_allclose(jax.jit(derivative)(values), jnp.diag(-2 / values**2), atol=1e-8)
-        with pytest.raises(TypeError, match=r"quadrature\(deflation=...\) has first derivatives only"):
-            jax.jit(derivative)(values, deflation=jax.tree.map(lambda x: x.astype(values.dtype), pairs(2)))
+    derivative = jax.jit(SECOND[mode](loss))
+    np.testing.assert_allclose(derivative(values), np.diag(-2 / values**2), atol=1e-8)
+    with pytest.raises(TypeError, match=r"quadrature\(deflation=...\) has first derivatives only"):
+        derivative(values, deflation=jax.tree.map(lambda x: x.astype(values.dtype), pairs(2)))
 
 
 def test_second_derivatives_of_a_loop_that_may_stop(x64):
