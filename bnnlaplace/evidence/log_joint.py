@@ -23,12 +23,12 @@ class LogJoint(NamedTuple):
     Attributes
     ----------
     constant
-        The part that does not depend on q: scale * sum_n log p(y_n | f_n) in nats, plus r / 2 where the noise is at its
+        The part that does not depend on q: scale * sum_n log p(y_n | f_n) in nats, plus r / 2 if the noise is at its
         best.
     squared_residuals
-        r = sum ((y - f) / sigma)^2; used where the noise is at its best.
+        r = sum ((y - f) / sigma)^2; used if the noise is at its best.
     num_targets
-        n, the number of targets: all outputs of all examples. None where the noise is fixed.
+        n, the number of targets: all outputs of all examples. None if the noise is fixed.
     """
 
     constant: float
@@ -40,13 +40,14 @@ class LogJoint(NamedTuple):
         cls, squared_residuals: float, num_targets: float, sigma_noise: Float[ArrayLike, "*C"]
     ) -> "LogJoint":
         """Maximise over a common factor of the noise variances; `sigma_noise` is one number or one for each output."""
-        # From the noise itself: log p + r / 2 would lose all digits where r is large.
+        # Computed from the noise itself, as log p + r / 2 would lose all digits if r is large.
         mean_log_sigma = float(np.log(np.asarray(sigma_noise, np.float64)).mean())
         constant = -num_targets * (mean_log_sigma + 0.5 * math.log(2 * math.pi))
         return cls(constant, squared_residuals, num_targets)
 
     def __call__(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
         """The value in nats."""
+        # At the best s = (r + q) / n the term (r + q) / (2 s) is n / 2.
         if self.num_targets is None:
             return self.constant - 0.5 * q
         return self.constant - 0.5 * self.num_targets * (1 + np.log(self.noise_factor(q)))
@@ -56,5 +57,5 @@ class LogJoint(NamedTuple):
         return float(-0.5 / self.noise_factor(q))
 
     def noise_factor(self, q: Float[ArrayLike, "*D"]) -> Float[ArrayLike, "*D"]:
-        """The best noise variance over that of the likelihood; 1 where the noise is fixed."""
+        """The best noise variance over that of the likelihood; 1 if the noise is fixed."""
         return 1.0 if self.num_targets is None else (self.squared_residuals + q) / self.num_targets
