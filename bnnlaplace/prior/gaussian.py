@@ -1,7 +1,8 @@
-"""The prior of the weights, N(mu, P0^-1) with P0 = diag(delta): isotropic, one precision a group, or one a weight.
+"""The Gaussian prior N(mu, P0^-1) of the weights, with P0 = diag(delta).
 
-It is split into an overall factor tau and relative precisions D of geometric mean one, P0 = tau D. In the coordinates
-sqrt(D) theta the prior is isotropic: there one decomposition of the curvature serves every tau, whatever D.
+Its precision delta is one number for all weights, one for each group of weights, or one for each weight. It is split
+into an overall precision tau and relative precisions D with geometric mean one, P0 = tau D. In the coordinates
+sqrt(D) theta the prior is isotropic, so one decomposition of the curvature there serves every tau.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int, Num, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import as_vector, described, leaf_names, number_type, ravel, size
+from bnnlaplace.core.types import AnyArray
 
+# A prior precision as a user states it, and the function from the path of a weight to the name of its group.
 Precision = float | Array | Mapping[str, Any] | PyTree
 Groups = Callable[[str], str]
 
@@ -25,14 +28,14 @@ class Prior(NamedTuple):
     Attributes
     ----------
     precision
-        tau: the prior precision, or the geometric mean over the weights if they differ in it.
+        tau: the prior precision, or its geometric mean over the weights if they have different ones.
     relative
-        D: one number for each weight, shape (P,), of geometric mean one. The number 1.0 for an isotropic prior.
+        D: one number for each weight, shape (P,), with geometric mean one. The number 1.0 for an isotropic prior.
     mean
         mu: one number for each weight, shape (P,), or the number 0.0.
     """
 
-    precision: Float[ArrayLike, ""]
+    precision: Num[ArrayLike, ""]
     relative: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 1.0
     mean: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 0.0
 
@@ -54,36 +57,36 @@ class Prior(NamedTuple):
         """Gradient of the log density in the weights, -P0 (theta - mu)."""
         return self.relative * (-self.precision * self.deviation(params))
 
-    def whiten(self, vector: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        """D^-1/2 v. It takes a gradient to the coordinates sqrt(D) theta, and a deviation from them back to theta."""
+    def whiten(self, vector: Float[AnyArray, "... P"]) -> Float[AnyArray, "... P"]:
+        """Multiply by D^-1/2: a gradient changes to the coordinates sqrt(D) theta, a deviation from them to theta."""
         return vector if self.is_isotropic else vector / jnp.sqrt(self.relative)
 
 
 def by_layer(path: str) -> str:
-    """The group of a weight: the module that holds it, so that kernel and bias of a layer share a prior precision.
+    """Group a weight by the module that holds it, so that kernel and bias of a layer share a prior precision.
 
     Parameters
     ----------
     path
-        Such as "Dense_0/kernel".
+        The path of a weight, such as "Dense_0/kernel".
     """
     return path.rpartition("/")[0] or path
 
 
 def group_names(params: PyTree, groups: Groups) -> list[str]:
-    """The names of the groups, in the order of their first weights.
+    """List the names of the groups, in the order of their first weights.
 
     Parameters
     ----------
     params
         The weights.
     groups
-        From the path of a weight to the name of its group.
+        The function from the path of a weight to the name of its group.
 
     Raises
     ------
     ValueError
-        If a name is no string.
+        If a name is not a string.
     """
     names = list(dict.fromkeys(groups(name) for name in leaf_names(params)))
     for name in names:
@@ -96,7 +99,7 @@ def group_names(params: PyTree, groups: Groups) -> list[str]:
 
 
 def group_numbers(params: PyTree, groups: Groups) -> Int[np.ndarray, " P"]:
-    """For each weight the position of its group in `group_names`.
+    """Return for each weight the position of its group in `group_names`.
 
     Parameters
     ----------
@@ -104,8 +107,8 @@ def group_numbers(params: PyTree, groups: Groups) -> Int[np.ndarray, " P"]:
         As for `group_names`.
     """
     numbers = {name: number for number, name in enumerate(group_names(params, groups))}
-    own = [numbers[groups(name)] for name in leaf_names(params)]
-    return np.repeat(own, [leaf.size for leaf in jax.tree.leaves(params)])
+    leaf_groups = [numbers[groups(name)] for name in leaf_names(params)]
+    return np.repeat(leaf_groups, [leaf.size for leaf in jax.tree.leaves(params)])
 
 
 def resolve(
@@ -117,20 +120,21 @@ def resolve(
     ----------
     precision
         One number; a dictionary with one number for each group; a vector (P,); or a pytree whose leaves broadcast to
-        those of `params`. A pytree with more leaves than `params` serves too: the matching ones are taken.
+        those of `params`. A pytree may have more leaves than `params`: those with the paths of `params` are taken.
     mean
-        One number, a vector (P,), or a pytree like `params` or with more leaves.
+        One number, a vector (P,), or a pytree like `params`, which may have more leaves as well.
     params
         The weights with a posterior.
     groups
-        From the path of a weight to the name of its group.
+        The function from the path of a weight to the name of its group.
     where
-        Who asks, for messages.
+        The name of the caller, for messages.
 
     Raises
     ------
     ValueError
-        If a precision is not positive and finite, or either does not fit the weights; the message names the groups.
+        If a precision is not positive and finite, or precision or mean does not fit the weights. The message names the
+        groups.
     """
     factor, relative = _split(precision, params, groups, where)
     return Prior(factor, relative, _mean(mean, params, where))
@@ -138,68 +142,55 @@ def resolve(
 
 def _split(
     precision: Precision, params: PyTree, groups: Groups, where: str
-) -> tuple[Float[ArrayLike, ""], Float[ArrayLike, ""] | Float[Array, " P"]]:
-    """Prior precisions as a user states them, as an overall factor tau and relative precisions D."""
+) -> tuple[Num[ArrayLike, ""], Float[ArrayLike, ""] | Float[Array, " P"]]:
+    """Split prior precisions, as a user states them, into an overall factor tau and relative precisions D."""
     if is_scalar(precision):
         checks.positive(precision, f"{where}(prior_precision=...)")
         return precision, 1.0
-    # A vector has one number for each weight. Groups have one for each leaf, so that little is computed.
+    # Precisions of groups stay one number for each leaf until the end, so that little is computed.
     by_group = is_by_group(precision, params, groups)
-    numbers = _of_leaves(precision, params, groups) if by_group else _per_weight(precision, params, groups, where)
+    numbers = _per_leaf(precision, params, groups) if by_group else _per_weight(precision, params, groups, where)
     counts = [leaf.size for leaf in jax.tree.leaves(params)] if by_group else 1
+    # Traced numbers can be neither checked nor compared.
     if isinstance(numbers, jax.core.Tracer):
         vector = jnp.repeat(numbers, np.asarray(counts), total_repeat_length=size(params))
         factor = jnp.exp(jnp.mean(jnp.log(vector)))
         return factor, vector / factor
-    exact = np.asarray(numbers, np.float64)  # operations of JAX would be traced inside `jit`
-    if not np.all((exact > 0) & np.isfinite(exact)):
-        raise ValueError(
-            f"{where}(prior_precision=...) must be positive and finite for every weight; got numbers from "
-            f"{exact.min():.3g} to {exact.max():.3g}; try 1.0"
-        )
+    exact = np.asarray(numbers, np.float64)  # an operation of JAX would be traced inside `jit`
+    checks.all_positive(exact, f"the numbers in {where}(prior_precision=...)")
+    # Equal numbers are an isotropic prior, for which every structure is cheaper.
     if np.all(exact == exact[0]):
         return float(exact[0]), 1.0
+    # The geometric mean over weights; each leaf counts as often as it has weights.
     factor = float(np.exp(np.average(np.log(exact), weights=counts if by_group else None)))
     relative = np.repeat((exact / factor).astype(number_type(params)), counts)
     return factor, jnp.asarray(relative)
 
 
 def is_scalar(precision: Precision) -> bool:
-    """Whether it is one number for all weights.
-
-    Parameters
-    ----------
-    precision
-        As a user states it.
-    """
+    """Whether a prior precision is one number for all weights."""
     return not isinstance(precision, (Mapping, tuple, list, str)) and np.ndim(precision) == 0
 
 
 def is_by_group(precision: Precision, params: PyTree, groups: Groups) -> bool:
-    """Whether it is a dictionary with one number for each group.
-
-    Parameters
-    ----------
-    precision
-        As a user states it.
-    params, groups
-        As for `group_names`.
-    """
+    """Whether a prior precision is a dictionary with one number for each group."""
     if not isinstance(precision, Mapping) or set(precision) != set(group_names(params, groups)):
         return False
     return all(map(is_scalar, precision.values()))
 
 
-def _of_leaves(precision: Mapping[str, Any], params: PyTree, groups: Groups) -> Float[ArrayLike, " L"]:
-    """The precision of the group of each leaf."""
+def _per_leaf(precision: Mapping[str, Any], params: PyTree, groups: Groups) -> Float[ArrayLike, " L"]:
+    """Return the precision of each leaf's group."""
     numbers = [precision[groups(name)] for name in leaf_names(params)]
-    traced = any(isinstance(number, jax.core.Tracer) for number in numbers)
-    return jnp.stack([jnp.asarray(number, float) for number in numbers]) if traced else np.asarray(numbers, np.float64)
+    if any(isinstance(number, jax.core.Tracer) for number in numbers):
+        return jnp.stack([jnp.asarray(number, float) for number in numbers])
+    return np.asarray(numbers, np.float64)
 
 
-def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str) -> Float[Array, " P"]:
+def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str) -> Num[Array, " P"]:
+    """Return one precision for each weight, or raise ValueError with all ways to state a precision."""
     try:
-        return as_vector(_of_chosen(precision, params), params)
+        return as_vector(_with_posterior(precision, params), params)
     except (ValueError, TypeError):
         names = group_names(params, groups)
         got = f"the names {sorted(precision)}" if isinstance(precision, Mapping) else described(precision)
@@ -209,8 +200,8 @@ def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str
         ) from None
 
 
-def _of_chosen(values: PyTree, params: PyTree) -> PyTree:
-    """Of a pytree like all weights the leaves of those with a posterior; anything else as it is."""
+def _with_posterior(values: PyTree, params: PyTree) -> PyTree:
+    """Take from a pytree like all weights the leaves with the paths of `params`; return anything else as it is."""
     known = dict(zip(leaf_names(values), jax.tree.leaves(values), strict=True))
     names = leaf_names(params)
     if jax.tree.structure(values) == jax.tree.structure(params) or not set(names) <= set(known):
@@ -218,11 +209,12 @@ def _of_chosen(values: PyTree, params: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), [known[name] for name in names])
 
 
-def _mean(mean: PyTree, params: PyTree, where: str) -> Float[ArrayLike, ""] | Float[Array, " P"]:
+def _mean(mean: PyTree, params: PyTree, where: str) -> Float[ArrayLike, ""] | Num[Array, " P"]:
+    """Return the prior mean as the number 0.0 or as one number for each weight."""
     if isinstance(mean, (int, float)) and mean == 0:
-        return 0.0
+        return 0.0  # the number, so that no vector of zeros is stored
     try:
-        vector = as_vector(_of_chosen(mean, params), params)
+        vector = as_vector(_with_posterior(mean, params), params)
     except (ValueError, TypeError):
         raise ValueError(
             f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "

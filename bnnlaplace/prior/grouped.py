@@ -1,11 +1,12 @@
-"""Prior precisions of groups of weights by the evidence.
+"""Choose the prior precisions of groups of weights by the evidence.
 
-With M = P0^-1/2 G P0^-1/2, gamma_g = tr_g M (I + M)^-1 and s_g = |theta - mu|_g^2 the evidence has the slope
+Let M = P0^-1/2 G P0^-1/2, gamma_g = tr_g M (I + M)^-1 and s_g = |theta - mu|_g^2. The evidence has the slope
 
-    d log p(D) / d log delta_g = (gamma_g - w delta_g s_g) / 2,
+    d log p(D) / d log delta_g = (gamma_g - w delta_g s_g) / 2.
 
-w = 1, or 1 / s where the noise variance is at its best factor s (`bnnlaplace.log_joint`). A maximum is a fixed point of
-delta_g = gamma_g / (w s_g): the number of weights that the data determine over their squared size (MacKay 1992).
+The weight w is 1. If the noise variance is at its best factor s, it is 1 / s (see `bnnlaplace.evidence.log_joint`). A
+maximum is a fixed point of delta_g = gamma_g / (w s_g): the number of weights that the data determine over their
+squared size (MacKay 1992).
 """
 
 from typing import NamedTuple
@@ -21,19 +22,19 @@ from bnnlaplace.structure.protocol import Structure
 
 
 class GroupedOptimum(NamedTuple):
-    """Prior precisions of groups that maximise the evidence, or what the fixed point asks for next.
+    """Prior precisions of groups: the maximum of the evidence, or the next step of the fixed point towards it.
 
     Attributes
     ----------
     precisions
-        delta, one a group, shape (g,).
+        delta, one number for each group, shape (g,).
     at_bound
-        Which of them are at an end of the search range: nothing determines those, as where all weights of a group are
-        zero, or its curvature is.
+        Marks the groups whose precision is at an end of the search range. The evidence does not determine these: all
+        weights of the group are zero, for instance, or its curvature is.
     largest_step
         The largest change of a log delta_g that the fixed point asks for; 0 at the maximum.
     step_error
-        Two standard errors of that change; 0 where the curvature is exact.
+        Two standard errors of that change; 0 if the curvature is exact.
     """
 
     precisions: Float[np.ndarray, " g"]
@@ -51,22 +52,22 @@ def grouped_optimum(
     *,
     search_range: tuple[float, float] = SEARCH_RANGE,
 ) -> GroupedOptimum:
-    """Maximise the evidence over one precision a group, for a structure that can be whitened at will.
+    """Maximise the evidence over one precision for each group, for a structure that can be whitened by any D.
 
-    By L-BFGS in log delta, with the slope above. The maximum is a local one.
+    L-BFGS in log delta, with the slope above, finds a local maximum.
 
     Parameters
     ----------
     structure
-        Of G itself, not whitened.
+        The curvature G itself, not whitened.
     log_joint
-        From q = (theta - mu)' P0 (theta - mu) to the other terms of the evidence.
+        The function from q = (theta - mu)' P0 (theta - mu) to the other terms of the evidence.
     squares
-        (theta - mu)^2, one a weight.
+        (theta - mu)^2, one number for each weight.
     groups
-        The number of the group of each weight.
+        The number of each weight's group.
     start
-        Precisions to start from.
+        The precisions to start from.
     search_range
         The smallest and the largest delta.
     """
@@ -76,7 +77,8 @@ def grouped_optimum(
         delta = np.exp(log_delta)
         whitened = structure.whitened(jnp.asarray(delta[groups]))
         q = float(delta @ sums)
-        # First what needs more: a structure may remember for the second what it found for the first.
+        # The trace comes first, because it needs a whole inverse. A structure may remember that for the determinant,
+        # which needs less.
         effective = whitened.effective_parameters(1.0, groups).mean(axis=0)
         value = log_joint(q) - 0.5 * float(whitened.log_determinant(1.0).mean())
         slope = 0.5 * effective + log_joint.slope(q) * delta * sums
@@ -85,11 +87,11 @@ def grouped_optimum(
     bounds = np.log(search_range)
     inside = np.clip(np.log(start), *bounds)
     options = {"maxiter": 200, "ftol": 1e-12, "gtol": 1e-6}
-    found = scipy.optimize.minimize(
+    optimum = scipy.optimize.minimize(
         negative, inside, jac=True, method="L-BFGS-B", bounds=[tuple(bounds)] * len(start), options=options
     )
-    at_bound = np.abs(found.x[:, None] - bounds).min(axis=1) < 1e-3
-    return GroupedOptimum(np.exp(found.x), at_bound, 0.0, 0.0)
+    at_bound = np.abs(optimum.x[:, None] - bounds).min(axis=1) < 1e-3
+    return GroupedOptimum(np.exp(optimum.x), at_bound, 0.0, 0.0)
 
 
 def accelerated(
@@ -97,16 +99,16 @@ def accelerated(
     proposed: Float[np.ndarray, " g"],
     before: tuple[Float[np.ndarray, " g"], Float[np.ndarray, " g"]] | None,
 ) -> Float[np.ndarray, " g"]:
-    """Where to go from `precisions`, given what the fixed point proposed there and at the point `before` it.
+    """Extrapolate the fixed point from its proposals at `precisions` and at the point `before`.
 
-    The fixed point contracts slowly where the data determine a group in part. The ratio of its last two moves in
-    log delta is the rate r, and the limit lies (1 - r)^-1 times as far as the next move: Aitken's extrapolation, at
-    most four times.
+    The fixed point contracts slowly for a group that the data determine only in part. The ratio of its last two moves
+    in log delta is the rate r, and the limit lies (1 - r)^-1 times as far away as the next move. This is Aitken's
+    extrapolation, here by at most a factor of four.
 
     Parameters
     ----------
     precisions, proposed
-        delta, and what one step of the fixed point makes of it.
+        The present delta, and the delta that one step of the fixed point makes of it.
     before
         The same two of the step before; None at the first step.
     """
@@ -114,6 +116,7 @@ def accelerated(
         return proposed
     here, there = np.log(precisions), np.log(proposed)
     change = here - np.log(before[0])
+    # A group that hardly moved has no rate that rounding would not spoil: the proposal is taken as it is.
     rate = np.divide(there - np.log(before[1]), change, out=np.zeros_like(change), where=np.abs(change) > 1e-3)
     return np.exp(here + (there - here) / (1 - np.clip(rate, -0.5, 0.75)))
 
@@ -127,18 +130,19 @@ def fixed_point_step(
     *,
     search_range: tuple[float, float] = SEARCH_RANGE,
 ) -> GroupedOptimum:
-    """One step delta_g = gamma_g / (w s_g), for a structure that has to be fitted again after it.
+    """Take one step delta_g = gamma_g / (w s_g), for a structure that has to be fitted again after it.
 
     Parameters
     ----------
     effective_parameters
-        gamma as each probe estimates it, at `precisions`; see `Structure.effective_parameters`.
+        The estimate of gamma by each probe, at `precisions`; see `Structure.effective_parameters`.
     log_joint, squares, groups, search_range
         As for `grouped_optimum`.
     precisions
-        Those at which it was computed.
+        The precisions at which `effective_parameters` was computed.
     """
     sums = np.bincount(groups, weights=squares, minlength=len(precisions))
+    # `slope` is -1 / (2 s), so this is the w of the formula.
     weight = -2 * log_joint.slope(float(precisions @ sums))
     gamma = effective_parameters.mean(axis=0)
     tiny = np.finfo(np.float64).tiny
@@ -146,7 +150,8 @@ def fixed_point_step(
     steps = np.abs(np.log(proposed / precisions))
     largest = int(steps.argmax())
     count = len(effective_parameters)
-    spread = effective_parameters[:, largest].std(ddof=1) / np.sqrt(count) if count > 1 else 0.0
+    sem = effective_parameters[:, largest].std(ddof=1) / np.sqrt(count) if count > 1 else 0.0
     bounds = np.log(search_range)
     at_bound = np.abs(np.log(proposed)[:, None] - bounds).min(axis=1) < 1e-3
-    return GroupedOptimum(proposed, at_bound, float(steps[largest]), float(2 * spread / max(gamma[largest], tiny)))
+    # The step is log gamma plus what is known exactly. So its error is the relative error of gamma.
+    return GroupedOptimum(proposed, at_bound, float(steps[largest]), float(2 * sem / max(gamma[largest], tiny)))

@@ -1,4 +1,4 @@
-"""The overall prior precision by the evidence: the maximiser over one number, from a fitted curvature alone."""
+"""Choose the overall prior precision by the evidence. A fitted curvature is enough: no product is computed."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from bnnlaplace.evidence.log_joint import LogJoint
 
+# The smallest and the largest precision that a search tries.
 SEARCH_RANGE = (1e-4, 1e6)
 
 LogDeterminant = Callable[[float], Float[np.ndarray, " S"]]
@@ -22,12 +23,12 @@ class PriorOptimum(NamedTuple):
     prior_precision
         The maximiser.
     low, high
-        An interval that holds both errors of it. For a truncated recurrence, it reaches from this maximiser to that of
-        the evidence at the other end of the truncation bracket of the log-determinant. For the random probes, it goes
-        two standard errors beyond either: on the log scale the standard error of the slope over the curvature. It is
-        cut at the search range, and a point where the evidence is exact.
+        An interval for the errors of the maximiser. Truncation of the recurrence: the interval reaches from this
+        maximiser to that of the evidence at the other end of the truncation bracket. Randomness of the probes: it goes
+        two standard errors beyond either, which on the log scale is the standard error of the slope over the curvature.
+        It is cut at the search range. If the evidence is exact, it is a point.
     at_bound
-        The evidence still rises at an end of the search range: the optimum is not inside it.
+        Whether the evidence still rises at an end of the search range, so that the optimum is not inside it.
     """
 
     prior_precision: float
@@ -44,15 +45,16 @@ def optimum(
     truncation: LogDeterminant | None = None,
     search_range: tuple[float, float] = SEARCH_RANGE,
 ) -> PriorOptimum:
-    """Maximise log p(D) over a scalar delta, from a fitted structure alone; no curvature product.
+    """Maximise log p(D) over a scalar delta, with an interval for the errors of probes and truncation.
 
     Parameters
     ----------
     log_determinant, truncation
-        delta -> log det(I + G / delta) for each probe, and how far truncation may have lifted it; as the methods of a
+        delta -> log det(I + G / delta) for each probe, and a bound on how far truncation raised it: the methods of a
         `bnnlaplace.structure.Structure`. Without `truncation` the interval holds the error of the probes alone.
     log_joint
-        From (theta - mu)' P0 (theta - mu) to the other terms of the evidence; see `bnnlaplace.log_joint`.
+        The function from (theta - mu)' P0 (theta - mu) to the other terms of the evidence; see
+        `bnnlaplace.evidence.LogJoint`.
     squared_norm
         (theta - mu)' D (theta - mu), with P0 = delta D.
     search_range
@@ -66,7 +68,7 @@ def optimum(
     bounds = np.log(search_range)
 
     def located(end: LogDeterminant) -> tuple[float, float]:
-        """The maximiser and two standard errors of it, on the log scale."""
+        """Return the maximiser and two of its standard errors, on the log scale."""
         negative = _negative_evidence(end, log_joint, squared_norm)
         point = _log_maximiser(negative, bounds)
         return point, 2 * _log_standard_error(negative, end, point)
@@ -74,6 +76,7 @@ def optimum(
     ends = [log_determinant] if truncation is None else bracket(log_determinant, truncation)
     points, widths = np.transpose([located(end) for end in ends])
     low, high = np.clip([(points - widths).min(), (points + widths).max()], *bounds)
+    # The bounded method approaches an end of the range, but does not reach it.
     at_bound = bool(np.abs(points[0] - bounds).min() < 1e-3)
     return PriorOptimum(*(float(np.exp(point)) for point in (points[0], low, high)), at_bound)
 
@@ -85,9 +88,9 @@ def maximiser(
     *,
     search_range: tuple[float, float] = SEARCH_RANGE,
 ) -> float:
-    """The delta of `optimum`, without its interval.
+    """Find the delta of `optimum`, without its interval.
 
-    A grid of 8 points a decade finds the highest of several maxima; Brent's method refines it.
+    A grid of 8 points in each decade finds the highest of several maxima, and Brent's method refines it.
 
     Parameters
     ----------
@@ -99,7 +102,7 @@ def maximiser(
 
 
 def bracket(log_determinant: LogDeterminant, truncation: LogDeterminant) -> tuple[LogDeterminant, LogDeterminant]:
-    """The log-determinant as a truncated recurrence gives it, which is an upper bound, and the lower bound.
+    """Return an upper and a lower bound on the log-determinant: as a truncated recurrence gives it, and lowered.
 
     Parameters
     ----------
@@ -110,20 +113,7 @@ def bracket(log_determinant: LogDeterminant, truncation: LogDeterminant) -> tupl
 
 
 def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
-    """The index of the smallest value, those that are not a number passed over.
-
-    Parameters
-    ----------
-    values
-        One for each prior precision.
-    what
-        What they are, for the message.
-
-    Raises
-    ------
-    ValueError
-        If none is a number.
-    """
+    """Return the index of the smallest value. NaN is passed over; ValueError if all are NaN, which names `what`."""
     if np.isnan(values).all():
         raise ValueError(
             f"{what} must be a number at one prior precision at least; got NaN at all {len(values)}; look for values "
@@ -133,23 +123,10 @@ def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
 
 
 def checked_grid(precisions: Iterable[float], where: str) -> Float[np.ndarray, " D"]:
-    """Several prior precisions as an array.
-
-    Parameters
-    ----------
-    precisions
-        The numbers.
-    where
-        The name of the argument, for the message.
-
-    Raises
-    ------
-    ValueError
-        If there are none, or one is not positive and finite.
-    """
+    """Return prior precisions as an array, or raise ValueError if there are none or one is not positive and finite."""
     try:
         grid = np.asarray(list(precisions), np.float64)
-    except (TypeError, ValueError):  # one number, or things that are none
+    except (TypeError, ValueError):  # a single number, or entries that are not numbers: the check below refuses them
         grid = np.asarray(precisions)
     if grid.ndim != 1 or grid.size == 0 or not ((grid > 0) & np.isfinite(grid)).all():
         raise ValueError(f"{where} must be positive, finite numbers, at least one; got {grid}; try [0.1, 1.0, 10.0]")
@@ -159,7 +136,7 @@ def checked_grid(precisions: Iterable[float], where: str) -> Float[np.ndarray, "
 def _negative_evidence(
     log_determinant: LogDeterminant, log_joint: LogJoint, squared_norm: float
 ) -> Callable[[float], float]:
-    """-log p(D) as a function of log delta."""
+    """Return -log p(D) as a function of log delta."""
 
     def negative(log_delta: float) -> float:
         delta = np.exp(log_delta)
@@ -169,6 +146,7 @@ def _negative_evidence(
 
 
 def _log_maximiser(negative: Callable[[float], float], bounds: Float[np.ndarray, " 2"]) -> float:
+    """Minimise over a grid first, as there may be several minima, then between the neighbours of the best point."""
     low, high = bounds
     grid = np.linspace(low, high, 1 + int(np.ceil(8 * (high - low) / np.log(10))))
     best = lowest(np.array([negative(point) for point in grid]), "the evidence")
@@ -177,6 +155,8 @@ def _log_maximiser(negative: Callable[[float], float], bounds: Float[np.ndarray,
 
 
 def _log_standard_error(negative: Callable[[float], float], log_determinant: LogDeterminant, log_delta: float) -> float:
+    """Estimate the standard error of the maximiser: that of the slope over the probes, divided by the curvature."""
+    # A slope that is off by e moves its zero by e / curvature.
     step = 0.05
     curvature = (negative(log_delta + step) - 2 * negative(log_delta) + negative(log_delta - step)) / step**2
     slopes = 0.5 * (log_determinant(np.exp(log_delta + step)) - log_determinant(np.exp(log_delta - step))) / (2 * step)
