@@ -20,8 +20,9 @@ from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import check_outputs, output_shape
 
-# Inputs and targets: two arrays, or batches of such pairs that can be iterated over.
-PairOrBatches = tuple[Inputs, AnyArray] | Iterable[tuple[Inputs, AnyArray]]
+# Inputs and targets: two arrays, or batches of such pairs that can be iterated over. An annotation of the shapes of
+# batches would exclude batches of several lengths.
+PairOrBatches = tuple[Inputs, AnyArray] | Iterable[Any]
 
 
 class Batch(NamedTuple):

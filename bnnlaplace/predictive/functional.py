@@ -1,7 +1,7 @@
 """The posterior of the linearised outputs f(x; theta*) + J(x) (theta - theta*)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -17,17 +17,18 @@ from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
 from bnnlaplace.fitted import Fitted
-from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs, pushforward
+from bnnlaplace.model.batched import by_microbatch, outputs, pushforward
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import Outline, output_shape
+from bnnlaplace.model.spec import NetworkSpec, output_shape
 from bnnlaplace.structure import CovarianceStructure, OutputCovariance, SampleStructure
+from bnnlaplace.structure.protocol import PriorPrecisions
 
-# Of derivatives of outputs, and what is made of them, in memory at a time, and as much again of the activations of
-# backward passes that are run together; on CPU less, as more gains nothing there. Passes that have to be run in turn
-# are few enough for a cache.
+# How many bytes of derivatives, and of what a structure makes of them, are in memory at a time. The activations of
+# backward passes that run together may take as much again. On CPU a larger number would gain nothing. If not all passes
+# can run together, CACHED_BYTES keeps the activations of those that do small enough for a cache.
 JACOBIAN_BYTES, CPU_JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**25, 2**23
-# Inputs that one program takes at least before it takes several outputs of each.
+# A program takes this many inputs before it takes several outputs of each.
 FEW_INPUTS = 8
 
 
@@ -39,7 +40,7 @@ class FunctionalPosterior(NamedTuple):
     mean
         f(x; theta*), (B, ..., C).
     variance
-        J Sigma J' within each output position, (B, ..., C, C); from the samples where they are the only way.
+        J Sigma J' within each output position, (B, ..., C, C). A `SampleStructure` estimates it from the samples.
     deviations
         Samples of J (theta - theta*), (S, B, ..., C).
     """
@@ -52,44 +53,46 @@ class FunctionalPosterior(NamedTuple):
 def functional_posteriors(
     fitted: Fitted,
     inputs: Inputs,
-    precisions: Sequence[float],
+    precisions: PriorPrecisions,
     *,
     key: Array,
     num_samples: int,
     microbatch: int = 64,
 ) -> Iterator[FunctionalPosterior]:
-    """The posterior of the linearised outputs at each of several prior precisions, one after another.
+    """Yield the posterior of the linearised outputs at each of several prior precisions.
 
-    A structure that knows covariances gives them exactly at each input, and samples are drawn from those; it takes one
-    Jacobian per input for all precisions. One that knows samples has them pushed through the Jacobian, and the
-    covariance is estimated from them: without bias, with relative standard error sqrt(2 / num_samples).
+    A `CovarianceStructure` gives exact covariances at each input, from which samples are drawn. One Jacobian for each
+    input serves all precisions. The samples of a `SampleStructure` are multiplied by the Jacobian, and the covariance
+    is estimated from them: without bias, with relative standard error sqrt(2 / num_samples).
 
     Parameters
     ----------
     fitted
         The posterior of the weights. Its own prior gives the ratios of the precisions.
     inputs
-        (B, ...); none are allowed.
+        (B, ...); B may be zero.
     precisions
         Prior precisions.
     key, num_samples
-        Of the samples; of a `SampleStructure` at most as many as it has.
+        The random key of the samples, and their number. A `SampleStructure` gives at most as many as it has.
     microbatch
         Inputs differentiated at a time; bounds memory.
     """
     checks.key(key, "functional_posteriors(key=...)")
     checks.count(num_samples, "functional_posteriors(num_samples=...)", advice="try 32")
+    # The checks above run at the call. Those inside a generator would run at its first element.
     return _one_after_another(fitted, inputs, precisions, key, num_samples, microbatch)
 
 
 def _one_after_another(
     fitted: Fitted,
     inputs: Inputs,
-    precisions: Sequence[float],
+    precisions: PriorPrecisions,
     key: Array,
     num_samples: int,
     microbatch: int,
 ) -> Iterator[FunctionalPosterior]:
+    """Yield what `functional_posteriors` promises."""
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
     mean = outputs(fitted.network, inputs, microbatch=microbatch)
     if isinstance(fitted.structure, SampleStructure):
@@ -103,25 +106,27 @@ def _one_after_another(
 def functional_variances(
     fitted: Fitted,
     inputs: Inputs,
-    precisions: Sequence[float],
+    precisions: PriorPrecisions,
     *,
     microbatch: int = 64,
     marginal: bool = False,
 ) -> Iterator[Float[Array, "B ... C C"] | Float[Array, "B ... C"]]:
-    """The covariance of the linearised outputs at each prior precision; from all samples of a `SampleStructure`.
+    """Yield the covariance of the linearised outputs at each prior precision.
+
+    A `SampleStructure` estimates it from all its samples.
 
     Parameters
     ----------
     fitted, inputs, precisions, microbatch
         As for `functional_posteriors`.
     marginal
-        Its diagonal alone, the variance of each output.
+        Yield only the diagonal, the variance of each output.
     """
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
     if not isinstance(fitted.structure, SampleStructure):
         yield from _covariances(fitted, inputs, precisions, microbatch=microbatch, marginal=marginal)
         return
-    # All samples are used, so that the key only orders them.
+    # All samples are used, so the key affects only their order and signs.
     key, count = jax.random.key(0), fitted.structure.num_probes
     for deviations in _sampled(fitted, inputs, key, count, precisions, microbatch=microbatch):
         yield jnp.mean(deviations**2, axis=0) if marginal else sample_variance(deviations)
@@ -132,12 +137,12 @@ def _sampled(
     inputs: Inputs,
     key: Array,
     num_samples: int,
-    precisions: Sequence[float],
+    precisions: PriorPrecisions,
     *,
     microbatch: int,
 ) -> Iterator[Float[Array, "S B ... C"]]:
-    """J times samples at each prior precision."""
-    # The directions are whitened a few rows at a time: no copy is made of a whole basis.
+    """Yield J times the samples of a `SampleStructure` at each prior precision."""
+    # `pushforward` whitens the directions a few rows at a time, so that a whole basis is never copied.
     factors = None if fitted.prior.is_isotropic else 1 / jnp.sqrt(fitted.prior.relative)
     push = partial(pushforward, fitted.network.unlinearised(), inputs, factors=factors, microbatch=microbatch)
     return fitted.structure.function_samples(push, key, num_samples, precisions)
@@ -146,28 +151,29 @@ def _sampled(
 def _covariances(
     fitted: Fitted,
     inputs: Inputs,
-    precisions: Sequence[float],
+    precisions: PriorPrecisions,
     *,
     microbatch: int,
     marginal: bool = False,
 ) -> Float[Array, "D B ... C C"] | Float[Array, "D B ... C"]:
-    """J Sigma J' at every prior precision, or its diagonal alone.
+    """Compute J Sigma J' at every prior precision, or only its diagonal.
 
-    One Jacobian per input serves all precisions. At most `JACOBIAN_BYTES` of derivatives, and of what the structure
-    makes of them, are in memory at a time: those of fewer inputs than a microbatch if need be, or of some outputs of
-    one input: single ones for the diagonal, the C of one position at least for covariances.
+    One Jacobian for each input serves all precisions. At most `JACOBIAN_BYTES` of derivatives, and of what the
+    structure makes of them, are in memory at a time. If a microbatch needs more, fewer inputs are taken at a time, and
+    then only some outputs of each input: single outputs for the diagonal, at least the C outputs of one position for
+    covariances.
     """
     network, structure = fitted.network.unlinearised(), fitted.structure
     shape = output_shape(network, inputs)[1:]
     unit = 1 if marginal else shape[-1]
     sizes = _sizes(network, inputs, structure, math.prod(shape) // unit, unit, len(precisions), microbatch)
     covariance = structure.output_covariance(precisions, fitted.prior.relative)
-    found = by_microbatch(partial(_of_microbatch, network, covariance, sizes), inputs, sizes.inputs)
-    return jnp.swapaxes(found, 0, 1).reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
+    by_input = by_microbatch(partial(_microbatch_covariances, network, covariance, sizes), inputs, sizes.inputs)
+    return jnp.swapaxes(by_input, 0, 1).reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
 
 
 class _Sizes(NamedTuple):
-    """How many inputs are differentiated at a time, how many groups of `unit` outputs, how many passes run together."""
+    """How many inputs are differentiated at a time, how many groups of `unit` outputs, and how many passes together."""
 
     inputs: int
     groups: int
@@ -184,67 +190,70 @@ def _sizes(
     num_precisions: int,
     microbatch: int,
 ) -> _Sizes:
-    """As many as there is room for."""
-    check_microbatch(microbatch)
-    most = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
+    """Choose the largest sizes that keep within the limits of memory."""
+    checks.count(microbatch, "microbatch=...", advice="try 64")
+    limit = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
     number_bytes = number_type(network.params).itemsize
-    of_pass = number_bytes * numbers_of_example(Outline.of(network, inputs))
-    held = size_of_jacobian(network, inputs)
-    count, num_outputs = size(network.params), num_groups * unit
-    of_input = held.example + int(structure.rows_for_column * count) * held.columns(num_outputs)
-    of_output = held.output + int(structure.rows_for_output * count) + num_precisions * unit
-    of_input, of_group = of_pass + number_bytes * of_input, number_bytes * unit * of_output
-    few = min(microbatch, FEW_INPUTS)
-    groups = min(num_groups, max(1, (most - few * of_input) // (few * of_group)))
-    at_once = min(microbatch, max(1, most // (of_input + groups * of_group)))
+    pass_bytes = number_bytes * numbers_of_example(NetworkSpec.of(network, inputs))
+    # Numbers for each input and for each of its outputs: the Jacobian, what the structure makes of it, the result.
+    sizes = size_of_jacobian(network, inputs)
+    num_weights, num_outputs = size(network.params), num_groups * unit
+    per_input = sizes.example + int(structure.rows_for_column * num_weights) * sizes.columns(num_outputs)
+    per_output = sizes.output + int(structure.rows_for_output * num_weights) + num_precisions * unit
+    input_bytes, group_bytes = pass_bytes + number_bytes * per_input, number_bytes * unit * per_output
+    # First as many groups as fit with a few inputs, then as many inputs as fit with these groups.
+    min_inputs = min(microbatch, FEW_INPUTS)
+    groups = min(num_groups, max(1, (limit - min_inputs * input_bytes) // (min_inputs * group_bytes)))
+    num_inputs = min(microbatch, max(1, limit // (input_bytes + groups * group_bytes)))
     passes = groups * unit
-    if at_once * passes * of_pass > most:
-        passes = max(1, min(CACHED_BYTES, most) // (at_once * of_pass))
-    return _Sizes(at_once, groups, unit, passes)
+    if num_inputs * passes * pass_bytes > limit:
+        passes = max(1, min(CACHED_BYTES, limit) // (num_inputs * pass_bytes))
+    return _Sizes(num_inputs, groups, unit, passes)
 
 
 @partial(jax.jit, static_argnums=2)
-def _of_microbatch(
+def _microbatch_covariances(
     network: Network, covariance: OutputCovariance, sizes: _Sizes, x: PyTree[Shaped[AnyArray, "m ..."]]
 ) -> Float[Array, "m D U C C"]:
-    """The covariances at m inputs of all groups of outputs, some groups at a time."""
+    """Compute the covariances at m inputs of all groups of outputs, `sizes.groups` groups at a time."""
     passed = tapped.forward(network, network.params, x)
-    count = math.prod(passed.outputs.shape[1:]) // sizes.unit
-    num = math.ceil(count / sizes.groups)
-    # Some of the last may be those of no output.
-    numbers = np.arange(num * math.ceil(count / num) * sizes.unit).reshape(num, -1, sizes.unit)
+    num_groups = math.prod(passed.outputs.shape[1:]) // sizes.unit
+    num_steps = math.ceil(num_groups / sizes.groups)
+    # All steps take equally many groups. The last step may reach beyond the last output, where derivatives are zero.
+    indices = np.arange(num_steps * math.ceil(num_groups / num_steps) * sizes.unit).reshape(num_steps, -1, sizes.unit)
 
-    def some(numbers: Int[Array, "U C"]) -> Float[Array, "m U D C C"]:
-        return jnp.moveaxis(covariance(jacobian(passed, numbers, sizes.passes)), 0, 2)
+    def step(indices: Int[AnyArray, "U C"]) -> Float[Array, "m U D C C"]:
+        return jnp.moveaxis(covariance(jacobian(passed, indices, sizes.passes)), 0, 2)
 
-    found = some(numbers[0])[None] if num == 1 else jax.lax.map(some, jnp.asarray(numbers))
-    joined = jnp.moveaxis(found, 0, 1).reshape(found.shape[1], -1, *found.shape[3:])[:, :count]
-    return jnp.moveaxis(joined, 2, 1)
+    by_step = step(indices[0])[None] if num_steps == 1 else jax.lax.map(step, jnp.asarray(indices))
+    by_group = jnp.moveaxis(by_step, 0, 1).reshape(by_step.shape[1], -1, *by_step.shape[3:])[:, :num_groups]
+    return jnp.moveaxis(by_group, 2, 1)
 
 
 def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:
-    """Draws from N(0, variance) at each input and output position, independent between them.
+    """Draw samples of N(0, variance) at each input and output position, independent between positions.
 
-    Averages over samples at one position do not see that.
+    An average over the samples at one position does not depend on that independence.
 
     Parameters
     ----------
     key
-        Of the noise, the same for every call with that key.
+        The random key of the noise. The same key gives the same noise.
     variance
         A covariance at each input and position.
     num_samples
-        S.
+        S, the number of samples.
     """
     values, vectors = eigh(variance)
-    # The symmetric root, which changes little where the variance does; eigenvectors may change their signs.
+    # The symmetric root depends continuously on the variance. Eigenvectors alone may change their signs between two
+    # prior precisions, and the curve over precisions would not be smooth.
     root = einsum("...ck,...k,...dk->...cd", vectors, jnp.sqrt(jnp.maximum(values, 0)), vectors)
     noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)
     return einsum("...cd,s...d->s...c", root, noise)
 
 
 def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
-    """Functional variance from samples whose mean is known to be zero; relative standard error sqrt(2 / S).
+    """Estimate the functional variance from samples with known mean zero. Its relative standard error is sqrt(2 / S).
 
     Parameters
     ----------

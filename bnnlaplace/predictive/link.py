@@ -1,21 +1,22 @@
-"""E[y] where the outputs of a network are Gaussian: by samples, by the probit approximation, by the Laplace bridge."""
+"""E[y] for Gaussian outputs of a network: by samples, by the probit approximation, or by the Laplace bridge."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.model.likelihood import Likelihood
 
 
 def monte_carlo(
-    likelihood: Likelihood, mean: Float[Array, "B ... C"], deviations: Float[Array, "S B ... C"]
+    likelihood: Likelihood, mean: Float[AnyArray, "B ... C"], deviations: Float[AnyArray, "S B ... C"]
 ) -> Float[Array, "B ... C"]:
-    """The mean over samples of E[y | f + J (theta - theta*)]: probabilities are averaged, not their logarithms.
+    """Average E[y | f + J (theta - theta*)] over samples: probabilities are averaged, not their logarithms.
 
     Parameters
     ----------
     likelihood
-        Where E[y | f] comes from.
+        The likelihood, which gives E[y | f].
     mean
         f(x; theta*).
     deviations
@@ -25,44 +26,48 @@ def monte_carlo(
 
 
 def probit(
-    likelihood: Likelihood, mean: Float[Array, "B ... C"], variance: Float[Array, "B ... C"]
+    likelihood: Likelihood, mean: Float[AnyArray, "B ... C"], variance: Float[AnyArray, "B ... C"]
 ) -> Float[Array, "B ... C"]:
-    """E[y | f / sqrt(1 + pi/8 var f)]: MacKay's approximation with the marginal variance of each output.
+    """Approximate E[y] by E[y | f / sqrt(1 + pi/8 var f)], with the marginal variance of each output.
 
-    Source: MacKay 1992 for the binary case; per logit for several classes, as Lu, Ie and Sha (2021) and laplace-torch.
+    Source: MacKay 1992 for the binary case. For several classes it is applied to each logit, as by Lu, Ie and Sha
+    (2021) and laplace-torch.
 
     Parameters
     ----------
     likelihood
-        Where E[y | f] comes from.
+        The likelihood, which gives E[y | f].
     mean, variance
-        Of each output.
+        The mean and the variance of each output.
     """
     return likelihood.mean(mean / jnp.sqrt(1 + jnp.pi / 8 * variance))
 
 
-def bridge(mean: Float[Array, "B ... C"], covariance: Float[Array, "B ... C C"]) -> Float[Array, "B ... C"]:
-    """The mean of the Dirichlet distribution that matches Gaussian logits at their mode: the Laplace bridge.
+def bridge(mean: Float[AnyArray, "B ... C"], covariance: Float[AnyArray, "B ... C C"]) -> Float[Array, "B ... C"]:
+    """Return the mean of the Dirichlet distribution that matches Gaussian logits at their mode: the Laplace bridge.
 
-    Softmax sees logits up to a shift of all of them, so m and V are the mean and the covariance of (I - 1 1' / C) f:
+    Softmax does not change if all logits are shifted. So let m and V be the mean and the covariance of
+    (I - 1 1' / C) f. Then
 
         alpha_k = (1 - 2 / C + exp(m_k) sum_l exp(-m_l) / C^2) / V_kk,    p = alpha / sum alpha.
 
-    It needs no samples, and gives a Dirichlet distribution rather than its mean alone; the mean is less accurate than
-    `probit` where the logits differ in variance. Source: MacKay 1998; Hobbhahn, Kristiadi and Hennig 2022, who
-    condition on 1'f = 0 where this projects, so that their result depends on the shift.
+    The bridge needs no samples, and alpha defines a whole Dirichlet distribution. Its mean is less accurate than
+    `probit` if the logits differ in variance. Source: MacKay 1998; Hobbhahn, Kristiadi and Hennig 2022. They condition
+    on 1'f = 0 instead of projecting, so their result depends on the shift.
 
     Parameters
     ----------
     mean, covariance
-        Of the logits of each example.
+        The mean and the covariance of the logits of each example.
     """
     count = mean.shape[-1]
     mean = mean - mean.mean(axis=-1, keepdims=True)
-    along = covariance.mean(axis=-1)
-    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1) - 2 * along + along.mean(axis=-1, keepdims=True)
+    # The diagonal of V. With the covariance S of f it is S_kk - 2 (S 1)_k / C + 1' S 1 / C^2.
+    row_means = covariance.mean(axis=-1)
+    variance = jnp.diagonal(covariance, axis1=-2, axis2=-1) - 2 * row_means + row_means.mean(axis=-1, keepdims=True)
     tiny = jnp.finfo(variance.dtype).tiny
-    # As logarithms, since exp(m_k - m_l) leaves the range of float32 where the network is certain.
+    # In logarithms, because exp(m_k - m_l) leaves the range of float32 if the network is certain. With two classes the
+    # term 1 - 2 / C is zero.
     flat = jnp.log(jnp.asarray(1 - 2 / count, mean.dtype)) if count > 2 else -jnp.inf
     peaked = mean + jax.nn.logsumexp(-mean, axis=-1, keepdims=True) - 2 * jnp.log(count)
     return jax.nn.softmax(jnp.logaddexp(flat, peaked) - jnp.log(jnp.maximum(variance, tiny)), axis=-1)

@@ -1,4 +1,4 @@
-"""Predictions under the posterior: of the linearised network, or of samples of the weights."""
+"""Predictions under the posterior, by the linearised network or by the network at samples of the weights."""
 
 from typing import Literal
 
@@ -14,7 +14,7 @@ from bnnlaplace.predictive import link
 from bnnlaplace.predictive.functional import functional_posteriors, functional_variances
 from bnnlaplace.structure import SampleStructure
 
-# Likelihoods whose mean is a softmax, a sigmoid, or the output itself.
+# Likelihoods for which "probit" is right: their mean is a softmax, a sigmoid, or the output itself.
 PROBIT = ("classification", "binary", "regression")
 
 
@@ -29,31 +29,32 @@ def predictions(
     num_samples: int | None = None,
     microbatch: int = 64,
 ) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
-    """E[y] under the posterior. For a regression: the mean of the outputs and their variance.
+    """Predict E[y] under the posterior, or for a regression the mean and the variance of the outputs.
 
     Parameters
     ----------
     fitted
         The posterior of the weights, at its own prior.
     inputs
-        (B, ...). None at all are allowed.
+        (B, ...); B may be zero.
     pred_type
-        "glm": predict with the linearised network. "nn": predict with the network itself, at samples of the weights;
-        `link_approx` is not used then.
+        "glm": predict with the linearised network. "nn": predict with the network itself at samples of the weights,
+        without use of `link_approx`.
     link_approx
-        See `bnnlaplace.link`. "bridge" is for "classification"; a regression needs none.
+        The approximation of E[y], one of those in `bnnlaplace.predictive.link`. "bridge" is for "classification" only.
+        A regression does not use it.
     with_noise
         For a regression: add the variance of the noise.
     key, num_samples
-        For "mc" and "nn". By default as many samples as a `SampleStructure` has, and 100 from a covariance.
+        For "mc" and "nn". By default all samples of a `SampleStructure`, and 100 from a covariance.
     microbatch
         Inputs at a time; bounds memory.
 
     Raises
     ------
     ValueError
-        If a name is unknown, "bridge" or noise is asked of a likelihood that does not have it, or samples are needed
-        and there is no key.
+        If a name is unknown, "bridge" or noise is asked of a likelihood that does not have it, or the key is missing
+        although samples are needed.
     """
     _check_options(fitted.likelihood, pred_type, link_approx, with_noise)
     likelihood = fitted.likelihood
@@ -66,17 +67,19 @@ def predictions(
         checks.key(key, f"predictive({which}, key=...)")
         if num_samples is None:
             num_samples = fitted.structure.num_probes if isinstance(fitted.structure, SampleStructure) else 100
-        checks.count(num_samples, f"predictive({which}, num_samples=...)", advice="try 32")
-        if pred_type == "nn" and is_regression and num_samples < 2:
-            raise ValueError("predictive(pred_type='nn', num_samples=...) of a regression must be at least 2; got 1")
+        # A variance over samples needs two of them.
+        needs_variance = pred_type == "nn" and is_regression
+        where = f"predictive({which}, num_samples=...)" + (" of a regression" if needs_variance else "")
+        checks.count(num_samples, where, least=2 if needs_variance else 1, advice="try 32")
         draw = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         if pred_type == "nn":
             mean, variance = _over_weight_samples(fitted, inputs, **draw)
             return (mean, variance + noise) if is_regression else mean
         (posterior,) = functional_posteriors(fitted, inputs, precisions, **draw)
         return link.monte_carlo(likelihood, posterior.mean, posterior.deviations)
+    # "probit" and regression need no samples: mean and variance of the outputs are enough.
     mean = outputs(fitted.network, inputs, microbatch=microbatch)
-    # Only the bridge needs covariances between outputs.
+    # Only the bridge needs covariances between outputs. Their diagonal alone is much cheaper.
     needs_covariance = link_approx == "bridge" and not is_regression
     (variance,) = functional_variances(fitted, inputs, precisions, microbatch=microbatch, marginal=not needs_covariance)
     if is_regression:
@@ -85,6 +88,7 @@ def predictions(
 
 
 def _check_options(likelihood: Likelihood, pred_type: str, link_approx: str, with_noise: bool) -> None:
+    """Raise ValueError if a name is unknown, or the likelihood does not have what is asked for."""
     checks.choice(pred_type, "predictive(pred_type=...)", ("glm", "nn"))
     checks.choice(link_approx, "predictive(link_approx=...)", ("probit", "mc", "bridge"))
     if link_approx == "bridge" and likelihood.name != "classification":
@@ -105,15 +109,15 @@ def _check_options(likelihood: Likelihood, pred_type: str, link_approx: str, wit
 def _over_weight_samples(
     fitted: Fitted, inputs: Inputs, *, key: Array, num_samples: int, microbatch: int
 ) -> tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
-    """The mean of E[y | f(x; theta)] over samples of the weights, and its variance; one forward pass a sample."""
+    """Average E[y | f(x; theta)] over samples of the weights, and compute its variance. One forward pass a sample."""
     network = fitted.network
     centre, unravel = ravel(network.params), unraveler(network.params)
     mean = squares = 0.0
-    # Welford's recurrence: no sample is kept, and the variance is not a difference of large numbers.
+    # Welford's recurrence keeps no sample, and the variance is not a difference of large numbers.
     for count, deviation in enumerate(fitted.deviations(key, num_samples), start=1):
         sample = network.with_params(unravel(centre + deviation))
-        new = fitted.likelihood.mean(outputs(sample, inputs, microbatch=microbatch))
-        step = new - mean
+        expected = fitted.likelihood.mean(outputs(sample, inputs, microbatch=microbatch))
+        step = expected - mean
         mean = mean + step / count
-        squares = squares + step * (new - mean)
+        squares = squares + step * (expected - mean)
     return mean, squares / max(num_samples - 1, 1)

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 
 import bnnlaplace
-from bnnlaplace.curvature import dense
 from bnnlaplace.predictive import functional as posterior
 
 RNG = np.random.default_rng(0)
@@ -14,7 +14,7 @@ RNG = np.random.default_rng(0)
 
 def dense_variance(la, x):
     """J (G + delta I)^-1 J' from matrices."""
-    jacobian = np.asarray(dense.jacobian(la.network, la.network.params, x))
+    jacobian = np.asarray(oracles.jacobian(la.network, la.network.params, x))
     covariance = np.linalg.inv(np.asarray(la.structure.matrix) + la.prior_precision * np.eye(jacobian.shape[-1]))
     return np.einsum("ncp,pq,ndq->ncd", jacobian, covariance, jacobian)
 
@@ -57,7 +57,7 @@ def test_memory_is_bounded(structure, widths, monkeypatch):
     for unit, grid in ((1, [1.0]), (widths[-1], [1.0]), (1, list(np.linspace(1, 2, 7)))):
         sizes = posterior._sizes(la.network, x, la.structure, widths[-1] // unit, unit, len(grid), 64)
         covariance = la.structure.output_covariance(grid)
-        compiled = posterior._of_microbatch.lower(la.network, covariance, sizes, x[: sizes.inputs]).compile()
+        compiled = posterior._microbatch_covariances.lower(la.network, covariance, sizes, x[: sizes.inputs]).compile()
         # The weights of products, and what a matrix is cut into, do not depend on the number of inputs.
         fixed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(covariance))
         assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2**22 + 2 * fixed, (unit, len(grid), sizes)

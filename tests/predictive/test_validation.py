@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from problems import random_problem
+from cases import random_problem
 
 import bnnlaplace
 from bnnlaplace import calibration
@@ -94,7 +94,7 @@ def test_parts_draw_anew(regression, monkeypatch, x64):
         ([(X, LABELS), (X * np.nan, LABELS)], "must be finite"),
     ],
 )
-def test_data_that_are_none(classifier, data, message, x64):
+def test_data_that_are_none(classifier, data, message, x64, unchecked_annotations):
     with pytest.raises(ValueError, match=message):
         classifier.optimize_prior_precision("gridsearch", validation=data, key=jax.random.key(0))
 
