@@ -1,4 +1,4 @@
-"""From data to a fitted posterior, and the choice of its prior by the evidence."""
+"""Fit a posterior to data, and choose its prior by the evidence."""
 
 from bnnlaplace.fitting.mode import linear_mode
 

@@ -22,19 +22,20 @@ from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.prior import Prior
 from bnnlaplace.structure import KrylovStructure
 
-# The squared distance to the mode over that of a posterior sample. At a quarter the mode is half a sample away.
+# The largest squared distance to the mode, relative to that of a posterior sample, that passes without a warning. At a
+# quarter the mode is half as far away as a sample.
 LARGEST_RATIO = 0.25
 
-# Newton steps, and halvings of one step. The problem is convex and starts where the network was trained: it takes few.
-MOST_STEPS, MOST_HALVINGS = 50, 12
+# Newton steps, and halvings of one step. The problem is convex and starts at trained weights, so it needs few steps.
+MAX_STEPS, MAX_HALVINGS = 50, 12
 
 
 def warn_unless_mode(fitted: Fitted) -> None:
     """Warn if the mode of the log joint is not much nearer to the weights than a posterior sample is.
 
     The decrement g' (G + P0)^-1 g is the squared distance to the mode of a quadratic log joint, in posterior standard
-    deviations. The effective parameters are that of a posterior sample, on average, in the directions that the data
-    determine.
+    deviations. A posterior sample has the effective parameters as its average squared distance to the mode, in the
+    directions that the data determine.
     """
     decrement, effective = fitted.mode_decrement(), fitted.effective_parameters()
     if not decrement > LARGEST_RATIO * effective:
@@ -106,7 +107,7 @@ def linear_mode(
     tolerance
         Stop if the Newton decrement g' (G + delta I)^-1 g is below this: twice the gain in nats that is left.
     max_products
-        GGN products in one Newton step.
+        The largest number of GGN products in one Newton step.
 
     Notes
     -----
@@ -122,12 +123,12 @@ def linear_mode(
 
     value, gradient = log_joint(point)
     decrement = np.inf
-    for number in range(1, MOST_STEPS + 1):  # noqa: B007
+    for number in range(1, MAX_STEPS + 1):  # noqa: B007
         step = _newton_step(lambda v, at=point: product(at, v) + prior_precision * v, gradient, max_products)
         decrement = float(gradient @ step)
         if decrement <= tolerance:
             return point + step
-        for halving in range(MOST_HALVINGS):
+        for halving in range(MAX_HALVINGS):
             length = 0.5**halving
             candidate, candidate_gradient = log_joint(point + length * step)
             if candidate >= value + 1e-4 * length * decrement:  # Armijo's condition

@@ -45,19 +45,19 @@ class Chosen(NamedTuple):
     wrap: Callable[[Unfitted, Settings], Any] | None = None
 
     def at(self, precision: Precision) -> "Chosen":
-        """The same curvature at another precision. Raises ValueError if ratios change that the structure is tied to."""
+        """The same curvature at another precision. Raises ValueError if it depends on ratios that change."""
         settings = self.settings.at(precision)
         return self._replace(fitted=self.fitted.at(settings.prior(self.fitted.network)), settings=settings)
 
     def times(self, factor: float) -> "Chosen":
-        """All precisions times a factor."""
+        """The same curvature with all precisions multiplied by a factor."""
         prior = self.fitted.prior
         scaled = jax.tree.map(lambda value: value * factor, self.settings.prior_precision)
         fitted = self.fitted.at(prior._replace(precision=float(prior.precision) * factor))
         return self._replace(fitted=fitted, settings=self.settings.at(scaled))
 
     def at_ratios(self, precision: Precision) -> "Chosen":
-        """At a precision of other ratios between weights, by fitting again if the structure needs that."""
+        """Move to a precision with other ratios between weights, and fit again if the structure needs that."""
         if not isinstance(self.fitted.structure, SampleStructure):
             return self.at(precision)
         if self.refit is None:
@@ -69,18 +69,18 @@ class Chosen(NamedTuple):
         settings = self.settings.at(precision)
         unfitted = Unfitted.of(self.fitted.network, self.fitted.likelihood, settings)
         with warnings.catch_warnings():
-            # To move the prior precision at fixed weights is what was asked for.
+            # The user asked to move the prior precision at fixed weights, and knows that they leave the mode.
             warnings.simplefilter("ignore", NotAModeWarning)
-            again = self.refit(self.wrap(unfitted, settings))
-        if getattr(again, "structure", None) is None:
+            refitted = self.refit(self.wrap(unfitted, settings))
+        if getattr(refitted, "structure", None) is None:
             raise ValueError(
-                f"optimize_prior_precision(refit=...) must return the fitted Laplace; got {type(again).__name__}; pass "
-                "refit=lambda la: la.fit(data, key=key)"
+                "optimize_prior_precision(refit=...) must return the fitted Laplace; got "
+                f"{type(refitted).__name__}; pass refit=lambda la: la.fit(data, key=key)"
             )
-        return self._replace(fitted=again.fitted, settings=settings)
+        return self._replace(fitted=refitted.fitted, settings=settings)
 
     def at_best_noise(self, log_joint: LogJoint, q: float) -> tuple["Chosen", float]:
-        """With the noise that is best at q, and the factor by which its variance has changed."""
+        """Move to the best noise at q, and return the factor by which its variance has changed."""
         factor = float(log_joint.noise_factor(q))
         if log_joint.num_targets is None:
             return self, factor
@@ -89,16 +89,24 @@ class Chosen(NamedTuple):
 
 
 class _Grouping(NamedTuple):
-    """Which weights share a precision."""
+    """Which weights share a precision.
+
+    Attributes
+    ----------
+    numbers
+        For each weight the position of its group.
+    names
+        The names of the groups, for messages.
+    as_given
+        The function from one precision for each group to what `Laplace(prior_precision=...)` takes.
+    """
 
     numbers: Int[np.ndarray, " P"]
-    """For each weight the position of its group."""
     names: list[str]
     as_given: Callable[[Float[np.ndarray, " g"]], Precision]
-    """From one precision a group to what `Laplace(prior_precision=...)` takes."""
 
     def start(self, fitted: Fitted) -> Float[np.ndarray, " g"]:
-        """The present precisions, a geometric mean in each group."""
+        """The geometric mean of the present precisions in each group."""
         relative = np.broadcast_to(np.asarray(fitted.prior.relative, float), self.numbers.shape)
         logs = np.bincount(self.numbers, weights=np.log(relative)) / np.bincount(self.numbers)
         return float(fitted.prior.precision) * np.exp(logs)
@@ -155,7 +163,8 @@ def by_evidence(
                 "optimize_prior_precision(optimize_sigma_noise=True) must be asked of a regression; got "
                 f"{fitted.likelihood.name!r}"
             )
-        # In units of the noise of the residuals alone the search range of the precisions is a wide one.
+        # Precisions are searched relative to the present noise. If that is the noise of the residuals, the search range
+        # is wide enough.
         log_joint = fitted.log_joint(best_noise=True)
         if log_joint.noise_factor(0.0) > 0:
             chosen, _ = chosen.at_best_noise(log_joint, 0.0)
@@ -177,7 +186,7 @@ def by_evidence(
 
 
 def _overall(chosen: Chosen, best_noise: bool) -> Chosen:
-    """The best common factor of all precisions, from the decomposition at hand."""
+    """Find the best common factor of all precisions, from the present decomposition."""
     fitted = chosen.fitted
     log_joint, squared = fitted.log_joint(best_noise=best_noise), fitted.squared_distance
     best = optimum(fitted.structure.log_determinant, log_joint, squared)
@@ -187,14 +196,15 @@ def _overall(chosen: Chosen, best_noise: bool) -> Chosen:
             "optimum is not inside it; look for weights that are zero"
         )
     before = float(fitted.prior.precision)
-    # The optimum is that of P0 / s with the noise variance times s.
+    # The search keeps G fixed. If the noise variance is multiplied by s, the same determinant belongs to the precision
+    # divided by s; see `LogJoint`.
     chosen, noise_factor = chosen.at_best_noise(log_joint, best.prior_precision * squared)
     after = best.prior_precision / noise_factor
     return chosen.at(after) if is_scalar(chosen.settings.prior_precision) else chosen.times(after / before)
 
 
 def _by_gradient(chosen: Chosen, grouping: _Grouping, best_noise: bool) -> Chosen:
-    """One precision for each group by L-BFGS, for a structure that can be whitened at will."""
+    """Find one precision for each group by L-BFGS, for a structure that can be whitened by any D."""
     fitted = chosen.fitted
     log_joint = fitted.log_joint(best_noise=best_noise)
     squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
@@ -207,7 +217,7 @@ def _by_gradient(chosen: Chosen, grouping: _Grouping, best_noise: bool) -> Chose
 
 
 def _by_fixed_point(chosen: Chosen, grouping: _Grouping, best_noise: bool, max_refits: int) -> Chosen:
-    """One precision for each group by MacKay's fixed point, for a structure that each step has to fit again."""
+    """Find one precision for each group by MacKay's fixed point, for a structure that every step fits again."""
     fitted = chosen.fitted
     squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
     before = None
@@ -232,10 +242,11 @@ def _by_fixed_point(chosen: Chosen, grouping: _Grouping, best_noise: bool, max_r
 
 
 def _report_bounds(best: GroupedOptimum, grouping: _Grouping) -> None:
+    """Warn of groups whose precision the evidence does not determine."""
     stuck = [f"{grouping.names[i]} at {best.precisions[i]:.3g}" for i in np.flatnonzero(best.at_bound)]
     if stuck:
-        more = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
+        others = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
         checks.warn(
-            f"the evidence does not determine the prior precision of {', '.join(stuck[:5])}{more}: it was stopped at "
+            f"the evidence does not determine the prior precision of {', '.join(stuck[:5])}{others}: it was stopped at "
             "an end of the search range; look for weights that are zero or that outputs do not depend on"
         )

@@ -26,7 +26,7 @@ Total = TypeVar("Total")
 
 
 class Model(NamedTuple):
-    """What is expanded, and the data that it is expanded for.
+    """The network to be expanded around its weights, and the data for it.
 
     Attributes
     ----------
@@ -109,7 +109,7 @@ def prepare(
     if linear and not chosen.is_linearised:
         chosen, head = chosen.linearised(), head.linearised()
     if cut is not None:
-        data = data.mapped(partial(features.compute, cut, microbatch=microbatch), features.most_bytes())
+        data = data.mapped(partial(features.compute, cut, microbatch=microbatch), features.memory_limit())
     return Model(chosen, head, likelihood, data, num_data)
 
 

@@ -5,14 +5,14 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
-from problems import random_problem, two_layers
+from cases import random_problem, two_layers
 
 import bnnlaplace
 from bnnlaplace import NotAModeWarning
 from bnnlaplace.core import memory
 from bnnlaplace.core.tree import ravel
-from bnnlaplace.curvature import dense
 
 STRUCTURES = ["full", "diag", "kron", "lanczos"]
 PRECISION = {"b1": 0.3, "b2": 2.0, "w1": 0.7, "w2": 5.0}
@@ -30,7 +30,7 @@ def problem():
 def linear(problem):
     """Newton's method on a dense problem: the mode, the outputs there and the GGN."""
     start = ravel(problem.network.params)
-    jacobian = np.asarray(dense.jacobian(problem.network, problem.network.params, problem.inputs))
+    jacobian = np.asarray(oracles.jacobian(problem.network, problem.network.params, problem.inputs))
     outputs = np.asarray(problem.network(problem.network.params, problem.inputs))
     mean = 0.1
     theta = np.asarray(start)
@@ -109,7 +109,7 @@ def test_weights_that_are_no_mode_are_named_with_their_distance(problem):
     assert la.mode_decrement() > 0.25 * la.effective_parameters()
 
 
-def test_bad_mean(problem):
+def test_bad_mean(problem, unchecked_annotations):
     with pytest.raises(ValueError, match=r"fit\(mean=\.\.\.\) must be 'network' or 'linear'; got 'map'"):
         bnnlaplace.Laplace(problem.network).fit((problem.inputs, problem.targets), mean="map", **OPTIONS)
 
