@@ -246,7 +246,7 @@ def test_traced_precisions_of_groups(problem):
         ({"prior_groups": "layer"}, r"prior_groups=\.\.\.\) must be a function"),
     ],
 )
-def test_bad_priors(problem, options, message):
+def test_bad_priors(problem, options, message, unchecked_annotations):
     with pytest.raises(ValueError, match=message):
         bnnlaplace.Laplace(problem.network, **options)
 
@@ -341,5 +341,8 @@ def test_refit_returns_a_fitted_laplace(problem):
 def test_noise_needs_a_regression(problem):
     with pytest.raises(ValueError, match="must be asked of a regression; got 'classification'"):
         fitted(problem, "diag").optimize_prior_precision(optimize_sigma_noise=True)
+
+
+def test_unknown_prior_structure(problem, unchecked_annotations):
     with pytest.raises(ValueError, match="must be 'scalar', 'layerwise', 'diag'"):
         fitted(problem, "diag").optimize_prior_precision(prior_structure="global")
