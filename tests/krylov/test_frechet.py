@@ -87,7 +87,6 @@ def test_differentiating_the_loop_misses_what_leaves_the_space(problem, name):
     ("name", "gradient", "dtype"),
     usual(
         [
-            ("lanczos", "adjoint", np.float32),
             ("lanczos", "frechet", np.float64),
             ("arnoldi", "adjoint", np.float32),
             ("arnoldi", "frechet", np.float64),
@@ -191,8 +190,8 @@ def test_vmap_over_vectors_of_which_one_ends(problem, name, gradient):
     assert jnp.isfinite(d_half).all() and jnp.isfinite(d_vectors).all()
     many = jax.vmap(run, (None, 0, 0))
     assert_close(jax.jit(many)(half, vectors, cotangents), (losses, (d_half, d_vectors)), 1e-12)
-    # A loss over the batch, and, for one of the methods, over a batch of batches.
-    for shape in ((3,), (1, 3)) if (name, gradient) == ("lanczos", "adjoint") else ((3,),):
+    # A loss over the batch, and over a batch of batches; for one method, since this does not depend on the method.
+    for shape in ((3,), (1, 3)) if (name, gradient) == ("lanczos", "adjoint") else ():
         batch = jax.vmap(loss, (None, 0, 0))
         batch = batch if len(shape) == 1 else jax.vmap(batch, (None, 0, 0))
         total = jax.jit(jax.grad(lambda half, *rows, batch=batch: batch(half, *rows).sum(), (0, 1)))

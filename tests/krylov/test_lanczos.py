@@ -42,7 +42,7 @@ def mean_digits(name, how, size):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    usual([("lanczos", 3), ("lanczos", 8), ("arnoldi", 8)], ("lanczos", "arnoldi"), range(2, 9)),
+    usual([("lanczos", 8), ("arnoldi", 8)], ("lanczos", "arnoldi"), range(2, 9)),
 )
 def test_projection_keeps_the_adjoint_as_accurate_as_backpropagation(x64, name, size):
     """Hilbert matrices, averaged over start vectors, as in the table of Krämer et al. 2024."""
