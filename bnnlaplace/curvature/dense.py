@@ -142,21 +142,21 @@ def _pairs(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(count) for j in range(i, count)]
 
 
-def _summed(one: Factors, other: Factors, weights: Float[Array, " M"]) -> Float[Array, "..."]:
+def _summed(first: Factors, second: Factors, weights: Float[Array, " M"]) -> Float[Array, "..."]:
     """Sum w_m (a_m a'_m) kron (sum_k d_km d'_km) over examples m, for inputs a and derivatives d of both groups.
 
     A group without inputs has the second factor alone. The result is packed if both groups are the same layer, because
     both factors are symmetric then.
     """
-    left, right = one.derivatives[:, 0] * weights[:, None, None], other.derivatives[:, 0]
-    if one.inputs is None:  # then the other group is the same, as this is the last one
+    left, right = first.derivatives[:, 0] * weights[:, None, None], second.derivatives[:, 0]
+    if first.inputs is None:  # then the other group is the same, as this is the last one
         return einsum("mkp,mkq->pq", left, right)
     moments = einsum("mko,mkq->moq", left, right)
-    if other.inputs is None:
-        return einsum("mi,moq->ioq", one.inputs, moments)
-    products = one.inputs[:, :, None] * other.inputs[:, None, :]
+    if second.inputs is None:
+        return einsum("mi,moq->ioq", first.inputs, moments)
+    products = first.inputs[:, :, None] * second.inputs[:, None, :]
     # The places of the entries of wide factors would be large arrays in the compiled program.
-    if one is other and max(products.shape[-1], moments.shape[-1]) <= MOST_PACKED:
+    if first is second and max(products.shape[-1], moments.shape[-1]) <= MOST_PACKED:
         return einsum("mi,mo->io", _packed(products), _packed(moments))
     return einsum("mij,moq->ijoq", products, moments)
 
@@ -175,16 +175,16 @@ def _unpacked(packed: Float[Array, "..."], axis: int) -> Float[Array, "..."]:
     return jnp.take(packed, np.maximum(place, place.T), axis=axis)
 
 
-def _block(one: Layout | None, other: Layout | None, sums: Float[Array, "..."]) -> Float[Array, "p q"]:
+def _block(first: Layout | None, second: Layout | None, sums: Float[Array, "..."]) -> Float[Array, "p q"]:
     """Turn the result of `_summed` into a matrix with rows and columns in the order of the weights."""
-    if one is None:
+    if first is None:
         return sums
-    if other is None:
-        return from_matrix(jnp.moveaxis(sums, 2, 0), one.segments).T
+    if second is None:
+        return from_matrix(jnp.moveaxis(sums, 2, 0), first.segments).T
     if sums.ndim == 2:
         sums = _unpacked(_unpacked(sums, 1), 0)
-    columns = from_matrix(jnp.swapaxes(sums, 1, 2), other.segments)
-    return from_matrix(jnp.moveaxis(columns, 2, 0), one.segments).T
+    columns = from_matrix(jnp.swapaxes(sums, 1, 2), second.segments)
+    return from_matrix(jnp.moveaxis(columns, 2, 0), first.segments).T
 
 
 def _layouts(weights: Weights) -> list[Layout | None]:
@@ -223,9 +223,9 @@ def _assembled(blocks: list[Array], places: list[_Place]) -> Float[Array, "P P"]
     """Assemble the whole matrix from the blocks of each group with itself and the later ones."""
     known = dict(zip(_pairs(1 + max(place.group for place in places)), blocks, strict=True))
 
-    def block(one: _Place, other: _Place) -> Float[Array, "p q"]:
-        i, j = one.group, other.group
+    def block(first: _Place, second: _Place) -> Float[Array, "p q"]:
+        i, j = first.group, second.group
         of_groups = known[i, j] if i <= j else known[j, i].T
-        return of_groups[one.numbers, other.numbers]
+        return of_groups[first.numbers, second.numbers]
 
-    return jnp.block([[block(one, other) for other in places] for one in places])
+    return jnp.block([[block(first, second) for second in places] for first in places])

@@ -98,9 +98,6 @@ def memory_limit() -> int:
     return 2**30 if free is None else free // 4
 
 
-most_bytes = memory_limit  # the old name, until `fitting.prepare` says the new one
-
-
 @lru_cache(maxsize=64)
 def _crossing(spec: NetworkSpec) -> jax.ShapeDtypeStruct | None:
     """Shape and type of the features of one example; None if there is not one array that belongs to single examples."""

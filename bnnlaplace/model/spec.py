@@ -123,6 +123,3 @@ def _output_shape(spec: NetworkSpec, count: int) -> tuple[int, ...] | str:
 def _dtype(leaf: Any) -> Any:
     is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return leaf.dtype if is_key else jnp.result_type(leaf)
-
-
-Outline = NetworkSpec  # the old name, until `predictive.functional` says the new one
