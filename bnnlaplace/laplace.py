@@ -333,7 +333,7 @@ class Laplace:
         num_samples: int | None = None,
         microbatch: int = 64,
     ) -> ValidationCurve:
-        """NLL and ECE of the predictive at many prior precisions; see `bnnlaplace.validation`.
+        """NLL and ECE of the predictive at many prior precisions; see `bnnlaplace.predictive.validation`.
 
         Parameters
         ----------
