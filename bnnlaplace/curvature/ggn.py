@@ -72,7 +72,7 @@ def dual_operator(
     outputs, pull = linearised.outputs, dual_pullback(linearised, likelihood, scale=scale)
     root = _root_scale(linearised, scale)
 
-    def matvec(vector: Float[Array, " V"]) -> Float[Array, " V"]:
+    def matvec(vector: Float[ArrayLike, " V"]) -> Float[Array, " V"]:
         weighted = pull(vector) / prior_precision
         return likelihood.factor_transpose_mv(outputs, root * linearised.pushforward(weighted)).reshape(-1)
 

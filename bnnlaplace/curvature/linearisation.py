@@ -77,13 +77,13 @@ def linearise(
     rows = (shape[0] * shape[1], *shape[2:])
     outputs, weights = products.outputs.reshape(rows), batches.weights.reshape(-1)
 
-    def pushforward(vector: Float[Array, " P"]) -> Float[Array, "M ... C"]:
+    def pushforward(vector: Float[ArrayLike, " P"]) -> Float[Array, "M ... C"]:
         return products.push(vector).reshape(rows)
 
-    def pullback(cotangent: Float[Array, "M ... C"]) -> Float[Array, " P"]:
+    def pullback(cotangent: Float[ArrayLike, "M ... C"]) -> Float[Array, " P"]:
         return products.pull(cotangent.reshape(shape))
 
-    def sandwich(middle: Middle, vector: Float[Array, " P"]) -> Float[Array, " P"]:
+    def sandwich(middle: Middle, vector: Float[ArrayLike, " P"]) -> Float[Array, " P"]:
         return pullback(middle(outputs, weights, pushforward(vector)))
 
     return Linearisation(outputs, weights, pushforward, pullback, products.sandwich or sandwich, size(params))
@@ -124,22 +124,22 @@ def _rematerialised(network: Network, params: PyTree, batches: mb.Microbatches) 
         return network(params, inputs)
 
     @jax.checkpoint
-    def pushed(inputs: PyTree, params: PyTree, vector: Float[Array, " P"]) -> Float[Array, "size ... C"]:
+    def pushed(inputs: PyTree, params: PyTree, vector: Float[ArrayLike, " P"]) -> Float[Array, "size ... C"]:
         return jax.jvp(lambda p: network(p, inputs), (params,), (unravel(vector),))[1]
 
     @jax.checkpoint
-    def pulled(inputs: PyTree, params: PyTree, cotangent: Float[Array, "size ... C"]) -> Float[Array, " P"]:
+    def pulled(inputs: PyTree, params: PyTree, cotangent: Float[ArrayLike, "size ... C"]) -> Float[Array, " P"]:
         return ravel(jax.vjp(lambda p: network(p, inputs), params)[1](cotangent)[0])
 
-    def push(vector: Float[Array, " P"]) -> Float[Array, "num size ... C"]:
+    def push(vector: Float[ArrayLike, " P"]) -> Float[Array, "num size ... C"]:
         return jax.lax.map(lambda x: pushed(x, params, vector), batches.inputs)
 
-    def pull(cotangents: Float[Array, "num size ... C"]) -> Float[Array, " P"]:
+    def pull(cotangents: Float[ArrayLike, "num size ... C"]) -> Float[Array, " P"]:
         return mb.summed(lambda part: pulled(part[0], params, part[1]), (batches.inputs, cotangents))
 
-    def sandwich(middle: Middle, vector: Float[Array, " P"]) -> Float[Array, " P"]:
+    def sandwich(middle: Middle, vector: Float[ArrayLike, " P"]) -> Float[Array, " P"]:
         @jax.checkpoint
-        def of_batch(batch: mb.Microbatches, params: PyTree, vector: Float[Array, " P"]) -> Float[Array, " P"]:
+        def of_batch(batch: mb.Microbatches, params: PyTree, vector: Float[ArrayLike, " P"]) -> Float[Array, " P"]:
             outputs, jvp = jax.linearize(lambda p: network(p, batch.inputs), params)
             cotangent = middle(outputs, batch.weights, jvp(unravel(vector)))
             return ravel(jax.linear_transpose(jvp, params)(cotangent)[0])

@@ -33,7 +33,7 @@ def over_outputs(weights: Float[Array, " M"], outputs: Shaped[Array, "M ..."]) -
     return weights.reshape(-1, *[1] * (outputs.ndim - 1))
 
 
-def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[Array, "num ..."]]) -> PyTree:
+def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "num ..."]]) -> PyTree:
     """Sum `function` over parts along the leading axis, one after another. Call it inside `jit`.
 
     Memory: the sum, and what `function` takes for one part.
