@@ -197,6 +197,7 @@ def function_times_start(function: Converted, constants: Any, steps: Lanczos) ->
     coordinates = steps.start_norm * function_times_first(
         scalar, steps.diagonal, steps.off_diagonal, steps.breakdown_step
     )
+    # The same space, cut off: f of a leading block of T. The error estimate has no gradient and costs none.
     fewer = _without_last_fifth(len(steps.diagonal))
     shorter = jax.lax.stop_gradient((steps.diagonal[:fewer], steps.off_diagonal[: fewer - 1], steps.breakdown_step))
     before = steps.start_norm * function_times_first(scalar, *shorter)
@@ -256,12 +257,14 @@ def _transpose(matvec: Callable) -> Callable:
     """Return the products with A'."""
 
     def transposed(vector: Array, *arguments: Any) -> Array:
+        # A is linear, so any point will do to linearise it at, and `vector` has the right shape.
         return jax.vjp(lambda v: matvec(v, *arguments), vector)[1](vector)[0]
 
     return transposed
 
 
 def _without_last_fifth(num_matvecs: int) -> int:
+    """Return the number of steps without the last fifth, of which there is at least one; never below one."""
     return max(num_matvecs - max(num_matvecs // 5, 1), 1)
 
 

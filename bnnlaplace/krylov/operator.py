@@ -83,6 +83,7 @@ def decompose(
     """Run a decomposition as a loop or with its adjoint, and return it in the user's structure."""
     checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "autodiff"))
     operator, settings = prepare(caller, "start", matvec, start, params, **options)
+    # JAX differentiates the loop in any mode, the adjoint in reverse mode only.
     run = partial(forward, operator.matvec, settings)
     if gradient == "adjoint":
         run = reverse_only(partial(adjoint, operator.matvec, settings), f"{caller}(gradient='adjoint')")
@@ -136,6 +137,7 @@ def flatten(
     def flat(vector: Array, *params: Any) -> Array:
         return concatenated(matvec(unravel(vector), *params))
 
+    # The traced arrays that `matvec` closes over become arguments, so that a custom derivative reaches them.
     vector, params = _vary_alike((vector, tuple(params)))
     closed, constants = convert(flat, vector, *params)
     return FlatOperator(closed, vector, (*params, *constants), unravel)

@@ -307,8 +307,10 @@ def _run(
     mean = offset + _mean(seen)
     if not with_gradient:
         return mean, seen, None
+    # Sums over batches become means over the probes that were used, as the value is one.
     d_rows, d_leaves = jax.tree.map(lambda x: x / seen.used.astype(x.dtype), carry[2:])
     d_rows = d_rows.reshape(padded, -1)[:num_probes]
+    # One entry for each of offset, rows, shares, arguments and constants.
     gradient = jnp.ones_like(mean), d_rows, jnp.zeros_like(shares), *active.cotangent(d_leaves)
     return mean, seen, _only_once(plan, gradient)
 

@@ -1,4 +1,4 @@
-"""What every public function answers to arguments that it cannot use: its own name, the argument, and a way out."""
+"""Every public function refuses arguments that it cannot use, and names itself, the argument, and a way out."""
 
 import jax
 import jax.numpy as jnp

@@ -38,6 +38,15 @@ def test_size_of_the_operator_is_no_breakdown(name, dtype):
             assert_close((matrix, gradient), (expected, reference), 200 * np.finfo(dtype).eps)
 
 
+@both
+def test_norms_of_start_vectors_neither_overflow_nor_underflow(name):
+    start, params = random_operator(np.float32)
+    for scale in (1e-30, 1e30):
+        result = DECOMPOSITIONS[name].run(scale * start, params, num_matvecs=3)
+        np.testing.assert_allclose(result.start_norm, scale * np.linalg.norm(start), rtol=1e-6)
+        assert result.breakdown_step == -1
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30, 3e36])
 def test_check_symmetric_at_any_scale(scale):
     matrix = jnp.asarray(np.random.default_rng(0).normal(size=(20, 20)), jnp.float32)
