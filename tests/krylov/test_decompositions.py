@@ -40,8 +40,7 @@ def check_factorisation(method, result, start, params, depth):
     ),
 )
 def test_factorisation(x64, name, depth):
-    start, params = random_operator()
-    method = DECOMPOSITIONS[name]
+    (start, params), method = random_operator(), DECOMPOSITIONS[name]
     check_factorisation(method, method.run(start, params, num_matvecs=depth), start, params, depth)
 
 
