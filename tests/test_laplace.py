@@ -495,7 +495,7 @@ def test_a_prior_precision_of_any_numeric_type(diagonal, precision):
     assert diagonal.with_prior_precision(precision).log_marginal_likelihood() == diagonal.log_marginal_likelihood(2.0)
 
 
-def test_bad_input(trained, diagonal):
+def test_bad_input(trained, diagonal, unchecked_annotations):
     network, x, y = trained
     la = bnnlaplace.Laplace(network)
     with pytest.raises(
@@ -676,7 +676,7 @@ def test_soft_targets_choose_by_their_cross_entropy(diagonal, trained):
     assert np.isnan(soft.expected_calibration_error).all()
 
 
-def test_a_likelihood_of_ones_own_is_not_taken_for_the_package_s(trained, tmp_path):
+def test_a_likelihood_of_ones_own_is_not_taken_for_the_package_s(trained, tmp_path, unchecked_annotations):
     network, x, y = trained
     tempered = dataclasses.replace(
         bnnlaplace.categorical(), mean=jax.tree_util.Partial(lambda f: jax.nn.softmax(f / 10, axis=-1))
@@ -738,7 +738,7 @@ def test_gridsearch_with_fewer_probes_than_samples_by_default(unconverged, train
     assert chosen.prior_precision in (pytest.approx(1e5), pytest.approx(1e6))
 
 
-def test_bad_numbers(diagonal, trained):
+def test_bad_numbers(diagonal, trained, unchecked_annotations):
     _, x, y = trained
     key = jax.random.key(0)
     with pytest.raises(ValueError, match="evidence_curve.* must be positive, finite numbers, at least one; got 1.0"):

@@ -12,6 +12,8 @@ from jax.flatten_util import ravel_pytree
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxtyping import Array, Float, Int, Num, PyTree, Shaped
 
+from bnnlaplace.core.types import AnyArray
+
 # --- trees as vectors: the one place that ravels ----------------------------------------------------------------
 
 
@@ -41,7 +43,7 @@ def ravel(tree: PyTree) -> Float[Array, " P"]:
     return vector.astype(summed_type(vector.dtype))
 
 
-def unraveler(tree: PyTree) -> Callable[[Num[Array, " P"]], Any]:
+def unraveler(tree: PyTree) -> Callable[[Num[AnyArray, " P"]], Any]:
     """Return the map from a vector of `size(tree)` numbers to the structure, shapes and dtypes of `tree`.
 
     `tree` may hold arrays, tracers or `jax.ShapeDtypeStruct`s. The map keeps only its structure and shapes, so it holds
@@ -51,7 +53,7 @@ def unraveler(tree: PyTree) -> Callable[[Num[Array, " P"]], Any]:
     shapes, dtypes = [leaf.shape for leaf in leaves], [leaf.dtype for leaf in leaves]
     ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1].tolist()
 
-    def unravel(vector: Num[Array, " P"]) -> Any:
+    def unravel(vector: Num[AnyArray, " P"]) -> Any:
         pieces = jnp.split(vector, ends)
         restored = [
             piece.reshape(shape).astype(dtype) for piece, shape, dtype in zip(pieces, shapes, dtypes, strict=True)

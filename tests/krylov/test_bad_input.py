@@ -19,7 +19,7 @@ from bnnlaplace.krylov import (
     stochastic_lanczos_quadrature,
 )
 
-pytestmark = pytest.mark.usefixtures("types_unchecked")
+pytestmark = pytest.mark.usefixtures("unchecked_annotations")
 
 VECTOR = jnp.ones(4)
 KEY = jax.random.key(0)

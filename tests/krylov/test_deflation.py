@@ -94,7 +94,7 @@ BAD = {
 }
 
 
-def test_bad_pairs(types_unchecked):
+def test_bad_pairs(unchecked_annotations):
     probes = rademacher_probes(jax.random.key(0), VALUES, 3)
     check_refusals(
         Refusal(
