@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-# Compile time dominates the tests. Without the expensive passes of LLVM and the fusion emitters a program takes about a
-# seventh of it, and the numbers differ by rounding alone. The variable is set before JAX is imported, and inherited by
+# Compile time dominates the tests. The expensive passes of LLVM and the fusion emitters take most of it, and without them
+# the numbers differ by rounding alone. The variable is set before JAX is imported, and inherited by
 # the workers and by the programs that tests start.
 _QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
