@@ -25,7 +25,7 @@ test: .venv/installed-test
 	$(PYTEST) $(ARGS)
 
 test-all: .venv/installed-test
-	$(PYTEST) tests tests/programs -m 'exhaustive or not exhaustive' $(ARGS)
+	$(PYTEST) --override-ini norecursedirs=peers -m 'exhaustive or not exhaustive' $(ARGS)
 
 test-peers: .venv/installed-peers
 	$(VENV)/python -m pytest tests/peers $(ARGS)
