@@ -1,5 +1,6 @@
 """The records behind `Laplace`: its settings, the model before data, and the fitted posterior that answers."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,14 +22,14 @@ from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
 from bnnlaplace.model.subset import check as check_subset
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, is_scalar, resolve
-from bnnlaplace.prior.scalar import PriorOptimum, optimum
+from bnnlaplace.prior.scalar import PriorOptimum, checked_grid, optimum
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
 
 
 @register_unchecked(("prior_precision", "prior_mean"), ("subset_of_weights", "hessian_structure", "prior_groups"))
 @dataclass(frozen=True)
 class Settings:
-    """What a user asks for beside the network and the likelihood; `Laplace` documents each field."""
+    """The options of `Laplace` other than the network and the likelihood; `Laplace` documents each field."""
 
     subset_of_weights: Subset
     hessian_structure: str
@@ -137,7 +138,7 @@ class Fitted(NamedTuple):
             If the ratios of the precisions change and the structure would have to be fitted again for that.
         """
         self.check_concrete(prior)
-        if prior.is_isotropic and self.prior.is_isotropic:
+        if _has_same_ratios(prior, self.prior):  # a structure may remember what it has factorised
             return self._replace(prior=prior)
         return self._replace(prior=prior, structure=self.structure.whitened(prior.relative / self.prior.relative))
 
@@ -174,7 +175,7 @@ class Fitted(NamedTuple):
         return self.prior.squared_distance(self.network.params)
 
     def log_joint(self, *, best_noise: bool = False) -> LogJoint:
-        """The terms of the evidence beside the determinant, with the noise as it is or at its best."""
+        """The evidence without its log-determinant, with the noise as it is or at its best."""
         if best_noise:
             return self.log_likelihood.log_joint_at_best_noise(self.likelihood.sigma_noise)
         return LogJoint(float(self.log_likelihood.value))
@@ -185,9 +186,12 @@ class Fitted(NamedTuple):
         others = self.log_joint()(precision * self.squared_distance)
         return estimate_of_forms(others, self.structure.log_determinant(precision))
 
-    def evidence_curve(self, precisions: Float[np.ndarray, " D"]) -> EvidenceCurve:
-        """The log evidence at each tau, with D as it is."""
-        return curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, precisions)
+    def evidence_curve(self, precisions: Iterable[float] | None) -> EvidenceCurve:
+        """The log evidence at each tau, with D as it is; by default at 61 over six decades around the maximum."""
+        if precisions is None:
+            precisions = self.evidence_optimum().prior_precision * np.geomspace(1e-3, 1e3, 61)
+        grid = checked_grid(precisions, "evidence_curve(precisions=...)")
+        return curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, grid)
 
     def evidence_optimum(self) -> PriorOptimum:
         """The tau that maximises the evidence, and an interval for the errors of probes and truncation."""
@@ -259,3 +263,15 @@ class Fitted(NamedTuple):
                     "(jax.jit(lambda x: la.predictive(x))), or call it outside"
                 )
         return self
+
+
+def _has_same_ratios(prior: Prior, other: Prior) -> bool:
+    """Whether D is known to be the same up to rounding. Ratios that are traced count as others."""
+    if prior.relative is other.relative or (prior.is_isotropic and other.is_isotropic):
+        return True
+    if any(isinstance(ratios, jax.core.Tracer) for ratios in (prior.relative, other.relative)):
+        return False
+    if prior.is_isotropic != other.is_isotropic:
+        return False
+    eps = float(np.finfo(np.asarray(prior.relative).dtype).eps)
+    return np.allclose(prior.relative, other.relative, rtol=8 * eps, atol=0)

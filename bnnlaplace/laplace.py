@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from bnnlaplace.checkpoint import posterior as on_disk
@@ -143,6 +142,21 @@ class Laplace:
         return self.settings.prior_precision
 
     @property
+    def subset_of_weights(self) -> Subset:
+        """Which weights get a posterior, as it was given."""
+        return self.settings.subset_of_weights
+
+    @property
+    def prior_mean(self) -> PyTree:
+        """The prior mean, in the form in which it was given."""
+        return self.settings.prior_mean
+
+    @property
+    def prior_groups(self) -> Groups:
+        """From the path of a weight to the name of its group."""
+        return self.settings.prior_groups
+
+    @property
     def prior(self) -> Prior:
         """The prior of the weights with a posterior: an overall precision, relative precisions and a mean."""
         return self.settings.prior(self.network) if self.state.prior is None else self.state.prior
@@ -158,8 +172,6 @@ class Laplace:
         if not isinstance(self.state, Fitted):
             raise ValueError("this Laplace has no curvature yet; call la = la.fit((x, y), ...) first")
         return self.state.check_concrete()
-
-    # --- fitting ----------------------------------------------------------------------------------------------------
 
     def fit(
         self,
@@ -206,17 +218,13 @@ class Laplace:
 
         Raises
         ------
-        ValueError
-            If the data, an option, the prior or the network cannot be used: the message says which, why, and what to
-            try. Data and network are checked while the first pass reads them.
-        MemoryError
-            If the curvature is larger than what the device has free; see `memory_estimate`.
+        ValueError, MemoryError
+            If data, options, prior or network cannot be used, or memory is short; the message says what to try.
 
         Notes
         -----
         Cost in GGN products of one vector over all data: "lanczos" at most `max_vectors`; "diag" and "kron" about C
-        backward passes per example; "full" P^2 memory. Warns (`NotAModeWarning`) if the weights are far from a mode of
-        the log joint.
+        backward passes per example; "full" P^2 memory. Warns (`NotAModeWarning`) if weights are far from a mode.
         """
         options = KrylovOptions(key, num_probes, max_vectors, tolerance, target_precision, on_block)
         how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "krylov": options}
@@ -237,10 +245,8 @@ class Laplace:
             As for `fit`. Only the first batch is read, so data that can be read once are refused. Features before the
             weights with a posterior are counted for arrays; of batches they take at most a quarter of the free memory.
         """
-        options = {"max_vectors": max_vectors, "microbatch": microbatch}
-        return memory_estimate(self.state, self.settings, as_data(data), **options)
-
-    # --- evidence and prior -----------------------------------------------------------------------------------------
+        sizes = {"max_vectors": max_vectors, "microbatch": microbatch}
+        return memory_estimate(self.state, self.settings, as_data(data), **sizes)
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> Estimate:
         """The log evidence in nats at `prior_precision`, by default at the object's own.
@@ -265,9 +271,7 @@ class Laplace:
             Numbers. If the prior is not isotropic: geometric means over the weights, whose ratios are kept. By default
             61 numbers over six decades around the maximum.
         """
-        if precisions is None:
-            precisions = self.evidence_optimum().prior_precision * np.geomspace(1e-3, 1e3, 61)
-        return self.fitted.evidence_curve(checked_grid(precisions, "evidence_curve(precisions=...)"))
+        return self.fitted.evidence_curve(precisions)
 
     def evidence_optimum(self) -> PriorOptimum:
         """The prior precision that maximises the evidence, and an interval for the errors of probes and truncation.
@@ -311,13 +315,12 @@ class Laplace:
             For "gridsearch": arrays (x, y), or batches of such pairs, which are read once; the rest as for
             `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.
         """
-        of_evidence = {"prior_structure": prior_structure, "optimize_sigma_noise": optimize_sigma_noise, "refit": refit}
-        draws = {"key": key, "num_samples": num_samples}
-        check_method(method, of_evidence, {"validation": validation, "precisions": precisions, **draws})
         chosen = Chosen(self.fitted, self.settings, refit, Laplace._of)
+        best_noise, draws = optimize_sigma_noise, {"key": key, "num_samples": num_samples}
+        evidence_options = {"prior_structure": prior_structure, "optimize_sigma_noise": best_noise, "refit": refit}
+        check_method(method, evidence_options, {"validation": validation, "precisions": precisions, **draws})
         if method == "marglik":
-            how = {"optimize_sigma_noise": optimize_sigma_noise, "max_refits": max_refits}
-            best = by_evidence(chosen, prior_structure, **how)
+            best = by_evidence(chosen, prior_structure, optimize_sigma_noise=best_noise, max_refits=max_refits)
         else:
             curve = validation_curve(self.fitted, validation, precisions, **draws)
             best = chosen.times(curve.best_precision / self.prior.precision)
@@ -343,8 +346,8 @@ class Laplace:
             Of the samples, which are the same at every prior precision. By default 32 samples, or fewer if "lanczos"
             has fewer probes. A regression needs neither.
         """
-        draws = {"key": key, "num_samples": num_samples}
-        return validation_curve(self.fitted, (x, y), precisions, microbatch=microbatch, **draws)
+        draws = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
+        return validation_curve(self.fitted, (x, y), precisions, **draws)
 
     def with_prior_precision(self, prior_precision: Precision) -> "Laplace":
         """The same posterior at another prior precision.
@@ -371,8 +374,9 @@ class Laplace:
 
     def mode_gradient(self, prior_precision: Precision | None = None) -> Float[Array, " P"]:
         """Gradient of the log joint in the weights: zero at a mode of the model whose evidence is computed."""
+        fitted = self.fitted
         prior = self.prior if prior_precision is None else self.settings.at(prior_precision).prior(self.network)
-        return self.fitted._replace(prior=prior).mode_gradient()
+        return fitted._replace(prior=prior).mode_gradient()
 
     def mode_decrement(self, prior_precision: Precision | None = None) -> float:
         """g' (G + P0)^-1 g with g = `mode_gradient`: the squared distance to the mode in posterior deviations.
@@ -392,8 +396,6 @@ class Laplace:
     def krylov_error(self) -> KrylovError | None:
         """Bounds on what truncation costs at the object's prior precision. None for structures without truncation."""
         return self.fitted.krylov_error()
-
-    # --- posterior and predictions ----------------------------------------------------------------------------------
 
     def sample(self, key: Array, num_samples: int) -> PyTree:
         """Posterior samples of the weights: a pytree like `network.params` with a leading axis of `num_samples`.
@@ -463,9 +465,7 @@ class Laplace:
         Returns
         -------
         Array or (Array, Array)
-            Class probabilities (B, ..., C). For a regression (mean, variance), (B, ..., C) each. No inputs give no
-            rows.
-
+            Class probabilities (B, ..., C). For a regression (mean, variance), (B, ..., C) each. B may be 0.
         """
         fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)

@@ -1,4 +1,4 @@
-"""The terms of the evidence beside the determinant, as a function of q = (theta - mu)' P0 (theta - mu).
+"""The evidence without its log-determinant, as a function of q = (theta - mu)' P0 (theta - mu).
 
 The normalisation of the prior is not among them: in the evidence it cancels against that of the posterior.
 """

@@ -48,7 +48,8 @@ def fit(
     """
     if num_data is not None:
         checks.positive(num_data, "fit(num_data=...)", advice="pass the size of the training set")
-    checks.positive(krylov.tolerance, "fit(tolerance=...)", advice="try 0.05")
+    if not krylov.tolerance > 0:  # infinity asks for one block alone
+        raise ValueError(f"fit(tolerance=...) must be positive; got {krylov.tolerance}; try 0.05")
     checks.choice(mean, "fit(mean=...)", ("network", "linear"))
     model = prepare(state, settings, data, linear=mean == "linear", microbatch=microbatch, num_data=num_data)
     prior = settings.prior(model.network) if state.prior is None else state.prior

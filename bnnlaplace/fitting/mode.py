@@ -3,15 +3,14 @@
 The Laplace evidence is defined only at a mode of the log joint. Away from one it is the evidence of no model. The
 linearised network has exactly one mode for every prior precision, whatever training did, so its evidence is well
 defined (Antoran, Janz, Allingham, Daxberger, Barbano, Nalisnick, Hernandez-Lobato, "Adapting the linearised Laplace
-model evidence for modern deep learning", 2022, arXiv 2206.08900). To find it is a convex problem, which SciPy solves
-here with GGN products alone.
+model evidence for modern deep learning", 2022, arXiv 2206.08900). To find it is a convex problem, solved here by
+Newton's method with GGN products alone.
 """
 
 from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
-import scipy  # its parts are imported at their first use, which takes half a second
 from jaxtyping import Array, ArrayLike, Float
 
 from bnnlaplace.core import checks
@@ -27,8 +26,8 @@ from bnnlaplace.structure import KrylovStructure
 # quarter the mode is half as far away as a sample.
 LARGEST_RATIO = 0.25
 
-# Steps of the trust region. The problem is convex and starts at trained weights, so it needs few.
-MAX_STEPS = 100
+# Newton steps, and halvings of one step. The problem is convex and starts at trained weights, so it needs few steps.
+MAX_STEPS, MAX_HALVINGS = 50, 12
 
 
 def warn_unless_mode(fitted: Fitted) -> None:
@@ -93,7 +92,7 @@ def linear_mode(
     tolerance: float = 1e-2,
     max_products: int = 200,
 ) -> Float[np.ndarray, " P"]:
-    """Maximise log p(y | theta) - delta / 2 |theta - mu|^2, which is concave in theta, by an inexact Newton method.
+    """Maximise log p(y | theta) - delta / 2 |theta - mu|^2, which is concave in theta, by Newton's method.
 
     Parameters
     ----------
@@ -106,51 +105,48 @@ def linear_mode(
     prior_precision, prior_mean
         delta and mu of the isotropic prior.
     tolerance
-        The largest Newton decrement g' (G + delta I)^-1 g that is left: twice the gain in nats.
+        Stop if the Newton decrement g' (G + delta I)^-1 g is below this: twice the gain in nats that is left.
     max_products
-        The largest number of GGN products in the last Newton step.
+        The largest number of GGN products in one Newton step.
 
     Notes
     -----
-    Cost: in each step of a trust region one gradient and some products, few of them far from the mode; at the mode one
-    Newton step, by conjugate gradients. Warns if the decrement stays above the tolerance: rounding of the log
-    likelihood in single precision limits what can be reached.
+    Cost: one gradient for each step, and as many products as conjugate gradients take. Warns if the decrement stays
+    above the tolerance: rounding of the log likelihood in single precision limits what can be reached.
     """
+    point = np.asarray(start, np.float64)
 
-    def negative_log_joint(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
+    def log_joint(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
         value, gradient = log_likelihood(point)
         deviation = point - prior_mean
-        return 0.5 * prior_precision * deviation @ deviation - value, prior_precision * deviation - gradient
+        return value - 0.5 * prior_precision * deviation @ deviation, gradient - prior_precision * deviation
 
-    def hessian_product(point: Float[np.ndarray, " P"], vector: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
-        return product(point, vector) + prior_precision * vector
-
-    # (G + delta I)^-1 is at most 1 / delta: from this norm of the gradient on the decrement is below the tolerance.
-    options = {"gtol": (tolerance * prior_precision) ** 0.5, "maxiter": MAX_STEPS}
-    reached = scipy.optimize.minimize(
-        negative_log_joint,
-        np.asarray(start, np.float64),
-        jac=True,
-        hessp=hessian_product,
-        method="trust-krylov",
-        options=options,
-    )
-    # One more step makes a small decrement next to nothing. It also tells what is left if rounding ended the search.
-    step = _newton_step(lambda vector: hessian_product(reached.x, vector), -reached.jac, max_products)
-    decrement = float(-reached.jac @ step)
-    if decrement <= tolerance:
-        return reached.x + step
+    value, gradient = log_joint(point)
+    decrement = np.inf
+    for number in range(1, MAX_STEPS + 1):  # noqa: B007
+        step = _newton_step(lambda v, at=point: product(at, v) + prior_precision * v, gradient, max_products)
+        decrement = float(gradient @ step)
+        if decrement <= tolerance:
+            return point + step
+        for halving in range(MAX_HALVINGS):
+            length = 0.5**halving
+            candidate, candidate_gradient = log_joint(point + length * step)
+            if candidate >= value + 1e-4 * length * decrement:  # Armijo's condition
+                break
+        else:
+            break
+        point, value, gradient = point + length * step, candidate, candidate_gradient
     checks.warn(
-        f"the mode of the linearised network was not found: {0.5 * decrement:.2g} nats are left to gain after "
-        f"{reached.nit} Newton steps; a larger prior precision makes the problem easier"
+        f"the mode of the linearised network was not found: {0.5 * decrement:.2g} nats are left to gain after {number} "
+        "Newton steps; a larger prior precision makes the problem easier"
     )
-    return reached.x
+    return point
 
 
 def _newton_step(
     product: Callable[[np.ndarray], np.ndarray], gradient: Float[np.ndarray, " P"], max_products: int
 ) -> Float[np.ndarray, " P"]:
-    """Solve (G + delta I) step = gradient by conjugate gradients."""
+    """Solve (G + delta I) step = gradient. An inexact solution is still a direction of ascent."""
     from scipy.sparse.linalg import LinearOperator, cg  # slow to import, and seldom needed
 
     operator = LinearOperator((len(gradient), len(gradient)), matvec=product, dtype=gradient.dtype)

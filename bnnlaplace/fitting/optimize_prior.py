@@ -77,7 +77,7 @@ class Chosen(NamedTuple):
                 "optimize_prior_precision(refit=...) must return the fitted Laplace; got "
                 f"{type(refitted).__name__}; pass refit=lambda la: la.fit(data, key=key)"
             )
-        return self._replace(fitted=refitted.fitted, settings=settings)
+        return self._replace(fitted=refitted.fitted, settings=refitted.settings)
 
     def at_best_noise(self, log_joint: LogJoint, q: float) -> tuple["Chosen", float]:
         """Move to the best noise at q, and return the factor by which its variance has changed."""

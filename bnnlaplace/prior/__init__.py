@@ -1,12 +1,14 @@
 """The Gaussian prior of the weights, and the choice of its precisions by the evidence."""
 
-from bnnlaplace.prior.gaussian import Prior, by_layer, group_names, group_numbers, resolve
+from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer, group_names, group_numbers, resolve
 from bnnlaplace.prior.grouped import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum
 from bnnlaplace.prior.scalar import SEARCH_RANGE, PriorOptimum, bracket, maximiser, optimum
 
 __all__ = [
     "SEARCH_RANGE",
     "GroupedOptimum",
+    "Groups",
+    "Precision",
     "Prior",
     "PriorOptimum",
     "accelerated",

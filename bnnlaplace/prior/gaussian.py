@@ -17,9 +17,10 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.tree import as_vector, described, leaf_names, number_type, ravel, size
 from bnnlaplace.core.types import AnyArray
 
-# A prior precision as a user states it, and the function from the path of a weight to the name of its group.
 Precision = float | Array | Mapping[str, Any] | PyTree
+"""Prior precisions as a user states them: one number, one for each group, or one for each weight."""
 Groups = Callable[[str], str]
+"""From the path of a weight to the name of its group."""
 
 
 class Prior(NamedTuple):

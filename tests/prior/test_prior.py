@@ -338,6 +338,26 @@ def test_refit_returns_a_fitted_laplace(problem):
             la.optimize_prior_precision(prior_structure="layerwise", refit=refit)
 
 
+def test_the_prior_that_refit_returns_is_the_one_that_is_stated(problem, tmp_path):
+    """A user's refit may move the prior again. What is saved states the prior that the evidence was computed with."""
+    options = {"key": jax.random.key(0), "num_probes": 8, "max_vectors": 24, "tolerance": 0.5}
+    data = (problem.inputs, problem.targets)
+    la = bnnlaplace.Laplace(problem.network).fit(data, **options)
+    refit = lambda la: la.fit(data, **options).optimize_prior_precision()  # noqa: E731
+    la = la.optimize_prior_precision(prior_structure="layerwise", refit=refit)
+    stated = la.log_marginal_likelihood(la.prior_precision)
+    np.testing.assert_allclose(stated.mean, la.log_marginal_likelihood().mean, rtol=1e-12)
+    la.save(tmp_path / "posterior")
+    again = bnnlaplace.Laplace.load(tmp_path / "posterior", problem.network)
+    np.testing.assert_allclose(again.log_marginal_likelihood().mean, la.log_marginal_likelihood().mean, rtol=1e-12)
+
+
+def test_ratios_that_stay_keep_what_a_structure_remembers(problem):
+    la = fitted(problem, "full", LAYERS)
+    assert la.with_prior_precision({name: 3 * value for name, value in LAYERS.items()}).structure is la.structure
+    assert la.with_prior_precision(1.0).structure is not la.structure
+
+
 def test_noise_needs_a_regression(problem):
     with pytest.raises(ValueError, match="must be asked of a regression; got 'classification'"):
         fitted(problem, "diag").optimize_prior_precision(optimize_sigma_noise=True)
