@@ -22,7 +22,8 @@ class Missing:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Missing())
-import bnnlaplace, jax.numpy as jnp
+import bnnlaplace, jax.numpy as jnp, warnings
+warnings.simplefilter("ignore", bnnlaplace.NotAModeWarning)
 print(bnnlaplace.__file__)
 network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.eye(3))
 la = bnnlaplace.Laplace(network, hessian_structure="diag").fit((jnp.eye(3), jnp.arange(3)))
