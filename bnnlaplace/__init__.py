@@ -1,4 +1,4 @@
-"""Laplace approximations for Bayesian neural networks in JAX, with a GGN that is never formed.
+"""Laplace approximations for Bayesian neural networks in JAX, with a GGN that need not be formed.
 
 The stages, in the order data pass through them: a `Network` and a `Likelihood`; the curvature (`curvature`), its Krylov
 decomposition (`krylov`) and what is fitted from it (`structure`); the evidence and the choice of the prior (`evidence`,

@@ -44,7 +44,7 @@ def benchmarks(numbers: Record) -> list[str]:
         ["fit, evidence, predictions of an MLP, Kronecker (`laplace_torch.py`)", f"{1e3 * torch[1]:.0f} ms"]
         + ["laplace-torch 0.3", f"{1e3 * torch[2]:.0f} ms"],
         ["evidence of a VAN with 273,578 weights, with gradient (`evidence.py`)", cost(evidence[1], None)]
-        + ["paper, with matfree", cost(evidence[3], None)],
+        + ["the paper's formulation, with matfree", cost(evidence[3], None)],
     ]
     return markdown(("task", "bnnlaplace", "peer", "its time"), cells)
 

@@ -24,6 +24,11 @@ from training.train.checkpoints import load_trained
 from training.workdir import load_saved_config, why_not_writable
 
 
+def _as_in_the_run(metavar: str) -> object:
+    """Describe an option whose default, None, stands for the setting of the run."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="(default: as in the run)")
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Evaluate a finished run again, from its work directory alone.
@@ -33,13 +38,13 @@ class Arguments:
 
     workdir: Annotated[Path, tyro.conf.Positional]
     """The work directory of a run of training.fit_van."""
-    split: Literal["test", "validation"] | None = None
-    """The split to evaluate on; default: as in the run. The validation images also chose the temperature and the prior
+    split: Annotated[Literal["test", "validation"] | None, _as_in_the_run("test|validation")] = None
+    """The split to evaluate on. The validation images also chose the temperature and the prior
     precisions, so scores on them are not held-out scores. The report says so."""
-    ood: str | None = None
-    """Out-of-distribution images: inverted, noise, or a prepared TFDS set; default: as in the run."""
-    data_dir: Path | None = None
-    """The TFDS data directory; default: as in the run."""
+    ood: Annotated[str | None, _as_in_the_run("NAME")] = None
+    """Out-of-distribution images: inverted, noise, or a prepared TFDS set."""
+    data_dir: Annotated[Path | None, _as_in_the_run("DIR")] = None
+    """The TFDS data directory."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,7 +57,7 @@ def fit(argv: Sequence[str], console: Console) -> None:
             console=console,
             update_prior=posteriors.online_update(config, data, module, console),
         )
-    # If this session resumed the run, the time of earlier ones counts too.
+    # If this start resumed the run, the time of earlier starts counts too.
     watch.seconds["training"] = seconds_of(trained)
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     with watch.stage("posterior"):
@@ -73,7 +73,7 @@ def fit(argv: Sequence[str], console: Console) -> None:
 
 
 def _load_fitted(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
-    """Load the posteriors that an earlier session left. If there are none, or one is damaged: None."""
+    """Load the posteriors that an earlier start left. If there are none, or one is damaged: None."""
     if not (workdir / POSTERIORS).exists():
         return None
     try:

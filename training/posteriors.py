@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from bnnlaplace import Laplace, Network
-from bnnlaplace.checkpoint.pytree import CheckpointError
+from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
 from training.cli import interruption
 from training.config import Config

@@ -57,7 +57,10 @@ class Arguments:
     NLL of a method differs from that of MAP.
     """
 
-    workdirs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    workdirs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="(at least one is required)"),
+    ]
     """Directories that hold a metrics.json: work directories of finished runs, or evaluations of them."""
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bnnlaplace.checkpoint.atomic import replacing
+from bnnlaplace.checkpoint import replacing
 from training.config import Config, from_json, to_json
 from training.errors import UserError
 

@@ -1,5 +1,6 @@
 """Pytrees and fitted posteriors on disk: written whole or not at all, with a SHA-256 manifest."""
 
+from bnnlaplace.checkpoint.atomic import replacing, write_text
 from bnnlaplace.checkpoint.pytree import (
     FORMAT_VERSION,
     CheckpointError,
@@ -14,6 +15,8 @@ __all__ = [
     "FORMAT_VERSION",
     "find_damage",
     "load_pytree",
+    "replacing",
     "restructure",
     "save_pytree",
+    "write_text",
 ]

@@ -13,11 +13,16 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; what the block makes there, a file or a directory, then takes the place of `path`.
+    """Yield a temporary path. The file or directory that the block makes there then takes the place of `path`.
 
     Until then `path` stays as it was, and it stays so if the block fails. A process killed at any point leaves the old
     content or the new. To replace a directory takes two renames; between them the old one is under a hidden name, from
     which `recover` puts it back. Parents are created. Two processes must not write to the same path at once.
+
+    Parameters
+    ----------
+    path
+        The file or directory to write or to replace.
 
     Raises
     ------
@@ -44,7 +49,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8 by `replacing`: a reader sees all of the old text or all of the new."""
+    """Write a file in UTF-8 by `replacing`: a reader sees all of the old text or all of the new.
+
+    Parameters
+    ----------
+    path
+        The file to write or to replace.
+    text
+        All of its new text.
+
+    Raises
+    ------
+    OSError
+        If the file system refuses, as for `replacing`.
+    """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -40,11 +40,11 @@ def positive(value: Any, where: str, *, advice: str = "try 1.0") -> None:
 
 
 def all_positive(numbers: Any, where: str, *, advice: str = "try 1.0") -> None:
-    """Raise ValueError unless every one of the numbers is positive and finite; traced ones pass."""
+    """Raise ValueError unless there are numbers and all are positive and finite; traced ones pass."""
     if isinstance(numbers, jax.core.Tracer):
         return
     known = np.asarray(numbers)  # an operation of JAX would be traced inside `jit`
-    if not np.all((known > 0) & np.isfinite(known)):
+    if not known.size or not np.all((known > 0) & np.isfinite(known)):
         got = f"{known}" if known.size <= 8 else f"numbers from {known.min():.3g} to {known.max():.3g}"
         raise ValueError(f"{where} must be positive and finite; got {got}; {advice}")
 

@@ -43,13 +43,13 @@ def factor_rows(
         A weight w_n >= 0 for each example.
     """
 
-    def of_example(x: PyTree, weight: Array) -> Float[Array, "K P"]:
+    def rows_of_example(x: PyTree, weight: Array) -> Float[Array, "K P"]:
         outputs, pullback = jax.vjp(lambda p: network(p, examples(x, None))[0], params)
         root = jnp.sqrt(weight).astype(outputs.dtype)
         columns = root * jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
         return jax.vmap(lambda column: ravel(pullback(likelihood.factor_mv(outputs, column))[0]))(columns)
 
-    return jax.vmap(of_example)(inputs, weights).reshape(-1, size(params))
+    return jax.vmap(rows_of_example)(inputs, weights).reshape(-1, size(params))
 
 
 def ggn(
@@ -93,20 +93,20 @@ def ggn(
     """
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
-    def of_batch(batch: mb.Microbatches) -> list[Array]:
+    def batch_sums(batch: mb.Microbatches) -> list[Array]:
         passed = tapped.forward(network, params, batch.inputs)
 
-        def of_columns(numbers: Int[ArrayLike, " k"]) -> list[Array]:
+        def sums_of_columns(numbers: Int[ArrayLike, " k"]) -> list[Array]:
             groups = _groups(passed, likelihood, numbers)
             return [_summed(groups[i], groups[j], batch.weights) for i, j in _pairs(len(groups))]
 
         columns = _columns_at_once(passed.outputs)
-        return of_columns(columns[0]) if len(columns) == 1 else mb.summed(of_columns, columns)
+        return sums_of_columns(columns[0]) if len(columns) == 1 else mb.summed(sums_of_columns, columns)
 
     entering = find(network, examples(batches.inputs, 0))
-    sums, layouts = mb.summed(of_batch, batches), _layouts(entering)
+    sums, layouts = mb.summed(batch_sums, batches), _layouts(entering)
     blocks = [
-        _block(layouts[i], layouts[j], of_pair) for (i, j), of_pair in zip(_pairs(len(layouts)), sums, strict=True)
+        _block(layouts[i], layouts[j], pair_sum) for (i, j), pair_sum in zip(_pairs(len(layouts)), sums, strict=True)
     ]
     return scale * _assembled(blocks, _places(entering, params))
 
@@ -225,7 +225,7 @@ def _assembled(blocks: list[Array], places: list[_Place]) -> Float[Array, "P P"]
 
     def block(first: _Place, second: _Place) -> Float[Array, "p q"]:
         i, j = first.group, second.group
-        of_groups = known[i, j] if i <= j else known[j, i].T
-        return of_groups[first.numbers, second.numbers]
+        group_block = known[i, j] if i <= j else known[j, i].T
+        return group_block[first.numbers, second.numbers]
 
     return jnp.block([[block(first, second) for second in places] for first in places])

@@ -52,7 +52,7 @@ def ggn_diagonal(
     batches = mb.split(inputs, microbatch, number_type(params), weights)
     leaves = jax.tree.leaves(params)
 
-    def of_batch(batch: mb.Microbatches) -> list[Array]:
+    def batch_sums(batch: mb.Microbatches) -> list[Array]:
         passed = tapped.forward(network, params, batch.inputs)
         single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
 
@@ -71,7 +71,7 @@ def ggn_diagonal(
             sums[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
         return sums
 
-    return scale * jnp.concatenate(mb.summed(of_batch, batches))
+    return scale * jnp.concatenate(mb.summed(batch_sums, batches))
 
 
 def _squared(
@@ -81,5 +81,5 @@ def _squared(
     layer = passed.weights.layers.get(leaf)
     if layer is None:
         return einsum("m,mp->p", weights, gradients.reshape(len(gradients), -1) ** 2)
-    of_matrix = einsum("mti,mto->mio", passed.layer_inputs[leaf], gradients)
-    return layer.layout.flat(einsum("m,mio->io", weights, of_matrix**2))
+    matrices = einsum("mti,mto->mio", passed.layer_inputs[leaf], gradients)
+    return layer.layout.flat(einsum("m,mio->io", weights, matrices**2))

@@ -138,11 +138,11 @@ def block_product(
             outputs, pushforward = jax.linearize(lambda p: network(p, batch.inputs), params)
             pullback = jax.linear_transpose(pushforward, params)
 
-            def of_vector(vector: Float[Array, " P"]) -> Float[Array, " P"]:
+            def product_with(vector: Float[Array, " P"]) -> Float[Array, " P"]:
                 curved = likelihood.hessian_mv(outputs, pushforward(unravel(vector)))
                 return ravel(pullback(scale * mb.over_outputs(batch.weights, curved) * curved)[0])
 
-            return total + jax.lax.map(of_vector, vectors, batch_size=min(vectors_at_once, len(vectors))), None
+            return total + jax.lax.map(product_with, vectors, batch_size=min(vectors_at_once, len(vectors))), None
 
         return jax.lax.scan(add, jnp.zeros_like(vectors), batches)[0]
 

@@ -128,7 +128,7 @@ class Jacobian(NamedTuple):
         Memory: O R numbers for each example of a layer whose inputs are multiplied first.
         """
         # One product for all layers, and one for all other leaves, because small products are slow.
-        derivatives, by_inputs, rows, blocks = [], [], [], []
+        derivatives, input_products, rows, blocks = [], [], [], []
         start = 0
         for leaf in self.leaves:
             if start >= len(matrix):
@@ -138,14 +138,16 @@ class Jacobian(NamedTuple):
             block = jnp.pad(block, ((0, leaf.size - len(block)), (0, 0)))
             if leaf.is_single and _inputs_first(math.prod(leaf.derivatives.shape[1:3]), leaf.inputs.shape[-1]):
                 derivatives.append(leaf.derivatives[..., 0, :])
-                by_inputs.append(einsum("mi,ior->mor", leaf.inputs[:, 0], as_matrices(block, leaf.layout.segments)))
+                input_products.append(
+                    einsum("mi,ior->mor", leaf.inputs[:, 0], as_matrices(block, leaf.layout.segments))
+                )
             else:
                 rows.append(leaf.rows())
                 blocks.append(block)
         products = []
-        if by_inputs:
-            of_layers = jnp.concatenate(derivatives, axis=-1), jnp.concatenate(by_inputs, axis=1)
-            products.append(einsum("muco,mor->mucr", *of_layers))
+        if input_products:
+            factors = jnp.concatenate(derivatives, axis=-1), jnp.concatenate(input_products, axis=1)
+            products.append(einsum("muco,mor->mucr", *factors))
         if rows:
             products.append(matmul(jnp.concatenate(rows, axis=-1), jnp.concatenate(blocks)))
         return sum(products[1:], products[0])

@@ -130,7 +130,7 @@ def factors(
     """
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
-    def of_batch(batch: mb.Microbatches) -> list[LeafSums]:
+    def batch_sums(batch: mb.Microbatches) -> list[LeafSums]:
         passed = tapped.forward(network, params, batch.inputs)
         layers = passed.weights.layers
 
@@ -151,7 +151,7 @@ def factors(
                 sums.append((FilterSums if sum_of_squares.ndim == 3 else DiagonalSums)(scale * sum_of_squares))
         return sums
 
-    return mb.summed(of_batch, batches)
+    return mb.summed(batch_sums, batches)
 
 
 def _second_moment(vectors: Float[Array, "M T D"], weights: Float[Array, " M"]) -> Float[Array, "D D"]:

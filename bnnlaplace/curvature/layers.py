@@ -102,7 +102,7 @@ def find(network: Network, inputs: PyTree) -> Weights:
         The network whose `params` are looked for. A linearised network has the entries of the network that was
         expanded.
     inputs
-        Examples along the leading axis, of which only shape and type are used.
+        Examples along the leading axis; only their shapes and types are used.
     """
     network = network.unlinearised()
     example = Shapes.of_example(inputs)
@@ -198,9 +198,9 @@ def _operands(equation: JaxprEqn) -> list[Var]:
     return [atom for atom in equation.invars if not isinstance(atom, Literal)]
 
 
-def _other_operands(equation: JaxprEqn, of_examples: Sequence[tuple[int, int]]) -> list[Var]:
+def _other_operands(equation: JaxprEqn, example_axes: Sequence[tuple[int, int]]) -> list[Var]:
     """The operands of an entry that are neither literals nor arrays of examples."""
-    indices = [index for index, _ in of_examples]
+    indices = [index for index, _ in example_axes]
     others = [atom for index, atom in enumerate(equation.invars) if index not in indices]
     return [atom for atom in others if not isinstance(atom, Literal)]
 
@@ -285,9 +285,9 @@ def _with_length(shape: tuple[int, ...], axis: int, length: int) -> tuple[int, .
     return (*shape[:axis], length, *shape[axis + 1 :])
 
 
-def _equations_before(index: int, jaxpr: FlatJaxpr, of_examples: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+def _equations_before(index: int, jaxpr: FlatJaxpr, example_axes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
     """The indices of the equations that compute the operands of an entry besides its arrays of examples."""
-    wanted = set(_other_operands(jaxpr.equations[index], of_examples))
+    wanted = set(_other_operands(jaxpr.equations[index], example_axes))
     before = []
     for earlier in range(index - 1, -1, -1):
         equation = jaxpr.equations[earlier]

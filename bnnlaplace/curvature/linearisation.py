@@ -139,13 +139,13 @@ def _rematerialised(network: Network, params: PyTree, batches: mb.Microbatches) 
 
     def sandwich(middle: Middle, vector: Float[ArrayLike, " P"]) -> Float[Array, " P"]:
         @jax.checkpoint
-        def of_batch(batch: mb.Microbatches, params: PyTree, vector: Float[ArrayLike, " P"]) -> Float[Array, " P"]:
+        def sandwiched(batch: mb.Microbatches, params: PyTree, vector: Float[ArrayLike, " P"]) -> Float[Array, " P"]:
             outputs, jvp = jax.linearize(lambda p: network(p, batch.inputs), params)
             cotangent = middle(outputs, batch.weights, jvp(unravel(vector)))
             return ravel(jax.linear_transpose(jvp, params)(cotangent)[0])
 
         # One loop in place of two, so that each microbatch is linearised once.
-        return mb.summed(lambda batch: of_batch(batch, params, vector), batches)
+        return mb.summed(lambda batch: sandwiched(batch, params, vector), batches)
 
     outputs = jax.lax.map(lambda x: outputs_of(x, params), batches.inputs)
     return _Products(outputs, push, pull, sandwich)

@@ -89,10 +89,8 @@ def operator(
     batches = as_data(data)
     batches.check_repeatable("operator(data=...) must be readable several times")
     delta = as_vector(prior_precision, network.params)
-    if not np.all(np.asarray(delta) > 0) or not scale > 0:
-        raise ValueError(
-            f"operator(prior_precision=..., scale=...) must be positive; got {prior_precision} and {scale}; try 1.0"
-        )
+    checks.all_positive(delta, "operator(prior_precision=...)")
+    checks.positive(scale, "operator(scale=...)")
     batches = batches.checked(partial(check_fits_model, network, likelihood))
     for _ in batches:  # the first pass counts the examples, and checks them
         pass
@@ -144,9 +142,9 @@ def _dual(
         start, pulled = 0, 0.0
         for batch in data:
             count, unpadded = _count(batch), [(0, 0)] * len(shape)
-            of_batch = by_example[:, start : start + count]
-            of_batch = jnp.pad(of_batch, [(0, 0), (0, len(batch.weights) - count), *unpadded])
-            pulled, start = pulled + _pull(*model, batch, of_batch, **options), start + count
+            batch_rows = by_example[:, start : start + count]
+            batch_rows = jnp.pad(batch_rows, [(0, 0), (0, len(batch.weights) - count), *unpadded])
+            pulled, start = pulled + _pull(*model, batch, batch_rows, **options), start + count
         weighted = scale * pulled / prior_precision
         pushed = [_push(*model, batch, weighted, **options)[:, : _count(batch)] for batch in data]
         return jnp.concatenate(pushed, axis=1).reshape(len(rows), -1, width).reshape(vectors.shape)
@@ -199,17 +197,17 @@ def _pull(
     params = network.params
     split = mb.split((batch.inputs, jnp.swapaxes(rows, 0, 1)), microbatch, number_type(params), batch.weights)
 
-    def of_microbatch(part: mb.Microbatches) -> Float[Array, "S P"]:
+    def pulled(part: mb.Microbatches) -> Float[Array, "S P"]:
         inputs, columns = part.inputs
         outputs, pullback = jax.vjp(lambda p: network(p, inputs), params)
         root_weights = jnp.sqrt(mb.over_outputs(part.weights, outputs))
 
-        def of_row(row: Float[Array, "m ... C"]) -> Float[Array, " P"]:
+        def pulled_row(row: Float[Array, "m ... C"]) -> Float[Array, " P"]:
             return ravel(pullback(root_weights * likelihood.factor_mv(outputs, row))[0])
 
-        return jax.lax.map(of_row, jnp.swapaxes(columns, 0, 1), batch_size=min(VECTORS_AT_ONCE, len(rows)))
+        return jax.lax.map(pulled_row, jnp.swapaxes(columns, 0, 1), batch_size=min(VECTORS_AT_ONCE, len(rows)))
 
-    return mb.summed(of_microbatch, split)
+    return mb.summed(pulled, split)
 
 
 @partial(jax.jit, static_argnames="microbatch")
@@ -220,15 +218,15 @@ def _push(
     params = network.params
     unravel = unraveler(params)
 
-    def of_microbatch(part: mb.Microbatches) -> Float[Array, "S m ... C"]:
+    def pushed(part: mb.Microbatches) -> Float[Array, "S m ... C"]:
         outputs, pushforward = jax.linearize(lambda p: network(p, part.inputs), params)
 
-        def of_row(row: Float[Array, " P"]) -> Float[Array, "m ... C"]:
+        def pushed_row(row: Float[Array, " P"]) -> Float[Array, "m ... C"]:
             return likelihood.factor_transpose_mv(outputs, pushforward(unravel(row)))
 
-        return jax.lax.map(of_row, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
+        return jax.lax.map(pushed_row, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
 
-    by_microbatch = jax.lax.map(of_microbatch, mb.split(batch.inputs, microbatch, number_type(params), batch.weights))
+    by_microbatch = jax.lax.map(pushed, mb.split(batch.inputs, microbatch, number_type(params), batch.weights))
     # (microbatches, S, m, ...) -> (S, examples, ...)
     by_row = jnp.moveaxis(by_microbatch, 0, 1)
     return by_row.reshape(by_row.shape[0], -1, *by_row.shape[3:])[:, : len(batch.weights)]

@@ -122,7 +122,7 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
     function
         A function from a cotangent of the outputs to a pytree.
     outputs
-        The outputs, of which only shape and type are used.
+        The outputs; only their shape and type are used.
     """
     return mb.summed(lambda number: function(_column(outputs, number)), jnp.arange(math.prod(outputs.shape[1:])))
 
@@ -140,20 +140,20 @@ def at_columns(
     function
         A function from a cotangent of the outputs to a pytree. Its results are stacked along a leading axis.
     outputs
-        The outputs, of which only shape and type are used.
+        The outputs; only their shape and type are used.
     numbers
         Which unit vectors. A number past the last output stands for a zero vector.
     at_once
         How many go through `function` together; by default all.
     """
 
-    def of_column(number: Int[Array, ""]) -> PyTree:
+    def at_column(number: Int[Array, ""]) -> PyTree:
         return function(_column(outputs, number))
 
     if at_once is None or at_once >= len(numbers):
-        return jax.vmap(of_column)(jnp.asarray(numbers))
+        return jax.vmap(at_column)(jnp.asarray(numbers))
     at_once = math.ceil(len(numbers) / math.ceil(len(numbers) / at_once))  # groups as equal as possible
-    return lax.map(of_column, jnp.asarray(numbers), batch_size=at_once)
+    return lax.map(at_column, jnp.asarray(numbers), batch_size=at_once)
 
 
 def _column(outputs: Float[Array, "M ... C"], number: Int[Array, ""]) -> Float[Array, "M ... C"]:
@@ -268,7 +268,7 @@ def _per_example(
     known = {variable: value_of[variable] for variable in read if variable in value_of and variable not in operands}
     weight = jaxpr.params[leaf]
 
-    def of_example(values: list[Array], cotangents: list[Array]) -> Array:
+    def example_gradients(values: list[Array], cotangents: list[Array]) -> Array:
         # Batches of one example, because the equation expects an axis of examples.
         expanded = [jnp.expand_dims(value, axis) for value, (_, axis) in zip(values, entry.operands, strict=True)]
 
@@ -282,7 +282,7 @@ def _per_example(
 
     axes = [axis for _, axis in entry.operands], list(entry.axes)
     values, cotangents = [value_of[operand] for operand in operands], [at[result] for result in equation.outvars]
-    return jax.vmap(of_example, in_axes=axes)(values, cotangents)
+    return jax.vmap(example_gradients, in_axes=axes)(values, cotangents)
 
 
 def _by_whole_network(
@@ -291,7 +291,7 @@ def _by_whole_network(
     """Differentiate with respect to some leaves by a backward pass through the network for each example."""
     leaves, structure = jax.tree.flatten(params)
 
-    def of_example(example: PyTree, cotangent: Float[Array, "... C"]) -> list[Array]:
+    def example_gradients(example: PyTree, cotangent: Float[Array, "... C"]) -> list[Array]:
         def outputs(some: list[Array]) -> Float[Array, "... C"]:
             filled = list(leaves)
             for number, leaf in zip(numbers, some, strict=True):
@@ -300,4 +300,4 @@ def _by_whole_network(
 
         return jax.vjp(outputs, [leaves[number] for number in numbers])[1](cotangent)[0]
 
-    return dict(zip(numbers, jax.vmap(of_example)(inputs, cotangent), strict=True))
+    return dict(zip(numbers, jax.vmap(example_gradients)(inputs, cotangent), strict=True))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Float
 
+from bnnlaplace.core import checks
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz
 
 
@@ -73,7 +74,7 @@ def summed_exactly(ritz: Ritz, *, tolerance: float = 1e-2) -> Bool[np.ndarray, "
 
 
 def _in_long_chain(ascending: Float[np.ndarray, " m"], length: int, tolerance: float) -> np.ndarray:
-    """Mark values in a chain of at least `length`, in which each is within `tolerance` of the next, relative to it."""
+    """Mark runs of at least `length` values whose neighbours differ by less than the relative `tolerance`."""
     # A wide gap starts a new chain, so the running count of wide gaps numbers the chains.
     chain = np.cumsum(np.diff(ascending, prepend=0.0) > tolerance * ascending)
     return np.bincount(chain, minlength=1)[chain] >= length if len(chain) else chain.astype(bool)
@@ -136,10 +137,9 @@ def inverse_sqrt_coefficients(ritz: Ritz, shift: float) -> Float[np.ndarray, "S 
     Raises
     ------
     ValueError
-        If `shift` is not positive.
+        If `shift` is not one positive, finite number.
     """
-    if not shift > 0:
-        raise ValueError(f"inverse_sqrt_coefficients(shift=...) must be positive; got {shift}; raise it")
+    checks.positive(shift, "inverse_sqrt_coefficients(shift=...)", advice="raise it")
     return (ritz.vectors @ (ritz.weights / np.sqrt(ritz.values + shift)[:, None])).T
 
 

@@ -221,7 +221,7 @@ def _factorise(
 
 
 def _assemble(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> Float[np.ndarray, "m m"]:
-    """Put the blocks together to the symmetric matrix T."""
+    """Assemble the symmetric matrix T from its blocks."""
     count = len(diagonal[0])
     tridiagonal = np.zeros((len(diagonal) * count,) * 2)
     for j, block in enumerate(diagonal):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import concatenated
 
 
@@ -167,8 +168,9 @@ def check_number(caller: str, argument: str, value: Any, *, positive: bool) -> f
             f"{caller}({argument}=...) must be {wanted} that is known while JAX traces; got {value!r}; pass a Python "
             "float, or make it a static argument of jit"
         ) from None
-    if not (math.isfinite(number) and (number > 0 or (number == 0 and not positive))):
-        raise ValueError(
-            f"{caller}({argument}=...) must be {wanted} and finite; got {number}; leave it out for the default"
-        )
+    where, advice = f"{caller}({argument}=...)", "leave it out for the default"
+    if positive:
+        checks.positive(number, where, advice=advice)
+    elif not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{where} must be {wanted} and finite; got {number}; {advice}")
     return number

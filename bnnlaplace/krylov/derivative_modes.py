@@ -1,7 +1,7 @@
 """A plain error, or NaN, for a derivative that a function does not have.
 
 A custom adjoint has no forward-mode derivative. JAX's own error for one does not name the function, and inside of `jit`
-it is about a missing lowering rule. Of a second derivative that exists but is wrong, JAX cannot know. So values pass
+it is about a missing lowering rule. JAX cannot notice a second derivative that exists but is wrong. So values pass
 through identities that notice how they are differentiated:
 
 - `reverse_only`: forward mode raises.

@@ -123,8 +123,8 @@ def orthogonalise(
 def anywhere(condition: Bool[Array, ""]) -> Bool[Array, ""]:
     """Return `condition`; under `vmap`, whether it holds anywhere in the batch, as one value for all of it.
 
-    `vmap` evaluates both branches of a `cond` whose condition differs within the batch. One whose condition is the same
-    for all of the batch stays a choice. Use it where the branch that does more is right for every member.
+    `vmap` evaluates both branches of a `cond` whose condition differs within the batch. With one condition for the
+    whole batch, `cond` still runs only one branch. Use it where the branch that does more is right for every member.
     """
     return condition
 

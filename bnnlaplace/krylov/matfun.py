@@ -264,7 +264,7 @@ def _transpose(matvec: Callable) -> Callable:
 
 
 def _without_last_fifth(num_matvecs: int) -> int:
-    """Return the number of steps without the last fifth, of which there is at least one; never below one."""
+    """Return the number of steps without the last fifth, which is at least one step; never below one."""
     return max(num_matvecs - max(num_matvecs // 5, 1), 1)
 
 

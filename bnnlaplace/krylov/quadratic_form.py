@@ -62,7 +62,7 @@ def _read_off(form: Form, constants: Any, steps: Lanczos) -> tuple[Array, Array]
 
 
 def _above_rounding(form: Form, constants: Any, steps: Lanczos) -> tuple[Converted, Any]:
-    """Return f and its constants; for a semidefinite operator, f is f(0) at an eigenvalue that is rounding of zero."""
+    """Return f and its constants. If semidefinite, f is f(0) for eigenvalues that are zero up to rounding."""
     if not form.semidefinite:
         return form.function, constants
     diagonal, off_diagonal = jax.lax.stop_gradient((steps.diagonal, steps.off_diagonal))

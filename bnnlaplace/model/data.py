@@ -225,8 +225,8 @@ def accumulate(data: Data, step: Callable[[Batch], Any]) -> tuple[Any, int]:
     """Sum a pytree that is computed from each batch, in one pass; return the sum and the number of examples."""
     total = None
     for batch in data:
-        of_batch = step(batch)
-        total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
+        batch_sum = step(batch)
+        total = batch_sum if total is None else jax.tree.map(jnp.add, total, batch_sum)
     return total, data.num_examples
 
 

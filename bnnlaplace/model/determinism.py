@@ -77,7 +77,7 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
 
 @lru_cache(maxsize=64)
 def _remembered(spec: NetworkSpec) -> set[str]:
-    """Return what is known of all networks of this spec, a set to add to. Weights make no network deterministic."""
+    """Return the findings so far. Determinism does not depend on the weights, so all networks of a spec share it."""
     return set()
 
 

@@ -52,7 +52,7 @@ def cut(network: Network, inputs: PyTree) -> Head | None:
     network
         A network with frozen weights.
     inputs
-        Examples, of which only shape and type are used.
+        Examples; only their shapes and types are used.
 
     Returns
     -------
@@ -100,14 +100,14 @@ def memory_limit() -> int:
 
 @lru_cache(maxsize=64)
 def _crossing(spec: NetworkSpec) -> jax.ShapeDtypeStruct | None:
-    """Shape and type of the features of one example; None if there is not one array that belongs to single examples."""
+    """Shape and type of one example's features. None unless exactly one array crosses, with a row for each example."""
     small, large = (_halves(trace(spec.network(), spec.example.batch(size))) for size in (2, 3))
     if any(len(halves.crossing) != 1 or not halves.before for halves in (small, large)):
         return None
-    of_two, of_three = small.crossing[0].aval, large.crossing[0].aval
+    two, three = small.crossing[0].aval, large.crossing[0].aval  # for two and for three examples
     # An array belongs to single examples if its leading axis, and no other, follows their number.
-    belongs = of_two.shape[:1] == (2,) and of_three.shape[:1] == (3,) and of_two.shape[1:] == of_three.shape[1:]
-    return jax.ShapeDtypeStruct(of_two.shape[1:], of_two.dtype) if belongs else None
+    has_row_each = two.shape[:1] == (2,) and three.shape[:1] == (3,) and two.shape[1:] == three.shape[1:]
+    return jax.ShapeDtypeStruct(two.shape[1:], two.dtype) if has_row_each else None
 
 
 class _Halves(NamedTuple):
@@ -122,28 +122,28 @@ class _Halves(NamedTuple):
 
 
 def _halves(jaxpr: FlatJaxpr) -> _Halves:
-    of_weights, of_inputs = set(jaxpr.params), set(jaxpr.inputs)
+    weight_variables, feature_variables = set(jaxpr.params), set(jaxpr.inputs)
     halves = _Halves([], [], [])
 
     def cross(atoms: Sequence[Var | Literal]) -> None:
         for atom in atoms:
-            if not isinstance(atom, Literal) and atom in of_inputs and atom not in halves.crossing:
+            if not isinstance(atom, Literal) and atom in feature_variables and atom not in halves.crossing:
                 halves.crossing.append(atom)
 
     for equation in jaxpr.equations:
         operands = {atom for atom in equation.invars if not isinstance(atom, Literal)}
-        if operands & of_weights:
+        if operands & weight_variables:
             cross(equation.invars)
             halves.after.append(equation)
-            of_weights.update(equation.outvars)
-        elif operands & of_inputs:
+            weight_variables.update(equation.outvars)
+        elif operands & feature_variables:
             halves.before.append(equation)
-            of_inputs.update(equation.outvars)
+            feature_variables.update(equation.outvars)
         else:
             halves.before.append(equation)
             halves.after.append(equation)
     cross(jaxpr.outputs)
-    computes_nothing = len(of_inputs) == len(jaxpr.inputs)
+    computes_nothing = len(feature_variables) == len(jaxpr.inputs)
     return halves._replace(before=[]) if computes_nothing else halves
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import summed_type
 
 Outputs = Float[ArrayLike, "*lead C"]
@@ -106,8 +107,7 @@ def gaussian(sigma_noise: Real[ArrayLike, "*C"] = 1.0) -> Likelihood:
     """
     sigma = jnp.asarray(sigma_noise)
     sigma = sigma.astype(summed_type(sigma.dtype))
-    if not isinstance(sigma, jax.core.Tracer) and not _all_positive(np.asarray(sigma)):
-        raise ValueError(f"gaussian(sigma_noise=...) must be positive and finite; got {sigma_noise}; try 1.0")
+    checks.all_positive(sigma, "gaussian(sigma_noise=...)")
     return Likelihood(
         "regression",
         "array",
@@ -153,11 +153,12 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:
     """
     traced = isinstance(sigma_noise, jax.core.Tracer)
     is_number = isinstance(sigma_noise, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(sigma_noise) <= 1
-    if not is_number or not (traced or _all_positive(np.asarray(sigma_noise))):
+    if not is_number:
         raise ValueError(
             "Laplace(sigma_noise=...) must be one positive, finite number, or one for each output; got "
             f"{sigma_noise!r}; try 1.0"
         )
+    checks.all_positive(sigma_noise, "Laplace(sigma_noise=...)")
     if likelihood != "regression" and (traced or np.shape(sigma_noise) != () or float(sigma_noise) != 1.0):
         name = likelihood.name if isinstance(likelihood, Likelihood) else likelihood
         raise ValueError(
@@ -241,10 +242,6 @@ def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray
             f"{where}: labels must lie in 0..{num_outputs - 1}, as the network has {num_outputs} outputs; got labels "
             f"from {targets.min()} to {targets.max()}; remap them or widen the network"
         )
-
-
-def _all_positive(numbers: np.ndarray) -> bool:
-    return numbers.size > 0 and bool(np.all((numbers > 0) & np.isfinite(numbers)))
 
 
 def _transposed(factor_mv: Callable, f: Outputs, v: Outputs) -> Array:

@@ -45,7 +45,7 @@ def last_layer(network: Network, inputs: PyTree) -> frozenset[str]:
     network
         The network, whose forward pass is traced once.
     inputs
-        Examples, of which only the shapes are used.
+        Examples; only their shapes are used.
 
     Raises
     ------

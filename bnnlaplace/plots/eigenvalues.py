@@ -32,7 +32,8 @@ def spectrum(ritz_values: Float[np.ndarray, " K"], prior_precisions: Mapping[str
     values = values[values > 0]
     if not len(values):
         raise ValueError(
-            f"ritz_values must hold a positive value; got {len(ritz_values)} values of which none is; check the fit"
+            f"ritz_values must hold a positive value; got {len(ritz_values)} values, none of them positive; check the "
+            "fit"
         )
     figure = new_figure(6.6, 3.4)
     panel = figure.subplots()

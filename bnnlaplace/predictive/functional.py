@@ -17,7 +17,7 @@ from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
 from bnnlaplace.fitted import Fitted
-from bnnlaplace.model.batched import by_microbatch, outputs, pushforward
+from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs, pushforward
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, output_shape
@@ -191,7 +191,7 @@ def _sizes(
     microbatch: int,
 ) -> _Sizes:
     """Choose the largest sizes that keep within the limits of memory."""
-    checks.count(microbatch, "microbatch=...", advice="try 64")
+    check_microbatch(microbatch)
     limit = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
     number_bytes = number_type(network.params).itemsize
     pass_bytes = number_bytes * numbers_of_example(NetworkSpec.of(network, inputs))

@@ -14,7 +14,7 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.tree import examples
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.fitted import Fitted
-from bnnlaplace.model.batched import outputs
+from bnnlaplace.model.batched import check_microbatch, outputs
 from bnnlaplace.model.data import PairOrBatches, checked_pairs
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.spec import output_shape
@@ -124,7 +124,7 @@ def validation_curve(
     checks.count(num_samples, "validation_curve(num_samples=...)", advice="try 32")
     batches = checked_pairs(fitted.network, data)
     grid = checked_grid(DEFAULT_GRID if precisions is None else precisions, "validation_curve(precisions=...)")
-    checks.count(microbatch, "microbatch=...", advice="try 64")
+    check_microbatch(microbatch)
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
     sums = [
         _scores(fitted, inputs, targets, grid, number, **options)

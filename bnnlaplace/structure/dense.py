@@ -112,8 +112,8 @@ class DenseStructure:
         ]
         return Partial(_by_triangles, roots, relative)
 
-    # What is remembered is no field, so neither a checkpoint nor a pickled copy holds it. It is written to `__dict__`,
-    # because the dataclass is frozen.
+    # Remembered factors are not fields, so checkpoints and pickled copies do not hold them. They are written to
+    # `__dict__`, because the dataclass is frozen.
 
     def __getstate__(self) -> dict[str, Array]:
         return {"matrix": self.matrix}

@@ -23,7 +23,7 @@ def problem(request, x64):
 
 @pytest.fixture
 def classification(x64):
-    """For what does not depend on the likelihood."""
+    """A problem for tests that do not depend on the likelihood."""
     make, targets = LIKELIHOODS["classification"]
     return random_problem(make(), targets(np.random.default_rng(2), 11))
 
@@ -65,7 +65,10 @@ def test_wide_layers_are_not_packed(classification, monkeypatch):
 
 
 def test_dense_counts_examples_by_their_weights(problem):
-    """Weight two is the same as there twice, none as not there; with padding, and exactly symmetric."""
+    """Weight two counts an example twice and weight zero leaves it out, also with padding.
+
+    The product is exactly symmetric.
+    """
     network, likelihood, inputs, _, _ = problem
     weights = np.array([2.0, 0.0, *np.ones(9)])
     repeated = np.concatenate([inputs[:1], inputs[:1], inputs[2:]])
@@ -79,7 +82,7 @@ def test_dense_counts_examples_by_their_weights(problem):
 
 
 def test_dense_memory_does_not_grow_with_the_data():
-    """Of the temporaries that XLA lays out; what takes part in them is rows of one microbatch."""
+    """XLA's temporaries hold the rows of one microbatch only."""
     network = bnnlaplace.Network.from_function(lambda w, x: jnp.tanh(x @ w), jnp.ones((40, 5), jnp.float32))
 
     def temporaries(count):
@@ -92,7 +95,7 @@ def test_dense_memory_does_not_grow_with_the_data():
 
 @pytest.mark.parametrize("side", ["primal", "dual"])
 def test_memory_of_a_rematerialised_linearisation_does_not_grow_with_the_data(side):
-    """Nor does that of a derivative of its products: beside data, outputs and vectors only a microbatch is there."""
+    """A derivative of the products also holds no more than one microbatch beside data, outputs and vectors."""
     network = bnnlaplace.Network.from_function(
         lambda w, x: jnp.tanh(jnp.tanh(x @ w["in"]) @ w["middle"]) @ w["out"],
         {"in": jnp.ones((4, 64)), "middle": jnp.ones((64, 64)), "out": jnp.ones((64, 2))},
@@ -159,7 +162,7 @@ def test_dual_has_the_same_nonzero_spectrum(problem):
     ("name", "sizes"), [("classification", (4, 4, 3)), ("regression", (11,)), ("binary", (4, 4, 3))]
 )
 def test_streamed_products_of_both_sides(name, sizes, x64):
-    """Batches of which the last is shorter, in microbatches with padding; one vector, or rows at once."""
+    """The last batch is shorter and microbatches are padded. Takes one vector or several rows."""
     make, draw = LIKELIHOODS[name]
     likelihood = make()
     network, _, inputs, targets, matrix = random_problem(likelihood, draw(np.random.default_rng(2), 11))
@@ -229,8 +232,9 @@ def test_bad_streams(problem, unchecked_annotations):
         streamed.operator(network, likelihood, ((inputs, targets) for _ in range(2)))
     with pytest.raises(ValueError, match="targets|labels"):
         streamed.operator(network, likelihood, (inputs, targets[:, None]))
-    for options in ({"prior_precision": 0.0}, {"scale": -1.0}):
-        with pytest.raises(ValueError, match="must be positive; got"):
+    bad = [{"prior_precision": 0.0}, {"prior_precision": np.inf}, {"scale": -1.0}, {"scale": np.inf}, {"scale": "a"}]
+    for options in bad:
+        with pytest.raises(ValueError, match=r"operator\(.*=...\) must be .*positive.* finite.*; got"):
             streamed.operator(network, likelihood, (inputs, targets), **options)
     with pytest.raises(ValueError, match=r"takes a vector of 43 numbers, or rows of them; got shape \(3,\)"):
         streamed.operator(network, likelihood, (inputs, targets), side="primal").matvec(np.ones(3))

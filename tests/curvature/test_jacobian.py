@@ -25,7 +25,10 @@ def derivatives(network, inputs, numbers):
 
 @pytest.fixture(scope="module", params=["convolutions", "transformer", "recurrent", "products", "shared"])
 def case(request):
-    """A network, its inputs, groups of two outputs of which the last is none, and the rows of its Jacobian."""
+    """A network, its inputs, groups of two outputs, and the rows of its Jacobian.
+
+    The last index of the groups is past the outputs (padding).
+    """
     network, inputs, rows = drawn(request.param)
     with jax.enable_x64(True):
         count = rows.shape[1]
@@ -81,7 +84,7 @@ def expected_covariances(rows, curvature, relative):
 
 
 def structures(rows):
-    """Each with the matrix that it stands for."""
+    """Yield each structure with the matrix that it represents."""
     number = rows.shape[-1]
     root = RNG.normal(size=(5, number))
     diagonal = RNG.uniform(0, 3, number)
@@ -119,7 +122,7 @@ def test_kronecker_covariances(case, x64):
 
 
 def test_a_linearised_network_has_the_jacobian_of_its_centre(x64):
-    """And the same layers, so that its Kronecker structure is one."""
+    """The linearised network has the same layers, so it has Kronecker factors too."""
     case = NETWORKS["products"]
     network = at_random(case.make())
     moved = network.linearised().with_params(jax.tree.map(lambda leaf: leaf + 1.0, network.params))

@@ -16,7 +16,7 @@ SIGMA, PRECISION = np.array([0.6, 1.3]), 1.7
 
 
 class Regression(NamedTuple):
-    """Data, and a network of no layer but one, away from the mode."""
+    """Data, and a network with one layer, at weights away from the mode."""
 
     inputs: np.ndarray
     targets: np.ndarray
@@ -63,7 +63,7 @@ def fitted(problem, structure, **fit_options):
     return la.fit((problem.inputs, problem.targets), key=jax.random.key(0), **fit_options)
 
 
-# Of a truncated recurrence nothing is left out here either: a block of as many probes as weights.
+# A block of as many probes as weights spans the whole space, so the recurrence is not truncated here either.
 KRYLOV = {"max_vectors": 16, "num_probes": 8}
 
 
@@ -106,7 +106,7 @@ def _distance(problem, weights):
 @pytest.mark.parametrize("side", ["primal", "dual"])
 @pytest.mark.parametrize("gradient", ["adjoint", "autodiff"])
 def test_gradients(regression, side, gradient):
-    """In precision, noise and weights at once; probes that are a basis leave no Monte Carlo error."""
+    """Gradients in precision, noise and weights. The probes form a basis, so there is no Monte Carlo error."""
     size = FEATURES * OUTPUTS if side == "primal" else EXAMPLES * OUTPUTS
 
     def ours(weights, precision, sigma):

@@ -1,4 +1,4 @@
-"""The linearised network at its own mode, the warning where weights are no mode, and memory known beforehand."""
+"""The linearised network at its own mode, the warning if weights are not at a mode, and the memory estimate."""
 
 import warnings
 
@@ -115,7 +115,7 @@ def test_bad_mean(problem, unchecked_annotations):
 
 
 def test_memory_of_features_is_counted(problem):
-    """Here of outputs before a temperature, the only weight with a posterior: three numbers each."""
+    """The only weight with a posterior is a temperature; the features are the three outputs before it."""
     network = bnnlaplace.Network.from_function(
         lambda w, x: w["scale"] * problem.network(w["network"], x),
         {"scale": np.ones(1), "network": problem.network.params},

@@ -1,4 +1,4 @@
-"""Lanczos and Arnoldi behind one interface, small operators that the tests share, and helpers for tables of cases."""
+"""Lanczos and Arnoldi behind one interface, small operators that the tests share, and functions for tables of cases."""
 
 import itertools
 import re

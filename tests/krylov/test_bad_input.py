@@ -131,7 +131,7 @@ def test_numbers():
             refusals.append(Refusal(f"{function.__name__} {value}", wrong, error, pattern))
     for value in ("0.1", True, -0.1, 0.0, np.nan):
         error = ValueError if isinstance(value, float) else TypeError
-        pattern = r"quadrature\(relative_sem=...\) must be a positive number"
+        pattern = r"quadrature\(relative_sem=...\) must be (a positive number|one positive, finite number)"
         wrong = lambda v=value: call(stochastic_lanczos_quadrature, relative_sem=v)  # noqa: E731
         refusals.append(Refusal(f"relative_sem {value}", wrong, error, pattern))
     traced = lambda: jax.jit(lambda tolerance: call(lanczos, breakdown_tolerance=tolerance))(1e-3)  # noqa: E731
@@ -183,7 +183,7 @@ BAD_QUADRATURE = {
     "gradient": ({"gradient": "one"}, ValueError, "gradient=.* 'adjoint', 'quadrature' or 'autodiff'; got 'one'"),
     "reorthogonalise": ({"reorthogonalise": True}, ValueError, "reorthogonalise=.* got True"),
     "batch": ({"probe_batch_size": 0}, ValueError, "probe_batch_size=.* at least 1; got 0"),
-    "relative": ({"relative_sem": 0.0}, ValueError, "relative_sem=.* must be a positive number"),
+    "relative": ({"relative_sem": 0.0}, ValueError, "relative_sem=.* must be one positive, finite number"),
     "autodiff": ({"relative_sem": 0.1, "gradient": "autodiff"}, ValueError, "relative_sem=.*gradient='autodiff'"),
     "no probes": ({"probes": np.ones((0, SIZE), np.float32)}, ValueError, "probes=.* at least one probe"),
     "scalar": ({"probes": np.float32(1)}, ValueError, "probes=.* one leading axis"),

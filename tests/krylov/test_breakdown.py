@@ -1,4 +1,4 @@
-"""Where a recurrence ends, and where it must not."""
+"""Breakdown: the recurrence stops in an invariant space and nowhere else."""
 
 import jax
 import jax.numpy as jnp

@@ -54,7 +54,7 @@ SECOND = {"hessian": jax.hessian, "reverse mode twice": lambda loss: jax.jacrev(
     usual([("adjoint", "reverse mode twice"), ("quadrature", "hessian")], ("adjoint", "quadrature"), SECOND),
 )
 def test_second_derivatives(x64, gradient, mode):
-    """They are those of the estimated gradient, exact at full depth. With deflation they are refused."""
+    """Second derivatives are those of the estimated gradient. They are exact at full depth. Deflation refuses them."""
     values, probes = jnp.asarray(np.asarray(VALUES, np.float64)), jnp.asarray(EXACT, jnp.float64)
 
     def loss(values, **options):

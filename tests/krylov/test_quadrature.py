@@ -112,7 +112,7 @@ def test_quadrature_gradient_in_the_probes(factor):
             lambda x: jnp.exp(x / 20), product, probes, factor, num_matvecs=RANK + 1, gradient="quadrature"
         ).mean
 
-    # Of the mean of z' f(A) z over two probes: f(A) z.
+    # The derivative of the mean of z' f(A) z over two probes is f(A) z.
     assert_close(jax.jit(jax.grad(mean))(probes), probes @ scipy.linalg.expm(factor @ factor.T / 20), 1e-10)
 
 

@@ -1,4 +1,4 @@
-"""What is not a function of weights and one example is refused, and rounding is not taken for a dependence."""
+"""Random networks and networks that mix examples are refused. Rounding is not mistaken for either."""
 
 import jax.numpy as jnp
 import numpy as np

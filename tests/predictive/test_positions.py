@@ -118,7 +118,7 @@ def test_outputs_of_one_input_in_parts(problem, structure, monkeypatch):
 
 
 def test_parts_follow_memory(problem, monkeypatch):
-    """Everything where there is room, single passes where there is none, a few inputs before many outputs between."""
+    """All at once with enough memory, single passes without; in between, few inputs come before many outputs."""
     network, likelihood, inputs, targets, _ = problem
     images, labels = with_positions(inputs), with_positions(targets)
     la = bnnlaplace.Laplace(network, likelihood, hessian_structure="diag").fit((images, labels))

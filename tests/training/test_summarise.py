@@ -31,7 +31,7 @@ def run_with(seed, nll, precision, low=-1.0, high=1.0):
         "seed": seed,
         "config": {
             "seed": seed,
-            "data": {"dir": f"/tmp/{seed}", "mean": [0.5]},
+            "data": {"dir": f"data/{seed}", "mean": [0.5]},
             "optimizer": {"epochs": 40, "learning_rate": 0.01},
         },
         "num_images": {"test": 360},

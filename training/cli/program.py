@@ -10,7 +10,7 @@ from time import perf_counter
 import jax
 from rich.console import Console
 
-from bnnlaplace.checkpoint.pytree import CheckpointError
+from bnnlaplace.checkpoint import CheckpointError
 from training.cli import interruption
 from training.errors import Interrupted, UserError
 from training.workdir import why_not_writable

@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import softmax
 
 from bnnlaplace import Laplace, Network, calibration
-from bnnlaplace.calibration.temperature import fit_temperature
+from bnnlaplace.calibration import fit_temperature
 from bnnlaplace.core.tree import size
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.predictive import link

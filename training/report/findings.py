@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, paired_differences
+from bnnlaplace.calibration import Bootstrap, Interval, paired_differences
 from training.report.results import MethodResult, ModeDistance, RunResults
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bnnlaplace.calibration.bootstrap import Interval, paired_differences
+from bnnlaplace.calibration import Interval, paired_differences
 from training.report.findings import findings, number, precision, reservations
 from training.report.results import MethodResult, RunResults, environment, write_metrics
 from training.workdir import write_atomically, writing

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, intervals, paired_differences
-from bnnlaplace.calibration.metrics import ReliabilityBins
+from bnnlaplace.calibration import Bootstrap, Interval, ReliabilityBins, intervals, paired_differences
 from training.workdir import write_atomically
 
 if TYPE_CHECKING:

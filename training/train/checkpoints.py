@@ -5,7 +5,7 @@
     workdir/train/step_XXXXXXXX/   the state after a step, with the journal as metadata
     workdir/log.jsonl              the history of the journal, one record for each epoch
 
-Of the step checkpoints the newest two are kept, and a resumed run starts from the newest good one.
+The newest two step checkpoints are kept, and a resumed run starts from the newest good one.
 """
 
 import dataclasses
@@ -17,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnnlaplace.checkpoint.atomic import write_text
-from bnnlaplace.checkpoint.pytree import CheckpointError, find_damage, load_pytree, save_pytree
+from bnnlaplace.checkpoint import CheckpointError, find_damage, load_pytree, save_pytree, write_text
 from training.errors import UserError
 from training.train.step import TrainState
 
@@ -69,7 +68,7 @@ def result_of(state: TrainState, journal: Journal) -> TrainResult:
 
 
 def seconds_of(result: TrainResult) -> float:
-    """Sum the wall-clock seconds of all epochs, in whichever sessions they ran. Repeated steps count once."""
+    """Sum the wall-clock seconds of all epochs, over all starts of the run. Repeated steps count once."""
     return sum(record["seconds"] for record in result.history)
 
 

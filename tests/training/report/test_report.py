@@ -441,7 +441,7 @@ def test_metrics_round_trip(results, tmp_path):
     write_metrics(tmp_path / "metrics.json", results)
 
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not JSON")
 
     found = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"), parse_constant=refuse)
     assert found["seed"] == 7 and found["data"] == HOSTILE and found["num_weights"] == 12345
