@@ -110,7 +110,7 @@ def small_problem() -> tuple[bnnlaplace.Network, tuple[np.ndarray, np.ndarray]]:
 
 
 def evidence_walks() -> dict[str, Walk]:
-    """From a number for the prior precision to the evidence."""
+    """Walk from a number for the prior precision to the evidence."""
     network, data = small_problem()
     for_each_weight = jax.tree.map(lambda leaf: np.linspace(0.5, 2.0, leaf.size).reshape(leaf.shape), network.params)
     walks = {}
@@ -122,7 +122,7 @@ def evidence_walks() -> dict[str, Walk]:
 
 
 def fit_walks() -> dict[str, Walk]:
-    """From data to a fitted Laplace."""
+    """Walk from data to a fitted Laplace."""
     network, data = small_problem()
     walks = {}
     for structure, options in (("lanczos", {"key": jax.random.key(0), "num_probes": 4}), ("diag", {})):
@@ -132,7 +132,7 @@ def fit_walks() -> dict[str, Walk]:
 
 
 def image_walks() -> dict[str, Walk]:
-    """From the images that were loaded, or from a batch of them, to the loss of the first training step."""
+    """Walk from the loaded images, or from a batch of them, to the loss of the first training step."""
     starts = {
         "fit_van, loaded images to the first loss": ("training/data/load.py", "load"),
         "fit_van, a training step": ("training/train/progress.py", "show"),  # the last thing before the first step

@@ -22,9 +22,9 @@ class Table:
     """What is measured, in Markdown, above the table."""
     columns: Sequence[str]
     read: Callable[[list[Record]], list[Row]]
-    """From the records to rows of numbers. A KeyError says that a record is not of a whole benchmark."""
+    """Turns the records into rows of numbers. A KeyError says that a record is not of a whole benchmark."""
     write: Callable[[Row], list[str]]
-    """From a row of numbers to the cells of the table."""
+    """Turns a row of numbers into the cells of the table."""
     record: str | None = None
     """A file of `benchmarks/results`; None for the metrics of the runs."""
     remarks: str = ""

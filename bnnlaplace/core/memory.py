@@ -46,7 +46,7 @@ def in_words(count: float) -> str:
 def free_bytes(device: jax.Device | None = None) -> int | None:
     """Bytes that a device has free, by default the first local one; None if that is not known.
 
-    For the host it is the smaller of what the machine and what the control group of this process have left.
+    For the host it is the smaller of two numbers: what the machine has left, and what this process's control group has.
     """
     device = jax.local_devices()[0] if device is None else device
     stats = device.memory_stats() or {}

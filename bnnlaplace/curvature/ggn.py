@@ -70,6 +70,7 @@ def dual_operator(
         The diagonal of P0: one number, or one for each weight.
     """
     outputs, pull = linearised.outputs, dual_pullback(linearised, likelihood, scale=scale)
+    # Square roots of the weights stand on both sides, so that the operator is symmetric, also if weights differ.
     root = _root_scale(linearised, scale)
 
     def matvec(vector: Float[ArrayLike, " V"]) -> Float[Array, " V"]:
@@ -135,6 +136,7 @@ def block_product(
 
     def product(vectors: Float[ArrayLike, "S P"]) -> Float[Array, "S P"]:
         def add(total: Array, batch: mb.Microbatches) -> tuple[Array, None]:
+            # The transpose shares the residuals of this forward pass. `jax.vjp` would run and keep a second one.
             outputs, pushforward = jax.linearize(lambda p: network(p, batch.inputs), params)
             pullback = jax.linear_transpose(pushforward, params)
 

@@ -183,6 +183,8 @@ class JacobianSize(NamedTuple):
 
 def _inputs_first(num_outputs: int, rows: int) -> bool:
     """Whether multiplying by the inputs of a layer first saves enough arithmetic to be worth its memory."""
+    # For each column of layer and matrix, an example costs `rows + num_outputs` multiplications with inputs first, and
+    # `rows * num_outputs` otherwise. Only a fivefold saving pays for the array of intermediate products.
     return num_outputs * rows >= 5 * (num_outputs + rows)
 
 
@@ -237,13 +239,13 @@ def _size(spec: NetworkSpec) -> JacobianSize:
     for leaf, variable in enumerate(weights.jaxpr.params):
         count, layer = math.prod(variable.aval.shape), weights.layers.get(leaf)
         if layer is None:
-            output += 2 * count
+            output += 2 * count  # as the backward pass leaves them, and joined with those of other leaves
             continue
         rows = math.prod(size for size, is_row in layer.layout.segments if is_row)
         example += layer.positions * rows
         output += layer.positions * (count // rows)
         if layer.positions > 1:
-            output += 2 * count
+            output += 2 * count  # the sum over positions forms the derivatives in the weights, and joins them
         else:
             layers.append((rows, count // rows))
     return JacobianSize(example, output, tuple(layers))
@@ -263,5 +265,7 @@ def inner_products(
     """
     if rows.shape[2] == 1:
         return jnp.sum(rows**2 * weights, axis=-1, keepdims=True)
+    # The weights stand on one side, because the derivative of their square root is not finite at zero. Rounding then
+    # differs between the two triangles, so the mean with the transpose makes the result symmetric.
     products = einsum("mucp,mudp->mucd", rows * weights, rows)
     return (products + jnp.swapaxes(products, -1, -2)) / 2

@@ -145,6 +145,7 @@ def factors(
         for leaf, sum_of_squares in enumerate(tapped.over_columns(squares, passed.outputs)):
             if leaf in layers:
                 inputs = _second_moment(passed.layer_inputs[leaf], batch.weights)
+                # Counts are summed with the factors, so that sums of batches add up and are divided once, at the end.
                 count = layers[leaf].positions * jnp.sum(batch.weights)
                 sums.append(LayerSums(inputs, scale * sum_of_squares, count, layers[leaf].layout.segments))
             else:
@@ -156,6 +157,7 @@ def factors(
 
 def _second_moment(vectors: Float[Array, "M T D"], weights: Float[Array, " M"]) -> Float[Array, "D D"]:
     """Sum v v' over the vectors v at all positions of all examples, each with the weight of its example."""
+    # One matrix product over examples and positions together is faster than one for each example.
     flat = vectors.reshape(-1, vectors.shape[-1])
     weighted = (mb.over_outputs(weights, vectors) * vectors).reshape(flat.shape)
     return einsum("rd,re->de", weighted, flat)
@@ -169,5 +171,6 @@ def _exact_blocks(
     rows, num_filters = (math.prod(shape), 1) if len(shape) <= 1 else (math.prod(shape[:-1]), shape[-1])
     if rows > (MAX_VECTOR if len(shape) <= 1 else MAX_FILTER) or rows**2 * num_filters > MAX_NUMBERS:
         return einsum("m,mp->p", weights, gradients.reshape(len(gradients), -1) ** 2)
+    # The last axis of a depthwise convolution is its channel, so that each filter has a block.
     filters = gradients.reshape(-1, rows, num_filters)
     return einsum("mkc,mlc->ckl", mb.over_outputs(weights, filters) * filters, filters)

@@ -149,6 +149,7 @@ def _position(entry: tuple[_Piece, bool]) -> int:
 
 
 def _axes_of(shape: tuple[int, ...]) -> _Axes:
+    # An axis of length one has no pieces: it moves no numbers, whatever its place.
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return [[_Piece(size, stride)] if size > 1 else [] for size, stride in zip(shape, strides, strict=True)]
 
@@ -161,6 +162,7 @@ def _moved(equation: JaxprEqn, axes: _Axes) -> _Axes | None:
     if name == "transpose":
         return [axes[axis] for axis in params["permutation"]]
     shape = equation.outvars[0].aval.shape
+    # A broadcast that adds axes of length one alone is a reshape. Any other repeats numbers, which no layout describes.
     only_ones = name == "broadcast_in_dim" and math.prod(shape) == math.prod(equation.invars[0].aval.shape)
     if name in ("squeeze", "expand_dims") or only_ones or (name == "reshape" and params.get("dimensions") is None):
         return _regrouped([piece for axis in axes for piece in axis], shape)
@@ -178,6 +180,7 @@ def _regrouped(pieces: list[_Piece], shape: tuple[int, ...]) -> _Axes | None:
             if piece.size > length:
                 if piece.size % length:
                     return None
+                # The slow part of the piece belongs to this axis, the fast one to the next.
                 inner = piece.size // length
                 pieces.insert(0, _Piece(inner, piece.stride))
                 piece = _Piece(length, piece.stride * inner)
@@ -204,6 +207,6 @@ def _reordered(
     array: Shaped[ArrayLike, "M T I"], sizes: Sequence[int], order: Sequence[int]
 ) -> Shaped[ArrayLike, "M T I"]:
     if list(order) == sorted(order):
-        return array
+        return array  # the usual case: no copy
     pieces = array.reshape(*array.shape[:2], *sizes)
     return jnp.transpose(pieces, (0, 1, *(2 + index for index in order))).reshape(array.shape)

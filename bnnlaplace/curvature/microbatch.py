@@ -49,6 +49,7 @@ def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "n
     def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         return jax.tree.map(jnp.add, total, function(part)), None
 
+    # The sum starts at zeros: to start at function(first part) would compile the function a second time.
     shapes = jax.eval_shape(function, examples(parts, 0))
     return jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), parts)[0]
 
@@ -86,6 +87,7 @@ def split(
     check_microbatch(size)
     num = math.ceil(count / size)
     size = math.ceil(count / num)
+    # Padding repeats a real example: zeros could make a network return NaN, and NaN times weight zero is NaN.
     index = np.minimum(np.arange(num * size), count - 1).reshape(num, size)
     padded_weights = jnp.asarray((np.arange(num * size) < count).reshape(num, size), dtype)
     if weights is not None:

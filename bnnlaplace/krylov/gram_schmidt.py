@@ -105,7 +105,7 @@ def orthogonalise(
 ) -> tuple[Float[Array, " n"], Float[Array, ""]]:
     """Remove what `vector` has along rows 0..last, in one pass or two; return the rest and its length.
 
-    A pass leaves an error of eps times what it removed. So a second pass follows where the first one removed more than
+    A pass leaves an error of eps times the part it removed. So a second pass follows if the first one removed more than
     it kept (Kahan's criterion, Parlett 1998, section 6.9).
     """
     wanted = jnp.zeros_like(vector, shape=sum(map(len, blocks)))

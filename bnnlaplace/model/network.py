@@ -48,6 +48,7 @@ class Network:
         """
         with all_products():
             outputs = self.forward(self.frozen, params, x)
+        # Only a floating-point array is widened. Any other result is returned as it is: `spec` refuses it by name.
         is_short = hasattr(outputs, "dtype") and jnp.issubdtype(outputs.dtype, jnp.floating)
         return outputs.astype(summed_type(outputs.dtype)) if is_short else outputs
 
@@ -85,6 +86,7 @@ class Network:
                 "pass {'params': params} if these are the parameters themselves"
             )
         frozen = {name: collection for name, collection in variables.items() if name != "params"}
+        # A sorted tuple is hashable, and the same for every order of the arguments.
         forward = _LinenForward(module, tuple(sorted(call_arguments.items())))
         _check_hashable(forward, "from_linen")
         return cls(forward, _as_weights(variables["params"], "from_linen(variables=...)"), _as_arrays(frozen))
@@ -115,7 +117,7 @@ class Network:
         >>> network(network.params, jnp.ones((5, 2))).shape
         (5, 3)
         """
-        from flax import nnx
+        from flax import nnx  # a user of plain functions needs no Flax
 
         if not isinstance(model, nnx.Module):
             raise TypeError(
@@ -185,7 +187,7 @@ class Network:
         if not any(is_selected):
             raise ValueError(f"a subset of weights must match at least one of the paths {names}; it matches none")
         if all(is_selected):
-            return self
+            return self  # a wrapper that freezes nothing would compile everything again
         leaves, structure = jax.tree.flatten(self.params)
         chosen = [leaf if keep else None for leaf, keep in zip(leaves, is_selected, strict=True)]
         others = [None if keep else leaf for leaf, keep in zip(leaves, is_selected, strict=True)]
@@ -319,6 +321,7 @@ class _LinearisedForward:
     forward: Callable[[PyTree, PyTree, Any], Any]
 
     def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
+        # `jax.jvp` needs no Jacobian. It is linear in the step, so derivatives in `params` are those at the centre.
         step = jax.tree.map(jnp.subtract, params, frozen["centre"])
         outputs, change = jax.jvp(lambda p: self.forward(frozen["frozen"], p, x), (frozen["centre"],), (step,))
         return outputs + change

@@ -1,4 +1,4 @@
-"""Bootstrap intervals against their definition, and what they cover."""
+"""Bootstrap intervals against their definition, and their coverage."""
 
 import importlib
 import math

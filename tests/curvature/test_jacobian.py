@@ -56,7 +56,7 @@ def test_rows(case, x64):
 
 
 def test_products(case, x64):
-    """With all rows of the matrix, and with its last ones missing."""
+    """The product takes all rows of the matrix, or leaves out the last ones."""
     _, _, _, chosen, found = case
     number = chosen.shape[-1]
     for missing in (0, 1, 7):
@@ -143,7 +143,7 @@ def test_a_linearised_network_has_the_jacobian_of_its_centre(x64):
 
 @pytest.mark.parametrize("structure", ["diag", "kron", "full", "lanczos"])
 def test_variances_have_derivatives_in_the_inputs(structure, x64):
-    """Also at zero, where what a layer multiplies vanishes; against central differences."""
+    """Central differences agree, even at zero, where the inputs of a layer vanish."""
     problem = random_problem(bnnlaplace.categorical(), np.arange(8) % 3)
     la = bnnlaplace.Laplace(problem.network, hessian_structure=structure).fit((problem.inputs, problem.targets))
     for summary in (lambda x: jnp.sum(la.functional_variance(x)), lambda x: jnp.sum(la.predictive(x)[:, 0])):

@@ -293,7 +293,7 @@ def test_labels_that_are_known_lie_in_the_classes(jitted):
 
 @pytest.mark.parametrize("gradient", ["adjoint", "forward", "quadrature", "autodiff"])
 def test_eigenvalues_that_rounding_made_negative_count_as_zero(gradient):
-    """In single precision, past the rank, with eigenvalues of the null space far below minus the prior precision."""
+    """Single precision, a depth past the rank, and null-space eigenvalues far below minus the prior precision."""
     rng = np.random.default_rng(1)
     params = {"in": jnp.asarray(rng.normal(size=(10, 30)), jnp.float32), "out": jnp.ones((30, 1), jnp.float32)}
     network = bnnlaplace.Network.from_function(lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"], params)

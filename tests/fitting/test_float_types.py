@@ -28,7 +28,7 @@ class Model(nn.Module):
 
 def network(dtype, param_dtype):
     params = Model(jnp.float32, jnp.float32).init(jax.random.key(0), X)["params"]
-    # As bfloat16 has them, so that all networks are the same function but for rounding.
+    # Weights that bfloat16 can hold, so that all networks are the same function but for rounding.
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16).astype(param_dtype), params)
     return bnnlaplace.Network.from_linen(Model(dtype, param_dtype), {"params": params})
 

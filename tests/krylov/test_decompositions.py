@@ -282,7 +282,7 @@ def test_batches_of_vector_jacobian_products_change_nothing(x64, name):
     one_by_one = run(params, 1)
     for size in (3, 7, 100):
         assert_close(run(params, size), one_by_one, 1e-13)
-    # Of seven rows batches of two and three leave one over.
+    # Batches of two or three do not divide the seven rows: one row is left over.
     shapes = {2: "f64[2,12]", 3: "f64[3,12]"}
     for size in (1, 2, 3, 7):
         program = str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, size))

@@ -30,7 +30,7 @@ def problem(x64):
 
 
 def general_problem():
-    """As many eigenvalues as dimensions."""
+    """A problem with as many different eigenvalues as dimensions."""
     rng = np.random.default_rng(0)
     half, vector, weights = rng.normal(size=(SIZE, SIZE)) / 4, rng.normal(size=SIZE), rng.normal(size=SIZE)
     return np.linspace(0.5, 2, SIZE), half, vector, weights

@@ -91,7 +91,7 @@ def test_single_precision(factor, gradient, depth):
 
 @pytest.mark.parametrize(("depth", "batch_size"), usual([(1, 1), (3, 3)], (1, 3), (1, 3)))
 def test_adjoint_is_the_gradient_of_the_truncated_quadrature(factor, depth, batch_size):
-    """In the operator, in what the function closes over, and in the probes."""
+    """The gradient in the operator, in the number that the function closes over, and in the probes."""
     probes = jax.random.rademacher(jax.random.key(0), (4, SIZE), dtype=jnp.float64)
 
     def gradients(gradient, batch_size=1):

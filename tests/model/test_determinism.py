@@ -80,7 +80,7 @@ def test_is_called_to_be_checked_once():
 
 
 def test_what_could_not_be_found_out_is_not_remembered():
-    """Of one example, or of equal ones, nothing else in the batch can be seen."""
+    """One example, or equal ones, cannot show whether outputs depend on the rest of the batch."""
     network = Network.from_function(lambda w, x: (x - x.mean(axis=0)) @ w + 1, jnp.ones((2, 3)))
     for inputs in (X[:1, :2], np.ones((5, 2), np.float32)):
         check_deterministic(network, inputs)

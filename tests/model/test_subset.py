@@ -170,7 +170,7 @@ def test_features_of_a_stream_are_kept_if_they_are_small(max_bytes):
 
 
 def test_a_precision_of_all_weights_serves_some(network):
-    """As a prior mean does: the leaves of those with a posterior are taken."""
+    """Only the leaves with a posterior are taken from a precision of all weights, as from a prior mean."""
     precision = {"trunk": {"w": 1.0, "b": 2.0}, "head": {"w": 3.0, "b": np.array([4.0, 5.0, 6.0])}}
     found, expected = (
         bnnlaplace.Laplace(network, hessian_structure="diag", subset_of_weights="last_layer", prior_precision=each).fit(

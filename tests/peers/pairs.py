@@ -90,13 +90,13 @@ class Convolutional(nn.Module):
 
 
 def perceptron(outputs: int) -> tuple[torch.nn.Sequential, nn.Module]:
-    """Of six inputs."""
+    """A perceptron with six inputs, in PyTorch and in Flax."""
     layers = torch.nn.Linear(6, 9), torch.nn.Tanh(), torch.nn.Linear(9, 8), torch.nn.Tanh(), torch.nn.Linear(8, outputs)
     return torch.nn.Sequential(*layers), Perceptron(outputs)
 
 
 def convolutional(outputs: int) -> tuple[torch.nn.Sequential, nn.Module]:
-    """Of images of 7 x 7 pixels and two channels."""
+    """A convolutional network for images of 7 x 7 pixels and two channels, in PyTorch and in Flax."""
     layers = (
         torch.nn.Conv2d(2, 3, 3),
         torch.nn.Tanh(),

@@ -58,7 +58,7 @@ def test_evidence(problem, side):
 
 
 def test_columns_of_the_dense_matrix_in_parts(problem, monkeypatch):
-    """Where there are too many outputs for one backward pass of all; with parts that do not divide their number."""
+    """Too many outputs for one backward pass are taken in parts, whose size need not divide their number."""
     network, likelihood, inputs, _, matrix = problem
     monkeypatch.setattr(dense, "MOST_COTANGENTS", 5 * 2 * 18)  # of 18 outputs five, of two examples
     found = dense.ggn(network, likelihood, network.params, with_positions(inputs), microbatch=2)
@@ -101,7 +101,7 @@ def test_targets_need_a_label_for_each_position(problem):
 
 @pytest.mark.parametrize("structure", ["full", "diag", "kron"])
 def test_outputs_of_one_input_in_parts(problem, structure, monkeypatch):
-    """Where the Jacobian of one input is too large; with parts that do not divide the number of outputs."""
+    """If the Jacobian of one input is too large, outputs are taken in parts. Their size need not divide the number."""
     network, likelihood, inputs, targets, _ = problem
     images, labels = with_positions(inputs), with_positions(targets)
     la = bnnlaplace.Laplace(network, likelihood, hessian_structure=structure).fit((images, labels))

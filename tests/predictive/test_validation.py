@@ -25,7 +25,7 @@ def regression():
 
 @pytest.fixture(scope="module")
 def classifier():
-    """By Krylov vectors: as many samples as there are probes, so that the key orders them and no more."""
+    """A classifier whose Krylov vectors give as many samples as probes, so that the key changes their order only."""
     with jax.enable_x64(True):
         problem = random_problem(bnnlaplace.categorical(), RNG.integers(0, 3, size=20))
         la = bnnlaplace.Laplace(problem.network)
@@ -39,7 +39,7 @@ def assert_same(found, expected):
 
 
 def test_a_regression_is_scored_by_its_gaussians(regression, x64):
-    """In closed form, with neither key nor samples."""
+    """The score has a closed form and needs neither key nor samples."""
     curve = regression.validation_curve(X, NUMBERS, GRID)
     for delta, found in zip(GRID, curve.negative_log_likelihood, strict=True):
         mean, variance = regression.with_prior_precision(delta).predictive(X, with_noise=True)
@@ -65,7 +65,7 @@ def test_batches_and_parts_give_what_arrays_give(regression, classifier, monkeyp
 
 
 def test_parts_draw_anew(regression, monkeypatch, x64):
-    """Where samples are drawn at each input those of different parts are independent."""
+    """If samples are drawn at each input, those of different parts are independent."""
     drawn = []
     draw = jax.random.normal
     monkeypatch.setattr(jax.random, "normal", lambda key, *a: drawn.append(jax.random.key_data(key)) or draw(key, *a))

@@ -66,7 +66,7 @@ def test_everything_against_the_dense_posterior(problem, structure):
 
 
 def test_a_krylov_decomposition_of_whitened_weights(problem):
-    """With more outputs than vectors, so that products are needed."""
+    """The data have more outputs than vectors, so that products are needed."""
     la = bnnlaplace.Laplace(problem.network, prior_precision=LAYERS, prior_mean=MEAN)
     la = la.fit((problem.inputs, problem.targets), key=jax.random.key(0), num_probes=8, max_vectors=32, tolerance=1e-3)
     assert isinstance(la.structure, bnnlaplace.structure.KrylovStructure)
@@ -297,7 +297,7 @@ def test_the_noise_of_a_regression_is_chosen_along(x64, structure):
 
 @pytest.mark.parametrize("noise", [1e-3, 1e-4])
 def test_a_small_noise_is_found_in_single_precision(noise):
-    """From one that is much too large: the log likelihood of that one has no digit of the residuals."""
+    """The search starts at a noise so large that the log likelihood holds no digit of the residuals."""
     rng = np.random.default_rng(0)
     features = rng.normal(size=(2000, 3)).astype(np.float32)
     weights = np.array([0.5, -0.2, 0.1], np.float32)[:, None]

@@ -108,7 +108,7 @@ def test_evaluating_again_gives_the_same_numbers(finished, capsys):
 
 
 def test_another_split_and_other_images(finished, capsys):
-    """On the validation images, which also chose temperature and prior precision: console, report, metrics say so."""
+    """Console, report and metrics say that the validation images also chose temperature and prior precision."""
     assert evaluate.main([str(finished), "--split", "validation", "--ood", "noise"]) == 0
     directory = finished / "evaluation-validation-noise"
     metrics = json.loads((directory / "metrics.json").read_text())
@@ -174,7 +174,7 @@ def test_a_signal_while_evaluating_writes_nothing(finished, tmp_path, capsys, mo
 
 
 def files_of(directory):
-    """Every file and its content."""
+    """Return every file and its content."""
     return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 

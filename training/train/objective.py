@@ -69,6 +69,7 @@ def make_passes(module: nn.Module) -> Passes:
             rngs={"drop_path": key},
             mutable=["batch_stats"],
         )
+        # Live batches are never padded: padding would enter the batch statistics.
         nll, correct = _totals(logits, labels, np.ones(labels.shape, bool))
         return nll, (correct, updates.get("batch_stats", batch_stats))
 
@@ -87,6 +88,7 @@ def make_passes(module: nn.Module) -> Passes:
 def _totals(logits: jax.Array, labels: Any, mask: Any) -> Totals:
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = logits.argmax(-1) == labels
+    # `where` rather than a product: the loss of a padded image could be NaN, and NaN times zero is NaN.
     return jnp.where(mask, nll, 0.0).sum(), (mask & correct).sum(dtype=jnp.int32)
 
 

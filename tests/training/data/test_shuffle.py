@@ -17,7 +17,7 @@ def test_permutation_depends_on_seed_and_stream_and_takes_any_integer():
 
 
 def test_permutations_are_uniform():
-    # Of 6,000 permutations of three elements, each of the six should come up 1,000 +- 29 times.
+    # Among 6,000 permutations of three elements, each of the six should come up 1,000 +- 29 times.
     codes = [int(permutation(7, stream, 3) @ [100, 10, 1]) for stream in range(6000)]
     _, counts = np.unique(codes, return_counts=True)
     assert len(counts) == 6

@@ -145,7 +145,7 @@ def test_platform_chooses_the_lowering(side, operation):
 
 @pytest.mark.parametrize("precision", ["HIGHEST", "DEFAULT"])
 def test_grouped_convolution_keeps_the_precision_it_is_called_under(precision):
-    """Also in its derivatives, and although it is lowered after the context has ended."""
+    """The derivatives do as well, although the convolution is lowered after the context has ended."""
     x, kernel = jnp.ones((2, 3, 3, 1)), jnp.ones((3, 3, 2))
 
     def gradients(x: Array, kernel: Array) -> tuple[Array, Array]:
