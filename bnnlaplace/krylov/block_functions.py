@@ -139,7 +139,7 @@ def inverse_sqrt_coefficients(ritz: Ritz, shift: float) -> Float[np.ndarray, "S 
     ValueError
         If `shift` is not one positive, finite number.
     """
-    checks.positive(shift, "inverse_sqrt_coefficients(shift=...)", advice="raise it")
+    checks.positive(shift, "inverse_sqrt_coefficients(shift=...)")
     return (ritz.vectors @ (ritz.weights / np.sqrt(ritz.values + shift)[:, None])).T
 
 
