@@ -28,6 +28,14 @@ def test_bridge_does_not_see_what_softmax_does_not_see(x64, shift):
     np.testing.assert_allclose(link.bridge(MEAN + shift, COVARIANCE), link.bridge(MEAN, COVARIANCE), rtol=1e-10)
 
 
+def test_probit_is_the_formula(x64):
+    """The comparison with samples below would not see a factor of two in the variance."""
+    variance = np.diagonal(COVARIANCE, axis1=1, axis2=2)
+    exponentials = np.exp(MEAN / np.sqrt(1 + np.pi / 8 * variance))
+    expected = exponentials / exponentials.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(link.probit(bnnlaplace.categorical(), MEAN, variance), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_probit_is_nearer_to_samples_than_the_bridge(x64, seed):
     likelihood = bnnlaplace.categorical()
