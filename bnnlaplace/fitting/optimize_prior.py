@@ -112,7 +112,7 @@ class _Grouping(NamedTuple):
         return float(fitted.prior.precision) * np.exp(logs)
 
 
-def check_method(method: str, of_evidence: dict[str, Any], of_grid: dict[str, Any]) -> None:
+def check_method(method: str, evidence_options: dict[str, Any], grid_options: dict[str, Any]) -> None:
     """Check the method of `Laplace.optimize_prior_precision`, and that it is given no argument of the other one.
 
     An argument that is None or False counts as not given.
@@ -123,14 +123,14 @@ def check_method(method: str, of_evidence: dict[str, Any], of_grid: dict[str, An
         If the method is unknown, an argument belongs to the other one, or validation data are missing.
     """
     checks.choice(method, "optimize_prior_precision(method=...)", ("marglik", "gridsearch"))
-    of_the_other = of_grid if method == "marglik" else of_evidence
-    for name, value in of_the_other.items():
+    foreign_options = grid_options if method == "marglik" else evidence_options
+    for name, value in foreign_options.items():
         if value is not None and value is not False:
             raise ValueError(
                 f"optimize_prior_precision({method!r}) must not be given {name}=..., which is of the other method; "
                 "leave it out"
             )
-    if method == "gridsearch" and of_grid["validation"] is None:
+    if method == "gridsearch" and grid_options["validation"] is None:
         raise ValueError(
             "optimize_prior_precision('gridsearch') must be given validation=(x, y) or batches of such pairs"
         )
