@@ -4,9 +4,9 @@ import os
 import subprocess
 import sys
 
-# Compile time dominates the tests. The expensive passes of LLVM and the fusion emitters take most of it. Without them the
-# numbers differ by rounding alone. The variable is set before JAX is imported, and inherited by the workers and by the
-# programs that tests start.
+# Compile time dominates the tests. The expensive passes of LLVM and the fusion emitters take most of it. Without them
+# the numbers differ by rounding alone. The variable is set before JAX is imported, and inherited by the workers and by
+# the programs that tests start.
 _QUICK_COMPILATION = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
     "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
