@@ -29,7 +29,19 @@ from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleSt
 @register_unchecked(("prior_precision", "prior_mean"), ("subset_of_weights", "hessian_structure", "prior_groups"))
 @dataclass(frozen=True)
 class Settings:
-    """The options of `Laplace` other than the network and the likelihood; `Laplace` documents each field."""
+    """The options of `Laplace` other than the network and the likelihood.
+
+    Attributes
+    ----------
+    subset_of_weights
+        Which weights get a posterior.
+    hessian_structure
+        The structure that is fitted to the curvature.
+    prior_precision, prior_mean
+        The prior as the user states it; `prior` resolves its numbers.
+    prior_groups
+        From the path of a weight to the name of its group.
+    """
 
     subset_of_weights: Subset
     hessian_structure: str

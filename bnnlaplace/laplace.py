@@ -343,8 +343,8 @@ class Laplace:
         x, y, precisions, microbatch
             Validation data, the grid as for `evidence_curve`, and how many inputs are differentiated at a time.
         key, num_samples
-            Of the samples, which are the same at every prior precision. By default 32 samples, or fewer if "lanczos"
-            has fewer probes. A regression needs neither.
+            The seed and the number of samples, which are the same at every prior precision. By default 32 samples, or
+            fewer if "lanczos" has fewer probes. A regression needs neither.
         """
         draws = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         return validation_curve(self.fitted, (x, y), precisions, **draws)
@@ -405,7 +405,7 @@ class Laplace:
         Parameters
         ----------
         key, num_samples
-            Of the noise. "lanczos" has at most as many samples as probes: the key chooses among them, and their signs.
+            The seed and the number of samples. "lanczos" has at most as many as probes; the key chooses among them.
         """
         return self.fitted.warn_unless_converged().samples(key, num_samples)
 
