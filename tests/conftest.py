@@ -30,6 +30,7 @@ import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 from cases import Problem, random_problem  # noqa: E402
+from trained import diagonal, full, lanczos, trained, unconverged  # noqa: E402, F401
 
 import bnnlaplace  # noqa: E402
 
