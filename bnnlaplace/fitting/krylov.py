@@ -18,14 +18,14 @@ from bnnlaplace.structure import KrylovError, KrylovStructure
 
 @dataclass(frozen=True)
 class KrylovOptions:
-    """What `Laplace.fit` is told about the decomposition; each field is documented there."""
+    """The options of `Laplace.fit` that are about the decomposition. Meanings and defaults stand there."""
 
-    key: Array | None = None
-    num_probes: int = 32
-    max_vectors: int = 512
-    tolerance: float = 0.05
-    target_precision: float | None = None
-    on_block: Callable[[KrylovStructure, KrylovError], None] | None = None
+    key: Array | None
+    num_probes: int
+    max_vectors: int
+    tolerance: float
+    target_precision: float | None
+    on_block: Callable[[KrylovStructure, KrylovError], None] | None
 
     def check(self, dimension: int) -> None:
         """Raise ValueError if the options do not suit a network of `dimension` weights."""
