@@ -85,8 +85,17 @@ def resample(
     Raises
     ------
     ValueError
-        If `resamples` is below 1.
+        If `statistics` is not a function, there are no sizes or one is not a positive integer, `seed` is negative, or
+        `resamples` is below 1.
     """
+    if not callable(statistics):
+        raise ValueError(f"statistics must be a function of weights; got {type(statistics).__name__}; see `resample`")
+    if isinstance(sizes, (str, bytes)) or not hasattr(sizes, "__len__") or len(sizes) == 0:
+        raise ValueError(f"sizes must be the numbers of examples of each set; got {sizes!r:.80}; try [len(probs)]")
+    sizes = [checks.count(size, "sizes=[...]") for size in sizes]
+    if isinstance(biased_upwards, str):
+        raise ValueError(f"biased_upwards must be several names; got {biased_upwards!r}; try ({biased_upwards!r},)")
+    seed = checks.count(seed, "seed=...", least=0)
     resamples = checks.count(resamples, "resamples=...", advice="1000 is usual for 95 % intervals")
     generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(len(sizes))]
     rows_per_chunk = max(1, _CHUNK_ELEMENTS // sum(sizes))
@@ -117,7 +126,13 @@ def intervals(result: Bootstrap) -> dict[str, Interval]:
     ----------
     result
         From `bootstrap` or `resample`.
+
+    Raises
+    ------
+    ValueError
+        If it is something else.
     """
+    _check_bootstrap(result, "result")
     by_name = {}
     for name, value in result.values.items():
         low, high = _ends(result, name, value, result.replicates[name])
@@ -142,11 +157,18 @@ def paired_differences(result: Bootstrap, reference: Bootstrap) -> dict[str, Int
     Raises
     ------
     ValueError
-        If the two hold different metrics or different numbers of resamples.
+        If the two hold different metrics or different numbers of resamples, or are something else.
     """
+    _check_bootstrap(result, "result")
+    _check_bootstrap(reference, "reference")
+    if result.values.keys() != reference.values.keys():
+        raise ValueError(
+            f"both must hold the same metrics; got {sorted(result.values)} and {sorted(reference.values)}; evaluate "
+            "both with the same arguments"
+        )
     by_name = {}
     for name, value in result.values.items():
-        ours, theirs = result.replicates[name], reference.replicates.get(name, np.empty(0))
+        ours, theirs = result.replicates[name], reference.replicates[name]
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"both must hold {name} on the same resamples; got {len(ours)} and {len(theirs)} of them; "
@@ -156,6 +178,14 @@ def paired_differences(result: Bootstrap, reference: Bootstrap) -> dict[str, Int
             difference = float(np.float64(value) - reference.values[name])
             by_name[name] = Interval(difference, *_ends(result, name, difference, ours - theirs))
     return by_name
+
+
+def _check_bootstrap(result: Bootstrap, name: str) -> None:
+    """Raise ValueError unless `result` is a `Bootstrap`."""
+    if not isinstance(result, Bootstrap):
+        raise ValueError(
+            f"{name} must come from `bootstrap` or `resample`; got {type(result).__name__}; call one first"
+        )
 
 
 def _multinomial(rng: np.random.Generator, rows: int, size: int) -> Float[np.ndarray, "{rows} {size}"]:

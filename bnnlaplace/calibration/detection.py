@@ -6,12 +6,13 @@ Everything is float64 NumPy on one score per image. A higher score means more li
 from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from bnnlaplace.core import checks
+from bnnlaplace.calibration import predictions
+from bnnlaplace.core.types import AnyArray
 
-ScoresIn = Float[np.ndarray, " N"] | Float[Array, " N"]
-ScoresOut = Float[np.ndarray, " M"] | Float[Array, " M"]
+ScoresIn = Float[AnyArray, " N"] | Float[AnyArray, "N 1"]
+ScoresOut = Float[AnyArray, " M"] | Float[AnyArray, "M 1"]
 
 
 def auroc(scores_in: ScoresIn, scores_out: ScoresOut) -> float:
@@ -22,8 +23,8 @@ def auroc(scores_in: ScoresIn, scores_out: ScoresOut) -> float:
     Parameters
     ----------
     scores_in, scores_out
-        Scores (N,) of examples in distribution and (M,) of examples out of it, for example the largest class
-        probability.
+        Scores of N examples in distribution and of M out of it, vectors or columns, for example the largest class
+        probability. For P(class 1) of a binary classifier, auroc(p[y == 1], p[y == 0]) tells how well it ranks.
     """
     return _detection_of_all(scores_in, scores_out)["auroc"]
 
@@ -43,7 +44,7 @@ def fpr_at_95_tpr(scores_in: ScoresIn, scores_out: ScoresOut) -> float:
 
 
 def weighted_detection(
-    scores_in: Float[np.ndarray, " N"], scores_out: Float[np.ndarray, " M"]
+    scores_in: ScoresIn, scores_out: ScoresOut
 ) -> Callable[[Float[np.ndarray, "R N"], Float[np.ndarray, "R M"]], dict[str, Float[np.ndarray, " R"]]]:
     """Return the map from weights (R, N) and (R, M) to the R values of AUROC and FPR95, for `resample`.
 
@@ -54,6 +55,8 @@ def weighted_detection(
     scores_in, scores_out
         As for `auroc`.
     """
+    scores_in = predictions.scores(scores_in, "scores_in")
+    scores_out = predictions.scores(scores_out, "scores_out")
     descending = np.argsort(-scores_in, kind="stable")
     ascending = np.argsort(scores_out, kind="stable")
     below = np.searchsorted(scores_out[ascending], scores_in[descending], side="left")
@@ -81,15 +84,6 @@ def weighted_detection(
 
 def _detection_of_all(scores_in: ScoresIn, scores_out: ScoresOut) -> dict[str, float]:
     """AUROC and FPR95 with weight one for each example."""
-    checked = []
-    for name, scores in (("scores_in", scores_in), ("scores_out", scores_out)):
-        scores = np.asarray(scores, np.float64)
-        if scores.ndim != 1 or scores.size == 0 or np.isnan(scores).any():
-            raise ValueError(
-                f"{name} must be a non-empty vector without NaN; got {checks.shape_and_faults(scores)}; "
-                "pass one score per example"
-            )
-        checked.append(scores)
-    scores_in, scores_out = checked
-    values = weighted_detection(scores_in, scores_out)(np.ones((1, scores_in.size)), np.ones((1, scores_out.size)))
+    weights = np.ones((1, np.size(scores_in))), np.ones((1, np.size(scores_out)))
+    values = weighted_detection(scores_in, scores_out)(*weights)
     return {name: float(value[0]) for name, value in values.items()}

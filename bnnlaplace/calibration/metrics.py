@@ -1,7 +1,9 @@
 """Metrics of predicted class probabilities: accuracy, proper scores, calibration.
 
-Everything is float64 NumPy on the probabilities that a predictive returns. Average a Bayesian predictive over posterior
-samples *before* it comes here: the score of the mean probability is not the mean of the scores.
+Everything is float64 NumPy on the probabilities that a predictive returns: (N, C) of any floating-point type. A binary
+classifier may give P(class 1) alone, (N,) or (N, 1), which is scored as the two classes that it stands for. Average a
+Bayesian predictive over posterior samples *before* it comes here: the score of the mean probability is not the mean of
+the scores.
 
 Every metric has a function of its own. `evaluate` returns all of them with bootstrap intervals, together with the
 scores of out-of-distribution detection.
@@ -11,15 +13,17 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
+from bnnlaplace.calibration import predictions
 from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, intervals, resample
 from bnnlaplace.calibration.detection import weighted_detection
+from bnnlaplace.calibration.predictions import Labels, Probs
 from bnnlaplace.core import checks
-from bnnlaplace.core.checks import Labels, Probs
+from bnnlaplace.core.types import AnyArray
 
 Binning = Literal["equal_width", "equal_mass"]
-ProbsOutside = Float[np.ndarray, "M C"] | Float[Array, "M C"]
+ProbsOutside = Float[AnyArray, "M D"] | Float[AnyArray, " M"]
 
 # Both are sums of |mean gap| over bins, which sampling noise makes larger.
 _BIASED_UPWARDS = ("ece", "ece_equal_mass")
@@ -53,9 +57,9 @@ def accuracy(probs: Probs, labels: Labels) -> float:
     Parameters
     ----------
     probs, labels
-        (N, C) class probabilities and (N,) integer classes.
+        (N, C) class probabilities and (N,) integer classes. For a binary classifier also P(class 1), (N,) or (N, 1).
     """
-    return float(_per_example(*checks.predictions(probs, labels))["accuracy"].mean())
+    return float(_per_example(*predictions.labelled(probs, labels))["accuracy"].mean())
 
 
 def mean_confidence(probs: Probs) -> float:
@@ -64,9 +68,9 @@ def mean_confidence(probs: Probs) -> float:
     Parameters
     ----------
     probs
-        (N, C) class probabilities.
+        (N, C) class probabilities, or P(class 1), (N,) or (N, 1).
     """
-    return float(checks.probabilities(probs, "probs").max(axis=1).mean())
+    return float(predictions.rows(probs, "probs").max(axis=1).mean())
 
 
 def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
@@ -75,9 +79,10 @@ def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
     Parameters
     ----------
     probs
-        (N, C) class probabilities, already averaged over posterior samples.
+        (N, C) class probabilities, already averaged over posterior samples. For a binary classifier also P(class 1),
+        (N,) or (N, 1).
     labels
-        (N,) integer classes.
+        (N,) integer classes. Those of a binary classifier may be bools, or the numbers 0.0 and 1.0.
 
     Returns
     -------
@@ -89,18 +94,20 @@ def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
     ValueError
         If shapes are wrong, a row is not a distribution, or a label lies outside the classes.
     """
-    return float(_per_example(*checks.predictions(probs, labels))["nll"].mean())
+    return float(_per_example(*predictions.labelled(probs, labels))["nll"].mean())
 
 
 def brier_score(probs: Probs, labels: Labels) -> float:
     """Mean over examples of sum_c (p_c - [c = label])^2: in [0, 2], 0 is perfect (Brier 1950).
 
+    For a binary classifier this is the mean of 2 (p - label)^2, as both classes count.
+
     Parameters
     ----------
     probs, labels
-        (N, C) class probabilities and (N,) integer classes.
+        (N, C) class probabilities and (N,) integer classes. For a binary classifier also P(class 1), (N,) or (N, 1).
     """
-    return float(_per_example(*checks.predictions(probs, labels))["brier"].mean())
+    return float(_per_example(*predictions.labelled(probs, labels))["brier"].mean())
 
 
 def expected_calibration_error(
@@ -114,7 +121,7 @@ def expected_calibration_error(
     Parameters
     ----------
     probs, labels
-        (N, C) class probabilities and (N,) integer classes.
+        (N, C) class probabilities and (N,) integer classes. For a binary classifier also P(class 1), (N,) or (N, 1).
     num_bins
         How many bins of confidence.
     binning
@@ -122,7 +129,7 @@ def expected_calibration_error(
         holds 1. "equal_mass": bins [lower, upper) between quantiles of the confidences, the last one closed. Examples
         of equal confidence share a bin, so the result does not depend on their order.
     """
-    probs, labels = checks.predictions(probs, labels)
+    probs, labels = predictions.labelled(probs, labels)
     gaps = _binned_gaps(_per_example(probs, labels), num_bins, binning)
     return float(np.abs(gaps.sum(axis=0)).sum() / len(labels))
 
@@ -143,7 +150,7 @@ def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> Float[
     np.ndarray
         One sum for each bin, (num_bins,).
     """
-    return _binned_gaps(_per_example(*checks.predictions(probs, labels)), num_bins, "equal_width").sum(axis=0)
+    return _binned_gaps(_per_example(*predictions.labelled(probs, labels)), num_bins, "equal_width").sum(axis=0)
 
 
 def reliability_bins(
@@ -156,7 +163,7 @@ def reliability_bins(
     probs, labels, num_bins, binning
         As for `expected_calibration_error`.
     """
-    columns = _per_example(*checks.predictions(probs, labels))
+    columns = _per_example(*predictions.labelled(probs, labels))
     edges, index = _binned(columns["confidence"], num_bins, binning)
     counts = np.bincount(index, minlength=num_bins)
     with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN of an empty bin
@@ -182,10 +189,10 @@ def bootstrap(
     Parameters
     ----------
     probs, labels
-        (N, C) class probabilities and (N,) integer classes.
+        (N, C) class probabilities and (N,) integer classes. For a binary classifier also P(class 1), (N,) or (N, 1).
     probs_ood
-        (M, C) class probabilities of out-of-distribution images. They add `auroc` and `fpr95` of the largest
-        probability. Both sets are resampled independently.
+        Class probabilities of out-of-distribution images, in a form of `probs`. They add `auroc` and `fpr95` of the
+        largest probability. Both sets are resampled independently.
     seed
         Seeds the resamples.
     num_bins
@@ -204,11 +211,11 @@ def bootstrap(
     ValueError
         If shapes are wrong, a row is not a distribution, a label lies outside the classes, or `resamples` is below 1.
     """
-    probs, labels = checks.predictions(probs, labels)
+    probs, labels = predictions.labelled(probs, labels)
     metrics = _weighted_metrics(probs, labels, num_bins)
     if probs_ood is None:
         return resample(metrics, [len(probs)], seed=seed, resamples=resamples, biased_upwards=_BIASED_UPWARDS)
-    probs_ood = checks.probabilities(probs_ood, "probs_ood")
+    probs_ood = predictions.rows(probs_ood, "probs_ood")
     if probs_ood.shape[1] != probs.shape[1]:
         raise ValueError(
             f"probs_ood must have the {probs.shape[1]} classes of probs; got {probs_ood.shape[1]} columns; "

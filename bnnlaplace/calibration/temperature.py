@@ -4,10 +4,14 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy  # its parts are imported at their first use, which takes half a second
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from bnnlaplace.calibration import predictions
+from bnnlaplace.calibration.predictions import Labels, Probs
 from bnnlaplace.core import checks
-from bnnlaplace.core.checks import Labels
+
+# Rows of non-negative numbers whose sums are this close to one are probabilities.
+_LIKE_PROBABILITIES = 1e-2
 
 
 class Temperature(NamedTuple):
@@ -29,7 +33,7 @@ class Temperature(NamedTuple):
 
 
 def fit_temperature(
-    logits: Float[np.ndarray, "N C"] | Float[Array, "N C"],
+    logits: Probs,
     labels: Labels,
     bounds: tuple[float, float] = (0.1, 10.0),
 ) -> Temperature:
@@ -44,29 +48,28 @@ def fit_temperature(
     Parameters
     ----------
     logits, labels
-        (N, C) outputs before the softmax and (N,) integer classes, both held out.
+        (N, C) outputs before the softmax and (N,) integer classes, both held out. Or the outputs (N,) or (N, 1) before
+        the sigmoid of a binary classifier, with labels 0 and 1.
     bounds
         The smallest and the largest T.
 
     Raises
     ------
     ValueError
-        If shapes are wrong, logits are not finite, labels lie outside the classes, or not 0 < low < high.
+        If shapes are wrong, logits are not finite or are the probabilities, labels lie outside the classes, or not 0 <
+        low < high.
+
+    Notes
+    -----
+    Warns if all outputs of a binary classifier lie between 0 and 1, as probabilities do.
     """
-    logits = np.asarray(logits, np.float64)
-    if logits.ndim != 2 or 0 in logits.shape or not np.isfinite(logits).all():
-        raise ValueError(
-            "fit_temperature(logits=...) must be a non-empty (N, C) array of finite numbers; got "
-            f"{checks.shape_and_faults(logits)}; pass the outputs before the softmax"
-        )
-    labels = checks.classes(labels, *logits.shape)
-    low, high = bounds
-    if not 0 < low < high < np.inf:
-        raise ValueError(
-            f"fit_temperature(bounds=...) must satisfy 0 < low < high < inf; got {bounds}; try (0.1, 10.0)"
-        )
+    rows = predictions.logit_rows(logits, "fit_temperature(logits=...)")
+    is_binary = np.size(logits) == len(rows)
+    _check_not_probabilities(rows, is_binary)
+    labels = predictions.classes(labels, *rows.shape, is_binary=is_binary)
+    low, high = _checked_bounds(bounds)
     # Relative to the label's own logit the NLL is mean log sum exp(margins / T), without cancellation.
-    margins = logits - np.take_along_axis(logits, labels[:, None], axis=1)
+    margins = rows - np.take_along_axis(rows, labels[:, None], axis=1)
 
     def slope(log_temperature: float) -> float:
         """Derivative of the NLL with respect to 1/T."""
@@ -83,3 +86,30 @@ def fit_temperature(
         temperature, at_bound = float(np.exp(log_temperature)), False
     nll = float(np.logaddexp.reduce(margins / temperature, axis=1).mean())
     return Temperature(temperature, nll, at_bound)
+
+
+def _checked_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Return the two bounds as floats, or raise ValueError."""
+    ends = np.asarray(bounds if isinstance(bounds, (tuple, list, np.ndarray)) else None)
+    if ends.shape == (2,) and np.issubdtype(ends.dtype, np.number) and not np.iscomplexobj(ends):
+        low, high = map(float, ends)
+        if 0 < low < high < np.inf:
+            return low, high
+    raise ValueError(
+        f"fit_temperature(bounds=...) must satisfy 0 < low < high < inf; got {bounds!r:.80}; try (0.1, 10.0)"
+    )
+
+
+def _check_not_probabilities(rows: Float[np.ndarray, "N C"], is_binary: bool) -> None:
+    """Raise ValueError if rows are those that a softmax returns; warn if a column looks like that of a sigmoid."""
+    if is_binary:
+        if ((rows >= 0) & (rows <= 1)).all() and np.ptp(rows[:, 1]) > 0:
+            checks.warn(
+                "all logits of fit_temperature lie between 0 and 1: if they are the probabilities p of a binary "
+                "classifier, pass the outputs before the sigmoid, or log(p / (1 - p))"
+            )
+    elif (rows >= 0).all() and np.abs(rows.sum(axis=1) - 1).max() <= _LIKE_PROBABILITIES:
+        raise ValueError(
+            "fit_temperature(logits=...) must be the outputs before the softmax; got rows of probabilities, which are "
+            "not negative and sum to 1; pass the outputs before the softmax, or np.log of the probabilities"
+        )

@@ -119,5 +119,25 @@ def test_paired_differences_are_sharper_than_the_intervals(case):
 def test_differences_of_infinite_scores_are_nan_and_unequal_resamples_refused():
     infinite = Bootstrap({"nll": np.inf}, {"nll": np.array([np.inf, 1.0])}, ())
     assert all(math.isnan(end) for end in paired_differences(infinite, infinite)["nll"])
+    with pytest.raises(ValueError, match=r"same metrics; got \['nll'\] and \['brier', 'nll'\]"):
+        paired_differences(
+            infinite, Bootstrap({"nll": 1.0, "brier": 1.0}, {"nll": np.ones(2), "brier": np.ones(2)}, ())
+        )
     with pytest.raises(ValueError, match="same resamples; got 2 and 1"):
         paired_differences(infinite, Bootstrap({"nll": 1.0}, {"nll": np.ones(1)}, ()))
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+def test_bad_arguments_are_refused():
+    good = lambda weights: {"mean": weights.mean(axis=1)}  # noqa: E731
+    for call, message in (
+        (lambda: resample(None, [3], seed=0), "statistics must be a function of weights; got NoneType"),
+        (lambda: resample(good, [], seed=0), "sizes must be the numbers of examples"),
+        (lambda: resample(good, [2.5], seed=0), r"sizes=\[...\] must be an integer of at least 1; got 2.5"),
+        (lambda: resample(good, [3], seed=True), "seed=... must be an integer of at least 0; got True"),
+        (lambda: resample(good, [3], seed=0, biased_upwards="ece"), "biased_upwards must be several names; got 'ece'"),
+        (lambda: intervals({"nll": 1.0}), "result must come from `bootstrap` or `resample`; got dict"),
+        (lambda: paired_differences(None, None), "result must come from `bootstrap` or `resample`; got NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -4,6 +4,7 @@ import math
 import re
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -126,11 +127,59 @@ def test_jax_arrays_of_lower_precision_are_welcome(case):
     assert results["nll"].value == pytest.approx(calibration.negative_log_likelihood(probs, labels), rel=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_probabilities_of_16_bits_are_welcome(dtype):
+    """A softmax in 16 bits sums to one within its own rounding; the scores are those of the numbers given."""
+    rng = np.random.default_rng(3)
+    for num_classes in (3, 100):
+        logits = jnp.asarray(2 * rng.normal(size=(40, num_classes)), dtype)
+        probs, labels = jax.nn.softmax(logits, axis=-1), rng.integers(0, num_classes, 40)
+        at_label = np.asarray(probs, np.float64)[np.arange(40), labels]
+        found = calibration.evaluate(probs, labels, seed=0, resamples=2)["nll"].value
+        assert found == pytest.approx(-np.log(at_label).mean(), rel=1e-12)
+    far = np.array([[0.5, 0.6], [0.3, 0.7]])
+    with pytest.raises(ValueError, match="row 0 sums to 1.1"):
+        calibration.accuracy(jnp.asarray(far, dtype), np.array([0, 1]))
+
+
+def test_a_binary_classifier_is_scored_as_its_two_classes():
+    rng = np.random.default_rng(5)
+    positive, labels = rng.random(60), rng.integers(0, 2, 60)
+    both = np.stack([1 - positive, positive], axis=1)
+    outside = rng.random(30)
+    expected = calibration.bootstrap(both, labels, np.stack([1 - outside, outside], 1), seed=2, resamples=3)
+    forms = [(positive, labels), (positive[:, None], labels[:, None]), (positive, labels > 0.5)]
+    forms += [(positive[:, None], labels[:, None].astype(np.float32)), (jnp.asarray(positive), jnp.asarray(labels))]
+    for probs, targets in forms:
+        found = calibration.bootstrap(probs, targets, outside[:, None], seed=2, resamples=3)
+        for name, value in expected.values.items():
+            assert found.values[name] == pytest.approx(value, rel=1e-5), name
+            np.testing.assert_allclose(found.replicates[name], expected.replicates[name], rtol=1e-5)
+    chosen = np.where(labels == 1, positive, 1 - positive)
+    assert calibration.negative_log_likelihood(positive, labels) == pytest.approx(-np.log(chosen).mean(), rel=1e-12)
+    assert calibration.brier_score(positive, labels) == pytest.approx(2 * np.mean((positive - labels) ** 2), rel=1e-12)
+    assert calibration.accuracy(positive[:, None], labels) == np.mean((positive > 0.5) == labels)
+    ranks = sklearn.metrics.roc_auc_score(labels, positive)
+    by_column = positive[:, None][labels == 1], positive[:, None][labels == 0]
+    assert calibration.auroc(*by_column) == pytest.approx(ranks, rel=1e-12)
+    certain = jnp.asarray([[0.0], [1.0]], jnp.bfloat16)
+    assert calibration.negative_log_likelihood(certain, np.array([False, True])) == 0
+
+
 @pytest.mark.usefixtures("unchecked_annotations")
 def test_bad_arguments_are_refused(case):
     probs, labels, _ = case
     predictions = {
-        "vector": (GOOD[0], [0, 1], r"\(N, C\) array; got shape \(2,\)"),
+        "logits of a vector": (GOOD[0] - 1, [0, 1], "between 0 and 1 .* one number for each example.*sigmoid"),
+        "NaN in a vector": (GOOD[0] * np.nan, [0, 1], "between 0 and 1 .* got 2 NaN"),
+        "scalar": (np.float64(0.5), [0], r"\(N, C\) array; got shape \(\)"),
+        "strings": (np.array([["a", "b"]]), [0], "array of real numbers; got ndarray of <U1"),
+        "nothing": (None, [0], "array of real numbers; got None"),
+        "ragged": ([[0.5, 0.5], [1.0]], [0, 1], "array of real numbers"),
+        "complex": (GOOD + 0j, [0, 1], "array of real numbers; got ndarray of complex128"),
+        "labels of three": (GOOD[:, 1], [0, 2], r"lie in 0\.\.1; got 0\.\.2"),
+        "soft labels": (GOOD[:, 1], [0.0, 0.4], "binary classifier must be 0 or 1; .*threshold"),
+        "labels that are strings": (GOOD, ["a", "b"], "labels must be an array of real numbers"),
         "empty": (np.empty((0, 2)), np.empty(0, int), "non-empty"),
         "NaN": (GOOD * [1, np.nan], [0, 1], "must not contain NaN"),
         "negative": (GOOD + [[-0.6, 0.6], [0, 0]], [0, 1], "must not be negative; got -0.1"),
@@ -156,6 +205,22 @@ def test_bad_arguments_are_refused(case):
         "resamples": (
             partial(calibration.evaluate, probs, labels, seed=0, resamples=0),
             r"resamples=\.\.\. must be an integer of at least 1; got 0; 1000 is usual",
+        ),
+        "seed": (
+            partial(calibration.evaluate, probs, labels, seed=-1),
+            r"seed=\.\.\. must be an integer of at least 0; got -1",
+        ),
+        "no seed": (
+            partial(calibration.evaluate, probs, labels, seed=None),
+            r"seed=\.\.\. must be an integer of at least 0; got None",
+        ),
+        "half a resample": (
+            partial(calibration.evaluate, probs, labels, seed=0, resamples=6.5),
+            r"resamples=\.\.\. must be an integer of at least 1; got 6\.5",
+        ),
+        "traced": (
+            partial(jax.jit(calibration.mean_confidence), jnp.asarray(GOOD)),
+            "probs must be known numbers.*outside of jit",
         ),
         "classes": (
             partial(calibration.evaluate, probs, labels, GOOD, seed=0),

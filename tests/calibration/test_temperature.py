@@ -40,13 +40,30 @@ def test_temperature_at_its_bounds():
     assert hopeless.at_bound and hopeless.temperature == 20.0
 
 
+def test_logits_of_a_binary_classifier(overconfident):
+    """One logit f stands for the two logits 0 and f."""
+    logits, labels = overconfident
+    margin, labels = logits[:, 1] - logits[:, 0], labels % 2
+    expected = fit_temperature(np.stack([np.zeros_like(margin), margin], axis=1), labels)
+    for form in (margin, margin[:, None]):
+        assert fit_temperature(form, labels) == expected
+    with pytest.warns(UserWarning, match="between 0 and 1: if they are the probabilities .* before the sigmoid"):
+        fit_temperature(1 / (1 + np.exp(-margin)), labels)
+
+
 @pytest.mark.usefixtures("unchecked_annotations")
 @pytest.mark.parametrize(
     ("logits", "bounds", "message"),
     [
         ([[np.inf, 0.0], [0.0, 1.0]], (0.1, 10.0), r"fit_temperature\(logits=\.\.\.\) must be .* 1 non-finite"),
-        ([0.0, 1.0], (0.1, 10.0), r"shape \(2,\)"),
-        ([[1.0, 0.0], [0.0, 1.0]], (2.0, 1.0), r"0 < low < high < inf; got \(2\.0, 1\.0\)"),
+        (np.zeros((2, 2, 1)), (0.1, 10.0), r"shape \(2, 2, 1\)"),
+        ("ab", (0.1, 10.0), "array of real numbers"),
+        ([[1.0, 0.0], [0.0, 1.0]], (0.1, 10.0), "outputs before the softmax; got rows of probabilities"),
+        ([[0.25, 0.75], [0.6, 0.4]], (0.1, 10.0), "outputs before the softmax; got rows of probabilities"),
+        ([[2.0, 0.0], [0.0, 1.0]], (2.0, 1.0), r"0 < low < high < inf; got \(2\.0, 1\.0\)"),
+        ([[2.0, 0.0], [0.0, 1.0]], None, "0 < low < high < inf; got None"),
+        ([[2.0, 0.0], [0.0, 1.0]], ("1", "2"), "0 < low < high < inf; got "),
+        ([[2.0, 0.0], [0.0, 1.0]], (1, 2, 3), "0 < low < high < inf; got "),
     ],
 )
 def test_bad_arguments_are_refused(logits, bounds, message):
