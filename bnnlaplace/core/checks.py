@@ -108,6 +108,19 @@ def choice(value: Any, where: str, options: Sequence[str]) -> None:
         raise ValueError(f"{where} must be {listed}; got {value!r:.80}")
 
 
+# --- processes ---------------------------------------------------------------------------------------------------
+
+
+def one_process(where: str) -> None:
+    """Raise ValueError if JAX runs in several processes: each would take its own part of the data for all of them."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"{where} must run in a single process, as each would compute the evidence of its own part of the data; "
+            f"got jax.process_count() = {jax.process_count()}; gather the data and the weights, and run this step in a "
+            "process of its own, without jax.distributed.initialize"
+        )
+
+
 # --- class probabilities and labels -----------------------------------------------------------------------------
 
 

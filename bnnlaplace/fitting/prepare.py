@@ -117,7 +117,7 @@ def memory_estimate(
     state: Unfitted | Fitted, settings: Settings, data: Data, *, max_vectors: int, microbatch: int
 ) -> memory.MemoryEstimate:
     """How much memory a fit needs at its peak, from the first batch of the data."""
-    data.check_repeatable("memory_estimate(data=...) must be readable again, as its first batch is used")
+    data.check_restarts("memory_estimate(data=...) must be readable again, as its first batch is used")
     model = prepare(state, settings, data.few(), microbatch=microbatch)
     return memory_of(model, settings.hessian_structure, max_vectors)
 

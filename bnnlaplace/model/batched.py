@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import num_examples, unraveler
 from bnnlaplace.model import features
+from bnnlaplace.model.arrays import as_arrays
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import Shapes
 
@@ -30,7 +31,7 @@ def outputs(
     microbatch
         How many inputs are computed at a time. It bounds the memory.
     """
-    return by_microbatch(partial(_outputs, network), inputs, microbatch)
+    return by_microbatch(partial(_outputs, network), as_arrays(inputs, "outputs(inputs=...)"), microbatch)
 
 
 def pushforward(
@@ -73,8 +74,10 @@ def at_features(
 ) -> tuple[Network, PyTree[Shaped[ArrayLike, "B ..."]]]:
     """Split the network at its features and compute those of all inputs once.
 
-    Returns the arguments unchanged if there are no features, or they need too much memory (`features.memory_limit`).
+    Returns the network and the inputs themselves if there are no features, or they need too much memory
+    (`features.memory_limit`). Inputs of another library are converted.
     """
+    inputs = as_arrays(inputs, "inputs to predict at")
     head = features.cut(network, inputs) if network.is_subset else None
     if head is None:
         return network, inputs

@@ -6,7 +6,7 @@ Arrays are one batch. An iterable is read again in every pass, so that the data 
 import copy
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +14,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core import checks
+from bnnlaplace.core.summation import accumulated
 from bnnlaplace.core.tree import described, examples, num_examples
 from bnnlaplace.core.types import AnyArray, Inputs
+from bnnlaplace.model import arrays
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import check_outputs, output_shape
+from bnnlaplace.model.pairs import Pair, as_pair, as_targets, is_pair_of_arrays, not_a_pair
+from bnnlaplace.model.spec import call_refused, check_outputs, output_shape, shapes_in_words, signatures
 
 # Inputs and targets: two arrays, or batches of such pairs that can be iterated over. An annotation of the shapes of
 # batches would exclude batches of several lengths.
 PairOrBatches = tuple[Inputs, AnyArray] | Iterable[Any]
+
+# What messages call inputs to predict at.
+_INPUTS = "inputs to predict at"
 
 
 class Batch(NamedTuple):
@@ -107,12 +114,13 @@ class Data:
         """
         expected, count, checksums = None, 0, []
         for pair in self._pairs:
-            x, y = _as_pair(pair)
-            structure = jax.tree.structure(x), [*_signatures(x), *_signatures(y)]
+            # Later passes give the same numbers again, or an error.
+            x, y = as_pair(pair, is_checked=self._count is not None)
+            structure = jax.tree.structure(x), [*signatures(x), *signatures(y)]
             if expected not in (None, structure):
                 raise ValueError(
                     "fit(data=...) must give batches of one structure, with the same shapes beyond the first axis and "
-                    f"the same types; got {_shapes(expected[1])} and then {_shapes(structure[1])}"
+                    f"the same types; got {shapes_in_words(expected[1])} and then {shapes_in_words(structure[1])}"
                 )
             expected, count = structure, count + len(y)
             if self._check is not None and self._count is None:
@@ -143,6 +151,18 @@ class Data:
             raise ValueError(
                 f"{what}; got an iterator that can be read once; pass a list of batches, or an object whose __iter__ "
                 "starts anew"
+            )
+
+    def check_restarts(self, what: str) -> None:
+        """Raise ValueError if a look at the first batch has used it up. Call it if no pass follows.
+
+        As `check_repeatable`, and also for a loader whose `__iter__` gives one stored iterator.
+        """
+        self.check_repeatable(what)
+        if isinstance(self._pairs, _Batches) and self._pairs.has_lost_first():
+            raise ValueError(
+                f"{what}; got an object whose __iter__ goes on where the last one stopped; pass a list of batches, or "
+                "an object whose __iter__ starts anew"
             )
 
     @property
@@ -176,13 +196,13 @@ class _Mapped:
 
     def __init__(self, data: Data, function: Callable[[Inputs], Inputs], max_bytes: int) -> None:
         self._data, self._function, self._max_bytes = data, function, max_bytes
-        self._kept: list[tuple[Inputs, AnyArray]] | None = None
+        self._kept: list[Pair] | None = None
 
-    def __iter__(self) -> Iterator[tuple[Inputs, AnyArray]]:
+    def __iter__(self) -> Iterator[Pair]:
         if self._kept is not None:
             yield from self._kept
             return
-        kept: list[tuple[Inputs, AnyArray]] = []
+        kept: list[Pair] = []
         num_bytes = 0
         for batch in self._data:
             pair = _without_padding(batch._replace(inputs=self._function(batch.inputs)))
@@ -202,32 +222,59 @@ def as_data(data: Any) -> Data:
     Raises
     ------
     ValueError
-        If there are no batches or no examples, a batch is not a pair, or there are not as many targets as inputs.
+        If there are no batches or no examples, a batch is not a pair, there are not as many targets as inputs, or a
+        number is not finite in the type in which it is used. Also if JAX runs in several processes.
     """
     if isinstance(data, Data):
         return data
-    if _is_pair_of_arrays(data):
-        pair = _as_pair(data)
-        return Data([pair], pair, length=len(pair[1]))
+    checks.one_process("fit(data=...)")
+    if is_pair_of_arrays(data):
+        pair = as_pair(data)
+        return Data([pair], pair, length=len(pair.targets))
+    if hasattr(data, "shape") or isinstance(data, (str, bytes, Mapping)):  # what would be iterated over is not batches
+        raise not_a_pair(data)
     try:
         iterator = iter(data)
     except TypeError:
-        raise _not_a_pair(data) from None
+        raise not_a_pair(data) from None
     first = list(itertools.islice(iterator, 1))
     if not first:
         raise ValueError("fit(data=...) must hold at least one batch; got none; an iterator may be used up already")
-    head = _as_pair(first[0])
-    once = iterator is data
-    return Data(itertools.chain(first, iterator) if once else data, head, once)
+    head = as_pair(first[0])
+    return Data(_Batches(data, head, iterator), head, once=iterator is data)
+
+
+class _Batches:
+    """The user's batches. The first pass goes on where the look at the first batch stopped: nothing is read twice.
+
+    So a loader whose `__iter__` gives one stored iterator loses nothing either. Its second pass is empty, which `Data`
+    reports.
+    """
+
+    def __init__(self, source: Iterable[Any], head: Pair, iterator: Iterator[Any]) -> None:
+        self._source, self._head, self._first = source, head, iterator
+        self._rest: Iterator[Any] | None = itertools.chain([head], iterator)
+
+    def __iter__(self) -> Iterator[Any]:
+        rest, self._rest, self._first = self._rest, None, None
+        return iter(self._source) if rest is None else rest
+
+    def has_lost_first(self) -> bool:
+        """Whether another iterator goes on behind the first batch. The batches are of no use after this call."""
+        again = iter(self._source)
+        if again is not self._first:
+            return False
+        # Some loaders keep one iterator and set it back to the start.
+        batches = [as_pair(batch) for batch in itertools.islice(again, 1)]
+        return [_checksum(*batch) for batch in batches] != [_checksum(*self._head)]
 
 
 def accumulate(data: Data, step: Callable[[Batch], Any]) -> tuple[Any, int]:
-    """Sum a pytree that is computed from each batch, in one pass; return the sum and the number of examples."""
-    total = None
-    for batch in data:
-        batch_sum = step(batch)
-        total = batch_sum if total is None else jax.tree.map(jnp.add, total, batch_sum)
-    return total, data.num_examples
+    """Sum a pytree that is computed from each batch, in one pass; return the sum and the number of examples.
+
+    Arrays of JAX are summed as in `core.summation`, arrays of NumPy in float64.
+    """
+    return accumulated(map(step, data)), data.num_examples
 
 
 def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, targets: AnyArray) -> None:
@@ -239,13 +286,16 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
         If outputs are not (N, ..., C), or the targets do not fit them; see `likelihood.check_targets`.
     """
     count = num_examples(inputs)
-    shape = output_shape(network, inputs)
+    try:
+        shape = output_shape(network, inputs)
+    except Exception as error:  # whatever a user's function raises at shapes that it does not take
+        raise call_refused("fit(data=(x, y)): x must be what the network takes", inputs, error) from error
     check_outputs(shape, count)
     check_targets(likelihood, shape, targets, "fit(data=(x, y))")
 
 
-def check_inputs(network: Network, inputs: Any) -> None:
-    """Check that inputs to predict at are finite, and that the network can be called with them.
+def check_inputs(network: Network, inputs: Any) -> Inputs:
+    """Return inputs to predict at as arrays, after a check that they are finite and that the network takes them.
 
     Only the shapes of traced inputs are checked.
 
@@ -254,21 +304,15 @@ def check_inputs(network: Network, inputs: Any) -> None:
     ValueError
         If the inputs are not arrays of numbers, a number is not finite, or the network raises an error.
     """
+    inputs = arrays.as_arrays(inputs, _INPUTS)
     for leaf in jax.tree.leaves(inputs):
-        if np.ndim(leaf) == 0 or not hasattr(leaf, "dtype"):
-            raise ValueError(
-                f"inputs to predict at must be arrays with inputs along the first axis; got a {type(leaf).__name__}; "
-                "pass jnp.asarray(x)"
-            )
-    _check_finite(inputs)
+        arrays.check_finite(leaf, _INPUTS)
     try:
         output_shape(network, inputs)
     except Exception as error:  # whatever a user's function raises at shapes that it does not take
-        message = str(error).split("\n", 1)[0]
-        raise ValueError(
-            "inputs to predict at must have the shape of those of the data, except for the first axis; with inputs of "
-            f"{_shapes(_signatures(inputs))} the network raised {type(error).__name__}: {message}"
-        ) from error
+        what = f"{_INPUTS} must have the shape of those of the data, except for the first axis"
+        raise call_refused(what, inputs, error) from error
+    return inputs
 
 
 def checked_pairs(network: Network, validation: Any) -> Iterator[tuple[Inputs, AnyArray]]:
@@ -277,11 +321,14 @@ def checked_pairs(network: Network, validation: Any) -> Iterator[tuple[Inputs, A
     Raises
     ------
     ValueError
-        If a batch is not a pair, or its inputs do not fit the network.
+        If a batch is not a pair, or its inputs do not fit the network. Also if JAX runs in several processes.
     """
+    checks.one_process("a choice by validation data")
     is_pair = isinstance(validation, (tuple, list)) and len(validation) == 2
-    if _is_pair_of_arrays(validation) or (is_pair and not isinstance(validation[0], (tuple, list))):
+    if is_pair_of_arrays(validation) or (is_pair and not isinstance(validation[0], (tuple, list))):
         validation = [validation]
+    if hasattr(validation, "shape") or isinstance(validation, (str, bytes, Mapping)):
+        raise _not_validation(validation)
     try:
         iterator = iter(validation)
     except TypeError:
@@ -290,61 +337,13 @@ def checked_pairs(network: Network, validation: Any) -> Iterator[tuple[Inputs, A
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise _not_validation(batch)
         inputs, targets = batch
-        check_inputs(network, inputs)
-        yield inputs, targets if hasattr(targets, "shape") else np.asarray(targets)
+        yield check_inputs(network, inputs), as_targets(targets, "validation=(x, y): y")
 
 
 def _not_validation(value: Any) -> ValueError:
     return ValueError(
         "validation=... must be two arrays (x, y), or an iterable of batches, each such a pair; got "
         f"{described(value)} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
-    )
-
-
-def _check_finite(inputs: PyTree) -> None:
-    for leaf in jax.tree.leaves(inputs):
-        if isinstance(leaf, jax.core.Tracer):
-            continue
-        if not (jnp.issubdtype(leaf.dtype, jnp.number) or leaf.dtype == bool):
-            raise ValueError(f"inputs to predict at must be numbers; got an array of {leaf.dtype}; encode them")
-        # Checked where the inputs are: images on the host need no second copy on the device. A traced function may
-        # close over inputs, whose check must not be traced.
-        with jax.ensure_compile_time_eval():
-            finite = jnp.isfinite(leaf) if isinstance(leaf, jax.Array) else np.isfinite(leaf)
-            all_finite = bool(finite.all())
-        if not all_finite:
-            rows = np.unique(np.nonzero(~np.asarray(finite))[0])
-            raise ValueError(
-                f"inputs to predict at must be finite; got NaN or infinite values in {len(rows)} of {len(leaf)} of "
-                f"them, first in number {rows[0]}; remove or mend them"
-            )
-
-
-def _is_pair_of_arrays(data: Any) -> bool:
-    if not isinstance(data, (tuple, list)) or len(data) != 2 or not hasattr(data[1], "shape"):
-        return False
-    leaves = jax.tree.leaves(data[0])
-    return bool(leaves) and all(hasattr(leaf, "shape") for leaf in leaves)
-
-
-def _as_pair(batch: Any) -> tuple[Inputs, AnyArray]:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise _not_a_pair(batch)
-    x, y = jax.tree.map(jnp.asarray, batch[0]), jnp.asarray(batch[1])
-    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(x)}
-    count = y.shape[0] if y.ndim else 0
-    if count == 0 or lengths != {count}:
-        raise ValueError(
-            "fit(data=(x, y)) must hold as many targets as inputs, and at least one; got "
-            f"{' or '.join(map(str, sorted(lengths)))} and {count}"
-        )
-    return x, y
-
-
-def _not_a_pair(value: Any) -> ValueError:
-    return ValueError(
-        "fit(data=...) must be two arrays (x, y), or an iterable of batches, each such a pair; got "
-        f"{type(value).__name__} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
     )
 
 
@@ -356,16 +355,6 @@ def _checksum(x: Inputs, y: AnyArray) -> int:
     return checksum
 
 
-def _signatures(arrays: PyTree) -> list[tuple[tuple[int, ...], str]]:
-    """Shape of one example and type, for each leaf."""
-    return [(leaf.shape[1:], leaf.dtype.name) for leaf in jax.tree.leaves(arrays)]
-
-
-def _shapes(signatures: list[tuple[tuple[int, ...], str]]) -> str:
-    """Signatures in words, such as float32[B,4], int32[B]."""
-    return ", ".join(f"{dtype}[B{''.join(f',{extent}' for extent in shape)}]" for shape, dtype in signatures)
-
-
 def _padded(x: Inputs, y: AnyArray, size: int) -> Batch:
     """Pad a batch to at least `size` examples, with copies of the last one at weight zero."""
     count = len(y)
@@ -375,6 +364,6 @@ def _padded(x: Inputs, y: AnyArray, size: int) -> Batch:
     return Batch(examples(x, index), y[index], jnp.asarray(np.arange(size) < count, float))
 
 
-def _without_padding(batch: Batch) -> tuple[Inputs, AnyArray]:
-    count = int(batch.weights.sum())
-    return examples(batch.inputs, slice(count)), batch.targets[:count]
+def _without_padding(batch: Batch) -> Pair:
+    count = int(np.count_nonzero(batch.weights))  # a sum of ones in float32 ends at 2^24
+    return Pair(examples(batch.inputs, slice(count)), batch.targets[:count])

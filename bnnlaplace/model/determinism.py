@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike, PyTree, Shaped
 
 from bnnlaplace.core.tree import examples, num_examples, number_type
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import NetworkSpec, check_outputs
+from bnnlaplace.model.spec import NetworkSpec, call_refused, check_outputs, shape_or_fault
 
 # Names that modules give to the switch between training and evaluation.
 SWITCHES = ("train", "training", "is_training", "deterministic", "use_running_average")
@@ -49,7 +49,15 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
             f"a network must be deterministic; the module raised {type(error).__name__}, as dropout that is live or "
             f"batch normalisation in training mode does; {_fix(forward)}"
         ) from error
-    check_outputs(getattr(first, "shape", type(first).__name__), num_examples(few))
+    except Exception as error:  # whatever a user's model raises
+        if "unbound axis name" in str(error):
+            raise ValueError(
+                "a network must be called without pmap or shard_map; the module raised "
+                f"{type(error).__name__}: {error}, as batch normalisation with axis_name in training mode does; "
+                f"{_fix(forward)}"
+            ) from error
+        raise call_refused("fit(data=(x, y)): x must be what the network takes", few, error) from error
+    check_outputs(shape_or_fault(first), num_examples(few))
     precision = max((first.dtype, number_type(network.params)), key=lambda dtype: jnp.finfo(dtype).eps)
     first, second, copied, alone = (np.asarray(outputs, np.float64) for outputs in (first, second, copied, alone))
     largest = np.abs(first).max()

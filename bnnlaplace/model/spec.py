@@ -82,7 +82,7 @@ class NetworkSpec(NamedTuple):
 def output_shape(network: Network, inputs: PyTree) -> tuple[int, ...] | str:
     """Shape of the outputs, by abstract evaluation.
 
-    If the network does not return one array: the name of the type that it returns.
+    If the network does not return one array of real floating-point numbers: what it returns, in words.
 
     Parameters
     ----------
@@ -102,11 +102,40 @@ def check_outputs(shape: tuple[int, ...] | str, count: int) -> None:
 
     A string in place of the shape stands for outputs that are not one array; see `output_shape`.
     """
-    if isinstance(shape, str) or len(shape) < 2 or shape[0] != count:
+    if isinstance(shape, str) or len(shape) < 2 or shape[0] != count or 0 in shape[1:]:
+        advice = "; add an axis: outputs[:, None]" if shape == (count,) else ""
         raise ValueError(
-            "a network's outputs must be one array of shape (B, C), or (B, ..., C) with several positions; got "
-            f"{shape} for {count} examples"
+            "a network's outputs must be one array of shape (B, C), or (B, ..., C) with several positions, of real "
+            f"floating-point numbers; got {shape} for {count} examples{advice}"
         )
+
+
+def shape_or_fault(outputs: Any) -> tuple[int, ...] | str:
+    """Shape of outputs. If they are not one array of real floating-point numbers: what they are, in words."""
+    if not hasattr(outputs, "shape"):
+        return type(outputs).__name__
+    if not jnp.issubdtype(outputs.dtype, jnp.floating):
+        return f"{outputs.dtype.name} numbers"
+    return outputs.shape
+
+
+def call_refused(what: str, inputs: PyTree, error: Exception) -> ValueError:
+    """The error for inputs at which a network raised `error`. `what` says what the inputs must be."""
+    message = str(error).strip().split("\n", 1)[0]
+    return ValueError(
+        f"{what}; with inputs of {shapes_in_words(signatures(inputs))} the network raised {type(error).__name__}: "
+        f"{message:.200}"
+    )
+
+
+def signatures(arrays: PyTree) -> list[tuple[tuple[int, ...], str]]:
+    """Shape of one example and type, for each leaf."""
+    return [(leaf.shape[1:], leaf.dtype.name) for leaf in jax.tree.leaves(arrays)]
+
+
+def shapes_in_words(signatures: list[tuple[tuple[int, ...], str]]) -> str:
+    """Signatures in words, such as float32[B,4], int32[B]."""
+    return ", ".join(f"{dtype}[B{''.join(f',{extent}' for extent in shape)}]" for shape, dtype in signatures)
 
 
 @lru_cache(maxsize=64)
@@ -117,7 +146,7 @@ def _output_shape(spec: NetworkSpec, count: int) -> tuple[int, ...] | str:
         return Network(spec.forward, params, frozen)(params, inputs)
 
     abstract = jax.eval_shape(outputs, params, frozen, spec.example.batch(count))
-    return getattr(abstract, "shape", type(abstract).__name__)
+    return shape_or_fault(abstract)
 
 
 def _dtype(leaf: Any) -> Any:
