@@ -32,22 +32,50 @@ _PASSED_OVER = ("bnnlaplace", "jaxtyping")
 
 
 def positive(value: Any, where: str, *, advice: str = "try 1.0") -> None:
-    """Raise ValueError unless `value` is one positive, finite number; only the shape of a traced one is checked."""
+    """Raise ValueError unless `value` is one positive, finite number; only the shape of a traced one is checked.
+
+    It must be so in the type in which it is used: without 64-bit types 1e-300 is 0 and 1e300 is infinite.
+    """
     is_one_number = _is_real(value) and np.shape(value) == ()
-    if is_one_number and (isinstance(value, jax.core.Tracer) or 0 < float(value) < float("inf")):
+    if is_one_number and (isinstance(value, jax.core.Tracer) or _in_range(value)):
         return
     got = f"shape {np.shape(value)}" if hasattr(value, "shape") and value.shape != () else f"{value!r:.80}"
-    raise ValueError(f"{where} must be one positive, finite number; got {got}; {advice}")
+    raise ValueError(
+        f"{where} must be one positive, finite number; got {got}{_of_type(value) if is_one_number else ''}; {advice}"
+    )
 
 
-def all_positive(numbers: Any, where: str, *, advice: str = "try 1.0") -> None:
-    """Raise ValueError unless there are numbers and all are positive and finite; traced ones pass."""
+def all_positive(numbers: Any, where: str, *, advice: str = "try 1.0", with_squares: bool = False) -> None:
+    """Raise ValueError unless there are numbers and all are positive and finite; traced ones pass.
+
+    They must be so in the type in which they are used, and with `with_squares` their squares must be, too.
+    """
     if isinstance(numbers, jax.core.Tracer):
         return
     known = np.asarray(numbers)  # an operation of JAX would be traced inside `jit`
-    if not known.size or not np.all((known > 0) & np.isfinite(known)):
+    if not _is_real(known):
+        raise ValueError(f"{where} must be positive, finite numbers; got {numbers!r:.80}; {advice}")
+    if not known.size or not np.all(_in_range(known, power=2 if with_squares else 1)):
         got = f"{known}" if known.size <= 8 else f"numbers from {known.min():.3g} to {known.max():.3g}"
-        raise ValueError(f"{where} must be positive and finite; got {got}; {advice}")
+        raise ValueError(f"{where} must be positive and finite; got {got}{_of_type(known)}; {advice}")
+
+
+def _in_range(value: Any, *, power: int = 1) -> Any:
+    """Whether numbers are positive and finite in the type in which JAX uses them, and so is a power of them."""
+    limits = jnp.finfo(jax.dtypes.canonicalize_dtype(float))
+    try:
+        exact = np.asarray(value, np.float64)
+    except OverflowError:  # an integer that is too large for any float
+        return False
+    return (exact >= float(limits.tiny) ** (1 / power)) & (exact <= float(limits.max) ** (1 / power))
+
+
+def _of_type(value: Any) -> str:
+    """Name the type in a message, for numbers that only that type makes zero or infinite."""
+    known = np.asarray(value)
+    if not _is_real(known) or not known.size or not (known > 0).all() or not np.isfinite(known).all():
+        return ""
+    return f", which {jax.dtypes.canonicalize_dtype(float).name} cannot hold or square"
 
 
 def count(value: Any, where: str, *, least: int = 1, most: int | None = None, advice: str = "") -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import summed_type
+from bnnlaplace.model import arrays
 
 Outputs = Float[ArrayLike, "*lead C"]
 Targets = Shaped[ArrayLike, "..."]
@@ -25,7 +26,7 @@ Targets = Shaped[ArrayLike, "..."]
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("log_prob", "factor_mv", "mean", "hessian_mv", "factor_transpose_mv"),
-    meta_fields=("name", "target_kind"),
+    meta_fields=("name", "target_kind", "target_shape"),
 )
 @dataclass(frozen=True)
 class Likelihood:
@@ -41,7 +42,7 @@ class Likelihood:
         "classification", "regression" and "binary" have links and checks of their own. Any other name is allowed.
     target_kind
         "label" if targets are integer class labels (...,), or class probabilities shaped like the outputs. "array" if
-        targets are shaped like the outputs.
+        targets are numbers shaped like the outputs.
     log_prob
         (f, y) -> log p(y | f), shape (...,).
     factor_mv
@@ -52,6 +53,16 @@ class Likelihood:
         (f, v) -> Lambda v; by default B B' v.
     factor_transpose_mv
         (f, v) -> B' v; by default the transpose of `factor_mv`.
+    target_shape
+        The shape of the target at one position, where it is not that of `target_kind`: a tuple, or a function from the
+        number of outputs C to one. With (1,) targets (..., 1) go with any number of outputs, such as a mean and a log
+        variance; with lambda c: (c // 2,) targets (..., C / 2) do. Labels are then integers of that shape, which are
+        not compared with the number of outputs.
+
+    Raises
+    ------
+    ValueError
+        If `target_kind` or `target_shape` is something else.
     """
 
     name: str
@@ -61,13 +72,30 @@ class Likelihood:
     mean: Callable[[Any], Array]
     hessian_mv: Callable[[Any, Any], Array] | None = None
     factor_transpose_mv: Callable[[Any, Any], Array] | None = None
+    target_shape: tuple[int, ...] | Callable[[int], tuple[int, ...]] | None = None
 
     def __post_init__(self) -> None:
+        checks.choice(self.target_kind, "Likelihood(target_kind=...)", ("array", "label"))
+        shape = self.target_shape
+        is_shape = isinstance(shape, tuple) and all(isinstance(length, int) and length > 0 for length in shape)
+        if not (shape is None or callable(shape) or is_shape):
+            raise ValueError(
+                "Likelihood(target_shape=...) must be a tuple of positive lengths, or a function from the number of "
+                f"outputs to one; got {shape!r:.80}; try (1,)"
+            )
         if self.factor_transpose_mv is None:
             object.__setattr__(self, "factor_transpose_mv", Partial(_transposed, self.factor_mv))
         if self.hessian_mv is None:
             factors = self.factor_mv, self.factor_transpose_mv
             object.__setattr__(self, "hessian_mv", Partial(_squared, *factors))
+
+    def targets_shape(self, outputs_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the targets that go with outputs of shape (..., C)."""
+        *lead, num_outputs = outputs_shape
+        if self.target_shape is None:
+            return outputs_shape if self.target_kind == "array" else tuple(lead)
+        shape = self.target_shape(num_outputs) if callable(self.target_shape) else self.target_shape
+        return (*lead, *shape)
 
     @property
     def sigma_noise(self) -> Float[Array, "*C"] | None:
@@ -107,7 +135,7 @@ def gaussian(sigma_noise: Real[ArrayLike, "*C"] = 1.0) -> Likelihood:
     """
     sigma = jnp.asarray(sigma_noise)
     sigma = sigma.astype(summed_type(sigma.dtype))
-    checks.all_positive(sigma, "gaussian(sigma_noise=...)")
+    checks.all_positive(sigma, "gaussian(sigma_noise=...)", with_squares=True)
     return Likelihood(
         "regression",
         "array",
@@ -136,9 +164,12 @@ def bernoulli() -> Likelihood:
     )
 
 
+_BY_NAME = {"classification": categorical, "regression": gaussian, "binary": bernoulli}
+
+
 def is_ours(likelihood: Likelihood) -> bool:
     """Whether the functions of a likelihood are those of one that this package defines."""
-    known = (categorical(), gaussian(), bernoulli())
+    known = (make() for make in _BY_NAME.values())
     return jax.tree.structure(likelihood) in map(jax.tree.structure, known)
 
 
@@ -151,6 +182,13 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:
         If the name is unknown, or the noise is not one positive, finite number or one for each output. Only the shape
         of a traced noise is checked. Also if the noise is not 1 and the likelihood is not "regression".
     """
+    if isinstance(likelihood, Likelihood):
+        _check_functions(likelihood)
+    elif not isinstance(likelihood, str) or likelihood not in _BY_NAME:
+        raise ValueError(
+            f"Laplace(likelihood=...) must be one of {sorted(_BY_NAME)} or a Likelihood; got {likelihood!r:.80}; "
+            "build your own with bnnlaplace.Likelihood"
+        )
     traced = isinstance(sigma_noise, jax.core.Tracer)
     is_number = isinstance(sigma_noise, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(sigma_noise) <= 1
     if not is_number:
@@ -158,7 +196,7 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:
             "Laplace(sigma_noise=...) must be one positive, finite number, or one for each output; got "
             f"{sigma_noise!r}; try 1.0"
         )
-    checks.all_positive(sigma_noise, "Laplace(sigma_noise=...)")
+    checks.all_positive(sigma_noise, "Laplace(sigma_noise=...)", with_squares=True)
     if likelihood != "regression" and (traced or np.shape(sigma_noise) != () or float(sigma_noise) != 1.0):
         name = likelihood.name if isinstance(likelihood, Likelihood) else likelihood
         raise ValueError(
@@ -167,13 +205,17 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:
         )
     if isinstance(likelihood, Likelihood):
         return likelihood
-    known = {"classification": categorical, "regression": partial(gaussian, sigma_noise), "binary": bernoulli}
-    if likelihood not in known:
-        raise ValueError(
-            f"Laplace(likelihood=...) must be one of {sorted(known)} or a Likelihood; got {likelihood!r}; "
-            "build your own with bnnlaplace.Likelihood"
-        )
-    return known[likelihood]()
+    return gaussian(sigma_noise) if likelihood == "regression" else _BY_NAME[likelihood]()
+
+
+def _check_functions(likelihood: Likelihood) -> None:
+    """Raise ValueError if something stands where a likelihood of the user's own must have a function."""
+    for name in ("log_prob", "factor_mv", "mean", "hessian_mv", "factor_transpose_mv"):
+        if not callable(getattr(likelihood, name)):
+            raise ValueError(
+                f"Likelihood({name}=...) must be a function; got {getattr(likelihood, name)!r:.80}; see the attributes "
+                "of bnnlaplace.Likelihood"
+            )
 
 
 def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], targets: Any, where: str) -> None:
@@ -186,7 +228,8 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
     outputs_shape
         (N, ..., C).
     targets
-        Labels (N, ...), or arrays shaped like the outputs. Only shape and type of traced targets are checked.
+        Labels (N, ...), or arrays shaped like the outputs, or as `Likelihood.target_shape` says. Only shape and type of
+        traced targets are checked.
     where
         What the message calls the argument.
 
@@ -194,8 +237,9 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
     ------
     ValueError
         If labels are neither integers of shape (N, ...) within the classes nor probabilities that sum to one, other
-        targets are not shaped like the outputs, binary targets are outside of [0, 1], or there is not one noise scale
-        for each output.
+        targets have another shape than the likelihood states, binary targets are outside of [0, 1], targets of a
+        regression are not finite, a number does not fit into the type in which it is used, or there is not one noise
+        scale for each output.
     """
     noise, num_outputs = likelihood.sigma_noise, outputs_shape[-1]
     if noise is not None and noise.shape not in ((), (num_outputs,)):
@@ -203,22 +247,35 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
             f"Laplace(sigma_noise=...) must be one number, or one for each of the {num_outputs} outputs; got "
             f"{noise.size}"
         )
+    if likelihood.name == "classification" and num_outputs == 1:
+        raise ValueError(
+            f"{where}: 'classification' must have an output for each class, at least two; got one output; use "
+            "likelihood='binary', whose output is the logit of class 1, with targets (N, 1)"
+        )
     traced = isinstance(targets, jax.core.Tracer)
     targets = targets if traced else np.asarray(targets)  # an operation of JAX would be traced inside `jit`
-    is_soft = targets.shape == outputs_shape and jnp.issubdtype(targets.dtype, jnp.floating)
-    is_label = targets.shape == outputs_shape[:-1] and jnp.issubdtype(targets.dtype, jnp.integer)
+    if arrays.used_type(targets.dtype) is None or jnp.issubdtype(targets.dtype, jnp.complexfloating):
+        raise ValueError(f"{where}: targets must be real numbers; got an array of {targets.dtype}; encode them")
+    expected, dtype = likelihood.targets_shape(outputs_shape), targets.dtype
     if likelihood.target_kind == "array":
-        if targets.shape != outputs_shape:
+        if targets.shape != expected:
             raise ValueError(
-                f"{where}: targets of {likelihood.name!r} must have the shape {outputs_shape} of the outputs; got "
-                f"{targets.shape}; reshape them"
+                f"{where}: targets of {likelihood.name!r} must have the shape {expected}"
+                f"{' of the outputs' if expected == outputs_shape else ''}; got {targets.shape}; reshape them, or "
+                "state their shape by Likelihood(target_shape=...)"
             )
-    elif not (is_label or is_soft):
-        raise ValueError(
-            f"{where}: labels must be integers of shape {outputs_shape[:-1]}, or probabilities of shape "
-            f"{outputs_shape}; got {targets.dtype} of shape {targets.shape}; pass class indices"
-        )
+    else:
+        takes_soft = likelihood.target_shape is None
+        is_label = targets.shape == expected and jnp.issubdtype(dtype, jnp.integer)
+        is_soft = takes_soft and targets.shape == outputs_shape and jnp.issubdtype(dtype, jnp.floating)
+        if not (is_label or is_soft):
+            soft = f", or probabilities of shape {outputs_shape}" if takes_soft else ""
+            raise ValueError(
+                f"{where}: labels must be integers of shape {expected}{soft}; got {dtype} of shape {targets.shape}; "
+                "pass class indices"
+            )
     if not traced:
+        arrays.check_fits_type(targets, f"{where}: targets")
         _check_numbers(likelihood, num_outputs, targets, where)
 
 
@@ -230,6 +287,8 @@ def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray
                 f"{where}: binary targets must be 0 or 1, or probabilities between; got numbers from "
                 f"{targets.min()} to {targets.max()}; remap them, as -1 and 1 by (y + 1) / 2"
             )
+        if likelihood.name == "regression":  # NaN may stand for a missing target in a likelihood of the user's own
+            arrays.check_finite(targets, f"{where}: targets")
     elif jnp.issubdtype(targets.dtype, jnp.floating):
         sums = targets.sum(axis=-1, dtype=np.float64)
         if not (np.all(targets >= 0) and np.allclose(sums, 1, atol=1e-3)):
@@ -237,7 +296,7 @@ def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray
                 f"{where}: soft targets must be probabilities, at least 0 and with a sum of 1 over classes; got "
                 f"{targets.min():.4g} and more, and sums from {sums.min():.4g} to {sums.max():.4g}; normalise them"
             )
-    elif targets.size and not 0 <= targets.min() <= targets.max() < num_outputs:
+    elif likelihood.target_shape is None and targets.size and not 0 <= targets.min() <= targets.max() < num_outputs:
         raise ValueError(
             f"{where}: labels must lie in 0..{num_outputs - 1}, as the network has {num_outputs} outputs; got labels "
             f"from {targets.min()} to {targets.max()}; remap them or widen the network"
