@@ -135,7 +135,7 @@ def block_product(
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def product(vectors: Float[ArrayLike, "S P"]) -> Float[Array, "S P"]:
-        def add(total: Array, batch: mb.Microbatches) -> tuple[Array, None]:
+        def product_of(batch: mb.Microbatches) -> Float[Array, "S P"]:
             # The transpose shares the residuals of this forward pass. `jax.vjp` would run and keep a second one.
             outputs, pushforward = jax.linearize(lambda p: network(p, batch.inputs), params)
             pullback = jax.linear_transpose(pushforward, params)
@@ -144,8 +144,8 @@ def block_product(
                 curved = likelihood.hessian_mv(outputs, pushforward(unravel(vector)))
                 return ravel(pullback(scale * mb.over_outputs(batch.weights, curved) * curved)[0])
 
-            return total + jax.lax.map(product_with, vectors, batch_size=min(vectors_at_once, len(vectors))), None
+            return jax.lax.map(product_with, vectors, batch_size=min(vectors_at_once, len(vectors)))
 
-        return jax.lax.scan(add, jnp.zeros_like(vectors), batches)[0]
+        return mb.summed(product_of, batches)
 
     return product

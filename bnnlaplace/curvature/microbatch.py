@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
+from bnnlaplace.core.summation import Sum
 from bnnlaplace.core.tree import examples, num_examples
 from bnnlaplace.model.batched import check_microbatch
 
@@ -36,7 +37,8 @@ def over_outputs(weights: Float[Array, " M"], outputs: Shaped[Array, "M ..."]) -
 def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "num ..."]]) -> PyTree:
     """Sum `function` over parts along the leading axis, one after another. Call it inside `jit`.
 
-    Memory: the sum, and what `function` takes for one part.
+    The rounding of the sum does not grow with the number of parts. Memory: the sum twice, and what `function` takes for
+    one part.
 
     Parameters
     ----------
@@ -45,13 +47,18 @@ def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "n
     parts
         A pytree of arrays with leading axes of equal length, such as microbatches.
     """
+    return running_sum(function, parts).value()
 
-    def add(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
+
+def running_sum(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "num ..."]]) -> Sum:
+    """Sum `function` over parts as `summed` does, and keep the digits that the type of the sum cannot hold."""
+
+    def add(total: Sum, part: PyTree) -> tuple[Sum, None]:
+        return total.plus(function(part)), None
 
     # The sum starts at zeros: to start at function(first part) would compile the function a second time.
     shapes = jax.eval_shape(function, examples(parts, 0))
-    return jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), parts)[0]
+    return jax.lax.scan(add, Sum.zeros(shapes), parts)[0]
 
 
 def split(

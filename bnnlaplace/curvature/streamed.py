@@ -139,13 +139,17 @@ def _dual(
     def matvec(vectors: Float[ArrayLike, "*S V"]) -> Float[Array, "*S V"]:
         rows = _as_rows(vectors, data.num_examples * width, prior_precision.dtype)
         by_example = rows.reshape(len(rows), -1, *shape)
-        start, pulled = 0, 0.0
-        for batch in data:
+        start = 0
+
+        def pulled(batch: Batch) -> Float[Array, "S P"]:
+            nonlocal start
             count, unpadded = _count(batch), [(0, 0)] * len(shape)
             batch_rows = by_example[:, start : start + count]
             batch_rows = jnp.pad(batch_rows, [(0, 0), (0, len(batch.weights) - count), *unpadded])
-            pulled, start = pulled + _pull(*model, batch, batch_rows, **options), start + count
-        weighted = scale * pulled / prior_precision
+            start += count
+            return _pull(*model, batch, batch_rows, **options)
+
+        weighted = scale * accumulate(data, pulled)[0] / prior_precision
         pushed = [_push(*model, batch, weighted, **options)[:, : _count(batch)] for batch in data]
         return jnp.concatenate(pushed, axis=1).reshape(len(rows), -1, width).reshape(vectors.shape)
 
@@ -161,7 +165,7 @@ def _as_rows(vectors: Any, size: int, dtype: Any) -> Float[Array, "S V"]:
 
 def _count(batch: Batch) -> int:
     """Number of examples without the padding, which comes last."""
-    return int(batch.weights.sum())
+    return int(np.count_nonzero(batch.weights))  # a sum of ones in float32 ends at 2^24
 
 
 @partial(jax.jit, static_argnames="microbatch")

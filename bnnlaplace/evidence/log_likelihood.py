@@ -2,12 +2,14 @@
 
 import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
+from bnnlaplace.core.summation import Sum, in_float64
 from bnnlaplace.core.tree import number_type, ravel
 from bnnlaplace.core.types import Inputs
 from bnnlaplace.curvature import microbatch as mb
@@ -33,14 +35,19 @@ class LogLikelihood(NamedTuple):
         because it would lose its digits in the difference of two log likelihoods.
     """
 
-    value: Float[Array, ""]
+    value: np.float64
     gradient: Float[Array, " P"]
-    num_targets: Float[Array, ""]
-    squared_residuals: Float[Array, ""]
+    num_targets: np.float64
+    squared_residuals: np.float64
+
+    @classmethod
+    def from_arrays(cls, value: Any, gradient: Any, num_targets: Any, squared_residuals: Any) -> "LogLikelihood":
+        """The record of arrays as a checkpoint holds them."""
+        return cls(np.float64(value), jnp.asarray(gradient), np.float64(num_targets), np.float64(squared_residuals))
 
     def check(self) -> "LogLikelihood":
         """Return the record, or raise ValueError if the value or the gradient is not finite."""
-        if not bool(jnp.isfinite(self.value) & jnp.isfinite(self.gradient).all()):
+        if not (np.isfinite(self.value) and bool(jnp.isfinite(self.gradient).all())):
             raise ValueError(
                 "fit: the log likelihood or its gradient is not finite at these weights and data; look for NaN or "
                 "infinite values in the inputs, the targets and the weights"
@@ -62,13 +69,12 @@ class LogLikelihood(NamedTuple):
         constant = self.log_joint_at_best_noise(sigma_noise).constant
         value = constant - 0.5 * (residuals / factor + count * math.log(factor))
         return self._replace(
-            value=jnp.asarray(value, self.value.dtype),
+            value=np.float64(value),
             gradient=self.gradient / factor,
             squared_residuals=self.squared_residuals / factor,
         )
 
 
-@partial(jax.jit, static_argnames="microbatch")
 def batch_log_likelihood(
     network: Network,
     likelihood: Likelihood,
@@ -81,8 +87,26 @@ def batch_log_likelihood(
 ) -> LogLikelihood:
     """Sum the log likelihood of one batch, and its gradient. Examples with weight zero do not count.
 
-    Cost: one gradient of the batch. Memory: the activations of a microbatch.
+    The numbers are summed with twice the digits of the network's type. Cost: one gradient of the batch. Memory: the
+    activations of a microbatch.
     """
+    total, error = _batch_sums(network, likelihood, params, inputs, targets, weights, microbatch=microbatch)
+    numbers = {name: in_float64(total[name], error[name]) for name in total if name != "gradient"}
+    return LogLikelihood(gradient=total["gradient"] + error["gradient"], **numbers)
+
+
+@partial(jax.jit, static_argnames="microbatch")
+def _batch_sums(
+    network: Network,
+    likelihood: Likelihood,
+    params: PyTree,
+    inputs: Inputs,
+    targets: Shaped[Array, "..."],
+    weights: Float[Array, " N"] | None,
+    *,
+    microbatch: int,
+) -> Sum:
+    """Sum the fields of a `LogLikelihood`, by name."""
     # Inputs and targets are cut alike, each in its own type, so that labels stay integers.
     dtype = number_type(params)
     batches = mb.split(inputs, microbatch, dtype, weights)
@@ -99,9 +123,14 @@ def batch_log_likelihood(
             squares = jnp.sum(mb.over_outputs(batch.weights, residuals) * residuals**2)
         return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob), (count, squares)
 
-    def value_and_gradient(batch_and_targets: tuple[mb.Microbatches, Array]) -> LogLikelihood:
+    def value_and_gradient(batch_and_targets: tuple[mb.Microbatches, Array]) -> dict[str, Array]:
         with_gradient = jax.value_and_grad(value, has_aux=True)
         (log_likelihood, (count, squares)), gradient = with_gradient(params, *batch_and_targets)
-        return LogLikelihood(log_likelihood, ravel(gradient), count, squares)
+        return {
+            "value": log_likelihood,
+            "gradient": ravel(gradient),
+            "num_targets": count,
+            "squared_residuals": squares,
+        }
 
-    return mb.summed(value_and_gradient, (batches, labels))
+    return mb.running_sum(value_and_gradient, (batches, labels))

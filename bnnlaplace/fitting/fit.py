@@ -28,7 +28,7 @@ from bnnlaplace.structure import DenseStructure, DiagonalStructure, KroneckerStr
 EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any], Structure]]] = {
     "diag": (diagonal.ggn_diagonal, DiagonalStructure),
     "kron": (kronecker.factors, KroneckerStructure.fit),
-    "full": (dense.ggn, DenseStructure.fit),
+    "full": (dense.ggn_in_float64, DenseStructure.fit),
 }
 
 
@@ -85,18 +85,33 @@ def _fit_exact(model: Model, prior: Prior, name: str, *, microbatch: int) -> Fit
     return Fitted(model.network, model.likelihood, prior, structure, log_likelihood.scaled(scale).check())
 
 
-@partial(jax.jit, static_argnames=("name", "microbatch"))
 def batch_curvature(name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int) -> PyTree:
     """Compute the curvature of one batch for the structure `name` of `EXACT`. Each shape is compiled once."""
+    if name == "full":  # float64 is not known to JAX by default, so the function compiles its parts itself
+        return dense.ggn_in_float64(network, likelihood, batch.inputs, batch.weights, microbatch=microbatch)
+    return _compiled_curvature(name, network, likelihood, batch, microbatch=microbatch)
+
+
+@partial(jax.jit, static_argnames=("name", "microbatch"))
+def _compiled_curvature(
+    name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int
+) -> PyTree:
     function, _ = EXACT[name]
     options = {"weights": batch.weights, "microbatch": microbatch}
     return function(network, likelihood, network.params, batch.inputs, **options)
 
 
-@partial(jax.jit, static_argnames="name")
 def exact_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> Structure:
     """Make the structure `name` of `EXACT` from the sum of its curvature over batches, multiplied by `scale`."""
+    make = _structure if name == "full" else _compiled_structure
+    return make(name, curvature, scale)
+
+
+def _structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> Structure:
     return EXACT[name][1](jax.tree.map(lambda leaf: scale * leaf, curvature))
+
+
+_compiled_structure = jax.jit(_structure, static_argnames="name")
 
 
 def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microbatch: int) -> Fitted:

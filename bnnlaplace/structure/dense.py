@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +23,22 @@ class DenseStructure:
     """The full GGN as a matrix.
 
     The first few prior precisions are answered by the inverse of a Cholesky factor, and the last one is remembered.
-    From the sixth request on, one eigendecomposition of G serves them all. What is remembered stays with the object. An
-    object that has crossed `jit` computes it again.
+    From the sixth request on, one eigendecomposition of G serves them all. Both are in float64 and give the same
+    answers. What is remembered stays with the object. An object that has crossed `jit` computes it again.
 
     Attributes
     ----------
     matrix
-        G, symmetric, shape (P, P).
+        G, symmetric, shape (P, P): in float64 on the host. In an object that has crossed `jit` it is an array of JAX in
+        the type of JAX's floats.
     """
 
-    matrix: Float[Array, "P P"]
+    matrix: Float[AnyArray, "P P"]
 
     rows_for_output, rows_for_column = 1.0, 1.0
 
     @classmethod
-    def fit(cls, matrix: Float[Array, "P P"]) -> "DenseStructure":
+    def fit(cls, matrix: Float[AnyArray, "P P"]) -> "DenseStructure":
         """Build the structure from G, and remove the asymmetry that rounding left in it."""
         return cls((matrix + matrix.T) / 2)
 
@@ -46,13 +46,15 @@ class DenseStructure:
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "DenseStructure":
         """Rebuild the structure from its fields by name, as a checkpoint holds them."""
         if "eigenvalues" in arrays:  # written by an earlier release
-            values, vectors = (jnp.asarray(arrays[name]) for name in ("eigenvalues", "eigenvectors"))
-            return cls.fit(matmul(vectors * values, vectors.T))
-        return cls(jnp.asarray(arrays["matrix"]))
+            values, vectors = (np.asarray(arrays[name], np.float64) for name in ("eigenvalues", "eigenvectors"))
+            return cls.fit((vectors * values) @ vectors.T)
+        return cls(np.asarray(arrays["matrix"]))
 
     def whitened(self, relative: Float[AnyArray, " P"]) -> "DenseStructure":
         """Return the structure of D^-1/2 G D^-1/2."""
-        root = jnp.broadcast_to(jnp.sqrt(relative), self.matrix.shape[:1])
+        if not isinstance(relative, jax.core.Tracer):
+            relative = np.asarray(relative, np.float64)
+        root = relative**0.5 * np.ones(len(self.matrix))
         return DenseStructure(self.matrix / root / root[:, None])
 
     def scaled(self, factor: float) -> "DenseStructure":
@@ -91,10 +93,8 @@ class DenseStructure:
 
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows L'^-1 eps with the Cholesky factor L of G + delta I."""
-        noise = jax.random.normal(key, (num_samples, len(self.matrix)), self.matrix.dtype)
-        if self._is_traced(prior_precision):
-            return matmul(noise, _traced_root(self.matrix, prior_precision).T)
-        return matmul(noise, self._inverse_at(float(prior_precision)).root.T)
+        noise = jax.random.normal(key, (num_samples, len(self.matrix)))
+        return matmul(noise, self._root_at(prior_precision).T)
 
     def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """Return the function J -> J D^-1/2 (G + delta I)^-1 D^-1/2 J', evaluated at each delta.
@@ -102,20 +102,18 @@ class DenseStructure:
         A few precisions are answered by X X' with X = J D^-1/2 L'^-1 and the Cholesky factor L of G + delta I. For many
         of them the product J D^-1/2 V with the eigenvectors of G is formed once instead.
         """
-        if not isinstance(self.matrix, jax.core.Tracer) and self._asks_often_for_covariances(precisions):
+        is_traced = any(isinstance(delta, jax.core.Tracer) for delta in precisions)
+        if not isinstance(self.matrix, jax.core.Tracer) and (is_traced or self._asks_often_for_covariances(precisions)):
             values, vectors = self._eigenvectors()
-            variances = 1 / (values + jnp.asarray(precisions, values.dtype)[:, None])
-            return Partial(_by_eigenvectors, vectors, variances, relative)
-        roots = [
-            _traced_root(self.matrix, delta) if self._is_traced(delta) else self._inverse_at(float(delta)).root
-            for delta in precisions
-        ]
-        return Partial(_by_triangles, roots, relative)
+            # On the host a small precision is not lost beside large eigenvalues.
+            column = jnp.stack(list(precisions))[:, None] if is_traced else np.asarray(precisions, np.float64)[:, None]
+            return Partial(_by_eigenvectors, vectors, jnp.asarray(1 / (values + column)), relative)
+        return Partial(_by_triangles, [self._root_at(delta) for delta in precisions], relative)
 
     # Remembered factors are not fields, so checkpoints and pickled copies do not hold them. They are written to
     # `__dict__`, because the dataclass is frozen.
 
-    def __getstate__(self) -> dict[str, Array]:
+    def __getstate__(self) -> dict[str, AnyArray]:
         return {"matrix": self.matrix}
 
     def _asked_often(self, what: str, times: int = 1) -> bool:
@@ -134,18 +132,22 @@ class DenseStructure:
 
     def _eigenvalues(self) -> Float[np.ndarray, " P"]:
         """Eigenvalues of G in float64. G is semidefinite, so negative ones are rounding and become zero."""
+        if "_vectors" in self.__dict__:
+            return self.__dict__["_vectors"][0]
         if "_values" not in self.__dict__:
-            values = scipy.linalg.eigvalsh(np.asarray(self.matrix, np.float64))
-            self.__dict__["_values"] = np.maximum(values, 0)
+            self.__dict__["_values"] = np.maximum(scipy.linalg.eigvalsh(_host_copy(self.matrix)), 0)
         return self.__dict__["_values"]
 
-    def _eigenvectors(self) -> tuple[Float[Array, " P"], Float[Array, "P P"]]:
-        """Eigenvalues and eigenvectors of G on the device."""
+    def _eigenvectors(self) -> tuple[Float[np.ndarray, " P"], Float[Array, "P P"]]:
+        """Eigenvalues of G in float64, and eigenvectors on the device.
+
+        The eigenvectors are rounded after they have been computed in float64. Those of a float32 decomposition are off
+        by eps lambda_max / gap, and the variance in directions of small curvature with them.
+        """
         if "_vectors" not in self.__dict__:
+            values, vectors = scipy.linalg.eigh(_host_copy(self.matrix), driver="evd", overwrite_a=True)
             with jax.ensure_compile_time_eval():  # a traced function may ask first; the result outlives its trace
-                values, vectors = jnp.linalg.eigh(self.matrix)
-                values = jnp.maximum(values, 0)
-            self.__dict__["_vectors"] = values, vectors
+                self.__dict__["_vectors"] = np.maximum(values, 0), jnp.asarray(vectors)
         return self.__dict__["_vectors"]
 
     def _is_known(self, delta: float) -> bool:
@@ -161,13 +163,18 @@ class DenseStructure:
         last = self.__dict__.get("_last")
         if last is None or last.delta != delta:
             inverse, _ = scipy.linalg.lapack.dtrtri(_shifted_cholesky(self.matrix, delta), lower=True, overwrite_c=True)
-            last = _Inverse(delta, inverse, self.matrix.dtype)
+            last = _Inverse(delta, inverse)
             self.__dict__["_last"] = last
         return last
 
-    def _is_traced(self, prior_precision: PriorPrecision) -> bool:
-        """Whether JAX traces the precision or the matrix, so that neither is known on the host."""
-        return isinstance(prior_precision, jax.core.Tracer) or isinstance(self.matrix, jax.core.Tracer)
+    def _root_at(self, delta: PriorPrecision) -> Float[Array, "P P"]:
+        """Return the upper triangular S with S S' = (G + delta I)^-1, also if JAX traces delta or the matrix."""
+        if isinstance(self.matrix, jax.core.Tracer):
+            return _traced_root(self.matrix, delta)
+        if isinstance(delta, jax.core.Tracer):
+            values, vectors = self._eigenvectors()
+            return _triangular(vectors * jax.lax.rsqrt(jnp.asarray(values, vectors.dtype) + delta))
+        return self._inverse_at(float(delta)).root
 
 
 class _Inverse:
@@ -181,18 +188,18 @@ class _Inverse:
         L^-1 in float64, on the host.
     """
 
-    def __init__(self, delta: float, factor: Float[np.ndarray, "P P"], dtype: Any) -> None:
-        self.delta, self.factor, self._dtype = delta, factor, dtype
+    def __init__(self, delta: float, factor: Float[np.ndarray, "P P"]) -> None:
+        self.delta, self.factor = delta, factor
 
     @cached_property
     def root(self) -> Float[Array, "P P"]:
-        """L'^-1 on the device, in the type of G."""
+        """L'^-1 on the device, in the type of JAX's floats."""
         with jax.ensure_compile_time_eval():  # a traced function may ask first; the result outlives its trace
-            return jax.device_put(self.factor.T.astype(self._dtype))
+            return jnp.asarray(self.factor.T)
 
 
 def _traced_root(matrix: Float[Array, "P P"], delta: PriorPrecision) -> Float[Array, "P P"]:
-    """Return an upper triangular S with S S' = (G + delta I)^-1, in operations that can be traced."""
+    """Return an upper triangular S with S S' = (G + delta I)^-1, for a G that JAX traces."""
     identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     lower = jnp.linalg.cholesky(matrix + delta * identity)
 
@@ -201,16 +208,21 @@ def _traced_root(matrix: Float[Array, "P P"], delta: PriorPrecision) -> Float[Ar
 
     def from_eigenvectors() -> Float[Array, "P P"]:
         values, vectors = jnp.linalg.eigh(matrix)
-        rows = vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta)
-        # `_by_triangle` needs a triangle. If rows = U Q with Q orthogonal, then U U' = rows rows'. QR of the transpose
-        # gives a lower U; with the order of the rows reversed before and after, U is upper triangular.
-        return jnp.linalg.qr(rows[::-1].T, mode="r").T[::-1, ::-1]
+        return _triangular(vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta))
 
     # Rounding can make a semidefinite G slightly indefinite. The Cholesky factor then holds NaN.
     return jax.lax.cond(jnp.isfinite(lower).all(), from_cholesky, from_eigenvectors)
 
 
-def _shifted_cholesky(matrix: Float[Array, "P P"], delta: float) -> Float[np.ndarray, "P P"]:
+def _triangular(rows: Float[Array, "P P"]) -> Float[Array, "P P"]:
+    """Return the upper triangular U with a positive diagonal and U U' = rows rows'."""
+    # If rows = U Q with Q orthogonal, then U U' = rows rows'. QR of the transpose gives a lower U; with the order of
+    # the rows reversed before and after, U is upper triangular.
+    upper = jnp.linalg.qr(rows[::-1].T, mode="r").T[::-1, ::-1]
+    return upper * jnp.where(jnp.diagonal(upper) < 0, -1, 1)
+
+
+def _shifted_cholesky(matrix: Float[AnyArray, "P P"], delta: float) -> Float[np.ndarray, "P P"]:
     """Return the lower Cholesky factor of G + delta I in float64.
 
     If rounding of G makes G + delta I indefinite, the negative eigenvalues of G are set to zero first.
@@ -222,10 +234,15 @@ def _shifted_cholesky(matrix: Float[Array, "P P"], delta: float) -> Float[np.nda
         return scipy.linalg.cholesky(symmetric.T, lower=True, overwrite_a=True, check_finite=False)
 
     try:
-        return factor(np.array(matrix, np.float64))
+        return factor(_host_copy(matrix))
     except scipy.linalg.LinAlgError:
-        values, vectors = scipy.linalg.eigh(np.asarray(matrix, np.float64))
+        values, vectors = scipy.linalg.eigh(_host_copy(matrix), overwrite_a=True)
         return factor((vectors * np.maximum(values, 0)) @ vectors.T)
+
+
+def _host_copy(matrix: Float[AnyArray, "P P"]) -> Float[np.ndarray, "P P"]:
+    """A copy in float64 on the host, which LAPACK may overwrite."""
+    return np.array(matrix, np.float64)
 
 
 def _by_triangles(
@@ -242,7 +259,8 @@ def _by_triangle(
     # Below row `end` the columns before `end` are zero. With four blocks about 3/8 of the arithmetic is left out.
     ends = np.unique(np.linspace(0, len(root), 5).astype(int))  # fewer blocks if there are fewer than four columns
     blocks = zip(ends[:-1], ends[1:], strict=True)
-    return sum(inner_products(jacobian.times(_divided(root[:end, start:end], relative))) for start, end in blocks)
+    columns = (_divided(root[:end, start:end], relative, jacobian) for start, end in blocks)
+    return sum(inner_products(jacobian.times(some)) for some in columns)
 
 
 def _by_eigenvectors(
@@ -253,10 +271,12 @@ def _by_eigenvectors(
 ) -> Float[Array, "D M U C C"]:
     """Compute J D^-1/2 V diag(variances) V' D^-1/2 J' for the variances at each delta."""
     # J V is formed once for all deltas. They follow one another, because each needs a scaled copy of it.
-    rows = jacobian.times(_divided(vectors, relative))
-    return jax.lax.map(lambda variance: inner_products(rows * jnp.sqrt(variance)), variances)
+    rows = jacobian.times(_divided(vectors, relative, jacobian))
+    roots = jnp.sqrt(variances).astype(rows.dtype)
+    return jax.lax.map(lambda root: inner_products(rows * root), roots)
 
 
-def _divided(matrix: Float[Array, "p R"], relative: RelativePrecisions) -> Float[Array, "p R"]:
-    """Multiply a matrix of p rows by the first p rows and columns of D^-1/2."""
+def _divided(matrix: Float[Array, "p R"], relative: RelativePrecisions, jacobian: Jacobian) -> Float[Array, "p R"]:
+    """Multiply a matrix of p rows by the first p rows and columns of D^-1/2, in the type of the derivatives."""
+    matrix = matrix.astype(jacobian.leaves[0].derivatives.dtype)
     return matrix if jnp.ndim(relative) == 0 else matrix / jnp.sqrt(relative)[: len(matrix), None]
