@@ -1,16 +1,28 @@
 """The configuration of a run: frozen records that a config file fills in and the command line overrides.
 
-The docstring of a field is its `--help` text, and its type holds the range of its values. Pydantic refuses a value out
-of range at construction, and reads and writes the records as JSON. The complete `Config` is saved beside the run as
-`config.json`, so that `training.evaluate` and `--resume` need nothing but the work directory.
+The docstring of a field is its `--help` text, and its type holds the range of its values. Pydantic refuses at
+construction a value of another type or out of range, and reads and writes the records as JSON. Types are strict, as on
+the command line: "3" and True are not counts. Only a list may stand for a tuple, and a string for a path. The complete
+`Config` is saved beside the run as `config.json`, so that `training.evaluate` and `--resume` need nothing but the work
+directory.
 """
 
 import functools
-from dataclasses import field
+import json
+from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
@@ -23,13 +35,40 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _as_path(value: Any, info: ValidationInfo) -> Any:
+    # Read from JSON, a strict path is a string.
+    return Path(value) if isinstance(value, str) and info.mode == "python" else value
+
+
+def _as_text(value: Any) -> Any:
+    """Return a text or a path, unless no file could hold it or none could have it as its name."""
+    try:
+        holds = "\0" not in str(value) and str(value).encode() != b""
+    except UnicodeEncodeError:
+        holds = False
+    if not holds:
+        raise PydanticCustomError("text", "Input should be text in UTF-8, of at least one character")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_as_text)]
+Directory = Annotated[Path, BeforeValidator(_as_path), AfterValidator(_as_text)]
+Means = Annotated[tuple[Finite, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+Deviations = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+
 Section = TypeVar("Section")
 
 
 def section(record: type[Section]) -> type[Section]:
     """Make a class a frozen dataclass that checks its values and names a bad one in a `UserError` of one line."""
     # A field that does not exist is refused. Defaults are checked too, because some ranges depend on other fields.
-    record = dataclass(frozen=True, config=ConfigDict(extra="forbid", validate_default=True))(record)
+    settings = ConfigDict(extra="forbid", validate_default=True, strict=True)
+    record = dataclass(frozen=True, config=settings)(record)
     construct = record.__init__
 
     @functools.wraps(construct)
@@ -49,13 +88,13 @@ def describe(error: ValidationError) -> str:
     fault = error.errors()[0]
     section = [] if error.title == Config.__name__ else [error.title.lower()]
     option = ".".join([*section, *(key for key in fault["loc"] if isinstance(key, str))])
-    if fault["type"] == "json_invalid":
-        return f"the file must be JSON; got {fault['ctx']['error']}"
     if fault["type"] == "unexpected_keyword_argument":
         return f"every setting must be a known one; got `{option}`"
-    rule = fault["msg"].replace("Input should", "must").replace("greater than or equal to", "at least")
+    rule = fault["msg"].replace("greater than or equal to", "at least").removesuffix(" after validation, not 0")
+    for subject in ("Input should", "Tuple should"):
+        rule = rule.replace(subject, "must")
     name = f"`{option}`" if option else "the file"
-    return f"{name} {rule}; got {fault['input']!r}"
+    return f"{name} {rule}; got {fault['input']!r:.200}"
 
 
 def _ordered(value: float, info: ValidationInfo, holds: bool, rule: str, other: str) -> float:
@@ -70,13 +109,13 @@ def _ordered(value: float, info: ValidationInfo, holds: bool, rule: str, other: 
 class Data:
     """The images, and how they are prepared."""
 
-    name: str = "digits"
+    name: Text = "digits"
     """A TFDS image-classification set. `digits` is embedded; others must be prepared in `array_record` format."""
-    dir: Path | None = None
+    dir: Directory | None = None
     """The TFDS data directory; default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    mean: tuple[Finite, ...] | None = None
+    mean: Means | None = None
     """Mean of each channel, for pixels scaled to [0, 1]; default: measured on the training images and recorded."""
-    std: tuple[Positive, ...] | None = None
+    std: Deviations | None = None
     """Standard deviation of each channel, for pixels scaled to [0, 1]; default: measured and recorded."""
     train_examples: Count | None = None
     """Use only this many training images (stratified by class); default: all."""
@@ -90,7 +129,7 @@ class Data:
 class Model:
     """The Visual Attention Network."""
 
-    variant: str = "digits"
+    variant: Text = "digits"
     """b0 to b6 (the official sizes), cifar (32x32 images) or digits (8x8 images)."""
     stem_kernel: Count | None = None
     """Kernel size of the first patch embedding; default: the variant's."""
@@ -170,7 +209,7 @@ class Evaluation:
 
     split: Literal["test", "validation"] = "test"
     """The split to evaluate on."""
-    ood: str = "inverted"
+    ood: Text = "inverted"
     """Out-of-distribution images: inverted (the split's own images, intensities reversed), noise, or the name of a
     prepared TFDS set (resized and converted to the model's image shape)."""
     grid_size: Annotated[int, Field(ge=2)] = 29
@@ -204,20 +243,38 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
 
 
-def to_json(config: Config) -> str:
-    """Return a config as JSON, indented."""
-    return TypeAdapter(Config).dump_json(config, indent=2).decode() + "\n"
+def checked(config: Config) -> Config:
+    """Return a config that was constructed anew from the values that this one has now.
 
-
-def from_json(text: str) -> Config:
-    """Read what `to_json` wrote. A field that is not there takes its default, as one that a later release has added.
+    A config file is code, and code can put a value into a record without constructing it.
 
     Raises
     ------
     UserError
-        The text is not JSON, or a field is unknown, has another type, or is out of its range.
+        A value has another type, or is out of its range.
+    """
+    sections = {name: value for name, value in _values(config).items() if is_dataclass(value)}
+    return Config(**{**_values(config), **{name: type(value)(**_values(value)) for name, value in sections.items()}})
+
+
+def _values(record: Any) -> dict[str, Any]:
+    return {entry.name: getattr(record, entry.name) for entry in fields(record)}
+
+
+def to_document(config: Config) -> dict[str, Any]:
+    """Return a config as values that JSON has."""
+    return TypeAdapter(Config).dump_python(config, mode="json")
+
+
+def from_document(document: Any) -> Config:
+    """Read what `to_document` returned. A field that is not there takes its default, as one that came later.
+
+    Raises
+    ------
+    UserError
+        It is not an object, or a field is unknown, has another type, or is out of its range.
     """
     try:
-        return TypeAdapter(Config).validate_json(text, strict=True)  # strict: "3" in quotes is not a number
+        return TypeAdapter(Config).validate_json(json.dumps(document), strict=True)  # "3" in quotes is not a number
     except ValidationError as error:
         raise UserError(describe(error)) from None

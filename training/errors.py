@@ -9,5 +9,9 @@ class UserError(Exception):
     """
 
 
+class StorageError(UserError):
+    """The disk or the memory refused. The work so far is kept, and goes on when there is room."""
+
+
 class Interrupted(Exception):
     """Ctrl-C or a termination signal ended the run after its state was saved; the programs exit with status 130."""

@@ -3,8 +3,15 @@
 python -m training.evaluate checkpoints/van_digits --split test --ood inverted
 """
 
-import dataclasses
 import sys
+
+if __name__ == "__main__":  # The imports below take seconds.
+    from training.cli.interruption import end_while_loading
+
+    end_while_loading()
+
+import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,9 +19,10 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from training import posteriors
-from training.cli import program
+from training import lock, posteriors
+from training.cli import interruption, program
 from training.cli.arguments import parse_record
+from training.config import Config
 from training.data.load import load, with_statistics
 from training.errors import UserError
 from training.models import van
@@ -55,28 +63,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 def evaluate(argv: Sequence[str], console: Console) -> None:
     """Read config, weights and posteriors of a run, verify them, and evaluate."""
     arguments = parse_record(Arguments, argv, "python -m training.evaluate")
-    config = load_saved_config(arguments.workdir)
+    report = program.reporter(console)
+    saved = load_saved_config(arguments.workdir, report)
     chosen = {name: value for name in ("split", "ood") if (value := getattr(arguments, name)) is not None}
     config = dataclasses.replace(
-        config,
-        evaluation=dataclasses.replace(config.evaluation, **chosen),
-        data=dataclasses.replace(config.data, dir=arguments.data_dir or config.data.dir),
+        saved,
+        evaluation=dataclasses.replace(saved.evaluation, **chosen),
+        data=dataclasses.replace(saved.data, dir=arguments.data_dir or saved.data.dir),
     )
     directory = arguments.workdir / f"evaluation-{config.evaluation.split}-{config.evaluation.ood}"
     if fault := why_not_writable(directory):
         raise UserError(f"the work directory must be writable; got {fault}; evaluate a copy of it")
-    watch = program.Stopwatch(console, kept="nothing is written")
+    command = shlex.join([(sys.orig_argv or ["python"])[0], "-m", "training.evaluate", *argv])
+    with (
+        lock.held(arguments.workdir, shared=True, report=report),
+        program.continued_by(command),
+        interruption.promptly("stopped in stage evaluation; nothing of it is written"),
+    ):
+        _evaluate(arguments.workdir, directory, config, console)
+
+
+def _evaluate(workdir: Path, directory: Path, config: Config, console: Console) -> None:
+    report = program.reporter(console)
+    watch = program.Stopwatch(console)
     with watch.stage("data"):
-        trained = load_trained(arguments.workdir)
+        trained = load_trained(workdir, config, report)
         data = load(config.data)
         foreign = evaluation.foreign_images(config, data)
         config = dataclasses.replace(config, data=with_statistics(config.data, data.train.images))
         module = van.from_config(config, len(data.class_names))
         network = posteriors.make_network(module, trained.params, trained.batch_stats)
-        fitted = posteriors.load(arguments.workdir, network)
+        fitted = posteriors.load(workdir, network, config, report)
     with watch.stage("evaluation"):
         results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
-    write_results(directory, results, console)
+    with lock.held(directory, report=report):
+        write_results(directory, results, console)
 
 
 if __name__ == "__main__":

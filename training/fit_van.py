@@ -3,8 +3,14 @@
 python -m training.fit_van --config configs/van_digits.py --workdir checkpoints/van_digits --seed 1
 """
 
-import dataclasses
 import sys
+
+if __name__ == "__main__":  # The imports below take seconds.
+    from training.cli.interruption import end_while_loading
+
+    end_while_loading()
+
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,8 +22,8 @@ from rich.console import Console
 
 from bnnlaplace import Laplace, Network
 from training import posteriors
-from training.cli import program
-from training.cli.arguments import parse
+from training.cli import interruption, program
+from training.cli.arguments import Arguments, parse
 from training.config import Config
 from training.data.load import ImageData, load, with_statistics
 from training.errors import UserError
@@ -26,7 +32,7 @@ from training.report import evaluation
 from training.report.html import write_results
 from training.train import loop
 from training.train.checkpoints import seconds_of
-from training.workdir import POSTERIORS, open_workdir
+from training.workdir import POSTERIORS, claimed, continue_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,16 +43,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def fit(argv: Sequence[str], console: Console) -> None:
     """Load the data, train, fit the posteriors, evaluate, and write the report."""
     arguments = parse(argv, "python -m training.fit_van")
-    watch = program.Stopwatch(console, kept="continue with --resume")
-    with watch.stage("data"):
+    report = program.reporter(console)
+    watch = program.Stopwatch(console)
+    with (
+        watch.stage("data"),
+        interruption.promptly("stopped in stage data; nothing is written; run the same command again"),
+    ):
         data = load(arguments.settings.data)
         section = with_statistics(arguments.settings.data, data.train.images)
         config = dataclasses.replace(arguments.settings, data=section)
         module = van.from_config(config, len(data.class_names))
         _check(config, data, module)
         foreign = evaluation.foreign_images(config, data)
-        workdir = arguments.workdir
-        config = open_workdir(workdir, config, arguments.resume)
+    with (
+        claimed(arguments.workdir, config, arguments.resume, report) as config,
+        program.continued_by(continue_command(arguments.workdir)),
+    ):
+        _train_and_evaluate(arguments, config, data, foreign, module, watch)
+
+
+def _train_and_evaluate(
+    arguments: Arguments,
+    config: Config,
+    data: ImageData,
+    foreign: np.ndarray,
+    module: van.VAN,
+    watch: program.Stopwatch,
+) -> None:
+    """Do what comes after the data, in a work directory that this run has claimed."""
+    workdir, console = arguments.workdir, watch.console
     with watch.stage("training"):
         trained = loop.train(
             config,
@@ -61,23 +86,24 @@ def fit(argv: Sequence[str], console: Console) -> None:
     watch.seconds["training"] = seconds_of(trained)
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     with watch.stage("posterior"):
-        fitted = _load_fitted(workdir, network, console) if arguments.resume else None
+        fitted = _load_fitted(config, workdir, network, console) if arguments.resume else None
         if fitted is None:
             started = perf_counter()
             fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
-            posteriors.save(workdir, fitted, seconds=perf_counter() - started)
+            posteriors.save(workdir, fitted, config, seconds=perf_counter() - started)
     watch.seconds["posterior"] = posteriors.seconds_to_fit(workdir) or watch.seconds["posterior"]
-    with watch.stage("evaluation"):
-        results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
-    write_results(workdir, results, console)
+    with interruption.promptly("stopped in stage evaluation; nothing of it is written"):
+        with watch.stage("evaluation"):
+            results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
+        write_results(workdir, results, console)
 
 
-def _load_fitted(workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
+def _load_fitted(config: Config, workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
     """Load the posteriors that an earlier start left. If there are none, or one is damaged: None."""
     if not (workdir / POSTERIORS).exists():
         return None
     try:
-        return posteriors.load(workdir, network)
+        return posteriors.load(workdir, network, config, program.reporter(console))
     except UserError as error:
         console.print(f"fitting again: {error}", style="yellow", highlight=False, markup=False)
         return None

@@ -15,12 +15,13 @@ from rich.console import Console
 from bnnlaplace import Laplace, Network
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
+from training import sealed, settings
 from training.cli import interruption
 from training.config import Config
 from training.data.load import ImageData
 from training.data.shuffle import stratified_indices
 from training.errors import UserError
-from training.workdir import POSTERIORS, write_atomically
+from training.workdir import POSTERIORS, continue_command, write_atomically
 
 # From the name that tables show to the hessian_structure of Laplace, in the order of the tables.
 STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}
@@ -28,8 +29,8 @@ STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}
 # Online updates keep the prior precision within these bounds. If the weights of a layer have died or are hardly trained
 # yet, the maximiser of the evidence can be zero or infinite.
 ONLINE_RANGE = (1e-3, 1e3)
-_SECONDS_FILE = "seconds.json"
-_STOPPED = "stopped while fitting the posteriors; the trained network is kept; continue with --resume"
+_SECONDS_FILE, _SETTINGS_FILE = "seconds.json", "settings.json"
+_STOPPED = "stopped while fitting the posteriors; the trained network is kept"
 _PROBE_STREAM, _SUBSET_STREAM = 101, 102
 
 
@@ -48,13 +49,14 @@ def fit(
     Raises
     ------
     Interrupted
-        Ctrl-C or SIGTERM came. The running block was finished, and nothing is kept.
+        Ctrl-C or SIGTERM came, and nothing is kept. If a block of the decomposition takes longer than
+        `interruption.SECONDS_TO_UNWIND`, the process ends.
     """
     posteriors = {}
     for name, structure in STRUCTURES.items():
-        interruption.stop_if_requested(_STOPPED)
         la = Laplace(network, hessian_structure=structure, prior_precision=prior_precision)
-        with _warnings_on(console):
+        with interruption.promptly(_STOPPED), _warnings_on(console):
+            interruption.stop_if_requested(_STOPPED)
             posteriors[name] = la.fit(
                 (data.train.images, data.train.labels),
                 key=probe_key(config),
@@ -82,35 +84,50 @@ def probe_key(config: Config) -> jax.Array:
     return jax.random.fold_in(jax.random.key(config.seed), _PROBE_STREAM)
 
 
-def save(workdir: Path, posteriors: dict[str, Laplace], seconds: float) -> None:
-    """Write each posterior under `workdir/laplace`, and how many seconds it took to fit them all."""
+def save(workdir: Path, posteriors: dict[str, Laplace], config: Config, seconds: float) -> None:
+    """Write each posterior under `workdir/laplace`, the settings of all, and how many seconds it took to fit them."""
+    directory = workdir / POSTERIORS
+    # Before the posteriors, so that there is none whose settings are not recorded.
+    write_atomically(directory / _SETTINGS_FILE, json.dumps(settings.record(config), indent=2) + "\n")
     for name, la in posteriors.items():
-        la.save(workdir / POSTERIORS / name)
-    write_atomically(workdir / POSTERIORS / _SECONDS_FILE, json.dumps({"fit": seconds}) + "\n")
+        la.save(directory / name)
+    write_atomically(directory / _SECONDS_FILE, json.dumps({"fit": seconds}) + "\n")
 
 
 def seconds_to_fit(workdir: Path) -> float | None:
     """Read how many seconds it took to fit the posteriors. If that was not saved, or the file is damaged: None."""
     try:
-        return float(json.loads((workdir / POSTERIORS / _SECONDS_FILE).read_text())["fit"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return float(sealed.read_json(workdir / POSTERIORS / _SECONDS_FILE)["fit"])
+    except (UserError, OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def load(workdir: Path, network: Network) -> dict[str, Laplace]:
+def load(workdir: Path, network: Network, config: Config, report: Callable[[str], None]) -> dict[str, Laplace]:
     """Read and verify the posteriors that `save` wrote.
+
+    `report` is told in one line if there is no record of the settings that they were fitted with.
 
     Raises
     ------
     UserError
-        There are none, or a file is damaged. The message names the file.
+        There are none, a file is damaged, or they were fitted with other settings. The message names the file.
     """
+    directory = workdir / POSTERIORS
     try:
-        return {name: Laplace.load(workdir / POSTERIORS / name, network) for name in STRUCTURES}
-    except CheckpointError as error:
+        posteriors = {name: Laplace.load(directory / name, network) for name in STRUCTURES}
+    except (CheckpointError, OSError) as error:
         raise UserError(
-            f"the posteriors in {workdir} must be whole: {error}; training.fit_van with --resume fits them again"
+            f"the posteriors in {workdir} must be whole: {error}; to have them fitted again: "
+            f"{continue_command(workdir)}"
         ) from None
+    try:
+        recorded = sealed.read_json(directory / _SETTINGS_FILE)
+    except FileNotFoundError:  # as in earlier releases
+        recorded = None
+    except UserError as error:
+        raise UserError(f"{directory / _SETTINGS_FILE} must be as it was written; {error}; restore it") from None
+    settings.require_recorded(recorded, config, directory, curvature=True, report=report)
+    return posteriors
 
 
 def online_update(

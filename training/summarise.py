@@ -3,10 +3,15 @@
 python -m training.summarise checkpoints/van_digits checkpoints/van_digits_1 checkpoints/van_digits_2
 """
 
-import dataclasses
-import json
-import statistics
 import sys
+
+if __name__ == "__main__":  # The imports below take seconds.
+    from training.cli.interruption import end_while_loading
+
+    end_while_loading()
+
+import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from rich.console import Console
 
+from training import sealed
 from training.cli import program
 from training.cli.arguments import parse_record
 from training.errors import UserError
@@ -90,12 +96,12 @@ def read(workdir: Path) -> Run:
     """
     path = workdir / "metrics.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        content, _ = sealed.load(path)
+    except FileNotFoundError as error:
         raise UserError(f"{workdir} must hold metrics.json; {error.strerror}; finish the run first") from error
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{path} must be JSON as it was written; {error}; run training.evaluate again") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    version = content.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path} must be the metrics of a run in format {FORMAT_VERSION}; got "

@@ -1,29 +1,53 @@
 """The work directory of a run: which run may use it, the config that it keeps, and how its files are written."""
 
 import dataclasses
+import shlex
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from bnnlaplace.checkpoint import replacing
-from training.config import Config, from_json, to_json
-from training.errors import UserError
+from training import lock, sealed
+from training.config import Config, from_document, to_document
+from training.errors import StorageError, UserError
+from training.settings import describe_difference
 
 CONFIG_FILE = "config.json"
 
 POSTERIORS = "laplace"
 """The folder of a work directory that holds the fitted posteriors."""
 
-# Settings that a run may leave to measurement: there None agrees with any saved value.
-_MEASURED = {"data.mean", "data.std"}
-
 # Settings that a resumed run may always change: how it is evaluated, and how many images are in memory at once.
 _CHANGEABLE = ("evaluation.", "curvature.microbatch:")
 
 
-def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
+def continue_command(workdir: Path) -> str:
+    """Return what to type to continue the run in a work directory, with the interpreter that runs now."""
+    interpreter = (sys.orig_argv or ["python"])[0]
+    return shlex.join([interpreter, "-m", "training.fit_van", "--workdir", str(workdir), "--resume"])
+
+
+@contextmanager
+def claimed(workdir: Path, config: Config, resume: bool, report: Callable[[str], None]) -> Iterator[Config]:
+    """Claim a work directory as `open_workdir` does, and hold its lock within the block.
+
+    `report` is told of what is unusual but no error, a line at a time.
+
+    Raises
+    ------
+    UserError
+        Another program uses the directory, or as `open_workdir`.
+    """
+    _require_usable(workdir)
+    with lock.held(workdir, report=report):
+        yield open_workdir(workdir, config, resume, report)
+
+
+def open_workdir(
+    workdir: Path, config: Config, resume: bool, report: Callable[[str], None] = lambda message: None
+) -> Config:
     """Claim a work directory for a run, and return the config to run with.
 
     ======================================  ===============================  ==================
@@ -47,23 +71,13 @@ def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
     Raises
     ------
     UserError
-        See the table. Also if the directory cannot be written.
+        See the table. Also if the directory cannot be written, or its config was changed after it was saved.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"`--workdir` must be a directory; {workdir} is a file; use another --workdir")
-    if fault := why_not_writable(workdir):
-        raise UserError(f"`--workdir` must be writable; got {fault}; use another --workdir, or free the disk")
-    entries = list(workdir.iterdir()) if workdir.exists() else []
-    entries = sorted(entry for entry in entries if not entry.name.startswith("."))
+    entries = _require_usable(workdir)
     if not entries:
         save_config(workdir, config)
         return config
-    if CONFIG_FILE not in (entry.name for entry in entries):
-        raise UserError(
-            f"`--workdir` must be new, empty, or hold a run; {workdir} holds {entries[0].name} and no {CONFIG_FILE}; "
-            "use another --workdir"
-        )
-    saved = load_saved_config(workdir)
+    saved = load_saved_config(workdir, report)
     # An empty file, such as the log before its first record, holds nothing that could be lost.
     holds_more = any(entry.name != CONFIG_FILE and not _is_empty_file(entry) for entry in entries)
     if not holds_more and not resume:
@@ -73,12 +87,28 @@ def open_workdir(workdir: Path, config: Config, resume: bool) -> Config:
     if not resume:
         raise UserError(
             f"a run must not overwrite another; {workdir} holds one that these settings continue; "
-            "continue it with --resume, or use another --workdir"
+            f"continue it with: {continue_command(workdir)}; or use another --workdir"
         )
     continued = dataclasses.replace(saved, evaluation=config.evaluation, curvature=config.curvature)
     if continued != saved:
         save_config(workdir, continued)
     return continued
+
+
+def _require_usable(workdir: Path) -> list[Path]:
+    """Refuse a directory that cannot be written or holds something else. Return its entries that are not hidden."""
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"`--workdir` must be a directory; {workdir} is a file; use another --workdir")
+    if fault := why_not_writable(workdir):
+        raise UserError(f"`--workdir` must be writable; got {fault}; use another --workdir, or free the disk")
+    entries = list(workdir.iterdir()) if workdir.exists() else []
+    entries = sorted(entry for entry in entries if not entry.name.startswith("."))
+    if entries and CONFIG_FILE not in (entry.name for entry in entries):
+        raise UserError(
+            f"`--workdir` must be new, empty, or hold a run; {workdir} holds {entries[0].name} and no {CONFIG_FILE}; "
+            "use another --workdir"
+        )
+    return entries
 
 
 def _is_empty_file(path: Path) -> bool:
@@ -92,7 +122,7 @@ def _require_same_run(workdir: Path, saved: Config, config: Config, holds_more: 
     differences = [line for line in describe_difference(saved, config) if not line.startswith(changeable)]
     if not differences:
         return
-    advice = "the same settings with --resume"
+    advice = f"continue with the settings that it has: {continue_command(workdir)}"
     if not holds_more:
         advice = "start anew there without --resume"
     elif config.prior.update == "fixed" and all(line.startswith("curvature.") for line in differences):
@@ -104,43 +134,35 @@ def _require_same_run(workdir: Path, saved: Config, config: Config, holds_more: 
 
 
 def save_config(workdir: Path, config: Config) -> None:
-    """Write `workdir/config.json`, atomically."""
-    write_atomically(workdir / CONFIG_FILE, to_json(config))
+    """Write `workdir/config.json` with its digest, atomically."""
+    write_atomically(workdir / CONFIG_FILE, sealed.dump(to_document(config), indent=2))
 
 
-def load_saved_config(workdir: Path) -> Config:
-    """Read `workdir/config.json` back, every field in its declared type."""
+def load_saved_config(workdir: Path, report: Callable[[str], None] = lambda message: None) -> Config:
+    """Read `workdir/config.json` back, every field in its declared type.
+
+    `report` is told if the file has no digest, as those of earlier releases.
+
+    Raises
+    ------
+    UserError
+        There is no such file, it is not what was saved, or it was changed afterwards.
+    """
     path = workdir / CONFIG_FILE
     try:
-        return from_json(path.read_text())
+        document, verified = sealed.load(path)
+        config = from_document(document)
     except FileNotFoundError:
         raise UserError(f"a work directory must hold {CONFIG_FILE}; {workdir} does not; check the path") from None
-    except (UserError, UnicodeDecodeError) as error:
-        advice = "restore it, or use another --workdir"
-        raise UserError(f"{path} must be a config as it was saved; {error}; {advice}") from None
-
-
-def describe_difference(there: Config, here: Config) -> list[str]:
-    """Write one line for each field that differs, such as ``optimizer.learning_rate: 0.003 there, 0.001 here``.
-
-    Pixel statistics that are None here are left to measurement, so they agree with any there.
-    """
-    ours = dict(_fields(here))
-    return [
-        f"{name}: {value} there, {ours[name]} here"
-        for name, value in _fields(there)
-        if value != ours[name] and not (name in _MEASURED and ours[name] is None)
-    ]
-
-
-def _fields(record: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """List the dotted names and the values of all fields."""
-    flat: list[tuple[str, Any]] = []
-    for field in dataclasses.fields(record):
-        value = getattr(record, field.name)
-        name = prefix + field.name
-        flat += _fields(value, f"{name}.") if dataclasses.is_dataclass(value) else [(name, value)]
-    return flat
+    except UserError as error:
+        raise UserError(
+            f"{path} must be a config as it was saved; {error}; restore it, or use another --workdir; if you changed "
+            f"it on purpose, undo that and give the change as an option of {continue_command(workdir)}, or remove the "
+            f"entry {sealed.ENTRY} to have the settings compared with the checkpoints alone"
+        ) from None
+    if not verified:
+        report(f"{path} has no entry {sealed.ENTRY}: whether it is as it was saved is unverified")
+    return config
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -148,7 +170,7 @@ def write_atomically(path: Path, text: str) -> None:
 
     Raises
     ------
-    UserError
+    StorageError
         The file cannot be written.
     """
     with writing(path) as temporary:
@@ -161,15 +183,15 @@ def writing(path: Path) -> Iterator[Path]:
 
     Raises
     ------
-    UserError
+    StorageError
         The file cannot be written. The old file is still there.
     """
     try:
         with replacing(path) as temporary:
             yield temporary
     except OSError as error:
-        raise UserError(
-            f"{path} must be writable; got {error.strerror or error}; free the disk or choose another directory"
+        raise StorageError(
+            f"{path} must be writable; got {error.strerror or error}; free the disk, or mend the permissions"
         ) from error
 
 

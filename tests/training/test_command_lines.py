@@ -83,8 +83,8 @@ def test_a_signal_while_reading_the_data(config_file, tmp_path, capsys, monkeypa
     original = fit_van.load
     monkeypatch.setattr(fit_van, "load", lambda config: signal.raise_signal(signal.SIGTERM) or original(config))
     status, error = run(fit_van, capsys, "--config", config_file, "--workdir", tmp_path / "run")
-    assert (status, error) == (130, "stopped after stage data; continue with --resume\n")
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
+    assert (status, error) == (130, "stopped in stage data; nothing is written; run the same command again\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_evaluating_a_directory_without_a_run(tmp_path, capsys):

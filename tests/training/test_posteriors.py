@@ -84,6 +84,10 @@ def console() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+def refuse(message: str) -> None:
+    raise AssertionError(message)
+
+
 NETWORK = posteriors.make_network(Logistic(), PARAMS, {})
 
 
@@ -103,8 +107,8 @@ def test_both_structures_are_fitted_on_all_training_images(fitted):
 
 
 def test_posteriors_come_back_as_they_were_saved(fitted, tmp_path):
-    posteriors.save(tmp_path, fitted, seconds=12.5)
-    loaded = posteriors.load(tmp_path, NETWORK)
+    posteriors.save(tmp_path, fitted, CONFIG, seconds=12.5)
+    loaded = posteriors.load(tmp_path, NETWORK, CONFIG, refuse)
     for name, la in fitted.items():
         assert loaded[name].log_marginal_likelihood() == la.log_marginal_likelihood()
     assert posteriors.seconds_to_fit(tmp_path) == 12.5
@@ -119,16 +123,16 @@ def test_seconds_that_were_not_saved_are_none(content, tmp_path):
 
 
 def test_a_damaged_posterior_is_named(fitted, tmp_path):
-    posteriors.save(tmp_path, fitted, seconds=1.0)
+    posteriors.save(tmp_path, fitted, CONFIG, seconds=1.0)
     files = [path for path in (tmp_path / "laplace" / "Lanczos").rglob("*") if path.is_file()]
     victim = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(UserError, match=f"must be whole: .*{victim.name}.*--resume fits them again"):
-        posteriors.load(tmp_path, NETWORK)
+    with pytest.raises(UserError, match=f"must be whole: .*{victim.name}.*fitted again: .* --resume"):
+        posteriors.load(tmp_path, NETWORK, CONFIG, refuse)
     with pytest.raises(UserError, match=r"there is none at .*diagonal"):
-        posteriors.load(tmp_path / "nowhere", NETWORK)
+        posteriors.load(tmp_path / "nowhere", NETWORK, CONFIG, refuse)
 
 
 def test_a_decomposition_that_has_not_converged_is_one_line_on_the_console():

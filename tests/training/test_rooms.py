@@ -6,7 +6,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 # Each room imports only from those before it. The programs at the end import nothing of one another.
-ROOMS = ("errors", "config", "workdir", "cli", "data", "models", "train", "posteriors", "report")
+ROOMS = (
+    *("errors", "faults", "sealed", "lock", "config", "settings", "workdir"),
+    *("cli", "data", "models", "train", "posteriors", "report"),
+)
 PROGRAMS = ("fit_van", "evaluate", "summarise")
 
 

@@ -90,8 +90,8 @@ STRANGE = copy.deepcopy(run_with(0, 0.1, 1.0)) | {"methods": [3]}
     ("content", "message"),
     [
         ({}, "must be the metrics of a run in format 1; got no format"),
-        ([], "must be the metrics of a run in format 1; got no format"),
-        ("3", "must be the metrics of a run in format 1; got no format"),
+        ([], "must be JSON as it was written; the file must be an object; got []"),
+        ("3", "must be JSON as it was written; the file must be an object; got 3"),
         (run_with(0, 0.1, 1.0) | {"format_version": 7}, "got format 7"),
         (INCOMPLETE, "complete; got KeyError: 'auroc'"),
         (STRANGE, "complete; got TypeError"),

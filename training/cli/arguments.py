@@ -1,7 +1,8 @@
 """Command lines as typed records, and the config file that a command line of `training.fit_van` starts from.
 
-A config file is a Python file that defines ``config``, a `training.config.Config`. Its docstring is the card of the
-experiment: command, hardware, time, expected result. The command line overrides single fields.
+A config file is a Python file that defines ``config``, a `training.config.Config`. It is code: to read it is to run it.
+Its docstring is the card of the experiment: command, hardware, time, expected result. The command line overrides single
+fields. A run that is resumed starts from the settings in its work directory.
 """
 
 import argparse
@@ -15,8 +16,9 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from training.config import Config
+from training.config import Config, checked
 from training.errors import UserError
+from training.workdir import CONFIG_FILE, load_saved_config
 
 DEFAULT_CONFIG = Path("configs/van_digits.py")
 
@@ -64,21 +66,25 @@ def first_paragraph(box: str) -> str:
 class Arguments:
     """Train a Visual Attention Network, put a Laplace approximation on it, and evaluate both on held-out images.
 
-    Every setting below comes from the config file. An option overrides it.
+    Every setting below comes from the config file, or with --resume from the work directory. An option overrides it.
     """
 
     config: Annotated[Path, tyro.conf.arg(metavar="FILE")]
-    """The experiment: a Python file that defines `config`. The defaults shown below come from this file."""
+    """The experiment: a Python file that defines `config`. The defaults shown below come from this file. It is code
+    that is executed: use files that you trust."""
     workdir: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Where the run writes its config, log, checkpoints and report; default: checkpoints/<name of the config file>."""
     resume: tyro.conf.FlagCreatePairsOff[bool]
-    """Continue the run in the work directory. Its numbers will be the same as without an interruption. If its training
-    has finished, go on with the posteriors and the evaluation."""
+    """Continue the run in the work directory, with the settings saved there; --config is not needed. Its numbers will
+    be the same as without an interruption. If its training has finished, go on with the posteriors and the evaluation.
+    """
     settings: Annotated[Config, tyro.conf.arg(name="")]
 
 
 def parse(argv: Sequence[str], program: str) -> Arguments:
     """Parse ``--config FILE --workdir DIR --resume`` and one option for every field of the config.
+
+    With ``--resume`` and without ``--config`` the settings are those saved in the work directory, if it has any.
 
     Parameters
     ----------
@@ -90,13 +96,20 @@ def parse(argv: Sequence[str], program: str) -> Arguments:
     Raises
     ------
     UserError
-        The config file cannot be used, an option is unknown, or a value has the wrong type or is out of its range.
+        The config file or the saved config cannot be used, an option is unknown, or a value has the wrong type or is
+        out of its range.
     SystemExit
         After `--help`.
     """
-    config = _find(_config_option(argv) or DEFAULT_CONFIG)
-    settings = load_config(config)
-    default = Arguments(config=config, workdir=Path("checkpoints") / config.stem, resume=False, settings=settings)
+    given = _scan(argv)
+    config = _find(given.config or DEFAULT_CONFIG)
+    workdir = given.workdir or Path("checkpoints") / config.stem
+    saved = workdir / CONFIG_FILE
+    if given.resume and given.config is None and saved.exists():
+        config, settings = saved, load_saved_config(workdir)
+    else:
+        settings = load_config(config)
+    default = Arguments(config=config, workdir=workdir, resume=False, settings=settings)
     arguments = parse_record(Arguments, argv, program, default=default, config=())
     return dataclasses.replace(arguments, config=config)
 
@@ -107,7 +120,7 @@ def load_config(path: Path) -> Config:
     Raises
     ------
     UserError
-        The file does not exist, fails, or does not define a `Config` called ``config``.
+        The file does not exist, fails, or does not define a `Config` called ``config`` whose values are all valid.
     """
     if not path.is_file():
         known = ", ".join(str(file) for file in sorted((_ROOT / "configs").glob("*.py"))) or "none"
@@ -125,17 +138,31 @@ def load_config(path: Path) -> Config:
         raise UserError(
             f"a config file must define `config`, a training.config.Config; {path} has {present}; define it"
         )
-    return config
+    try:
+        return checked(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
-def _config_option(argv: Sequence[str]) -> Path | None:
-    """Return the value of `--config`. It is found before tyro runs, because tyro shows defaults that depend on it."""
+@dataclasses.dataclass
+class _Given:
+    """The options that decide which settings the others start from."""
+
+    config: Path | None = None
+    workdir: Path | None = None
+    resume: bool = False
+
+
+def _scan(argv: Sequence[str]) -> _Given:
+    """Find the options that are needed before tyro runs, because tyro shows defaults that depend on them."""
     scanner = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     scanner.add_argument("--config", type=Path)
-    try:
-        return scanner.parse_known_args(argv)[0].config
-    except argparse.ArgumentError:
-        return None  # The value is missing, and tyro will say so.
+    scanner.add_argument("--workdir", type=Path)
+    scanner.add_argument("--resume", action="store_true")
+    given = _Given()
+    with contextlib.suppress(argparse.ArgumentError):  # A value is missing, and tyro will say so.
+        scanner.parse_known_args(argv, namespace=given)
+    return given
 
 
 def _find(path: Path) -> Path:

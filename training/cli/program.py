@@ -1,18 +1,21 @@
 """Parts that the command-line programs share: one line for a fault, exit codes, compilation cache, stopwatch."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
+from types import TracebackType
 
 import jax
 from rich.console import Console
 
 from bnnlaplace.checkpoint import CheckpointError
+from training import faults
 from training.cli import interruption
-from training.errors import Interrupted, UserError
+from training.errors import Interrupted, StorageError, UserError
 from training.workdir import why_not_writable
 
 USER_FAULT, INTERRUPTED = 2, interruption.EXIT_STATUS
@@ -26,33 +29,90 @@ def run(main: Callable[[Console], None]) -> int:
     Returns
     -------
     int
-        The exit status. 0 is success, and 2 is a fault that the message says how to mend. 130 follows Ctrl-C or
-        SIGTERM, which stop the program at the next point where it asks for them (see `interruption`). Two of them stop
-        it at once.
+        The exit status. 0 is success, and 2 is a fault that the message says how to mend, such as a full disk. 130
+        follows Ctrl-C or SIGTERM, which stop the program at the next point where it asks for them (see
+        `interruption`). Two of them stop it at once.
     """
     console = make_console()
+    stopped = False
     try:
-        with interruption.watch():
-            use_compilation_cache()
-            main(console)
+        with interruption.watch(), _quiet_libraries():
+            try:
+                use_compilation_cache()
+                main(console)
+            finally:
+                stopped = interruption.insisted()
     except (UserError, CheckpointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USER_FAULT
+        return _end(f"error: {error}", USER_FAULT)
     except Interrupted as error:
-        print(str(error), file=sys.stderr)
-        return INTERRUPTED
-    except OSError as error:
-        print(f"error: files must be readable and writable; {error}; check the path and the disk", file=sys.stderr)
-        return USER_FAULT
+        return _end(str(error), INTERRUPTED)
     except KeyboardInterrupt:
-        print("stopped; what was finished is kept", file=sys.stderr)
-        return INTERRUPTED
+        return _end(interruption.STOPPED_AT_ONCE, INTERRUPTED)
+    except Exception as error:
+        if stopped:  # A library has turned KeyboardInterrupt into an exception of its own.
+            return _end(interruption.STOPPED_AT_ONCE, INTERRUPTED)
+        if fault := faults.describe(error):
+            return _end(f"error: {fault}, and run the same command again", USER_FAULT)
+        raise
     return 0
+
+
+def _end(message: str, status: int) -> int:
+    print(message, file=sys.stderr)
+    return status
+
+
+@contextmanager
+def continued_by(command: str) -> Iterator[None]:
+    """Within the block, name the command that continues the run in whatever ends it before its end."""
+    advice = f"; continue with: {command}"
+    with interruption.advising(advice):
+        try:
+            yield
+        except Interrupted as error:
+            raise Interrupted(f"{error}{advice}") from None
+        except StorageError as error:
+            raise UserError(f"{error}; then{advice[1:]}") from error
+        except UserError:
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(f"{interruption.STOPPED_AT_ONCE}{advice}") from None
+        except Exception as error:
+            if interruption.insisted():
+                raise Interrupted(f"{interruption.STOPPED_AT_ONCE}{advice}") from error
+            if fault := faults.describe(error):
+                raise UserError(f"{fault}; then{advice[1:]}") from error
+            raise
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Leave it to `run` to say what went wrong: a failed write of Orbax also logs pages of traceback."""
+    logger, hook = logging.getLogger("absl"), sys.excepthook
+    level = logger.level
+
+    def without_closed_loops(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        # Tensorstore prints this after a failed write whose error has been raised before.
+        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+            hook(kind, error, where)
+
+    logger.setLevel(logging.CRITICAL)
+    sys.excepthook = without_closed_loops
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.excepthook = hook
 
 
 def make_console() -> Console:
     """Make a console as wide as the terminal. A file or a pipe has no width, so nothing is wrapped there."""
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
+
+
+def reporter(console: Console) -> Callable[[str], None]:
+    """Make a function that prints a line about something unusual."""
+    return lambda message: console.print(message, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def use_compilation_cache() -> None:
@@ -77,14 +137,10 @@ def use_compilation_cache() -> None:
 
 
 class Stopwatch:
-    """Seconds by stage, in the order in which the stages ran.
+    """Seconds by stage, in the order in which the stages ran."""
 
-    `kept` tells a person who stops the program between two stages what is left of the work.
-    """
-
-    def __init__(self, console: Console, kept: str) -> None:
+    def __init__(self, console: Console) -> None:
         self.console = console
-        self.kept = kept
         self.seconds: dict[str, float] = {}
 
     @contextmanager
@@ -94,4 +150,4 @@ class Stopwatch:
         started = perf_counter()
         yield
         self.seconds[name] = perf_counter() - started
-        interruption.stop_if_requested(f"stopped after stage {name}; {self.kept}")
+        interruption.stop_if_requested(f"stopped after stage {name}")

@@ -144,7 +144,7 @@ def lowest_nll(name: str, grid: np.ndarray, nll: np.ndarray, converged: np.ndarr
         raise UserError(
             f"the {name} posterior must have converged samples and a finite validation NLL at least at one prior "
             f"precision of the grid; got none of {len(grid)} from {grid[0]:g} to {grid[-1]:g}; raise "
-            "--evaluation.grid-high and go on with --resume"
+            "--evaluation.grid-high of a run that --resume continues"
         )
     best = eligible[np.argmin(nll[eligible])]
     return float(grid[best]), bool(best in (eligible[0], eligible[-1]))

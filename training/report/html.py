@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bnnlaplace.calibration import Interval, paired_differences
+from training.cli import interruption
 from training.report.findings import findings, number, precision, reservations
 from training.report.results import MethodResult, RunResults, environment, write_metrics
 from training.workdir import write_atomically, writing
@@ -54,6 +55,7 @@ _CAPTIONS = {
     "spectrum": "Ritz values of the GGN. The data determine the directions above a line, the prior the ones below.",
 }
 _ARROWS = {1: "\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", -1: "\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}", 0: ""}
+_STOPPED = "stopped in stage evaluation; nothing of it is written"
 _WIDE = 130  # Columns that the table takes on a console with its intervals.
 
 
@@ -114,15 +116,22 @@ def write_results(directory: Path, results: RunResults, console: Console) -> Non
 
     Raises
     ------
-    UserError
+    StorageError
         A file cannot be written.
+    Interrupted
+        Ctrl-C or SIGTERM came before anything was written.
     """
+    interruption.stop_if_requested(_STOPPED)
     figures = draw_figures(results)
-    for name, figure in figures.items():
-        with writing(directory / "figures" / f"{name}.png") as temporary:
-            figure.savefig(temporary, format="png", dpi=150)
+    # All is made before anything is written, so that a run that stops meanwhile leaves what an earlier one wrote.
+    images = {f"{name}.png": _image(figure) for name, figure in figures.items()}
+    html = render_report(results, figures)
+    interruption.stop_if_requested(_STOPPED)
+    for name, image in images.items():
+        with writing(directory / "figures" / name) as temporary:
+            temporary.write_bytes(image)
     write_metrics(directory / "metrics.json", results)
-    write_report(directory / "report.html", results, figures)
+    write_atomically(directory / "report.html", html)
     print_table(console, results)
     total = sum(results.seconds.values())
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results.seconds.items())
@@ -146,22 +155,26 @@ def draw_figures(results: RunResults) -> dict[str, "Figure"]:
 
 
 def write_report(path: Path, results: RunResults, figures: Mapping[str, "Figure"]) -> None:
-    """Write the self-contained report, atomically.
+    """Write what `render_report` returns, atomically.
+
+    Raises
+    ------
+    StorageError
+        The file cannot be written.
+    """
+    write_atomically(path, render_report(results, figures))
+
+
+def render_report(results: RunResults, figures: Mapping[str, "Figure"]) -> str:
+    """Return the self-contained report as HTML.
 
     Parameters
     ----------
-    path
-        The HTML file.
     results
         What the run found.
     figures
         The figures by name, in the order of the report. They may come from `draw_figures`, or have names of their own,
         which are then their captions.
-
-    Raises
-    ------
-    UserError
-        The file cannot be written.
     """
     # Loaded here, because a program that writes no report need not wait for it.
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -174,21 +187,31 @@ def write_report(path: Path, results: RunResults, figures: Mapping[str, "Figure"
         lstrip_blocks=True,
     )
     columns = _present(results)
-    html = templates.get_template("report.html.j2").render(
-        title=f"Laplace approximations on {results.data}",
-        data=results.data,
-        summary=_summary(results),
-        findings=findings(results),
-        columns=[_COLUMNS[metric].heading + _ARROWS[_COLUMNS[metric].direction] for metric in columns],
-        rows=_rows(results, columns),
-        figures=[_embedded(name, figure) for name, figure in figures.items()],
-        tables={
-            "Seconds": {stage: f"{seconds:,.1f}" for stage, seconds in results.seconds.items()},
-            "Configuration": _flat(results.config),
-            "Software and device": environment(),
-        },
+    return (
+        templates.get_template("report.html.j2").render(
+            title=f"Laplace approximations on {results.data}",
+            data=results.data,
+            summary=_summary(results),
+            findings=findings(results),
+            columns=[_COLUMNS[metric].heading + _ARROWS[_COLUMNS[metric].direction] for metric in columns],
+            rows=_rows(results, columns),
+            figures=[_embedded(name, figure) for name, figure in figures.items()],
+            tables={
+                "Seconds": {stage: f"{seconds:,.1f}" for stage, seconds in results.seconds.items()},
+                "Configuration": _flat(results.config),
+                "Software and device": environment(),
+            },
+        )
+        + "\n"
     )
-    write_atomically(path, html + "\n")
+
+
+def _image(figure: "Figure") -> bytes:
+    """Draw a figure as PNG."""
+    interruption.stop_if_requested(_STOPPED)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def _summary(results: RunResults) -> str:
@@ -215,6 +238,7 @@ def _rows(results: RunResults, columns: list[str]) -> list[dict[str, Any]]:
 
 def _embedded(name: str, figure: "Figure") -> dict[str, str]:
     """Embed a figure as an SVG image: sharp at any size, and apart from the page's styles and identifiers."""
+    interruption.stop_if_requested(_STOPPED)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     source = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import platform
@@ -15,6 +14,7 @@ import jax
 import numpy as np
 
 from bnnlaplace.calibration import Bootstrap, Interval, ReliabilityBins, intervals, paired_differences
+from training import sealed
 from training.workdir import write_atomically
 
 if TYPE_CHECKING:
@@ -161,11 +161,12 @@ def write_metrics(path: Path, results: RunResults) -> None:
     """Write `metrics.json`, atomically: a file under its final name is complete.
 
     It is strict JSON: a value that is not finite (the NLL of an impossible label, an empty bin) is null. Intervals are
-    objects of value, low and high. The bootstrap replicates are left out; the paired differences from MAP are in.
+    objects of value, low and high. The bootstrap replicates are left out; the paired differences from MAP are in. The
+    entry `sha256` is the digest of all others.
 
     Raises
     ------
-    UserError
+    StorageError
         The file cannot be written.
     """
     content = {
@@ -194,7 +195,7 @@ def write_metrics(path: Path, results: RunResults) -> None:
         ],
         "krylov": dataclasses.asdict(results.krylov),
     }
-    write_atomically(path, json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, sealed.dump(_plain(content), indent=1))
 
 
 def _plain(value: Any) -> Any:

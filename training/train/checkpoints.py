@@ -5,12 +5,14 @@
     workdir/train/step_XXXXXXXX/   the state after a step, with the journal as metadata
     workdir/log.jsonl              the history of the journal, one record for each epoch
 
-The newest two step checkpoints are kept, and a resumed run starts from the newest good one.
+The newest two step checkpoints are kept, and a resumed run starts from the newest good one. Each records the settings
+of the run and their digest, and is refused beside a config.json of others.
 """
 
 import dataclasses
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,8 +20,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bnnlaplace.checkpoint import CheckpointError, find_damage, load_pytree, save_pytree, write_text
+from training import settings
+from training.config import Config
 from training.errors import UserError
 from training.train.step import TrainState
+from training.workdir import continue_command
 
 LOG_FILE = "log.jsonl"
 KEPT = 2
@@ -72,49 +77,94 @@ def seconds_of(result: TrainResult) -> float:
     return sum(record["seconds"] for record in result.history)
 
 
-def load_trained(workdir: Path) -> TrainResult:
+def load_trained(
+    workdir: Path, config: Config | None = None, report: Callable[[str], None] = lambda message: None
+) -> TrainResult:
     """Read the result of a finished training from its work directory. The arrays are NumPy arrays.
+
+    If a config is given, the settings that the checkpoint records are compared with it. `report` is told in one line if
+    it records none.
 
     Raises
     ------
     UserError
-        There is no training, it is not finished, or a file is damaged. The message names the file.
+        There is no training, it is not finished, it had other settings, or a file is damaged. The message names the
+        file.
     """
     checkpoints = list_steps(workdir / "train")
     if not checkpoints:
         raise UserError(f"{workdir} must hold a trained network; it holds none; train it with training.fit_van")
     try:
         tree, metadata = load_pytree(checkpoints[-1])
-    except CheckpointError as error:
-        raise UserError(f"{error}, or train its last steps again with --resume") from None
-    if not metadata["finished"]:
-        raise UserError(f"the training in {workdir} must be finished; it is not; finish it with --resume")
+        journal, finished = _journal(checkpoints[-1], metadata), metadata["finished"]
+    except (CheckpointError, OSError) as error:
+        raise UserError(f"{error}; or train its last steps again: {continue_command(workdir)}") from None
+    if config is not None:
+        _require_settings(checkpoints[-1], metadata, config, report)
+    if not finished:
+        raise UserError(
+            f"the training in {workdir} must be finished; it is not; finish it: {continue_command(workdir)}"
+        )
     # The file has no containers without leaves, such as the statistics of a network without normalisation.
     tree.setdefault("batch_stats", {})
-    return result_of(TrainState(**tree), _journal(metadata))
+    if missing := set(TrainState._fields) ^ tree.keys():
+        raise UserError(f"{checkpoints[-1]} must hold the state of a training; got none of {sorted(missing)}")
+    return result_of(TrainState(**tree), journal)
 
 
-def save_progress(workdir: Path, state: TrainState, journal: Journal, finished: bool) -> Path:
+def save_progress(workdir: Path, state: TrainState, journal: Journal, config: Config, finished: bool) -> Path:
     """Write a step checkpoint."""
-    metadata = {"finished": finished, "journal": dataclasses.asdict(journal)}
+    metadata = {
+        "finished": finished,
+        "journal": dataclasses.asdict(journal),
+        "settings": settings.record(config),
+    }
     return save_step(workdir / "train", journal.step, state, metadata)
 
 
 def load_progress(
-    workdir: Path, like: TrainState, report: Callable[[str], None]
+    workdir: Path, like: TrainState, config: Config, report: Callable[[str], None]
 ) -> tuple[TrainState, Journal, bool] | None:
     """Read the newest good step checkpoint: state, journal, and whether the training is finished."""
     newest = load_newest(workdir / "train", like, report=report)
     if newest is None:
         return None
-    state, metadata = newest
-    return state, _journal(metadata), metadata["finished"]
+    path, state, metadata = newest
+    _require_settings(path, metadata, config, report)
+    return state, _journal(path, metadata), metadata["finished"]
 
 
-def _journal(metadata: dict[str, Any]) -> Journal:
-    """Make the journal of a checkpoint. Fields that only earlier releases had are left out."""
+def _require_settings(path: Path, metadata: dict[str, Any], config: Config, report: Callable[[str], None]) -> None:
+    online = config.prior.update == "online"
+    settings.require_recorded(metadata.get("settings"), config, path, curvature=online, report=report)
+
+
+def _journal(path: Path, metadata: Any) -> Journal:
+    """Make the journal of a checkpoint. Fields that only earlier releases had are left out.
+
+    Raises
+    ------
+    CheckpointError
+        The metadata are not those of a step.
+    """
     known = {field.name for field in dataclasses.fields(Journal)}
-    return Journal(**{name: value for name, value in metadata["journal"].items() if name in known})
+    try:
+        journal = Journal(**{name: value for name, value in metadata["journal"].items() if name in known})
+        valid = (
+            isinstance(metadata["finished"], bool)
+            and isinstance(journal.step, int)
+            and journal.step == int(_NAME.fullmatch(path.name)[1])
+            and all(isinstance(record["seconds"], float) for record in journal.history)
+            and all(
+                isinstance(number, float | int)
+                for number in (journal.epoch_seconds, journal.gradient_norm, journal.prior_gradient_norm)
+            )
+        )
+    except (KeyError, TypeError, AttributeError, ValueError):
+        valid = False
+    if not valid:
+        raise CheckpointError(f"the metadata of {path} must be those of a step as it was saved; they are not")
+    return journal
 
 
 def rewrite_log(workdir: Path, history: list[dict[str, Any]]) -> None:
@@ -153,8 +203,8 @@ def list_steps(directory: Path) -> list[Path]:
 
 
 def load_newest(
-    directory: Path, like: Any = None, *, report: Callable[[str], None]
-) -> tuple[Any, dict[str, Any]] | None:
+    directory: Path, like: Any, *, report: Callable[[str], None]
+) -> tuple[Path, Any, dict[str, Any]] | None:
     """Read the newest step checkpoint whose files are all as they were saved.
 
     A damaged checkpoint is renamed to `step_XXXXXXXX.damaged`. `report` is told which file is at fault and where the
@@ -163,7 +213,7 @@ def load_newest(
     Returns
     -------
     tuple or None
-        The tree and the metadata. If there is no checkpoint at all: None.
+        The path, the tree and the metadata. If there is no checkpoint at all: None.
 
     Raises
     ------
@@ -172,18 +222,31 @@ def load_newest(
     """
     damaged: list[str] = []
     for path in reversed(list_steps(directory)):
-        if damage := find_damage(path):
-            aside = path.with_name(f"{path.name}.damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            damaged.append(f"{damage} (set aside as {aside.name})")
+        try:
+            _, metadata = load_pytree(path)
+            _journal(path, metadata)
+        except (CheckpointError, OSError) as error:
+            fault = find_damage(path) or error
+            damaged.append(f"{fault} (set aside as {_set_aside(path).name})")
             continue
         for damage in damaged:
             report(f"damaged checkpoint: {damage}; falling back to {path.name}")
         try:
-            return load_pytree(path, like)
+            return path, load_pytree(path, like)[0], metadata  # The files are good: what differs is the network.
         except CheckpointError as error:
             raise UserError(str(error)) from None
     if damaged:
         raise UserError(f"{directory} must hold a good checkpoint; {damaged[0]}; start again in another --workdir")
     return None
+
+
+def _set_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, whatever it is, to a name that no checkpoint has. If that fails: leave it."""
+    aside, number = path.with_name(f"{path.name}.damaged"), 2
+    while os.path.lexists(aside):
+        aside, number = path.with_name(f"{path.name}.damaged{number}"), number + 1
+    try:
+        path.rename(aside)
+    except OSError:
+        return path
+    return aside

@@ -106,7 +106,7 @@ def train(
     ------
     UserError
         The batch is larger than the training set. Loss or gradient is not finite: the message names the step, and the
-        last good checkpoint is kept. There are checkpoints, but none is good.
+        last good checkpoint is kept. There are checkpoints, but none is good, or they record other settings.
     Interrupted
         Ctrl-C or SIGTERM came. The running step was finished, and a checkpoint was written.
 
@@ -132,7 +132,7 @@ def train(
                 display.epoch(journal.history[-1])
             if interrupted():
                 path = _save(run, state, journal)
-                raise Interrupted(f"stopped after step {journal.step}; saved as {path}; continue with --resume")
+                raise Interrupted(f"stopped after step {journal.step}; saved as {path}")
             if _checkpoint_is_due(run.plan, journal, time.monotonic() - saved_at):
                 _save(run, state, journal)
                 saved_at = time.monotonic()
@@ -194,7 +194,7 @@ def _begin(run: _Run) -> tuple[TrainState, Journal]:
 
 def _restore(run: _Run) -> tuple[TrainState, Journal] | None:
     like = jax.eval_shape(lambda: _initial_state(run))
-    progress_so_far = load_progress(run.workdir, like, report=lambda message: _say(run, message))
+    progress_so_far = load_progress(run.workdir, like, run.config, report=lambda message: _say(run, message))
     if progress_so_far is None:
         _say(run, f"no training checkpoint in {run.workdir}: starting at the beginning")
         return None
@@ -311,7 +311,7 @@ def _require_finite(run: _Run, state: TrainState) -> None:
 
 
 def _save(run: _Run, state: TrainState, journal: Journal) -> Path:
-    return save_progress(run.workdir, state, journal, finished=journal.step == run.plan.total_steps)
+    return save_progress(run.workdir, state, journal, run.config, finished=journal.step == run.plan.total_steps)
 
 
 def _checkpoint_is_due(plan: Plan, journal: Journal, seconds: float) -> bool:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from training.cli import program
-from training.errors import UserError
+from training.errors import StorageError
 from training.report import html as report
 
 
@@ -31,8 +31,8 @@ def test_the_path_of_the_report_is_the_last_line_alone_at_any_width(tmp_path, mo
         seconds = {"data": 1.0, "evaluation": 2.0}
 
     monkeypatch.setattr(report, "draw_figures", lambda results: {})
-    for name in ("write_metrics", "write_report", "print_table"):
-        monkeypatch.setattr(report, name, lambda *_: None)
+    for name in ("write_metrics", "render_report", "print_table"):
+        monkeypatch.setattr(report, name, lambda *_: "")
     directory = tmp_path / ("long [bold] :smile: " * 9)
     report.write_results(directory, Results(), Console(width=30))
     lines = capsys.readouterr().out.splitlines()
@@ -42,12 +42,17 @@ def test_the_path_of_the_report_is_the_last_line_alone_at_any_width(tmp_path, mo
 
 def test_a_figure_that_cannot_be_written_is_one_line_and_leaves_nothing_half_done(tmp_path, monkeypatch):
     class Figure:
-        def savefig(self, path, **_):
-            Path(path).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+        def savefig(self, buffer, **_):
+            buffer.write(b"whole")
+
+    def half(path, content):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(report, "draw_figures", lambda results: {"evidence": Figure()})
-    with pytest.raises(UserError, match=r"evidence.png must be writable; got No space left on device; free the disk"):
+    monkeypatch.setattr(report, "render_report", lambda *_: "")
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(StorageError, match="evidence.png must be writable; got No space left on device; free the disk"):
         report.write_results(tmp_path, None, Console())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
