@@ -290,6 +290,7 @@ class Laplace:
         max_refits: int = 10,
         validation: PairOrBatches | None = None,
         precisions: Iterable[float] | None = None,
+        link_approx: Literal["probit", "mc", "bridge"] | None = None,
         key: Array | None = None,
         num_samples: int | None = None,
     ) -> "Laplace":
@@ -298,32 +299,31 @@ class Laplace:
         Parameters
         ----------
         method
-            "marglik": maximise the evidence. Warns if the optimum is at an end of the search range. "gridsearch": try
-            `precisions`, all in one pass, and choose among those at which "lanczos" has converged.
+            "marglik": maximise the evidence. "gridsearch": try `precisions`, all in one pass, and choose among those at
+            which "lanczos" has converged. Both warn if the optimum is at an end of what they search.
         prior_structure
             What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
             ("layerwise"), or for each weight ("diag"). None keeps the ratios between the precisions and chooses a
             common factor, for which no curvature is computed again.
         optimize_sigma_noise
             For a regression: also maximise over a common factor of the noise. No curvature is computed again for it.
-        refit
-            "lanczos" has to be fitted again if ratios change. A function from the new `Laplace` to the fitted one, such
-            as lambda la: la.fit(data, key=key).
-        max_refits
-            The largest number of such fits. Each is one step of MacKay's fixed point.
-        validation, precisions, key, num_samples
+        refit, max_refits
+            "lanczos" has to be fitted again if ratios change: a function such as lambda la: la.fit(data, key=key), and
+            how often it is called at most, once for each step of MacKay's fixed point.
+        validation, precisions, link_approx, key, num_samples
             For "gridsearch": arrays (x, y), or batches of such pairs, which are read once; the rest as for
             `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.
         """
         chosen = Chosen(self.fitted, self.settings, refit, Laplace._of)
-        best_noise, draws = optimize_sigma_noise, {"key": key, "num_samples": num_samples}
-        evidence_options = {"prior_structure": prior_structure, "optimize_sigma_noise": best_noise, "refit": refit}
-        check_method(method, evidence_options, {"validation": validation, "precisions": precisions, **draws})
+        how = {"link_approx": link_approx, "key": key, "num_samples": num_samples}
+        evidence_options = {"prior_structure": prior_structure, "optimize_sigma_noise": optimize_sigma_noise}
+        grid_options = {"validation": validation, "precisions": precisions, **how}
+        check_method(method, {**evidence_options, "refit": refit}, grid_options)
         if method == "marglik":
-            best = by_evidence(chosen, prior_structure, optimize_sigma_noise=best_noise, max_refits=max_refits)
+            best = by_evidence(chosen, **evidence_options, max_refits=max_refits)
         else:
-            curve = validation_curve(self.fitted, validation, precisions, **draws)
-            best = chosen.times(curve.best_precision / self.prior.precision)
+            curve = validation_curve(self.fitted, validation, precisions, **how)
+            best = chosen.times(curve.choose() / self.prior.precision)
         return Laplace._of(best.fitted, best.settings)
 
     def validation_curve(
@@ -332,6 +332,7 @@ class Laplace:
         y: AnyArray,
         precisions: Iterable[float],
         *,
+        link_approx: Literal["probit", "mc", "bridge"] | None = None,
         key: Array | None = None,
         num_samples: int | None = None,
         microbatch: int = 64,
@@ -342,12 +343,12 @@ class Laplace:
         ----------
         x, y, precisions, microbatch
             Validation data, the grid as for `evidence_curve`, and how many inputs are differentiated at a time.
-        key, num_samples
-            The seed and the number of samples, which are the same at every prior precision. By default 32 samples, or
-            fewer if "lanczos" has fewer probes. A regression needs neither.
+        link_approx, key, num_samples
+            The link, by default that of `predictive`. For "mc": the seed and the number of samples, the same at every
+            prior precision. By default 32 samples, or fewer if "lanczos" has fewer probes.
         """
-        draws = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return validation_curve(self.fitted, (x, y), precisions, **draws)
+        how = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
+        return validation_curve(self.fitted, (x, y), precisions, **how)
 
     def with_prior_precision(self, prior_precision: Precision) -> "Laplace":
         """The same posterior at another prior precision.
@@ -467,14 +468,13 @@ class Laplace:
         Array or (Array, Array)
             Class probabilities (B, ..., C). For a regression (mean, variance), (B, ..., C) each. B may be 0.
         """
-        fitted = self.fitted.warn_unless_converged()
-        check_inputs(self.network, x)
+        check_inputs(self.fitted.warn_unless_converged().network, x)
         options = {"with_noise": with_noise, "key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return predictions(fitted, x, pred_type=pred_type, link_approx=link_approx, **options)
+        return predictions(self.fitted, x, pred_type=pred_type, link_approx=link_approx, **options)
 
     def save(self, path: Path | str) -> None:
-        """Write everything but the user's module to a directory, atomically and with a SHA-256 manifest."""
-        on_disk.save(Path(path), self.fitted, self.settings)
+        """Write all but the user's module to a directory. Only a checkpoint, or an empty directory, is replaced."""
+        on_disk.save(path, self.fitted, self.settings)
 
     @classmethod
     def load(cls, path: Path | str, network: Network, likelihood: Likelihood | None = None) -> "Laplace":
@@ -491,7 +491,7 @@ class Laplace:
         bnnlaplace.checkpoint.CheckpointError
             If a file is damaged, or the network has another structure: the message names the file or the leaf.
         """
-        return cls._of(*on_disk.load(Path(path), network, likelihood))
+        return cls._of(*on_disk.load(path, network, likelihood))
 
     def _at(self, prior_precision: Precision | None) -> Fitted:
         """The fitted posterior at another prior precision, or as it is."""

@@ -1,14 +1,8 @@
 """Pytrees and fitted posteriors on disk: written whole or not at all, with a SHA-256 manifest."""
 
 from bnnlaplace.checkpoint.atomic import replacing, write_text
-from bnnlaplace.checkpoint.pytree import (
-    FORMAT_VERSION,
-    CheckpointError,
-    find_damage,
-    load_pytree,
-    restructure,
-    save_pytree,
-)
+from bnnlaplace.checkpoint.errors import CheckpointError
+from bnnlaplace.checkpoint.pytree import FORMAT_VERSION, find_damage, load_pytree, restructure, save_pytree
 
 __all__ = [
     "CheckpointError",

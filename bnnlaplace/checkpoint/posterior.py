@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnnlaplace.checkpoint.pytree import CheckpointError, load_pytree, restructure, save_pytree
-from bnnlaplace.core.tree import leaf_names
+from bnnlaplace.checkpoint import declared
+from bnnlaplace.checkpoint.errors import CheckpointError, Damage
+from bnnlaplace.checkpoint.pytree import as_path, damaged, load_pytree, restructure, save_pytree
+from bnnlaplace.core.tree import leaf_names, size
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings
 from bnnlaplace.model.likelihood import Likelihood, is_ours, resolve
@@ -36,8 +38,9 @@ class StoredGroups:
         return dict(self.names)[path]
 
 
-def save(path: Path, fitted: Fitted, settings: Settings) -> None:
+def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
     """Write a fitted Laplace: of the network its arrays, not the user's module. See `save_pytree`."""
+    path = as_path(path, "save(path=...)")
     network, likelihood, prior = fitted.network, fitted.likelihood, fitted.prior
     precision, groups = settings.prior_precision, settings.prior_groups
     names = leaf_names(network.params)
@@ -68,7 +71,7 @@ def save(path: Path, fitted: Fitted, settings: Settings) -> None:
     save_pytree(path, tree, metadata)
 
 
-def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> tuple[Fitted, Settings]:
+def load(path: Path | str, network: Network, likelihood: Likelihood | None = None) -> tuple[Fitted, Settings]:
     """Read what `save` wrote.
 
     Parameters
@@ -83,12 +86,30 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
     Raises
     ------
     CheckpointError
-        If a file is damaged, the likelihood is missing, or the network has another structure: the message names the
-        file or the leaf.
+        If a file is damaged or holds no posterior, the likelihood is missing, or the network has another structure: the
+        message names the file or the leaf.
     """
     if not isinstance(network, Network):
         raise TypeError(f"load(network=...) must be a bnnlaplace.Network; got {type(network).__name__}")
+    path = as_path(path, "load(path=...)")
     stored, metadata = load_pytree(path)
+    try:
+        declared.check_parts(stored, metadata)
+        return _posterior(path, stored, metadata, network, likelihood)
+    except CheckpointError:
+        raise
+    except Damage as damage:
+        raise damaged(path, str(damage)) from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Nothing that was saved leads here, but files can be made that the checks above do not foresee.
+        words = str(error).split("\n")[0]
+        raise damaged(path, f"it does not hold a posterior ({type(error).__name__}: {words:.80})") from None
+
+
+def _posterior(
+    path: Path, stored: dict[str, Any], metadata: dict[str, Any], network: Network, likelihood: Likelihood | None
+) -> tuple[Fitted, Settings]:
+    """Put the parts together, each checked against the weights."""
     with_posterior = set(metadata.get("weights", ())) & set(leaf_names(network.params))
     if with_posterior:
         network = network.subset(with_posterior.__contains__)
@@ -96,52 +117,87 @@ def load(path: Path, network: Network, likelihood: Likelihood | None = None) -> 
         network = network.linearised()
     arrays = restructure(path, stored["network"], {"params": network.params, "frozen": network.frozen})
     network = Network(network.forward, **arrays)
-    settings = _settings(stored, metadata)
+    names = leaf_names(network.params)
+    if set(metadata.get("weights", names)) != set(names) or set(metadata.get("groups", names)) != set(names):
+        raise Damage("its weights have other names in the metadata than in the tree")
+    for name, leaf in zip(names, jax.tree.leaves(network.params), strict=True):
+        declared.vector(leaf.reshape(-1), leaf.size, f"weights {name!r:.80}")
+    settings = _settings(stored, metadata, size(network.params))
+    prior = settings.prior(network)
+    if not np.isclose(float(prior.precision), float(stored["prior_precision"]), rtol=1e-4):
+        raise Damage("its prior precisions of groups have another mean than its prior precision")
     structures = {cls.__name__: cls for cls in BY_NAME[metadata["hessian_structure"]]}
-    structure = structures[metadata.get("structure", next(iter(structures)))]
-    # An earlier release did not write all numbers; they are needed to choose the noise of a regression.
-    numbers = {"num_outputs": np.nan, "squared_residuals": np.nan, **stored["fitted"]}
-    log_likelihood = LogLikelihood(*(jnp.asarray(numbers[_LOG_LIKELIHOOD[name]]) for name in LogLikelihood._fields))
+    structure = structures[metadata.get("structure", next(iter(structures)))].from_arrays(stored["structure"])
+    declared.check_structure(structure, stored["structure"], network.params)
     fitted = Fitted(
         network=network,
         likelihood=_likelihood(path, stored, metadata, likelihood),
-        prior=settings.prior(network),
-        structure=structure.from_arrays(stored["structure"]),
-        log_likelihood=log_likelihood,
+        prior=prior,
+        structure=structure,
+        log_likelihood=_log_likelihood(stored["fitted"], size(network.params)),
     )
     return fitted, settings
+
+
+def _log_likelihood(stored: dict[str, Any], num_weights: int) -> LogLikelihood:
+    # An earlier release did not write all numbers; they are needed to choose the noise of a regression.
+    numbers = {"num_outputs": np.float64("nan"), "squared_residuals": np.float64("nan"), **stored}
+    if set(numbers) != set(_LOG_LIKELIHOOD.values()):
+        raise Damage("it has not the numbers of a log likelihood")
+    declared.number(numbers["log_likelihood"], "log likelihood")
+    declared.vector(numbers["log_likelihood_gradient"], num_weights, "gradients of the log likelihood")
+    declared.number(numbers["num_outputs"], "number of targets", least=0, may_be_unknown=True)
+    declared.number(numbers["squared_residuals"], "sum of squared residuals", least=0, may_be_unknown=True)
+    return LogLikelihood.from_arrays(**{name: numbers[_LOG_LIKELIHOOD[name]] for name in LogLikelihood._fields})
 
 
 def _likelihood(
     path: Path, stored: dict[str, Any], metadata: dict[str, Any], likelihood: Likelihood | None
 ) -> Likelihood:
+    name = metadata["likelihood"]
     if likelihood is None:
         if not metadata.get("likelihood_is_ours", True):
             raise CheckpointError(
-                f"{path} was fitted with the likelihood {metadata['likelihood']!r} of your own; pass it: "
+                f"{path} was fitted with the likelihood {name!r:.80} of your own; pass it: "
                 "Laplace.load(path, network, likelihood)"
             )
-        likelihood = resolve(metadata["likelihood"])
+        try:
+            likelihood = resolve(name)
+        except ValueError:
+            raise Damage(f"its likelihood is {name!r:.80}, which there is not") from None
     leaves = [jnp.asarray(leaf) for leaf in stored.get("likelihood", [])]
-    if likelihood.name != metadata["likelihood"] or len(leaves) != len(jax.tree.leaves(likelihood)):
+    if likelihood.name != name or len(leaves) != len(jax.tree.leaves(likelihood)):
         raise CheckpointError(
-            f"{path} was fitted with the likelihood {metadata['likelihood']!r} of {len(leaves)} parameters; got "
+            f"{path} was fitted with the likelihood {name!r:.80} of {len(leaves)} parameters; got "
             f"{likelihood.name!r} of {len(jax.tree.leaves(likelihood))}; pass the one it was fitted with"
         )
-    return jax.tree.unflatten(jax.tree.structure(likelihood), leaves)
+    restored = jax.tree.unflatten(jax.tree.structure(likelihood), leaves)
+    if is_ours(restored) and restored.sigma_noise is not None:
+        # Every function of a Gaussian likelihood holds the noise.
+        if any(leaf.ndim > 1 or not np.array_equal(leaf, leaves[0]) for leaf in leaves):
+            raise Damage("its standard deviations of the noise are not the same everywhere")
+        noise = leaves[0].reshape(-1)
+        declared.vector(noise, noise.size, "standard deviations of the noise", positive=True)
+    return restored
 
 
-def _settings(stored: dict[str, Any], metadata: dict[str, Any]) -> Settings:
-    precision: Any = float(stored["prior_precision"])
+def _settings(stored: dict[str, Any], metadata: dict[str, Any], num_weights: int) -> Settings:
+    precision: Any = declared.number(stored["prior_precision"], "prior precision")
+    if precision <= 0:
+        raise Damage(f"its prior precision is {precision!r}")
     if "prior_precision" in metadata:
         precision = metadata["prior_precision"]
     elif "relative_precision" in stored:
-        precision = precision * np.asarray(stored["relative_precision"])
+        what = "relative prior precisions"
+        precision = precision * declared.vector(stored["relative_precision"], num_weights, what, positive=True)
     groups = StoredGroups(tuple(sorted(metadata["groups"].items()))) if "groups" in metadata else by_layer
+    mean: Any = 0.0
+    if "prior_mean" in stored:
+        mean = jnp.asarray(declared.vector(stored["prior_mean"], num_weights, "prior means"))
     return Settings(
         subset_of_weights="all",  # the saved network is that of the subset
         hessian_structure=metadata["hessian_structure"],
         prior_precision=precision,
-        prior_mean=jnp.asarray(stored["prior_mean"]) if "prior_mean" in stored else 0.0,
+        prior_mean=mean,
         prior_groups=groups,
     )

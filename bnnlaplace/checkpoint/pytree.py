@@ -1,53 +1,67 @@
-"""Checkpoints of pytrees: written atomically, and verified byte by byte before they are read.
-
-Orbax writes the arrays. It restores a flipped bit without noticing, so a manifest lists every file with its SHA-256.
-The manifest is written last and checked before Orbax reads a byte:
+"""Checkpoints of pytrees: written atomically, and verified byte by byte while they are read.
 
     path/
-      arrays/         Orbax (OCDBT); one entry per leaf, named by the leaf's path in the pytree
-      metadata.json   format version, the caller's metadata, and path, shape and dtype of every leaf
+      arrays/         a file for each leaf with its bytes; see `arrays`
+      metadata.json   format version, the caller's metadata, and path, shape, dtype and SHA-256 of every leaf
       manifest.json   size and SHA-256 of every other file
 
-Under its final name the directory is always complete; see `atomic.replacing`. One process writes. Arrays are gathered
-to the host first, so a checkpoint can be loaded on other devices.
+What is loaded is what was declared: each file is listed in the manifest, each leaf is declared in metadata.json, and
+sizes are compared before anything is allocated. Under its final name the directory is always complete; see
+`atomic.replacing`. One process writes. Arrays are gathered to the host first, so a checkpoint can be loaded on other
+devices.
 """
 
-import hashlib
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from bnnlaplace.checkpoint import version_1
+from bnnlaplace.checkpoint.arrays import check_memory, check_sizes, read_arrays, write_arrays
 from bnnlaplace.checkpoint.atomic import recover, replacing
-from bnnlaplace.core.tree import path_entry, path_name
+from bnnlaplace.checkpoint.errors import CheckpointError, Damage, SaveError, shown, why
+from bnnlaplace.checkpoint.leaves import Leaf, check_like, describe, filled, nested, parse_leaves, signature
+from bnnlaplace.checkpoint.manifest import (
+    MAX_JSON_BYTES,
+    METADATA,
+    Fingerprint,
+    belongs_to_a_checkpoint,
+    check_digest,
+    check_present,
+    parse,
+    read_manifest,
+    read_verified,
+    write_manifest,
+)
+from bnnlaplace.core.memory import in_words
+from bnnlaplace.core.tree import path_name
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The version that is written. Version 1, of release 0.1.0, is read as well."""
 
-_ARRAYS, _METADATA, _MANIFEST = "arrays", "metadata.json", "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, incomplete or damaged, or has another structure than the one asked for."""
+_READABLE = (1, FORMAT_VERSION)
 
 
 def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
     """Write a pytree of arrays and a dictionary of JSON values, atomically.
 
-    A process killed at any point leaves either the old checkpoint at `path` or the new one.
+    A process killed at any point leaves either the old checkpoint at `path` or the new one. The next save or load
+    clears away what else it left. Processes that save to the same path on one machine wait for each other.
 
     Parameters
     ----------
     path
-        The directory to create. An existing checkpoint there is replaced. Two processes must not save to the
-        same `path` at once.
+        The directory to create. A checkpoint there is replaced, and so is an empty directory; anything else is
+        refused. A symbolic link is followed.
     tree
         Any pytree whose leaves are `jax.Array` (PRNG key arrays included), NumPy arrays or NumPy scalars. The
         dtypes are kept as they are, with 64-bit types enabled in JAX or not.
     metadata
-        Values that JSON can hold. Python numbers belong here rather than in the tree.
+        Values that JSON can hold, at most 16 MiB of it. Python numbers belong here rather than in the tree.
 
     Raises
     ------
@@ -55,30 +69,38 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
         If a leaf is not an array, or the metadata cannot be written as JSON.
     ValueError
         If two leaves have the same path once written out, as in ``{"a/b": x, "a": {"b": y}}``.
+    CheckpointError
+        If something else is at `path`, or the disk is full, or permission is missing. It is an `OSError` as well. What
+        was at `path` is still there, and nothing else.
 
     Notes
     -----
-    Cost: one copy of the tree in host memory, and two reads of what was written.
+    Cost: one leaf at a time in host memory, and one write of its bytes.
     """
-    path = Path(path)
-    leaves, arrays = _describe(tree)
-    document = {"format_version": FORMAT_VERSION, "metadata": metadata, "leaves": leaves}
+    path = as_path(path, "save_pytree(path=...)")
+    described = describe(tree)
     try:
-        text = json.dumps(document, indent=1)
-    except (TypeError, ValueError) as error:
+        text = json.dumps(_document([leaf for leaf, _ in described], metadata), indent=1)
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"`save_pytree(metadata=...)` must hold JSON values only; {error}; convert it first") from None
-
-    with replacing(path) as directory:
-        directory.mkdir()
-        if arrays:
-            _checkpointer().save(directory.absolute() / _ARRAYS, arrays)
-        (directory / _METADATA).write_text(text)
-        files = {str(file.relative_to(directory)): _fingerprint(file) for file in _files(directory)}
-        (directory / _MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    if len(text) + 100 * len(described) > MAX_JSON_BYTES:  # the digests come on top
+        raise ValueError(
+            f"`save_pytree(metadata=...)` must be at most {in_words(MAX_JSON_BYTES)} of JSON with the records of the "
+            f"leaves; got {in_words(len(text))}; put numbers into the tree as arrays"
+        )
+    try:
+        with replacing(path, refusal=_refusal) as directory:
+            directory.mkdir()
+            leaves, files = write_arrays(directory, described)
+            content = json.dumps(_document(leaves, metadata), indent=1).encode()
+            (directory / METADATA).write_bytes(content)
+            write_manifest(directory, {**files, METADATA: Fingerprint.of(content)})
+    except OSError as error:
+        raise SaveError(_reason(path, error)) from None
 
 
 def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
-    """Read back what `save_pytree` wrote, after verifying every byte of it.
+    """Read back what `save_pytree` wrote, and verify every byte of it.
 
     Parameters
     ----------
@@ -99,32 +121,37 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     Raises
     ------
     CheckpointError
-        If a file is missing, truncated, changed or not listed, or a leaf differs from `like`. The message names the
-        file, or the first such leaf with both sides.
+        If a file is missing, truncated, changed, not listed or not a file, what is declared cannot be or does not fit
+        into memory, or a leaf differs from `like`. The message names the file, or the first such leaf with both sides.
 
     Notes
     -----
-    Cost: each file is read twice, once for its SHA-256 and once for its contents.
+    Cost: each file is read once. Memory: the arrays, and no more than the files hold.
     """
-    path = Path(path)
-    recover(path)
+    path = as_path(path, "load_pytree(path=...)")
+    while True:
+        recover(path)
+        before = _identity(path)
+        try:
+            return _load(path, like)
+        except CheckpointError:
+            # Another process may have replaced the checkpoint while this one read it.
+            if before is None or _identity(path) == before:
+                raise
+
+
+def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
     if not path.is_dir():
-        raise CheckpointError(f"a checkpoint must be a directory; there is none at {path}; check the path")
-    if damage := find_damage(path):
-        raise CheckpointError(f"{path} must be as it was saved; {damage}; restore it from a copy, or save it again")
-    document = json.loads((path / _METADATA).read_text())
-    if document["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} must have format version {FORMAT_VERSION}; got {document['format_version']}; "
-            "read it with the release of bnnlaplace that wrote it"
-        )
-    leaves = document["leaves"]
-    if like is not None:
-        _check_like(path, leaves, like)
-    arrays = _read_arrays(path, leaves)
-    if like is None:
-        return _nested(leaves, arrays), document["metadata"]
-    return _filled(like, arrays), document["metadata"]
+        raise CheckpointError(f"a checkpoint must be a directory; there is none at {shown(path)}; check the path")
+    try:
+        declared = _declared(path)
+        if like is not None:
+            check_like(path, declared.leaves, like)
+        check_memory(path, sum(leaf.num_bytes for leaf in declared.leaves))
+        arrays = _arrays(path, declared)
+    except Damage as damage:
+        raise damaged(path, str(damage)) from None
+    return nested(declared.leaves, arrays) if like is None else filled(like, arrays), declared.metadata
 
 
 def restructure(path: Path, stored: Any, like: Any) -> Any:
@@ -145,13 +172,12 @@ def restructure(path: Path, stored: Any, like: Any) -> Any:
         If a leaf differs in path, shape or dtype. The message names the first one, with both sides.
     """
     arrays = {path_name(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(stored)[0]}
-    records = [{"path": name, "shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()]
-    _check_like(path, records, like)
-    return _filled(like, arrays)
+    check_like(path, [Leaf(name, (), *signature(leaf)) for name, leaf in arrays.items()], like)
+    return filled(like, arrays)
 
 
 def find_damage(path: Path) -> str | None:
-    """Check every file of a checkpoint against its manifest.
+    """Check every file of a checkpoint against its manifest, and what it declares against its files.
 
     Parameters
     ----------
@@ -162,150 +188,115 @@ def find_damage(path: Path) -> str | None:
     -------
     str | None
         None if all files are as they were saved. Otherwise a clause that names the first file that is missing,
-        truncated, changed, or not listed.
+        truncated, changed, not listed or not a file.
     """
-    path = Path(path)
-    manifest = path / _MANIFEST
+    path = as_path(path, "find_damage(path=...)")
     try:
-        listed = json.loads(manifest.read_text())["files"]
-        listed = {name: (entry["size"], entry["sha256"]) for name, entry in listed.items()}
-    except FileNotFoundError:
-        return f"{manifest} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{manifest} is not readable as a manifest"
-    present = {str(file.relative_to(path)): file for file in _files(path)}
-    del present[_MANIFEST]
-    for name, (size, digest) in listed.items():
-        if name not in present:
-            return f"{path / name} is missing"
-        file = present.pop(name)
-        actual = _fingerprint(file)
-        if actual["size"] != size:
-            return f"{file} has {actual['size']} bytes instead of {size}"
-        if actual["sha256"] != digest:
-            return f"{file} has other contents than were written (SHA-256 differs)"
-    return f"{min(present.values())} is not in the manifest" if present else None
+        listed = _declared(path).listed
+        for name, fingerprint in listed.items():
+            check_digest(path, name, fingerprint)
+    except Damage as damage:
+        return str(damage)
+    except CheckpointError:  # of a newer format, which is not damage
+        return None
+    return None
 
 
-# --- leaves ---------------------------------------------------------------------------------------------------------
+def damaged(path: Path, clause: str) -> CheckpointError:
+    """The error of a checkpoint that is not as it was saved."""
+    return CheckpointError(f"{shown(path)} must be as it was saved; {clause}; restore it from a copy, or save it again")
 
 
-def _describe(tree: Any) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
-    """Return a JSON record for each leaf, and the arrays by path, without empty ones, which Orbax cannot store."""
-    records: dict[str, dict[str, Any]] = {}
-    arrays: dict[str, np.ndarray] = {}
-    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        name = path_name(keys)
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-            raise TypeError(
-                f"every leaf of `save_pytree(tree=...)` must be an array; got {type(leaf).__name__} at {name!r}; "
-                "convert it, or put it into the metadata"
-            )
-        if name in records:
-            raise ValueError(f"leaf paths must differ; got {name!r} twice; rename one of the two keys")
-        shape, dtype = _signature(leaf)
-        records[name] = {"path": name, "keys": [path_entry(key) for key in keys], "shape": shape, "dtype": dtype}
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            records[name]["prng"] = str(jax.random.key_impl(leaf))
-            leaf = jax.random.key_data(leaf)
-        array = np.asarray(leaf)
-        if array.dtype.hasobject or array.dtype.kind in "USmM":
-            raise TypeError(f"arrays must be numeric; got dtype {array.dtype} at {name!r}; put it into the metadata")
-        if array.size:
-            arrays[name] = array
-    return list(records.values()), arrays
+def as_path(path: Any, where: str) -> Path:
+    """Make a path of what a user gives, or raise TypeError or ValueError."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{where} must be a path; got {type(path).__name__}; try a string")
+    if not os.fspath(path) or "\0" in os.fspath(path):
+        raise ValueError(f"{where} must be a path; got {os.fspath(path)!r}; try a name such as 'posterior'")
+    return Path(path)
 
 
-def _signature(leaf: Any) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype. What is not an array gets its type as the dtype, so it differs from every stored leaf."""
-    return tuple(getattr(leaf, "shape", ())), str(getattr(leaf, "dtype", type(leaf).__name__))
+# --- what a checkpoint declares -------------------------------------------------------------------------------------
 
 
-def _read_arrays(path: Path, leaves: list[dict[str, Any]]) -> dict[str, Any]:
+class _Declared(NamedTuple):
+    """The files of a checkpoint, and what it says of them."""
+
+    listed: dict[str, Fingerprint]
+    version: int
+    leaves: list[Leaf]
+    metadata: dict[str, Any]
+
+
+def _document(leaves: Sequence[Leaf], metadata: dict[str, Any]) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, "metadata": metadata, "leaves": [leaf.as_json() for leaf in leaves]}
+
+
+def _declared(path: Path) -> _Declared:
+    """Read what a checkpoint declares. No array is read.
+
+    Raises
+    ------
+    Damage
+        If a file is missing, has another size or is not a file, or the declarations do not fit the files.
+    CheckpointError
+        If the format is one that this release does not read.
+    """
+    listed = read_manifest(path)
+    check_present(path, listed)
+    if listed[METADATA].size > MAX_JSON_BYTES:
+        raise Damage(f"{shown(path / METADATA)} has more than {MAX_JSON_BYTES} bytes")
+    document = parse(read_verified(path, METADATA, listed[METADATA]))
+    if not isinstance(document, dict) or not {"format_version", "metadata", "leaves"} <= set(document):
+        raise Damage(f"{shown(path / METADATA)} is not readable as the metadata of a checkpoint")
+    version, metadata = document["format_version"], document["metadata"]
+    if type(version) is not int or not isinstance(metadata, dict):
+        raise Damage(f"{shown(path / METADATA)} is not readable as the metadata of a checkpoint")
+    if version not in _READABLE:
+        raise CheckpointError(
+            f"{shown(path)} must have format version {' or '.join(map(str, _READABLE))}; got {version!r:.20}; read it "
+            "with the release of bnnlaplace that wrote it"
+        )
+    try:
+        leaves = parse_leaves(document["leaves"])
+    except Damage as damage:
+        raise Damage(f"{shown(path / METADATA)} {damage}") from None
+    (version_1.check_sizes if version == 1 else check_sizes)(path, leaves, listed)
+    return _Declared(listed, version, leaves, metadata)
+
+
+def _arrays(path: Path, declared: _Declared) -> dict[str, Any]:
     """Read the arrays by the paths of their leaves, as NumPy arrays and as keys."""
-    import orbax.checkpoint as ocp
-
-    arrays: dict[str, Any] = {}
-    if (path / _ARRAYS).exists():
-        as_numpy = {leaf["path"]: ocp.RestoreArgs(restore_type=np.ndarray) for leaf in leaves if 0 not in leaf["shape"]}
-        arrays = _checkpointer().restore((path / _ARRAYS).absolute(), restore_args=as_numpy)
-    for leaf in leaves:
-        name = leaf["path"]
-        if "prng" in leaf:
-            arrays[name] = jax.random.wrap_key_data(jnp.asarray(arrays[name]), impl=leaf["prng"])
-        elif name not in arrays:
-            arrays[name] = np.zeros(leaf["shape"], jnp.dtype(leaf["dtype"]))
-    return arrays
+    if declared.version == 1:
+        for name, fingerprint in declared.listed.items():
+            check_digest(path, name, fingerprint)
+        arrays = version_1.read_arrays(path, declared.leaves)
+    else:
+        arrays = read_arrays(path, declared.leaves, declared.listed)
+    keys = {leaf.path: leaf.prng for leaf in declared.leaves if leaf.prng is not None}
+    wrapped = {name: jax.random.wrap_key_data(jnp.asarray(arrays[name]), impl=prng) for name, prng in keys.items()}
+    return {**arrays, **wrapped}
 
 
-def _filled(like: Any, arrays: dict[str, Any]) -> Any:
-    """Replace every leaf of `like` by the array of its path."""
-    expected, structure = jax.tree_util.tree_flatten_with_path(like)
-    return jax.tree_util.tree_unflatten(structure, [_as_in(leaf, arrays[path_name(keys)]) for keys, leaf in expected])
+# --- the place of a checkpoint --------------------------------------------------------------------------------------
 
 
-def _as_in(like: Any, array: Any) -> Any:
-    return array if isinstance(like, (np.ndarray, np.generic)) else jnp.asarray(array)
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells one directory at a path from its successor. None if there is nothing."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
-def _check_like(path: Path, leaves: list[dict[str, Any]], like: Any) -> None:
-    """Raise CheckpointError unless the stored leaves have the paths, shapes and dtypes of `like`."""
-    stored = {leaf["path"]: (tuple(leaf["shape"]), leaf["dtype"]) for leaf in leaves}
-    expected = {path_name(keys): _signature(leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
-    differing = [name for name in {**expected, **stored} if expected.get(name) != stored.get(name)]
-    if not differing:
-        return
-
-    def describe(side: dict[str, tuple[tuple[int, ...], str]]) -> str:
-        if differing[0] not in side:
-            return "nothing"
-        shape, dtype = side[differing[0]]
-        return f"{dtype}{list(shape)}"
-
-    others = f" ({len(differing) - 1} more leaves differ)" if len(differing) > 1 else ""
-    raise CheckpointError(
-        f"the checkpoint must have the structure asked for; {path} holds {describe(stored)} at {differing[0]!r} where "
-        f"{describe(expected)} is expected{others}; load it with the model and settings it was saved with"
-    )
+def _refusal(target: Path) -> str | None:
+    """Say what is at a path, unless a checkpoint may take its place."""
+    return belongs_to_a_checkpoint(target) if target.is_dir() else "a file"
 
 
-# --- loading without `like` -------------------------------------------------------------------------------------------
-
-
-def _nested(leaves: list[dict[str, Any]], arrays: dict[str, Any]) -> Any:
-    """Build dictionaries and lists from the recorded paths."""
-    root: dict[Any, Any] = {}
-    for leaf in leaves:
-        node = root
-        *parents, last = [("root", None)] + [tuple(key) for key in leaf["keys"]]
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[last] = arrays[leaf["path"]]
-
-    def build(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        if node and all(kind == "index" for kind, _ in node):
-            return [build(child) for _, child in sorted(node.items(), key=lambda item: item[0][1])]
-        return {key: build(child) for (_, key), child in node.items()}
-
-    return build(root.get(("root", None), {}))
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def _checkpointer() -> Any:
-    # Imported here, because a program that saves nothing should not wait a third of a second for it.
-    import orbax.checkpoint as ocp
-
-    return ocp.PyTreeCheckpointer()
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(file for file in directory.rglob("*") if not file.is_dir())
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+def _reason(path: Path, error: OSError) -> str:
+    """Write what the file system refuses as one sentence. What `replacing` refuses is one already."""
+    if error.errno is None:
+        return f"a save must not overwrite anything but a checkpoint; {error}"
+    return f"a save must be able to write to {shown(path)}; got {why(error)}; free the disk, or choose another path"
