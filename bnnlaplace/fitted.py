@@ -22,7 +22,7 @@ from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
 from bnnlaplace.model.subset import check as check_subset
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, is_scalar, resolve
-from bnnlaplace.prior.scalar import PriorOptimum, checked_grid, optimum
+from bnnlaplace.prior.scalar import PriorOptimum, checked_grid, optimum, range_above
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
 
 
@@ -201,15 +201,21 @@ class Fitted(NamedTuple):
     def evidence_curve(self, precisions: Iterable[float] | None) -> EvidenceCurve:
         """The log evidence at each tau, with D as it is; by default at 61 over six decades around the maximum."""
         if precisions is None:
-            precisions = self.evidence_optimum().prior_precision * np.geomspace(1e-3, 1e3, 61)
+            best = self.evidence_optimum().prior_precision
+            precisions = np.geomspace(max(1e-3 * best, self.structure.resolution), 1e3 * best, 61)
         grid = checked_grid(precisions, "evidence_curve(precisions=...)")
+        self._warn_of_rounding(grid.min())
         return curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, grid)
 
     def evidence_optimum(self) -> PriorOptimum:
         """The tau that maximises the evidence, and an interval for the errors of probes and truncation."""
         structure = self.structure
         return optimum(
-            structure.log_determinant, self.log_joint(), self.squared_distance, truncation=structure.truncation
+            structure.log_determinant,
+            self.log_joint(),
+            self.squared_distance,
+            truncation=structure.truncation,
+            search_range=range_above(structure.resolution),
         )
 
     def effective_parameters(self) -> float:
@@ -254,15 +260,32 @@ class Fitted(NamedTuple):
         return self.structure.error(float(self.prior.precision)) if is_truncated else None
 
     def warn_unless_converged(self) -> "Fitted":
-        """Warn if the structure has not converged at the prior at which it is about to be used; return the record."""
+        """Warn if the structure has not converged at the prior at which it is about to be used; return the record.
+
+        Also warn if the prior precision is below the rounding of the curvature.
+        """
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.structure, self.prior))):
+            return self
+        precision = float(self.prior.precision)
         if isinstance(self.structure, SampleStructure):
-            reservation = self.structure.reservation(float(self.prior.precision))
+            reservation = self.structure.reservation(precision)
             if reservation is not None:
                 checks.warn(
                     f"{reservation}; fit again with target_precision= that or more max_vectors, or use "
                     "optimize_prior_precision()"
                 )
+        self._warn_of_rounding(precision)
         return self
+
+    def _warn_of_rounding(self, precision: float) -> None:
+        """Warn of a prior precision below the rounding of the curvature."""
+        resolution = self.structure.resolution
+        if precision < resolution:
+            checks.warn(
+                f"the prior precision {precision:.3g} is below {resolution:.3g}, the rounding of the curvature: "
+                "curvature between the two cannot be told from zero and may be left out; use a larger prior precision, "
+                "standardise the inputs, or compute in float64"
+            )
 
     def check_concrete(self, prior: Prior | None = None) -> "Fitted":
         """Return the record, or raise TypeError if a Krylov structure or its prior is traced by JAX."""

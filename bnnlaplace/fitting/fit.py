@@ -6,14 +6,16 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Num, PyTree
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import size
+from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import dense, diagonal, kronecker
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
+from bnnlaplace.fitting.finite import check_finite
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
 from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, prepare
@@ -79,10 +81,12 @@ def _fit_exact(model: Model, prior: Prior, name: str, *, microbatch: int) -> Fit
         return model.batch_log_likelihood(batch, microbatch=microbatch), curvature
 
     (log_likelihood, curvature), scale = model.accumulate(step)
+    log_likelihood = log_likelihood.scaled(scale).check()
+    check_finite(curvature)
     structure = exact_structure(name, curvature, scale)
     if not prior.is_isotropic:
         structure = structure.whitened(prior.relative)
-    return Fitted(model.network, model.likelihood, prior, structure, log_likelihood.scaled(scale).check())
+    return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
 
 
 def batch_curvature(name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int) -> PyTree:
@@ -115,16 +119,18 @@ _compiled_structure = jax.jit(_structure, static_argnames="name")
 
 
 def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microbatch: int) -> Fitted:
-    """Fit all eigenpairs if the data have few outputs, otherwise a Krylov decomposition from GGN products."""
-    count = num_outputs(model)
+    """Fit all eigenpairs if there are few outputs or few weights, otherwise a Krylov decomposition by products."""
+    count, num_weights = num_outputs(model), size(model.network.params)
     # A fault of the options is reported before a pass over the data if the number of outputs is known by then.
     if count is not None and count > options.max_vectors:
-        options.check(size(model.network.params))
+        options.check(num_weights)
     log_likelihood, scale = model.log_likelihood(microbatch=microbatch)
     log_likelihood.check()
     white = model.whitened(prior)
     if int(log_likelihood.num_targets / scale) <= options.max_vectors:
         structure = fit_spectral(white, scale)
+    elif num_weights <= min(options.num_probes, options.max_vectors):  # one block would span all weights
+        structure = _eigenpairs(white, scale, microbatch=microbatch)
     else:
         structure = fit_krylov(
             white,
@@ -143,7 +149,19 @@ def fit_spectral(model: Model, scale: float) -> SpectralStructure:
     Cost: one backward pass for each output, and the factorisation of N C rows of P numbers. They are in memory twice.
     """
     rows = [_factor_rows(model.head, model.likelihood, batch) for batch in model.data]
-    return _spectral(jnp.sqrt(scale) * jnp.concatenate(rows))
+    structure = _spectral(jnp.sqrt(scale) * jnp.concatenate(rows))
+    check_finite(structure.eigenvalues)
+    return structure
+
+
+def _eigenpairs(model: Model, scale: float, *, microbatch: int) -> SpectralStructure:
+    """Compute all eigenpairs of G from its matrix, for a network with few weights."""
+    step = partial(batch_curvature, "full", model.head, model.likelihood, microbatch=microbatch)
+    matrix, _ = model.accumulate(step)
+    check_finite(matrix)
+    values, vectors = np.linalg.eigh(scale * matrix)
+    dtype = number_type(model.head.params)
+    return SpectralStructure(jnp.asarray(np.maximum(values, 0), dtype), jnp.asarray(vectors.T, dtype))
 
 
 @jax.jit

@@ -11,8 +11,9 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import streamed
 from bnnlaplace.evidence.log_joint import LogJoint
+from bnnlaplace.fitting.finite import check_finite
 from bnnlaplace.fitting.prepare import Model
-from bnnlaplace.prior import bracket, maximiser
+from bnnlaplace.prior import bracket, maximiser, range_above
 from bnnlaplace.structure import KrylovError, KrylovStructure
 
 
@@ -68,7 +69,8 @@ def fit_krylov(
     shape = (min(options.num_probes, dimension), dimension)
     probes = jax.random.normal(options.key, shape, number_type(model.head.params))
     product = streamed.primal_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)
-    for decomposition in krylov.block_lanczos(product, probes, max_vectors=options.max_vectors):
+    decompositions = krylov.block_lanczos(_checked(product), probes, max_vectors=options.max_vectors)
+    for decomposition in decompositions:
         structure = KrylovStructure.from_decomposition(decomposition, options.tolerance)
         target = options.target_precision
         if target is None:
@@ -82,13 +84,25 @@ def fit_krylov(
     return structure
 
 
+def _checked(product: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Check that the results of a product are finite."""
+
+    def checked(vectors: Array) -> Array:
+        images = product(vectors)
+        check_finite(images)
+        return images
+
+    return checked
+
+
 def _hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_norm: float) -> float:
     """The smaller of the maximisers of the two bounds on the evidence.
 
     The evidence of a short recurrence is too low at small precisions, so its maximiser is too large. A small precision
     is harder to converge at than a large one. So the smaller maximiser is the safe target.
     """
+    limits = range_above(structure.resolution)
     return min(
-        maximiser(log_determinant, log_joint, squared_norm)
+        maximiser(log_determinant, log_joint, squared_norm, search_range=limits)
         for log_determinant in bracket(structure.log_determinant, structure.truncation)
     )

@@ -13,7 +13,7 @@ from bnnlaplace.core.tree import size
 from bnnlaplace.core.types import NotAModeWarning
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
-from bnnlaplace.prior import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum, optimum
+from bnnlaplace.prior import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum, optimum, range_above
 from bnnlaplace.prior.gaussian import Precision, group_names, group_numbers, is_scalar
 from bnnlaplace.structure import SampleStructure
 
@@ -189,11 +189,18 @@ def _overall(chosen: Chosen, best_noise: bool) -> Chosen:
     """Find the best common factor of all precisions, from the present decomposition."""
     fitted = chosen.fitted
     log_joint, squared = fitted.log_joint(best_noise=best_noise), fitted.squared_distance
-    best = optimum(fitted.structure.log_determinant, log_joint, squared)
+    resolution = fitted.structure.resolution
+    best = optimum(fitted.structure.log_determinant, log_joint, squared, search_range=range_above(resolution))
     if best.at_bound:
+        is_rounding = best.prior_precision < 1.01 * resolution
         checks.warn(
             f"the evidence still rises at the end of its search range, prior precision {best.prior_precision:.3g}: the "
-            "optimum is not inside it; look for weights that are zero"
+            "optimum is not inside it; "
+            + (
+                "below it rounding hides the curvature: standardise the inputs, or compute in float64"
+                if is_rounding
+                else "look for weights that are zero"
+            )
         )
     before = float(fitted.prior.precision)
     # The search keeps G fixed. If the noise variance is multiplied by s, the same determinant belongs to the precision
@@ -209,7 +216,8 @@ def _by_gradient(chosen: Chosen, grouping: _Grouping, best_noise: bool) -> Chose
     log_joint = fitted.log_joint(best_noise=best_noise)
     squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
     plain = chosen.at(1.0).fitted.structure
-    best = grouped_optimum(plain, log_joint, squares, grouping.numbers, grouping.start(fitted))
+    limits = range_above(plain.resolution)
+    best = grouped_optimum(plain, log_joint, squares, grouping.numbers, grouping.start(fitted), search_range=limits)
     _report_bounds(best, grouping)
     q = float(best.precisions[grouping.numbers] @ squares)
     chosen, noise_factor = chosen.at_best_noise(log_joint, q)

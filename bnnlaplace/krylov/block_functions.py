@@ -102,7 +102,8 @@ def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarr
     count, size = len(decomposition.start), len(decomposition.tridiagonal)
     last = ritz.vectors[-count:]
     # E_K' T^{-1} E_K, without dividing by Ritz values that are rounding of zero.
-    floor = np.finfo(np.float64).eps * size * max(ritz.values.max(), np.finfo(np.float64).tiny)
+    limits = np.finfo(np.float64)
+    floor = max(limits.eps * size * max(ritz.values.max(), limits.tiny), ritz.resolution)
     inverse_corner = (last / np.maximum(ritz.values, floor)) @ last.T
     coupling = decomposition.residual
     extended = np.zeros((size + count,) * 2)
@@ -113,7 +114,7 @@ def gauss_radau(decomposition: BlockDecomposition, ritz: Ritz) -> tuple[np.ndarr
     # eigenvalue zero S times.
     extended[size:, size:] = coupling.T @ inverse_corner @ coupling
     nodes, vectors = np.linalg.eigh(extended)
-    return np.maximum(nodes, 0.0), vectors[:count].T @ decomposition.start.T
+    return np.where(nodes > ritz.resolution, nodes, 0.0), vectors[:count].T @ decomposition.start.T
 
 
 def inverse_sqrt_coefficients(ritz: Ritz, shift: float) -> Float[np.ndarray, "S m"]:

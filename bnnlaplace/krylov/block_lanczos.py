@@ -52,7 +52,7 @@ class Ritz(NamedTuple):
     Attributes
     ----------
     values
-        theta, ascending. Negative values are set to zero with `ritz(positive=True)`.
+        theta, ascending. With `ritz(positive=True)`, values that rounding may have made of zero are zero.
     vectors
         U, one Ritz vector in each column, in the coordinates of the basis.
     weights
@@ -61,6 +61,11 @@ class Ritz(NamedTuple):
         |L_K' E_K' u_j|: the residual norm |A x_j - theta_j x_j| of each Ritz pair.
     tails
         L_K' E_K' U: the residuals themselves, in the coordinates of the next block.
+    resolution
+        The size up to which a value cannot be told from zero, because products are off by rounding. 0 if nothing is
+        known about the sign of the values.
+    hidden
+        |theta| of the values that were set to zero, and zero for all others.
     """
 
     values: Float[np.ndarray, " m"]
@@ -68,6 +73,8 @@ class Ritz(NamedTuple):
     weights: Float[np.ndarray, "m S"]
     couplings: Float[np.ndarray, " m"]
     tails: Float[np.ndarray, "S m"]
+    resolution: np.float64
+    hidden: Float[np.ndarray, " m"]
 
 
 def block_lanczos(
@@ -153,6 +160,11 @@ def block_lanczos(
             return
 
 
+# Rounding of a product with A, over eps times its largest eigenvalue. In products with GGNs of known rank the values
+# that should be zero are up to 3.
+ROUNDING = 4.0
+
+
 def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
     """Diagonalise T in float64.
 
@@ -161,7 +173,9 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
     decomposition
         A decomposition that `block_lanczos` yields.
     positive
-        Whether A is positive semidefinite, so that negative Ritz values are rounding. They are set to zero.
+        Whether A is positive semidefinite. Then values below 4 eps theta_max, with the eps of the basis, are zero: the
+        rounding of products makes such values, of either sign, where A has none. There are as many as A has null
+        directions, so that together they would count as curvature.
 
     Returns
     -------
@@ -169,12 +183,16 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
         Ritz values and vectors, and the components of the probes along them.
     """
     values, vectors = np.linalg.eigh(decomposition.tridiagonal)
+    resolution, hidden = np.float64(0.0), np.zeros_like(values)
     if positive:
-        values = np.maximum(values, 0.0)
+        resolution = np.float64(ROUNDING * jnp.finfo(decomposition.basis.dtype).eps * np.abs(values).max())
+        is_hidden = values <= resolution
+        hidden = np.where(is_hidden, np.abs(values), 0.0)
+        values = np.where(is_hidden, 0.0, values)
     count = len(decomposition.start)
     tails = decomposition.residual.T @ vectors[-count:]
     weights = vectors[:count].T @ decomposition.start.T
-    return Ritz(values, vectors, weights, np.linalg.norm(tails, axis=0), tails)
+    return Ritz(values, vectors, weights, np.linalg.norm(tails, axis=0), tails, resolution, hidden)
 
 
 def _orthonormal_rows(

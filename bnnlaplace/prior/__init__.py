@@ -2,7 +2,7 @@
 
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer, group_names, group_numbers, resolve
 from bnnlaplace.prior.grouped import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum
-from bnnlaplace.prior.scalar import SEARCH_RANGE, PriorOptimum, bracket, maximiser, optimum
+from bnnlaplace.prior.scalar import SEARCH_RANGE, PriorOptimum, bracket, maximiser, optimum, range_above
 
 __all__ = [
     "SEARCH_RANGE",
@@ -20,5 +20,6 @@ __all__ = [
     "grouped_optimum",
     "maximiser",
     "optimum",
+    "range_above",
     "resolve",
 ]

@@ -15,6 +15,16 @@ SEARCH_RANGE = (1e-4, 1e6)
 LogDeterminant = Callable[[float], Float[np.ndarray, " S"]]
 
 
+def range_above(resolution: float) -> tuple[float, float]:
+    """Return the smallest and the largest precision to try for a structure with this `resolution`.
+
+    Below the resolution the curvature is rounding, and so is the evidence.
+    """
+    low, high = SEARCH_RANGE
+    low = max(low, resolution)
+    return low, max(high, 1e4 * low)
+
+
 class PriorOptimum(NamedTuple):
     """The maximiser of the evidence over a scalar prior precision.
 

@@ -42,6 +42,24 @@ class DenseStructure:
         """Build the structure from G, and remove the asymmetry that rounding left in it."""
         return cls((matrix + matrix.T) / 2)
 
+    @property
+    def resolution(self) -> float:
+        """The prior precision below which curvature of its size cannot be told from rounding.
+
+        In a matrix in float64 it is the rounding of the derivatives, which are in float32. Otherwise it is that of the
+        matrix.
+        """
+        if "_resolution" not in self.__dict__:
+            is_float64 = self.matrix.dtype == np.float64
+            relative = (
+                (8 * float(np.finfo(np.float32).eps)) ** 2
+                if is_float64
+                else 4 * float(jnp.finfo(self.matrix.dtype).eps)
+            )
+            # The largest row sum bounds the largest eigenvalue.
+            self.__dict__["_resolution"] = relative * float(np.abs(np.asarray(self.matrix)).sum(axis=1).max())
+        return self.__dict__["_resolution"]
+
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "DenseStructure":
         """Rebuild the structure from its fields by name, as a checkpoint holds them."""

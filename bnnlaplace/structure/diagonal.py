@@ -27,6 +27,11 @@ class DiagonalStructure(NamedTuple):
 
     rows_for_output, rows_for_column = 0.0, 0.0
 
+    @property
+    def resolution(self) -> float:
+        """Zero: an entry is a sum of squares, whose rounding is relative to the entry itself."""
+        return 0.0
+
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "DiagonalStructure":
         """Rebuild the structure from its fields by name, as a checkpoint holds them."""

@@ -26,6 +26,9 @@ from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
 from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
+# Rounding of the eigenvalues of a factor, over eps times the largest one.
+ROUNDING = 4.0
+
 
 class KroneckerBlock(NamedTuple):
     """The block A kron B of a weight matrix, by the eigendecompositions of A and B.
@@ -51,8 +54,10 @@ class KroneckerBlock(NamedTuple):
         columns, column_vectors = _decomposed(sums.outputs)
         row_shape = [size if is_row else 1 for size, is_row in sums.segments]
         column_shape = [1 if is_row else size for size, is_row in sums.segments]
+        # A count of zero is the trace of a factor that is zero, and so is the block.
+        rows = rows / jnp.where(sums.count > 0, sums.count, 1)
         # The shapes store how the axes of the weight alternate between rows and columns; see `_segments`.
-        return cls((rows / sums.count).reshape(row_shape), row_vectors, columns.reshape(column_shape), column_vectors)
+        return cls(rows.reshape(row_shape), row_vectors, columns.reshape(column_shape), column_vectors)
 
     @property
     def eigenvalues(self) -> Float[AnyArray, " p"]:
@@ -74,6 +79,11 @@ class KroneckerBlock(NamedTuple):
         shape = (*coefficients.shape[:-1], len(self.row_vectors), len(self.column_vectors))
         matrices = _between(self.row_vectors, coefficients.reshape(shape), self.column_vectors.T)
         return from_matrix(matrices, self._segments)
+
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue."""
+        return float(np.max(self.row_values)) * float(np.max(self.column_values))
 
     def divided(self, number: Float[ArrayLike, ""]) -> "KroneckerBlock":
         """The block divided by a positive number."""
@@ -127,6 +137,11 @@ class FilterBlock(NamedTuple):
         by_filter = coefficients.reshape(*coefficients.shape[:-1], *self.values.shape)  # (..., C, K)
         return _einsum_like(coefficients, "ckl,...cl->...kc", self.vectors, by_filter).reshape(coefficients.shape)
 
+    @property
+    def largest(self) -> float:
+        """The largest eigenvalue."""
+        return float(np.max(self.values))
+
     def divided(self, number: Float[ArrayLike, ""]) -> "FilterBlock":
         """The blocks divided by a positive number."""
         return self._replace(values=self.values / number)
@@ -159,6 +174,11 @@ class DiagonalBlock(NamedTuple):
     def rotated_back(self, coefficients: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
         """Return the coordinates: they are the weights."""
         return coefficients
+
+    @property
+    def largest(self) -> float:
+        """Zero: no entry is lost beside a larger one, as the rounding of each is relative to itself."""
+        return 0.0
 
     def divided(self, number: Float[ArrayLike, ""]) -> "DiagonalBlock":
         """The diagonal divided by a positive number."""
@@ -193,6 +213,12 @@ class KroneckerStructure(NamedTuple):
     def fit(cls, sums: Sequence[kronecker.LeafSums]) -> "KroneckerStructure":
         """Decompose the sums of `kronecker.factors`. Eigenvalues that rounding made negative become zero."""
         return cls([_BY_SUMS[type(leaf)].fit(leaf) for leaf in sums])
+
+    @property
+    def resolution(self) -> float:
+        """The prior precision below which curvature of its size cannot be told from the rounding of the factors."""
+        largest = max(block.largest for block in self.blocks)
+        return ROUNDING * float(jnp.finfo(jax.tree.leaves(self)[0].dtype).eps) * largest
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "KroneckerStructure":
@@ -333,9 +359,10 @@ def _variances(factors: Factors, block: Block, delta: Float[Array, ""]) -> Float
 
 
 def _decomposed(matrix: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
-    """Eigenvalues and eigenvectors of semidefinite matrices, with the asymmetry and the signs of rounding removed."""
+    """Eigenvalues and eigenvectors of semidefinite matrices. Values that rounding may have made of zero are zero."""
     values, vectors = eigh((matrix + jnp.swapaxes(matrix, -1, -2)) / 2)
-    return jnp.maximum(values, 0), vectors
+    resolution = ROUNDING * jnp.finfo(values.dtype).eps * values.max(axis=-1, keepdims=True)
+    return jnp.where(values <= resolution, 0, values), vectors
 
 
 def _between(left: AnyArray, matrices: AnyArray, right: AnyArray) -> AnyArray:

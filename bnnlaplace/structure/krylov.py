@@ -26,16 +26,23 @@ class KrylovError(NamedTuple):
         Bound on the relative error of a posterior sample, |e|_{G + delta I} / sqrt(effective number of parameters), as
         a root mean square over the samples.
     log_determinant
-        Bound on how far truncation raises the mean over probes of the log-determinant. It is the gap between the Gauss
-        and the Gauss-Radau rule for these probes. Other probes would move both rules, by about the standard error.
+        Bound on the error of the mean over probes of the log-determinant: `truncation` + `rounding`.
     effective_parameters
         tr G (G + delta I)^-1, the number of directions that the data determine.
+    truncation
+        Bound on how far truncation raises the log-determinant. It is the gap between the Gauss and the Gauss-Radau rule
+        for these probes. Other probes would move both rules, by about the standard error.
+    rounding
+        How far the log-determinant may be too low, because curvature that cannot be told from rounding counts as zero:
+        what it would add if it were all there.
     """
 
     prior_precision: float
     sample: float
     log_determinant: float
     effective_parameters: float
+    truncation: float
+    rounding: float
 
 
 class KrylovStructure(NamedTuple):
@@ -73,8 +80,11 @@ class KrylovStructure(NamedTuple):
         # The small matrices stay on the host in float64.
         decomposition = krylov.BlockDecomposition(**arrays["decomposition"])
         decomposition = decomposition._replace(basis=jnp.asarray(decomposition.basis))
+        tolerance = float(arrays.get("tolerance", 0.1))
+        if "resolution" not in arrays["ritz"]:  # written by an earlier release, which counted rounding as curvature
+            return cls.from_decomposition(decomposition, tolerance)
         ritz, radau = krylov.Ritz(**arrays["ritz"]), (arrays["radau_nodes"], arrays["radau_weights"])
-        return cls(decomposition, ritz, *radau, np.float64(arrays.get("tolerance", 0.1)))
+        return cls(decomposition, ritz, *radau, np.float64(tolerance))
 
     def whitened(self, relative: Float[AnyArray, " P"]) -> "KrylovStructure":
         """Return this structure if D is one for all weights.
@@ -101,6 +111,8 @@ class KrylovStructure(NamedTuple):
             values=factor * self.ritz.values,
             couplings=abs(factor) * self.ritz.couplings,
             tails=factor * self.ritz.tails,
+            resolution=factor * self.ritz.resolution,
+            hidden=factor * self.ritz.hidden,
         )
         return self._replace(decomposition=decomposition, ritz=ritz, radau_nodes=factor * self.radau_nodes)
 
@@ -108,6 +120,11 @@ class KrylovStructure(NamedTuple):
     def num_probes(self) -> int:
         """The number of probes, and of posterior samples."""
         return len(self.decomposition.start)
+
+    @property
+    def resolution(self) -> float:
+        """The prior precision below which curvature of its size cannot be told from the rounding of products."""
+        return float(self.ritz.resolution)
 
     def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " S"]:
         """log det(I + G / delta), one estimate for each probe. Converged eigenpairs enter all of them exactly."""
@@ -154,17 +171,25 @@ class KrylovStructure(NamedTuple):
         bound = krylov.inverse_sqrt_error(self.ritz, prior_precision)
         # In the norm of G + delta I the part of a sample that the data determine has this squared length on average.
         sample = np.sqrt(np.mean(bound**2) / max(effective, np.finfo(values.dtype).tiny))
-        truncation = self.truncation(prior_precision).mean()
-        return KrylovError(float(prior_precision), float(sample), float(truncation), float(effective))
+        truncation = float(self.truncation(prior_precision).mean())
+        rounding = float((np.log1p(self.ritz.hidden / prior_precision) @ self.ritz.weights**2).mean())
+        return KrylovError(
+            prior_precision=float(prior_precision),
+            sample=float(sample),
+            log_determinant=truncation + rounding,
+            effective_parameters=float(effective),
+            truncation=truncation,
+            rounding=rounding,
+        )
 
     def has_converged(self, error: KrylovError) -> bool:
         """Whether samples are within the tolerance, and truncation is below the log-determinant's standard error.
 
-        A truncation below 0.1 nat is negligible, whatever the standard error.
+        A truncation below 0.1 nat is negligible, whatever the standard error. More vectors do not mend rounding.
         """
         forms = self.log_determinant(error.prior_precision)
         sem = forms.std(ddof=1) / np.sqrt(len(forms)) if len(forms) > 1 else 0.0
-        return bool(error.sample <= self.tolerance and error.log_determinant <= max(0.1, sem))
+        return bool(error.sample <= self.tolerance and error.truncation <= max(0.1, sem))
 
     def reservation(self, prior_precision: PriorPrecision) -> str | None:
         """Say that the decomposition has not converged at a prior precision, and by how much; None if it has."""
@@ -174,7 +199,7 @@ class KrylovStructure(NamedTuple):
         return (
             f"the Krylov decomposition has not converged with {len(self.ritz.values)} vectors: at prior precision "
             f"{prior_precision:.3g} a posterior sample can be off by {100 * error.sample:.0f} % and the "
-            f"log-determinant by {error.log_determinant:.2g} nats"
+            f"log-determinant by {error.truncation:.2g} nats"
         )
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:

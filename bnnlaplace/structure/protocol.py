@@ -27,6 +27,11 @@ class Structure(Protocol):
     `CovarianceStructure`. Otherwise it has the methods of `SampleStructure`.
     """
 
+    @property
+    def resolution(self) -> float:
+        """The prior precision below which curvature of its size cannot be told from rounding; 0 if there is none."""
+        ...
+
     def whitened(self, relative: Float[AnyArray, " P"]) -> "Structure":
         """Return the structure of D^-1/2 G D^-1/2.
 

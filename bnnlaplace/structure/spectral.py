@@ -14,6 +14,9 @@ from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
 from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
+# Rounding of singular values, over eps times the largest one.
+ROUNDING = 8.0
+
 
 class SpectralStructure(NamedTuple):
     """G = V' diag(lambda) V, where V has one row for each output of all data, r = N C rows.
@@ -43,8 +46,15 @@ class SpectralStructure(NamedTuple):
         """
         columns, upper = jnp.linalg.qr(rows.T)
         left, values, _ = jnp.linalg.svd(upper)
+        # Rounding makes singular values of this size where there are none.
+        values = jnp.where(values <= ROUNDING * jnp.finfo(values.dtype).eps * values.max(), 0, values)
         values = jnp.zeros(left.shape[1], values.dtype).at[: len(values)].set(values)
         return cls(values**2, matmul(left.T, columns.T))
+
+    @property
+    def resolution(self) -> float:
+        """The prior precision below which curvature of its size cannot be told from the rounding of derivatives."""
+        return float((ROUNDING * jnp.finfo(self.eigenvalues.dtype).eps) ** 2 * np.max(self.eigenvalues))
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "SpectralStructure":
