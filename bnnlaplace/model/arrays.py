@@ -97,9 +97,10 @@ def check_fits_type(array: AnyArray, where: str) -> None:
         # Infinite numbers are infinite in every type. Comparisons with NaN are false.
         if (lowest < limits.min and lowest != -np.inf) or (highest > limits.max and highest != np.inf):
             advice = "remap them" if is_integer else "rescale them, as by standardising"
+            got = f"{lowest} to {highest}" if is_integer else f"{lowest:.6g} to {highest:.6g}"
             raise ValueError(
-                f"{where} must fit into {used.name}, in which they are used; got numbers from {lowest:.6g} to "
-                f"{highest:.6g}; {advice}, or enable 64 bits: jax.config.update('jax_enable_x64', True)"
+                f"{where} must fit into {used.name}, in which they are used; got numbers from {got}; "
+                f"{advice}, or enable 64 bits: jax.config.update('jax_enable_x64', True)"
             )
 
 

@@ -11,6 +11,9 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
 from bnnlaplace.core.linalg import all_products
 from bnnlaplace.core.tree import leaf_names, ravel, size, summed_type, unraveler
+from bnnlaplace.model.arrays import used_type
+from bnnlaplace.model.boxes import unboxed
+from bnnlaplace.model.forward import LinenForward, NNXForward, PlainForward, key_of
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
@@ -68,8 +71,16 @@ class Network:
 
         Raises
         ------
+        TypeError
+            If `module` is not a `flax.linen.Module`, or `variables` is not a dictionary.
         ValueError
-            If `variables` has no collection "params", or the module or an argument is not hashable.
+            If `variables` has no collection "params", or its weights are not floating-point numbers.
+
+        Notes
+        -----
+        A module of several inputs takes them in a tuple, in the order of its parameters, or in a dictionary by their
+        names: fit(((tokens, mask), y)) or fit(({"tokens": tokens, "mask": mask}, y)). Optional inputs need the
+        dictionary. A module whose call has one parameter without a default gets a tuple as it is.
 
         Examples
         --------
@@ -80,16 +91,30 @@ class Network:
         >>> network(network.params, jnp.ones((5, 2))).shape
         (5, 3)
         """
+        from flax import linen  # a user of plain functions needs no Flax
+
+        if not isinstance(module, linen.Module):
+            raise TypeError(
+                f"from_linen(module=...) must be a flax.linen.Module; got {type(module).__name__}; an NNX model is "
+                "wrapped by Network.from_nnx(model), a function by from_function"
+            )
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"from_linen(variables=...) must be the dictionary that module.init returns; got "
+                f"{type(variables).__name__}; pass {{'params': params}} if these are the parameters"
+            )
         if "params" not in variables:
             raise ValueError(
                 f"from_linen(variables=...) must hold a collection 'params'; got {sorted(variables)}; "
                 "pass {'params': params} if these are the parameters themselves"
             )
         frozen = {name: collection for name, collection in variables.items() if name != "params"}
-        # A sorted tuple is hashable, and the same for every order of the arguments.
-        forward = _LinenForward(module, tuple(sorted(call_arguments.items())))
-        _check_hashable(forward, "from_linen")
-        return cls(forward, _as_weights(variables["params"], "from_linen(variables=...)"), _as_arrays(frozen))
+        forward = LinenForward(key_of((module, call_arguments)), module, call_arguments)
+        return cls(
+            forward,
+            _as_weights(variables["params"], "from_linen(variables=...)"),
+            _as_arrays(frozen, "from_linen(variables=...)"),
+        )
 
     @classmethod
     def from_nnx(cls, model: Any, **call_arguments: Any) -> "Network":
@@ -102,7 +127,7 @@ class Network:
             variables, including `nnx.LoRAParam`, as nested dictionaries that `nnx.update(model, params)` takes back.
             All other state is frozen. The model is copied: later changes to it have no effect on the network.
         call_arguments
-            Keyword arguments of every call.
+            Keyword arguments of every call. A model of several inputs takes them as in `from_linen`.
 
         Raises
         ------
@@ -125,10 +150,9 @@ class Network:
                 "by Network.from_linen(module, variables)"
             )
         graph, params, rest = nnx.split(model, nnx.Param, ...)
-        forward = _NNXForward(graph, tuple(sorted(call_arguments.items())))
-        _check_hashable(forward, "from_nnx")
+        forward = NNXForward(key_of((graph, call_arguments)), graph, call_arguments)
         weights = _as_weights(nnx.to_pure_dict(params), "from_nnx(model=...)")
-        return cls(forward, weights, _as_arrays(nnx.to_pure_dict(rest)))
+        return cls(forward, weights, _as_arrays(nnx.to_pure_dict(rest), "from_nnx(model=...)"))
 
     @classmethod
     def from_function(cls, function: Callable[[PyTree, Any], Any], params: PyTree) -> "Network":
@@ -142,7 +166,15 @@ class Network:
         function
             A deterministic function. Its outputs for one row of x must depend on that row alone.
         params
-            The weights: any pytree of arrays.
+            The weights: any pytree of arrays. If they are in boxes of Flax, such as those of `nn.with_partitioning` or
+            of `nnx.state`, the function gets the boxes, and the paths of the weights leave them out.
+
+        Raises
+        ------
+        TypeError
+            If `function` cannot be called.
+        ValueError
+            If there are no weights, or they are not floating-point numbers.
 
         Examples
         --------
@@ -151,7 +183,13 @@ class Network:
         >>> network(network.params, jnp.ones((5, 2))).shape
         (5, 3)
         """
-        return cls(_PlainForward(function), _as_weights(params, "from_function(params=...)"), {})
+        if not callable(function):
+            raise TypeError(
+                f"from_function(function=...) must be a function of weights and inputs; got {type(function).__name__}"
+            )
+        weights = _as_weights(params, "from_function(params=...)")
+        boxes = jax.tree.structure(params)
+        return cls(PlainForward.of(function, boxes if boxes != jax.tree.structure(weights) else None), weights, {})
 
     def with_params(self, params: PyTree) -> "Network":
         """Return the same network at other weights.
@@ -232,6 +270,13 @@ class Network:
             forward = forward.forward
         return True
 
+    def whole(self) -> "Network":
+        """Return the network as a function of all weights, at the same point: the one that `subset` was called on."""
+        forward, frozen = self.forward, self.frozen
+        while isinstance(forward, (_SubsetForward, _LinearisedForward)):
+            forward, frozen = forward.forward, frozen["frozen"]
+        return Network(forward, self.full_params(self.params), frozen)
+
     @property
     def is_linearised(self) -> bool:
         """Whether this is the first-order expansion of another network."""
@@ -251,44 +296,6 @@ class Network:
                 params = _merged(params, frozen["weights"])
             forward, frozen = forward.forward, frozen["frozen"]
         return params
-
-
-@dataclass(frozen=True)
-class _LinenForward:
-    """Calls a Linen module. Equal modules share compiled code, because a dataclass is compared by its fields."""
-
-    module: Any
-    call_arguments: tuple[tuple[str, Any], ...]
-
-    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
-        return self.module.apply({"params": params, **frozen}, x, **dict(self.call_arguments))
-
-
-@dataclass(frozen=True)
-class _NNXForward:
-    """Calls a fresh NNX model built from its graph definition, which is compared by value."""
-
-    graph: Any
-    call_arguments: tuple[tuple[str, Any], ...]
-
-    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
-        return self.instance(frozen, params)(x)
-
-    def instance(self, frozen: PyTree, params: PyTree) -> Callable[[Any], Any]:
-        """Build the model. If it is not deterministic, every call of it changes its state."""
-        from flax import nnx
-
-        return partial(nnx.merge(self.graph, params, frozen), **dict(self.call_arguments))
-
-
-@dataclass(frozen=True)
-class _PlainForward:
-    """Calls a function that has nothing frozen."""
-
-    function: Callable[[PyTree, Any], Any]
-
-    def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
-        return self.function(params, x)
 
 
 @dataclass(frozen=True)
@@ -332,19 +339,9 @@ def _merged(some: PyTree, others: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: b if a is None else a, some, others, is_leaf=lambda leaf: leaf is None)
 
 
-def _check_hashable(forward: Any, where: str) -> None:
-    try:
-        hash(forward)
-    except TypeError as error:
-        raise ValueError(
-            f"{where}: the module and its call arguments must be hashable, because compiled code is found by their "
-            f"hash; {error}; replace arrays among them by tuples, by variables of the module or by a part of the inputs"
-        ) from None
-
-
 def _as_weights(tree: PyTree, where: str) -> PyTree:
     """Convert the leaves to arrays. Raise ValueError unless there is one, and every one can be differentiated in."""
-    weights = _as_arrays(tree)
+    weights = _as_arrays(tree, where)
     named = zip(leaf_names(weights), jax.tree.leaves(weights), strict=True)
     wrong = [f"{name} ({leaf.dtype})" for name, leaf in named if not jnp.issubdtype(leaf.dtype, jnp.floating)]
     if wrong or not jax.tree.leaves(weights):
@@ -353,5 +350,23 @@ def _as_weights(tree: PyTree, where: str) -> PyTree:
     return weights
 
 
-def _as_arrays(tree: PyTree) -> PyTree:
+def _as_arrays(tree: PyTree, where: str) -> PyTree:
+    """Convert the leaves to arrays of JAX, outside of the boxes of Flax."""
+    tree = unboxed(tree)
+    wrong = [
+        f"{name} ({type(leaf).__name__})"
+        for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
+        if not _is_numeric(leaf)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{where} must hold arrays of numbers; got {', '.join(wrong[:5])}; a pytree must be registered with JAX"
+        )
     return jax.tree.map(jnp.asarray, tree)
+
+
+def _is_numeric(leaf: Any) -> bool:
+    """Whether JAX can make an array of numbers or random keys of a leaf."""
+    if isinstance(leaf, (jax.Array, bool, int, float, complex)):
+        return True
+    return hasattr(leaf, "dtype") and hasattr(leaf, "__array__") and used_type(leaf.dtype) is not None

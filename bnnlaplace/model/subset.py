@@ -5,12 +5,14 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-from jaxtyping import PyTree
+from jaxtyping import Bool, PyTree
 
 from bnnlaplace.core.tree import leaf_names
 from bnnlaplace.model.jaxpr import trace
 from bnnlaplace.model.network import Network
+from bnnlaplace.model.reach import reached_outputs
 from bnnlaplace.model.spec import NetworkSpec
 
 Subset = str | Callable[[str], bool]
@@ -27,18 +29,35 @@ def check(subset: Any) -> None:
 
 def select(network: Network, subset: Subset, inputs: PyTree) -> Network:
     """Freeze all weights outside of `subset`; see `Network.subset`. Only the shapes of `inputs` are used."""
-    if subset == "all":
-        return network
     if subset == "last_layer":
         return network.subset(last_layer(network, inputs).__contains__)
-    return network.subset(subset)
+    chosen = network if subset == "all" else network.subset(subset)
+    _check_reaches_outputs(chosen, inputs)
+    return chosen
+
+
+def _check_reaches_outputs(chosen: Network, inputs: PyTree) -> None:
+    """Raise ValueError if outputs depend on weights, but on none of those that have a posterior."""
+    if not chosen.is_subset:
+        return
+    spec = NetworkSpec.of(chosen.whole(), inputs)
+    names, kept = leaf_names(spec.network().params), set(leaf_names(chosen.params))
+    missing = _missing(spec, frozenset(leaf for leaf, name in enumerate(names) if name in kept))
+    if missing.any():
+        others = _reaching(spec, missing, kept, names)
+        raise ValueError(
+            f"subset_of_weights=... must select weights that reach every output; those it selects, {sorted(kept)}, do "
+            f"not reach {_in_words(missing)}, whose variance would be 0; select one of {others} too, or 'last_layer'"
+        )
 
 
 def last_layer(network: Network, inputs: PyTree) -> frozenset[str]:
-    """Return the paths of the weights of the last layer.
+    """Return the paths of the weights of the last layer, or of all last layers if heads stand side by side.
 
     The last layer is the weight of two or more dimensions that enters the forward pass last, with the weights that
-    enter after it and the other weights of its module. A weight that is used several times enters at its first use.
+    enter after it and the other weights of its module. A weight that is used several times enters at its first use. If
+    it does not reach all outputs, the last layer among the weights that reach only the others is chosen too, and so on:
+    heads side by side are chosen together.
 
     Parameters
     ----------
@@ -50,7 +69,8 @@ def last_layer(network: Network, inputs: PyTree) -> frozenset[str]:
     Raises
     ------
     ValueError
-        If several weights enter at once, as in a scan over layers.
+        If several weights enter at once, as in a scan over layers. Also if outputs depend on weights that are not a
+        head of their own; the message lists them.
     """
     return _last_layer(NetworkSpec.of(network, inputs))
 
@@ -79,9 +99,52 @@ def _last_layer(spec: NetworkSpec) -> frozenset[str]:
             f"subset_of_weights='last_layer' cannot tell {names[last]!r} from {rivals}, which enter the same loop or "
             f"function with derivatives of its own; pass a predicate, such as lambda path: path == {names[last]!r}"
         )
-    return frozenset(
-        name for name, use in zip(names, entered, strict=True) if use >= entered[last] or _is_in(name, module)
-    )
+    chosen = {leaf for leaf, name in enumerate(names) if entered[leaf] >= entered[last] or _is_in(name, module)}
+    while (missing := _missing(spec, frozenset(chosen))).any():
+        chosen |= _next_head(spec, missing, chosen, names, entered, matrices)
+    return frozenset(names[leaf] for leaf in chosen)
+
+
+def _next_head(
+    spec: NetworkSpec,
+    missing: Bool[np.ndarray, "..."],
+    chosen: set[int],
+    names: list[str],
+    entered: list[int],
+    matrices: list[int],
+) -> set[int]:
+    """The last layer of another head: of weights that reach some of the missing outputs and no other ones."""
+    reached = {leaf: reached_outputs(spec, frozenset([leaf])) for leaf in range(len(names)) if leaf not in chosen}
+    candidates = [leaf for leaf, outputs in reached.items() if outputs.any() and not (outputs & ~missing).any()]
+    if not candidates:
+        others = _reaching(spec, missing, {names[leaf] for leaf in chosen}, names)
+        raise ValueError(
+            f"subset_of_weights='last_layer' must find a layer for every output; {sorted(names[i] for i in chosen)} do "
+            f"not reach {_in_words(missing)}, whose variance would be 0; pass a predicate that also selects one of "
+            f"{others}, such as lambda path: path in {sorted([*(names[i] for i in chosen), others[-1]])}"
+        )
+    last = max([leaf for leaf in candidates if leaf in matrices] or candidates, key=entered.__getitem__)
+    module = names[last].rpartition("/")[0]
+    return {leaf for leaf in candidates if entered[leaf] >= entered[last] or _is_in(names[leaf], module)}
+
+
+def _missing(spec: NetworkSpec, chosen: frozenset[int]) -> Bool[np.ndarray, "..."]:
+    """Outputs of one example that depend on weights, but on none of the chosen ones."""
+    reached = reached_outputs(spec, chosen)
+    return ~reached if reached.all() else ~reached & reached_outputs(spec)
+
+
+def _reaching(spec: NetworkSpec, missing: Bool[np.ndarray, "..."], kept: set[str], names: list[str]) -> list[str]:
+    """The paths of the weights that reach some missing output, except those that are kept."""
+    others = [leaf for leaf, name in enumerate(names) if name not in kept]
+    return [names[leaf] for leaf in others if (reached_outputs(spec, frozenset([leaf])) & missing).any()]
+
+
+def _in_words(missing: Bool[np.ndarray, "..."]) -> str:
+    """Name some of the outputs where the mask is true, such as "output 1 of 3"."""
+    indices = [index[0] if len(index) == 1 else tuple(index) for index in np.argwhere(missing).tolist()]
+    listed = ", ".join(map(str, indices[:5])) + (" and others" if len(indices) > 5 else "")
+    return f"output{'s' if len(indices) > 1 else ''} {listed} of {' x '.join(map(str, missing.shape))}"
 
 
 def _has_inner_equations(equation: JaxprEqn) -> bool:
