@@ -1,41 +1,49 @@
 """Kronecker factors of the GGN for each layer, and exact blocks for the weights that are not layers.
 
 Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", ICML 2015, arXiv
-1503.05671; with positions: Grosse and Martens, ICML 2016, arXiv 1602.01407, and Eschenhagen et al., NeurIPS 2023, arXiv
-2311.00636, who call this setting "expand".
+1503.05671. A weight that an example uses several times, such as the kernel of a convolution, has a choice of factors:
+see `factors`.
 """
 
+import dataclasses
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.tree import number_type, register_unchecked
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature.layers import Weights, is_matrix
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 
+SharedWeights = Literal["partial_traces", "expand", "reduce"]
+
 # Limits of exact blocks: the longest vector, the largest filter, and how many numbers the blocks of a leaf may hold.
 MAX_VECTOR, MAX_FILTER, MAX_NUMBERS = 1024, 512, 2**24
+# Up to so many numbers a weight that is used several times has an exact block, which costs no more than two factors.
+MAX_EXACT = 128
 
 
 @register_unchecked(data_fields=("inputs", "outputs", "count"), meta_fields=("segments",))
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LayerSums:
     """Sums of a layer, whose block is (inputs kron outputs) / count with the rows of the matrix slowest.
 
     Attributes
     ----------
     inputs
-        A = sum a a' over examples and positions, (I, I).
+        The factor A of the layer's inputs, (I, I), such as sum a a' over examples.
     outputs
-        B = scale * sum g g' over examples, positions and columns of the likelihood's factor, (O, O).
+        The factor B of the derivatives with respect to its outputs, (O, O), with the scale included.
     count
-        The number of examples times that of positions.
+        What A kron B is divided by: the number of examples, times that of positions or its square; or the trace of A.
     segments
         How the weight forms a matrix; see `bnnlaplace.curvature.layout`.
     """
@@ -84,22 +92,28 @@ def factors(
     weights: Real[ArrayLike, " N"] | None = None,
     scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 32,
+    shared_weights: SharedWeights = "partial_traces",
 ) -> list[LeafSums]:
     """Compute, for each leaf of the weights, the sums that a block of G is made of. Call it inside `jit`.
 
     Let a be a layer's inputs at position t, and g the derivative of column c of the likelihood's factor with respect to
-    its outputs there. The block of G = scale * sum_n J_n' Lambda_n J_n is
-    scale * sum_n sum_c (sum_t a_t kron g_tc)(sum_t a_t kron g_tc)'. It is approximated by (A kron B) / count with
-    A = sum_nt a a', B = scale * sum_ntc g g', and count = examples times positions. All columns are summed, and none
-    are sampled.
+    its outputs there. With the matrix M_nc = sum_t a_t g_tc' of example n, the block of
+    G = scale * sum_n J_n' Lambda_n J_n is scale * sum_nc vec(M_nc) vec(M_nc)'. All columns are summed, and none are
+    sampled. It is approximated by (A kron B) / count.
 
-    The block is exact for one example of one position. It is also exact if products between different positions vanish
-    and sum_c g g' (or a a') is the same for all examples and positions, as in the last layer of a Gaussian likelihood.
-    Biases have blocks of their own.
+    A layer that is used once for each example has A = sum_n a a', B = scale * sum_nc g g', and count is the number of
+    examples. This is exact if sum_c g g' (or a a') is the same for all examples, as in the last layer of a Gaussian
+    likelihood. In trained classifiers it is not, because large inputs go with saturated outputs. The trace of the block
+    is then too large, by a factor of 5 in the last layer of a small convolutional network.
 
-    Weights that are not layers have exact blocks. A vector of up to 1,024 numbers has one block. A leaf of more axes
-    has one block for each index of the last axis, if that has at most 512 rows and all blocks together have at most
-    2^24 numbers. So a depthwise convolution has a block for each channel. Larger leaves have their diagonal.
+    For a weight that is used several times by each example, `shared_weights` chooses the factors. A weight that is not
+    one layer, but whose derivative is a matrix, always has those of "partial_traces". Such are a kernel within a loop
+    over time, a table of embeddings, and one that serves as output layer, too.
+
+    A weight that is used several times and has up to 128 numbers has one exact block, and so has a vector of up to
+    1,024. Any other leaf has one block for each index of its last axis, if that has at most 512 rows and all blocks
+    together have at most 2^24 numbers. So a depthwise convolution has a block for each channel, and biases have blocks
+    of their own. Larger leaves have their diagonal.
 
     Parameters
     ----------
@@ -115,6 +129,22 @@ def factors(
         (all training examples) / (examples in `inputs`).
     microbatch
         How many examples are in one step of the inner loop.
+    shared_weights
+        The factors of layers with T > 1 positions.
+
+        "partial_traces": A = sum_nc M M', B = scale * sum_nc M' M, and count = tr A. The trace of the block is exact,
+        and so are A and B, its traces over columns and over rows. The whole block is exact wherever it is a Kronecker
+        product, and so in both cases for which the other two are made. Elsewhere it is the first step of the iteration
+        that finds the nearest Kronecker product (Morwani et al. 2024, arXiv 2406.17748).
+
+        "expand": A = sum_nt a a', B = scale * sum_ntc g g', and count = N T, as if positions were examples. It leaves
+        out products between positions. It is exact for linear networks whose outputs depend on one position each.
+
+        "reduce": A = sum_n (sum_t a)(sum_t a)', B = scale * sum_nc (sum_t g)(sum_t g)', and count = N T^2. It is exact
+        for linear networks whose outputs are means or sums over positions. Elsewhere derivatives cancel in the sum over
+        positions: those of the keys of softmax attention cancel completely, and those weights have no curvature.
+
+        Eschenhagen et al., NeurIPS 2023, arXiv 2311.00636, name the last two.
 
     Returns
     -------
@@ -122,37 +152,175 @@ def factors(
         Sums for each leaf of `params`, in the order of `jax.tree.leaves`. The sums of several batches add up with
         `jax.tree.map(jnp.add, ...)`.
 
+    Raises
+    ------
+    ValueError
+        If `shared_weights` has another value.
+
     Notes
     -----
-    Cost: for each example and output a backward pass, and O^2 multiplications for each layer and position; I^2 for each
-    example and position once. Memory: the sums; the activations and patches of `microbatch` examples; their gradients
-    of weights that are not layers.
+    Cost: for each example and output a backward pass. To that a layer adds for each example and output O^2
+    multiplications for "reduce", and O^2 for each position for "expand"; and I^2 for each example or position once.
+    "partial_traces" adds T O (2 T + O) or I O (T + I + O), whichever is less. Memory: the sums; the activations and
+    patches of `microbatch` examples; their gradients of weights that are not layers, and for "partial_traces" T^2 or
+    I O numbers for each example and layer.
     """
+    checks.choice(shared_weights, "kronecker_factors(shared_weights=...)", get_args(SharedWeights))
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def batch_sums(batch: mb.Microbatches) -> list[LeafSums]:
         passed = tapped.forward(network, params, batch.inputs)
-        layers = passed.weights.layers
+        leaves = enumerate(jax.tree.leaves(params))
+        rules = [_rule(passed, leaf, value.shape, batch.weights, shared_weights) for leaf, value in leaves]
 
-        def squares(column: Array) -> list[Array]:
+        def squares(column: Array) -> list[PyTree]:
             gradients = passed.gradients(likelihood.factor_mv(passed.outputs, column))
-            return [
-                (_second_moment if leaf in layers else _exact_blocks)(gradients[leaf], batch.weights)
-                for leaf in sorted(gradients)
-            ]
+            return [rule.of_column(gradients[leaf]) for leaf, rule in enumerate(rules)]
 
-        sums: list[LeafSums] = []
-        for leaf, sum_of_squares in enumerate(tapped.over_columns(squares, passed.outputs)):
-            if leaf in layers:
-                inputs = _second_moment(passed.layer_inputs[leaf], batch.weights)
-                # Counts are summed with the factors, so that sums of batches add up and are divided once, at the end.
-                count = layers[leaf].positions * jnp.sum(batch.weights)
-                sums.append(LayerSums(inputs, scale * sum_of_squares, count, layers[leaf].layout.segments))
-            else:
-                sums.append((FilterSums if sum_of_squares.ndim == 3 else DiagonalSums)(scale * sum_of_squares))
-        return sums
+        totals = tapped.over_columns(squares, passed.outputs)
+        return [rule.sums(total, scale) for rule, total in zip(rules, totals, strict=True)]
 
     return mb.summed(batch_sums, batches)
+
+
+# --- which sums a leaf has --------------------------------------------------------------------------------------
+
+
+class _Rule(NamedTuple):
+    """How the derivatives of M examples with respect to one leaf become its sums.
+
+    Attributes
+    ----------
+    of_column
+        From the derivatives for one column of the likelihood's factor to arrays, which are summed over columns.
+    sums
+        From these arrays and the scale to the sums of the leaf.
+    """
+
+    of_column: Callable[[Float[Array, "M ..."]], PyTree]
+    sums: Callable[[PyTree, Real[ArrayLike, ""]], LeafSums]
+
+
+def _rule(
+    passed: tapped.Pass,
+    leaf: int,
+    shape: tuple[int, ...],
+    weights: Float[Array, " M"],
+    shared_weights: SharedWeights,
+) -> _Rule:
+    """Choose the sums of a leaf; see `factors`."""
+    layer = passed.weights.layers.get(leaf)
+    if layer is None:
+        return _rule_of_other(passed.weights, leaf, shape, weights)
+    inputs, segments = passed.layer_inputs[leaf], layer.layout.segments
+    if layer.positions == 1 or shared_weights == "expand":
+        return _expanded(inputs, weights, segments)
+    if shared_weights == "reduce":
+        return _reduced(inputs, weights, segments)
+    if math.prod(shape) <= MAX_EXACT:
+        exact = _exact(weights, 1)
+        return exact._replace(of_column=lambda g: exact.of_column(layer.layout.flat(_matrices(inputs, g))))
+    num_positions, num_inputs = inputs.shape[1:]
+    num_outputs = math.prod(shape) // num_inputs
+    # Multiplications for each example and column, divided by the number of outputs.
+    by_positions = num_positions * (2 * num_positions + num_outputs)
+    by_matrices = num_inputs * (num_positions + num_inputs + num_outputs)
+    if by_positions < by_matrices:
+        return _partial_traces_by_positions(inputs, weights, segments)
+    traces = _partial_traces(weights, segments)
+    return traces._replace(of_column=lambda g: traces.of_column(_matrices(inputs, g)))
+
+
+def _rule_of_other(entering: Weights, leaf: int, shape: tuple[int, ...], weights: Float[Array, " M"]) -> _Rule:
+    """Choose the sums of a leaf that is not a layer."""
+    sizes = [size for size in shape if size > 1]  # axes of length one move no numbers
+    count = math.prod(sizes)
+    if count <= (MAX_VECTOR if len(sizes) <= 1 else MAX_EXACT):
+        return _exact(weights, 1)
+    num_filters = sizes[-1] if len(sizes) > 1 else 1
+    rows = count // num_filters
+    if len(sizes) > 1 and max(rows, num_filters) <= MAX_FILTER and is_matrix(entering, leaf, len(sizes)):
+        traces = _partial_traces(weights, ((rows, True), (num_filters, False)))
+        return traces._replace(of_column=lambda g: traces.of_column(g.reshape(-1, rows, num_filters)))
+    if len(sizes) <= 1 or rows > MAX_FILTER or rows * count > MAX_NUMBERS:
+        return _Rule(
+            lambda gradients: einsum("m,mp->p", weights, gradients.reshape(len(gradients), -1) ** 2),
+            lambda total, scale: DiagonalSums(scale * total),
+        )
+    # The last axis of a depthwise convolution is its channel, so that each filter has a block.
+    return _exact(weights, num_filters)
+
+
+# --- sums of layers ---------------------------------------------------------------------------------------------
+
+_Segments = tuple[tuple[int, bool], ...]
+
+
+def _expanded(inputs: Float[Array, "M T I"], weights: Float[Array, " M"], segments: _Segments) -> _Rule:
+    """Factors that take positions for examples."""
+
+    def sums(total: Float[Array, "O O"], scale: Real[ArrayLike, ""]) -> LayerSums:
+        # Counts are summed with the factors, so that sums of batches add up and are divided once, at the end.
+        count = inputs.shape[1] * jnp.sum(weights)
+        return LayerSums(_second_moment(inputs, weights), scale * total, count, segments)
+
+    return _Rule(lambda gradients: _second_moment(gradients, weights), sums)
+
+
+def _reduced(inputs: Float[Array, "M T I"], weights: Float[Array, " M"], segments: _Segments) -> _Rule:
+    """Factors of sums over positions."""
+    num_positions = inputs.shape[1]
+    expanded = _expanded(jnp.sum(inputs, axis=1, keepdims=True), weights, segments)
+
+    def sums(total: Float[Array, "O O"], scale: Real[ArrayLike, ""]) -> LayerSums:
+        of_sums = expanded.sums(total, scale)
+        return dataclasses.replace(of_sums, count=num_positions**2 * of_sums.count)
+
+    return _Rule(lambda gradients: expanded.of_column(jnp.sum(gradients, axis=1, keepdims=True)), sums)
+
+
+def _partial_traces(weights: Float[Array, " M"], segments: _Segments) -> _Rule:
+    """Sum M M' and M' M over matrices M, (M, I, O), of which each column of the likelihood's factor gives one."""
+
+    def of_column(matrices: Float[Array, "M I O"]) -> tuple[Float[Array, "I I"], Float[Array, "O O"]]:
+        weighted = mb.over_outputs(weights, matrices) * matrices
+        return einsum("mio,mjo->ij", weighted, matrices), einsum("mio,mip->op", weighted, matrices)
+
+    return _Rule(of_column, lambda total, scale: _from_traces(*total, scale, segments))
+
+
+def _partial_traces_by_positions(
+    inputs: Float[Array, "M T I"], weights: Float[Array, " M"], segments: _Segments
+) -> _Rule:
+    """Sum M M' and M' M for M = sum_t a_t g_t', without forming M.
+
+    With K = (a_t' a_s) for each example, M' M = sum_ts K_ts g_t g_s'. The sum over columns of (g_t' g_s) takes the
+    place of K in M M', so that the inputs are needed once and not for each column.
+    """
+    products = einsum("mti,msi->mts", inputs, inputs)
+
+    def of_column(gradients: Float[Array, "M T O"]) -> tuple[Float[Array, "M T T"], Float[Array, "O O"]]:
+        weighted = mb.over_outputs(weights, gradients) * gradients
+        mixed = einsum("mts,mso->mto", products, gradients)
+        return einsum("mto,mso->mts", gradients, gradients), einsum("mto,mtp->op", weighted, mixed)
+
+    def sums(total: tuple[Float[Array, "M T T"], Float[Array, "O O"]], scale: Real[ArrayLike, ""]) -> LayerSums:
+        between, outputs = total
+        mixed = einsum("mts,msi->mti", mb.over_outputs(weights, between) * between, inputs)
+        return _from_traces(einsum("mti,mtj->ij", inputs, mixed), outputs, scale, segments)
+
+    return _Rule(of_column, sums)
+
+
+def _from_traces(
+    rows: Float[Array, "I I"], columns: Float[Array, "O O"], scale: Real[ArrayLike, ""], segments: _Segments
+) -> LayerSums:
+    return LayerSums(rows, scale * columns, jnp.trace(rows), segments)
+
+
+def _matrices(inputs: Float[Array, "M T I"], gradients: Float[Array, "M T O"]) -> Float[Array, "M I O"]:
+    """The derivative of each example with respect to the matrix of a layer."""
+    return einsum("mti,mto->mio", inputs, gradients)
 
 
 def _second_moment(vectors: Float[Array, "M T D"], weights: Float[Array, " M"]) -> Float[Array, "D D"]:
@@ -163,14 +331,14 @@ def _second_moment(vectors: Float[Array, "M T D"], weights: Float[Array, " M"]) 
     return einsum("rd,re->de", weighted, flat)
 
 
-def _exact_blocks(
-    gradients: Float[Array, "M ..."], weights: Float[Array, " M"]
-) -> Float[Array, "C K K"] | Float[Array, " p"]:
-    """Sum the exact blocks of a leaf that is not a layer over examples, or its diagonal if they are too large."""
-    shape = gradients.shape[1:]
-    rows, num_filters = (math.prod(shape), 1) if len(shape) <= 1 else (math.prod(shape[:-1]), shape[-1])
-    if rows > (MAX_VECTOR if len(shape) <= 1 else MAX_FILTER) or rows**2 * num_filters > MAX_NUMBERS:
-        return einsum("m,mp->p", weights, gradients.reshape(len(gradients), -1) ** 2)
-    # The last axis of a depthwise convolution is its channel, so that each filter has a block.
-    filters = gradients.reshape(-1, rows, num_filters)
-    return einsum("mkc,mlc->ckl", mb.over_outputs(weights, filters) * filters, filters)
+# --- exact sums -------------------------------------------------------------------------------------------------
+
+
+def _exact(weights: Float[Array, " M"], num_filters: int) -> _Rule:
+    """Exact blocks of a leaf, one for each index of its last axis; or one block if `num_filters` is one."""
+
+    def of_column(gradients: Float[Array, "M ..."]) -> Float[Array, "C K K"]:
+        filters = gradients.reshape(len(gradients), -1, num_filters)
+        return einsum("mkc,mlc->ckl", mb.over_outputs(weights, filters) * filters, filters)
+
+    return _Rule(of_column, lambda total, scale: FilterSums(scale * total))

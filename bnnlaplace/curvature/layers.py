@@ -145,6 +145,29 @@ def at_one_example(equation: JaxprEqn, axes: Sequence[int]) -> JaxprEqn:
     return equation.replace(params={**equation.params, "shape": tuple(shape)})
 
 
+def is_matrix(weights: Weights, leaf: int, num_axes: int) -> bool:
+    """Whether a leaf that is not a layer acts on vectors all the same, so that its derivatives are matrices.
+
+    A product of matrices, a lookup in a table and a convolution without groups mix the numbers of the last axis with
+    those of the others. A product number by number, and a convolution with groups, do not.
+
+    Parameters
+    ----------
+    weights, leaf
+        What `find` returned, and the number of a leaf.
+    num_axes
+        The number of its axes that are longer than one. Within a loop nothing else is known of a leaf: it counts as a
+        matrix if it has two, as more may be a stack of matrices, or a depthwise convolution.
+    """
+    if leaf not in weights.entries:
+        return num_axes == 2
+    equations = (weights.jaxpr.equations[entry.index] for entry in weights.entries[leaf])
+    return any(
+        equation.primitive.name in ("dot_general", "gather") or equation.params.get("feature_group_count") == 1
+        for equation in equations
+    )
+
+
 # --- examples ---------------------------------------------------------------------------------------------------
 
 # The axis of examples of a variable. STATIC: its shape does not depend on their number. MIXED: the shape depends on the
