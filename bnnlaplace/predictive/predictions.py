@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace.core import checks
@@ -14,16 +15,13 @@ from bnnlaplace.predictive import link
 from bnnlaplace.predictive.functional import functional_posteriors, functional_variances
 from bnnlaplace.structure import SampleStructure
 
-# Likelihoods for which "probit" is right: their mean is a softmax, a sigmoid, or the output itself.
-PROBIT = ("classification", "binary", "regression")
-
 
 def predictions(
     fitted: Fitted,
     inputs: Inputs,
     *,
     pred_type: Literal["glm", "nn"] = "glm",
-    link_approx: Literal["probit", "mc", "bridge"] = "probit",
+    link_approx: link.LinkApproximation = "probit",
     with_noise: bool = False,
     key: Array | None = None,
     num_samples: int | None = None,
@@ -53,10 +51,11 @@ def predictions(
     Raises
     ------
     ValueError
-        If a name is unknown, "bridge" or noise is asked of a likelihood that does not have it, or the key is missing
-        although samples are needed.
+        If a name is unknown, "bridge" or noise is asked of a likelihood that does not have it, key or number of samples
+        are none, or the key is missing although samples are needed.
     """
     _check_options(fitted.likelihood, pred_type, link_approx, with_noise)
+    _check_draws(key, num_samples)
     likelihood = fitted.likelihood
     is_regression = likelihood.name == "regression"
     noise = likelihood.sigma_noise**2 if with_noise else 0.0
@@ -64,7 +63,8 @@ def predictions(
     precisions = [fitted.prior.precision]
     if pred_type == "nn" or (link_approx == "mc" and not is_regression):
         which = "pred_type='nn'" if pred_type == "nn" else "link_approx='mc'"
-        checks.key(key, f"predictive({which}, key=...)")
+        if key is None:
+            checks.key(key, f"predictive({which}, key=...)")
         if num_samples is None:
             num_samples = fitted.structure.num_probes if isinstance(fitted.structure, SampleStructure) else 100
         # A variance over samples needs two of them.
@@ -90,20 +90,21 @@ def predictions(
 def _check_options(likelihood: Likelihood, pred_type: str, link_approx: str, with_noise: bool) -> None:
     """Raise ValueError if a name is unknown, or the likelihood does not have what is asked for."""
     checks.choice(pred_type, "predictive(pred_type=...)", ("glm", "nn"))
-    checks.choice(link_approx, "predictive(link_approx=...)", ("probit", "mc", "bridge"))
-    if link_approx == "bridge" and likelihood.name != "classification":
-        raise ValueError(
-            f"predictive(link_approx='bridge') must be asked of 'classification'; got {likelihood.name!r}; try 'probit'"
-        )
-    if link_approx == "probit" and pred_type == "glm" and likelihood.name not in PROBIT:
-        raise ValueError(
-            f"predictive(link_approx='probit') must be asked of one of {PROBIT}, being made for softmax and sigmoid; "
-            f"got {likelihood.name!r}; use link_approx='mc' with key=..."
-        )
+    link.check_link(likelihood, link_approx, "predictive", is_used=pred_type == "glm")
+    if not isinstance(with_noise, (bool, np.bool_)):
+        raise ValueError(f"predictive(with_noise=...) must be True or False; got {with_noise!r:.80}; try True")
     if with_noise and likelihood.sigma_noise is None:
         raise ValueError(
             f"predictive(with_noise=True) must be asked of a regression with sigma_noise; got {likelihood.name!r}"
         )
+
+
+def _check_draws(key: Array | None, num_samples: int | None) -> None:
+    """Raise ValueError if a key or a number of samples is given that is none, whether or not samples are needed."""
+    if key is not None:
+        checks.key(key, "predictive(key=...)")
+    if num_samples is not None:
+        checks.count(num_samples, "predictive(num_samples=...)", advice="try 32")
 
 
 def _over_weight_samples(

@@ -1,7 +1,8 @@
 """Score the predictive on validation data, as a function of the prior precision."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive import link
 from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
+from bnnlaplace.predictive.link import LinkApproximation
 from bnnlaplace.prior.scalar import checked_grid, lowest
 from bnnlaplace.structure import SampleStructure
 
@@ -41,7 +43,7 @@ class ValidationCurve(NamedTuple):
     negative_log_likelihood
         In nats per label, or per output if the targets are numbers.
     expected_calibration_error
-        With bins of equal width. NaN if the targets are not labels of classes.
+        With bins of equal width. NaN if the targets are not labels: classes, or 0 and 1 of a binary likelihood.
     converged
         Whether the structure has converged at each prior precision. Elsewhere NLL and ECE are not those of the
         posterior.
@@ -70,10 +72,35 @@ class ValidationCurve(NamedTuple):
         eligible = np.where(self.converged, self.negative_log_likelihood, np.nan)
         return float(self.prior_precision[lowest(eligible, "the validation NLL")])
 
+    def choose(self) -> float:
+        """Return `best_precision`, with a warning if it is at an end of the precisions that could be chosen.
 
-def needs_samples(likelihood: Likelihood) -> bool:
-    """Whether the predictive is an average over samples. For a regression it is a Gaussian instead."""
-    return likelihood.sigma_noise is None
+        A grid of one precision leaves no choice and causes no warning.
+        """
+        best, eligible = self.best_precision, self.prior_precision[self.converged]
+        smallest, largest = self.prior_precision.min(), self.prior_precision.max()
+        if smallest == largest or eligible.min() < best < eligible.max():
+            return best
+        is_lowest = best == eligible.min()
+        if best == (smallest if is_lowest else largest):
+            where, advice = "the grid", f"pass precisions= with {'smaller' if is_lowest else 'larger'} ones"
+        else:
+            where, advice = "the prior precisions that have converged", "fit with more max_vectors or target_precision="
+        checks.warn(
+            f"the validation NLL is lowest at an end of {where}, prior precision {best:.3g}: the optimum may lie "
+            f"beyond it; {advice}"
+        )
+        return best
+
+
+def has_classes(likelihood: Likelihood) -> bool:
+    """Whether predictions are scored as probabilities of classes: those of labels, or of 0 and 1."""
+    return likelihood.target_kind == "label" or likelihood.name == "binary"
+
+
+def default_link(likelihood: Likelihood) -> LinkApproximation:
+    """The link of `predictive` for the likelihoods that it is made for; "mc" for others."""
+    return "probit" if likelihood.name in ("classification", "binary") else "mc"
 
 
 def validation_curve(
@@ -81,16 +108,17 @@ def validation_curve(
     data: PairOrBatches,
     precisions: Iterable[float] | None,
     *,
+    link_approx: LinkApproximation | None = None,
     key: Array | None = None,
     num_samples: int | None = None,
     microbatch: int = 64,
 ) -> ValidationCurve:
     """Compute NLL and ECE of the predictive at many prior precisions.
 
-    Class labels are scored by Monte Carlo, with probabilities averaged over samples. Soft targets are scored by their
-    cross-entropy, without an ECE. The predictive of a regression is a Gaussian for each output: its variance is the
-    variance of the linearised output plus that of the noise. Any other likelihood is scored by the mean of p(y | f)
-    over samples.
+    Classes and binary targets are scored with the probabilities that `predictive` gives with the same link. Soft
+    targets are scored by their cross-entropy, without an ECE. The predictive of a regression is a Gaussian for each
+    output: its variance is the variance of the linearised output plus that of the noise. Any other likelihood is scored
+    by the mean of p(y | f) over samples.
 
     Parameters
     ----------
@@ -100,9 +128,12 @@ def validation_curve(
         Validation data: (x, y), or batches of such pairs, read once.
     precisions
         The grid. None stands for 25 values from 0.01 to 10,000.
+    link_approx
+        The approximation of E[y | x], as for `predictive`; the same by default: "probit", which needs the variances of
+        the outputs alone. A regression does not use it, and likelihoods of your own have "mc".
     key, num_samples
-        The random key and the number of the samples, which are the same at every prior precision, so that the curve is
-        smooth. By default 32 samples, or fewer if a `SampleStructure` has fewer. A regression needs neither.
+        For "mc": the random key and the number of the samples, which are the same at every prior precision, so that the
+        curve is smooth. By default 32 samples, or fewer if a `SampleStructure` has fewer.
     microbatch
         Inputs differentiated at a time; bounds memory.
 
@@ -110,22 +141,27 @@ def validation_curve(
     ------
     ValueError
         If the grid is not positive, there are no data, inputs or predictions are not finite, targets do not fit the
-        outputs, or the key is missing although samples are needed.
+        outputs, the link does not fit the likelihood, or the key is missing although samples are needed.
 
     Notes
     -----
-    The network is differentiated once for the whole grid; see `functional_posteriors`. Memory: covariances and samples
-    at all precisions, for the inputs of a microbatch or for more inputs if these numbers are few.
+    The network is differentiated once for the whole grid; see `functional_posteriors`. "probit" needs C numbers for
+    each input and precision, "bridge" C^2, "mc" as many and the samples. Memory: these numbers at all precisions, for
+    the inputs of a microbatch or for more inputs if they are few.
     """
-    if needs_samples(fitted.likelihood):
-        checks.key(key, "validation_curve(key=...)")
+    caller = "validation_curve"
+    link_approx = default_link(fitted.likelihood) if link_approx is None else link_approx
+    link.check_link(fitted.likelihood, link_approx, caller)
+    is_sampled = link_approx == "mc" or not has_classes(fitted.likelihood)
+    if key is not None or (is_sampled and fitted.likelihood.sigma_noise is None):
+        checks.key(key, f"{caller}(key=...), which seeds the samples of link_approx='mc',")
     if num_samples is None:
         num_samples = min(32, fitted.structure.num_probes) if isinstance(fitted.structure, SampleStructure) else 32
     checks.count(num_samples, "validation_curve(num_samples=...)", advice="try 32")
     batches = checked_pairs(fitted.network, data)
     grid = checked_grid(DEFAULT_GRID if precisions is None else precisions, "validation_curve(precisions=...)")
     check_microbatch(microbatch)
-    options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
+    options = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
     sums = [
         _scores(fitted, inputs, targets, grid, number, **options)
         for number, (inputs, targets) in enumerate(_slices(fitted, batches, len(grid), num_samples, microbatch))
@@ -165,6 +201,7 @@ def _scores(
     grid: Float[np.ndarray, " D"],
     number: int,
     *,
+    link_approx: LinkApproximation,
     key: Array | None,
     num_samples: int,
     microbatch: int,
@@ -175,30 +212,55 @@ def _scores(
     """
     likelihood = fitted.likelihood
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
-    if not needs_samples(likelihood):
+    is_regression = likelihood.sigma_noise is not None
+    if is_regression or (has_classes(likelihood) and link_approx != "mc"):
         mean = outputs(fitted.network, inputs, microbatch=microbatch)
-        variances = functional_variances(fitted, inputs, grid, microbatch=microbatch, marginal=True)
-        return np.array([_gaussian_score(likelihood, mean, variance, targets) for variance in variances])
+        # Only the bridge needs covariances between outputs. Their diagonal alone is much cheaper.
+        options = {"microbatch": microbatch, "marginal": is_regression or link_approx == "probit"}
+        variances = functional_variances(fitted, inputs, grid, **options)
+        if is_regression:
+            return np.array([_gaussian_score(likelihood, mean, variance, targets) for variance in variances])
+        expected = partial(link.probit, likelihood) if link_approx == "probit" else link.bridge_mean
+        return np.array([_class_score(likelihood, expected, mean, variance, targets) for variance in variances])
     # A sample of a `SampleStructure` is a function, which must be the same one in all slices. Samples from covariances
     # are drawn at each input, so every slice gets noise of its own.
     if number and not isinstance(fitted.structure, SampleStructure):
         key = jax.random.fold_in(key, number)
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
     posteriors = functional_posteriors(fitted, inputs, grid, **options)
-    score = _label_score if likelihood.target_kind == "label" else _number_score
-    return np.array([score(likelihood, posterior, targets) for posterior in posteriors])
+    if not has_classes(likelihood):
+        return np.array([_number_score(likelihood, posterior, targets) for posterior in posteriors])
+    expected = partial(link.monte_carlo, likelihood)
+    return np.array(
+        [_class_score(likelihood, expected, posterior.mean, posterior.deviations, targets) for posterior in posteriors]
+    )
 
 
-def _label_score(
-    likelihood: Likelihood, posterior: FunctionalPosterior, labels: Num[AnyArray, "b ..."]
+def _class_score(
+    likelihood: Likelihood,
+    expected: Callable[[Array, Array], Array],
+    mean: Float[Array, "b ... C"],
+    spread: Float[Array, "..."],
+    targets: Num[AnyArray, "b ..."],
 ) -> list[float | int]:
-    """Score class labels or soft targets: the summed NLL, the number of labels, and the gaps of the bins."""
-    probs = np.asarray(link.monte_carlo(likelihood, posterior.mean, posterior.deviations), np.float64)
-    if np.shape(labels) == probs.shape and np.issubdtype(np.asarray(labels).dtype, np.floating):  # soft targets
+    """Score class labels, soft targets or binary targets: the summed NLL, the number of labels, and the gaps of bins.
+
+    `expected` maps the mean of the outputs and their `spread`, variances or samples, to E[y].
+    """
+    if likelihood.name == "binary":
+        # P(class 0) is computed as that of class 1 for -f: 1 - p would be zero where p rounds to 1.
+        probs = jnp.stack([expected(-mean, -spread if spread.ndim > mean.ndim else spread), expected(mean, spread)], -1)
+        targets = np.asarray(targets, np.float64)
+        is_hard = np.isin(targets, (0, 1)).all()
+        targets = targets.astype(np.int64) if is_hard else np.stack([1 - targets, targets], axis=-1)
+    else:
+        probs, targets = expected(mean, spread), np.asarray(targets)
+    probs = np.asarray(probs)
+    if targets.shape == probs.shape:  # soft targets
         with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(np.asarray(labels) > 0, labels * np.log(probs), 0.0)
+            terms = np.where(targets > 0, targets * np.log(probs.astype(np.float64)), 0.0)
         return [-terms.sum(), terms[..., 0].size, np.nan]
-    probs, labels = probs.reshape(-1, probs.shape[-1]), np.reshape(labels, -1)
+    probs, labels = probs.reshape(-1, probs.shape[-1]), targets.reshape(-1)
     total = len(labels) * negative_log_likelihood(probs, labels)
     return [total, len(labels), *calibration_gaps(probs, labels)]
 

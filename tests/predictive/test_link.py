@@ -1,9 +1,12 @@
 """E[y] of Gaussian outputs, and the predictions that use it."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import special
 
 import bnnlaplace
 from bnnlaplace.core.tree import ravel
@@ -15,6 +18,11 @@ FACTOR = RNG.normal(size=(5, 4, 4)) / 2
 COVARIANCE = FACTOR @ FACTOR.transpose(0, 2, 1)
 
 
+# Several of these tests are about the formula, wherever it is good.
+OUTSIDE = "ignore:the Laplace bridge is outside of its domain:UserWarning"
+
+
+@pytest.mark.filterwarnings(OUTSIDE)
 def test_bridge_is_the_formula_for_each_example(x64):
     for mean, covariance, found in zip(MEAN, COVARIANCE, link.bridge(MEAN, COVARIANCE), strict=True):
         projector = np.eye(4) - 1 / 4
@@ -23,6 +31,7 @@ def test_bridge_is_the_formula_for_each_example(x64):
         np.testing.assert_allclose(found, alpha / alpha.sum(), rtol=1e-12)
 
 
+@pytest.mark.filterwarnings(OUTSIDE)
 @pytest.mark.parametrize("shift", [-3.0, 20.0])
 def test_bridge_does_not_see_what_softmax_does_not_see(x64, shift):
     np.testing.assert_allclose(link.bridge(MEAN + shift, COVARIANCE), link.bridge(MEAN, COVARIANCE), rtol=1e-10)
@@ -36,6 +45,7 @@ def test_probit_is_the_formula(x64):
     np.testing.assert_allclose(link.probit(bnnlaplace.categorical(), MEAN, variance), expected, rtol=1e-12)
 
 
+@pytest.mark.filterwarnings(OUTSIDE)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_probit_is_nearer_to_samples_than_the_bridge(x64, seed):
     likelihood = bnnlaplace.categorical()
@@ -49,11 +59,52 @@ def test_probit_is_nearer_to_samples_than_the_bridge(x64, seed):
     assert error["probit"] < 0.1 and error["probit"] < error["bridge"] < 0.4
 
 
+@pytest.mark.filterwarnings(OUTSIDE)
 def test_bridge_of_two_classes_and_of_certainty():
     probs = link.bridge(jnp.array([[2.0, -2.0], [300.0, -300.0]]), jnp.tile(jnp.eye(2), (2, 1, 1)))
     np.testing.assert_allclose(probs[0], jax.nn.softmax(jnp.array([4.0, -4.0]) / 2), rtol=1e-5)
     np.testing.assert_allclose(probs[1], [1, 0], atol=1e-6)
     assert np.isfinite(link.bridge(jnp.zeros((1, 3)), jnp.zeros((1, 3, 3)))).all()
+
+
+def gaussians(rng, count):
+    """Random means and covariances of logits: correlated or not, of equal or unequal variance, small and large."""
+    for _ in range(count):
+        size = int(rng.choice([2, 3, 5, 10, 30]))
+        mean = 10 ** rng.uniform(-1, 0.9) * rng.normal(size=size)
+        rank = int(rng.choice([3, size]))
+        factor = rng.normal(size=(size, rank)) / np.sqrt(rank)
+        shapes = np.eye(size), np.diag(np.exp(0.7 * rng.normal(size=size))), factor @ factor.T + 0.05 * np.eye(size)
+        yield mean, 10 ** rng.uniform(-2, 1.3) * shapes[rng.integers(3)]
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_bridge_warns_where_it_is_off_and_nowhere_else(x64, seed):
+    """The mean of softmax(f) by 4,000 antithetic draws, whose error is below 0.01 in total variation."""
+    rng = np.random.default_rng(seed)
+    normal = rng.normal(size=(2000, 30))
+    warned_errors, silent_errors = [], []
+    for mean, covariance in gaussians(rng, 120):
+        draws = normal[:, : len(mean)] @ np.linalg.cholesky(covariance).T
+        expected = np.mean([special.softmax(mean + sign * draws, axis=1).mean(axis=0) for sign in (1, -1)], axis=0)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = link.bridge(mean[None], covariance[None])[0]
+        (warned_errors if caught else silent_errors).append(np.abs(found - expected).sum() / 2)
+    assert max(silent_errors) < 0.13 and min(warned_errors) > 0.02
+    assert len(silent_errors) > 20 and len(warned_errors) > 20
+
+
+def test_the_warning_of_the_bridge_counts_and_advises(x64):
+    alpha = np.array([10.0, 5.0, 5.0, 5.0])  # logits of this Dirichlet distribution have means log alpha
+    mean = np.stack([[4.0, 0.0, 0.0, 0.0], np.log(alpha)])
+    covariance = np.stack([np.diag([0.5, 16.0, 16.0, 16.0]), np.diag(1 / alpha)])
+    with pytest.warns(
+        UserWarning, match=r"outside of its domain for 1 of 2 predictions: .* up to about 0\.[3-9].*'mc'"
+    ):
+        probs = link.bridge(mean, covariance)
+    np.testing.assert_allclose(link.bridge(mean[1:], covariance[1:])[0], alpha / alpha.sum(), rtol=1e-2)
+    np.testing.assert_allclose(jax.jit(link.bridge)(mean, covariance), probs, rtol=1e-12)  # traced: no warning
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -76,6 +127,7 @@ def classifier(x64):
     return bnnlaplace.Laplace(network, hessian_structure="full").fit((x, y)), x
 
 
+@pytest.mark.filterwarnings(OUTSIDE)
 def test_bridge_is_that_of_the_functional_variance(classifier):
     la, x = classifier
     expected = link.bridge(la.network(la.network.params, x), la.functional_variance(x))

@@ -46,21 +46,25 @@ def test_a_regression_is_scored_by_its_gaussians(regression, x64):
         expected = 0.5 * ((NUMBERS - mean) ** 2 / variance + np.log(2 * np.pi * variance))
         np.testing.assert_allclose(found, expected.mean(), rtol=1e-10)
     assert np.isnan(curve.expected_calibration_error).all()
-    chosen = regression.optimize_prior_precision("gridsearch", validation=(X, NUMBERS), precisions=GRID)
+    with pytest.warns(UserWarning, match="lowest at an end"):
+        chosen = regression.optimize_prior_precision("gridsearch", validation=(X, NUMBERS), precisions=GRID)
     assert chosen.prior_precision == curve.best_precision
 
 
 @pytest.mark.parametrize("most_numbers", [1, 2**24])
 def test_batches_and_parts_give_what_arrays_give(regression, classifier, monkeypatch, most_numbers, x64):
     expected = regression.validation_curve(X, NUMBERS, GRID)
-    of_classes = classifier.validation_curve(X, LABELS, GRID, key=jax.random.key(1), num_samples=16)
+    options = {"link_approx": "mc", "key": jax.random.key(1), "num_samples": 16}
+    of_classes = classifier.validation_curve(X, LABELS, GRID, **options)
+    by_probit = classifier.validation_curve(X, LABELS, GRID)
     monkeypatch.setattr(validation, "MOST_NUMBERS", most_numbers)
     assert_same(regression.validation_curve(X, NUMBERS, GRID, microbatch=5), expected)
-    options = {"key": jax.random.key(1), "num_samples": 16}
     assert_same(classifier.validation_curve(X, LABELS, GRID, microbatch=5, **options), of_classes)
+    assert_same(classifier.validation_curve(X, LABELS, GRID, microbatch=5), by_probit)
     batches = [(X[:7], LABELS[:7]), (X[7:], LABELS[7:])]
     for data in (batches, iter(batches), (batch for batch in batches), (X, LABELS.tolist()), [X, LABELS]):
-        chosen = classifier.optimize_prior_precision("gridsearch", validation=data, precisions=GRID, **options)
+        with pytest.warns(UserWarning, match="lowest at an end"):
+            chosen = classifier.optimize_prior_precision("gridsearch", validation=data, precisions=GRID, **options)
         assert chosen.prior_precision == of_classes.best_precision
 
 
@@ -73,7 +77,7 @@ def test_parts_draw_anew(regression, monkeypatch, x64):
     problem = random_problem(bnnlaplace.categorical(), LABELS)
     la = bnnlaplace.Laplace(problem.network, hessian_structure="diag").fit((problem.inputs, problem.targets))
     drawn.clear()
-    la.validation_curve(X, LABELS, GRID, key=jax.random.key(1), microbatch=6)
+    la.validation_curve(X, LABELS, GRID, link_approx="mc", key=jax.random.key(1), microbatch=6)
     keys = [tuple(np.asarray(key)) for key in drawn]
     assert (
         len(keys) == 6
@@ -99,9 +103,13 @@ def test_data_that_are_none(classifier, data, message, x64, unchecked_annotation
         classifier.optimize_prior_precision("gridsearch", validation=data, key=jax.random.key(0))
 
 
-def test_classes_need_a_key(classifier, x64):
-    with pytest.raises(ValueError, match=r"validation_curve\(key=...\) must be one random key; got None"):
-        classifier.optimize_prior_precision("gridsearch", validation=(X, LABELS))
+def test_links_and_the_key_of_samples(classifier, x64, unchecked_annotations):
+    with pytest.raises(ValueError, match=r"validation_curve\(key=...\), .*, must be one random key; got None"):
+        classifier.optimize_prior_precision("gridsearch", validation=(X, LABELS), link_approx="mc")
+    with pytest.raises(ValueError, match=r"\('marglik'\) must not be given link_approx=..., .* other method"):
+        classifier.optimize_prior_precision(link_approx="probit")
+    with pytest.raises(ValueError, match=r"validation_curve\(link_approx=...\) must be 'probit', 'mc' or 'bridge'"):
+        classifier.validation_curve(X, LABELS, GRID, link_approx="probits")
 
 
 def test_gaps_of_batches_add_up():
