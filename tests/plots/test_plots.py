@@ -4,12 +4,14 @@ import itertools
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import pytest
 from matplotlib.collections import LineCollection
 
-from bnnlaplace import plots
+from bnnlaplace import krylov, plots
 from bnnlaplace.calibration.metrics import expected_calibration_error, reliability_bins
 from bnnlaplace.plots import PrecisionCurve
 
@@ -239,6 +241,27 @@ def test_spectrum_sorts_and_leaves_out_what_is_not_positive():
     assert_readable(figure)
 
 
+def test_spectrum_draws_what_has_converged_and_marks_the_rest():
+    """A decomposition of 40 of 90 directions: the drawn curve holds eigenvalues, and the legend counts the others."""
+    eigenvalues = np.geomspace(1e-3, 1e4, 90)
+    product = lambda rows: rows * jnp.asarray(eigenvalues, jnp.float32)  # noqa: E731
+    probes = jax.random.normal(jax.random.key(0), (8, 90))
+    *_, decomposition = krylov.block_lanczos(product, probes, max_vectors=40)
+    ritz = krylov.ritz(decomposition)
+    figure = plots.spectrum(ritz.values, {"best evidence": 0.8}, ritz.couplings)
+    curve, crosses, _ = figure.axes[0].lines
+    drawn = curve.get_ydata()
+    assert (np.abs(drawn[:, None] / eigenvalues - 1).min(axis=1) < 0.01).all() and drawn.max() > 9e3
+    count, total = len(drawn), len(drawn) + len(crosses.get_ydata())
+    assert 4 < count < total == (ritz.values > 0).sum()
+    assert crosses.get_marker() == "x" and crosses.get_ydata().min() < drawn.min()
+    words = assert_readable(figure)
+    assert f"Ritz values of the GGN that have converged: {count} of {total}" in words
+    assert f"not converged: {total - count} of {total}" in words
+    none = plots.spectrum(ritz.values, {}, np.full_like(ritz.values, np.nan))
+    assert len(none.axes[0].lines) == 1 and len(none.axes[0].lines[0].get_ydata()) == total
+
+
 def test_nothing_global_is_touched(curves, bins):
     """No setting of matplotlib changes, and pyplot, which keeps figures and chooses a backend, is not imported here."""
     for file in Path(plots.__file__).parent.glob("*.py"):
@@ -251,12 +274,17 @@ def test_nothing_global_is_touched(curves, bins):
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.usefixtures("unchecked_annotations")
 def test_nothing_to_draw_is_refused():
     refused = [
         (lambda: plots.evidence_curve({}), "curves must hold at least one structure"),
         (lambda: plots.reliability_diagram({}), "methods must hold at least one method"),
         (lambda: plots.training_curve([]), "history must hold at least one epoch"),
         (lambda: plots.training_curve([{"epoch": 0, "phase": "train"}]), "history must hold loss or accuracy"),
+        (
+            lambda: plots.spectrum(np.ones(3), {}, np.ones(2)),
+            "residual_norms must be one for each of the 3 ritz_values",
+        ),
         (lambda: plots.spectrum(np.zeros(3), {}), "ritz_values must hold a positive value; got 3 values"),
     ]
     for draw, message in refused:
