@@ -58,7 +58,8 @@ class PlainForward:
     @classmethod
     def of(cls, function: Callable[[PyTree, Any], Any], boxes: Any = None) -> "PlainForward":
         """The call of a function. `boxes` is the structure of its weights with boxes; None if there are none."""
-        return cls(key_of((function, boxes)), function, boxes)
+        # Tuples of two lengths: a structure cannot be compared with None.
+        return cls(key_of((function,) if boxes is None else (function, boxes)), function, boxes)
 
     def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         if self.boxes is not None:

@@ -179,3 +179,99 @@ def test_a_precision_of_all_weights_serves_some(network):
         for each in (precision, np.concatenate([[4.0, 5.0, 6.0], np.full(18, 3.0)]))
     )
     np.testing.assert_allclose(found.log_marginal_likelihood().mean, expected.log_marginal_likelihood().mean)
+
+
+# --- heads side by side -----------------------------------------------------------------------------------------
+
+SIDES = {"body/w": (4, 6), "left/w": (6, 2), "left/b": (2,), "right/w": (6, 1), "right/b": (1,), "log_scale": (1,)}
+
+
+def nested(shapes):
+    tree = {}
+    for number, (path, shape) in enumerate(shapes.items()):
+        *folder, name = path.split("/")
+        leaf = np.random.default_rng(number).normal(size=shape)
+        (tree.setdefault(folder[0], {}) if folder else tree)[name] = leaf
+    return tree
+
+
+def sides(params, x):
+    """Three outputs: two of the left head, one of the right one, which enters the forward pass first."""
+    hidden = jnp.tanh(x @ params["body"]["w"])
+    right = hidden @ params["right"]["w"] + params["right"]["b"]
+    return jnp.concatenate([hidden @ params["left"]["w"] + params["left"]["b"], right], axis=-1)
+
+
+def with_scale(params, x):
+    """The same and a number that no input enters, as a log variance is."""
+    return jnp.concatenate([sides(params, x), jnp.broadcast_to(params["log_scale"], (len(x), 1))], axis=-1)
+
+
+def with_skip(params, x):
+    """The left head beside a linear map of the inputs, whose weights also enter the left head."""
+    hidden = x @ params["body"]["w"]
+    left = jnp.tanh(hidden) @ params["left"]["w"] + params["left"]["b"]
+    return jnp.concatenate([left, hidden[:, :1]], axis=-1)
+
+
+def network_of(function):
+    shapes = {path: shape for path, shape in SIDES.items() if path != "log_scale" or function is with_scale}
+    return bnnlaplace.Network.from_function(function, nested(shapes))
+
+
+HEADS = {"left/w", "left/b", "right/w", "right/b"}
+
+
+@pytest.mark.parametrize("structure", ["full", "diag", "lanczos"])
+@pytest.mark.parametrize("function", [sides, with_scale])
+def test_heads_side_by_side_are_last_layers_together(x64, function, structure):
+    network = network_of(function)
+    expected = HEADS | ({"log_scale"} if function is with_scale else set())
+    assert last_layer(network, X) == expected
+    targets = np.random.default_rng(1).normal(size=(40, 3 + (function is with_scale)))
+    for subset in ("last_layer", expected.__contains__):
+        options = {"hessian_structure": structure, "subset_of_weights": subset, "sigma_noise": 0.5}
+        la = bnnlaplace.Laplace(network, "regression", **options).fit((X, targets), key=jax.random.key(0))
+        phi = np.concatenate([np.tanh(X @ network.params["body"]["w"]), np.ones((40, 1))], axis=1)
+        precision = 4 * phi.T @ phi + np.eye(7)
+        if structure == "diag":
+            precision = np.diag(np.diag(precision))
+        variance = np.einsum("np,pq,nq->n", phi, np.linalg.inv(precision), phi)
+        scale = np.full(40, 1 / (4 * 40 + 1))
+        columns = [variance] * 3 + [scale] * (function is with_scale)
+        if structure != "lanczos" or la.krylov_error() is None:
+            np.testing.assert_allclose(la.predictive(X)[1], np.stack(columns, axis=1), rtol=1e-6)
+        else:
+            assert (np.asarray(la.predictive(X)[1]) > 0).all()
+
+
+def test_outputs_that_no_selected_weight_reaches(x64):
+    network, targets = network_of(sides), np.zeros((40, 3))
+
+    def fit_subset(network, subset):
+        la = bnnlaplace.Laplace(network, "regression", hessian_structure="diag", subset_of_weights=subset)
+        return la.fit((X, targets))
+
+    message = r"must select weights that reach every output.*\['left/b', 'left/w'\].*output 2 of 3.*'right/w'"
+    with pytest.raises(ValueError, match=message):
+        fit_subset(network, lambda path: path.startswith("left"))
+    with pytest.raises(
+        ValueError, match=r"outputs 0, 1 of 3, whose variance would be 0.*\['body/w', 'left/b', 'left/w'\]"
+    ):
+        fit_subset(network.subset(lambda path: path.startswith("right")), "all")
+    fit_subset(network, lambda path: path in ("left/b", "right/b"))
+    with pytest.raises(ValueError, match=r"must find a layer for every output.*output 2 of 3.*one of \['body/w'\]"):
+        fit_subset(network_of(with_skip), "last_layer")
+    fit_subset(network_of(with_skip), lambda path: path in ("left/w", "body/w"))
+
+
+def test_an_output_that_no_weight_reaches_has_no_variance(x64):
+    """As the logit of a class of reference, which is fixed at zero: that is the model, and not a choice of weights."""
+    network = bnnlaplace.Network.from_function(
+        lambda p, x: jnp.pad(jnp.tanh(x @ p["w"]) @ p["a"], ((0, 0), (0, 1))),
+        {"w": np.ones((4, 5)), "a": np.ones((5, 2))},
+    )
+    assert last_layer(network, X) == {"a"}
+    la = bnnlaplace.Laplace(network, hessian_structure="full", subset_of_weights="last_layer").fit((X, Y))
+    variance = np.asarray(la.functional_variance(X[:2]))
+    assert (variance[:, 2] == 0).all() and (variance[:, 0, 0] > 0).all()
