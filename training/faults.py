@@ -25,6 +25,8 @@ def describe(error: BaseException) -> str | None:
 
 
 def _disk(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno is None and ";" in str(error):
+        return _line(error)  # a sentence already, with advice
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = "free the disk, or mend the permissions" if error.errno in _DISK else "check the path and the disk"
@@ -49,4 +51,4 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).split())[:600]
