@@ -61,6 +61,8 @@ def as_array(value: Any, where: str) -> AnyArray:
         If it is not an array of numbers with examples along the first axis, or entries of it are masked.
     """
     array = value if isinstance(value, jax.Array) else _converted(value, where)
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if used_type(array.dtype) is None:
         raise ValueError(f"{where} must be numbers; got an array of {array.dtype}; encode them as float32 or int32")
     if array.ndim == 0:
