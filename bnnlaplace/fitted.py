@@ -188,12 +188,14 @@ class Fitted(NamedTuple):
 
     def log_joint(self, *, best_noise: bool = False) -> LogJoint:
         """The evidence without its log-determinant, with the noise as it is or at its best."""
+        self.check_known("the evidence")
         if best_noise:
             return self.log_likelihood.log_joint_at_best_noise(self.likelihood.sigma_noise)
         return LogJoint(float(self.log_likelihood.value))
 
     def log_marginal_likelihood(self) -> Estimate:
         """The log evidence at the prior."""
+        self.check_known("the evidence")
         precision = float(self.prior.precision)
         others = self.log_joint()(precision * self.squared_distance)
         return estimate_of_forms(others, self.structure.log_determinant(precision))
@@ -209,6 +211,7 @@ class Fitted(NamedTuple):
 
     def evidence_optimum(self) -> PriorOptimum:
         """The tau that maximises the evidence, and an interval for the errors of probes and truncation."""
+        self.check_known("the evidence")
         structure = self.structure
         return optimum(
             structure.log_determinant,
@@ -220,6 +223,7 @@ class Fitted(NamedTuple):
 
     def effective_parameters(self) -> float:
         """tr G (G + tau I)^-1, averaged over the probes."""
+        self.check_known("the effective number of parameters")
         groups = np.zeros(size(self.network.params), int)
         return float(self.structure.effective_parameters(float(self.prior.precision), groups).mean())
 
@@ -231,6 +235,7 @@ class Fitted(NamedTuple):
 
     def mode_decrement(self) -> float:
         """g' (G + P0)^-1 g with the gradient g of the log joint."""
+        self.check_known("the mode decrement")
         gradient = np.asarray(self.prior.whiten(self.mode_gradient()), np.float64)
         return self.structure.inverse_quadratic_form(gradient, float(self.prior.precision))
 
@@ -285,6 +290,15 @@ class Fitted(NamedTuple):
                 f"the prior precision {precision:.3g} is below {resolution:.3g}, the rounding of the curvature: "
                 "curvature between the two cannot be told from zero and may be left out; use a larger prior precision, "
                 "standardise the inputs, or compute in float64"
+            )
+
+    def check_known(self, what: str) -> None:
+        """Raise TypeError if a number of the posterior or its prior is traced: `what` is computed on the host."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            raise TypeError(
+                f"{what} of a Laplace must be asked for outside of jit, grad and vmap, as it is computed in float64 on "
+                "the host; got a traced prior precision, noise or posterior; for derivatives use "
+                "bnnlaplace.evidence.log_marginal_likelihood, or bnnlaplace.evidence.isotropic"
             )
 
     def check_concrete(self, prior: Prior | None = None) -> "Fitted":
