@@ -204,7 +204,7 @@ class Fitted(NamedTuple):
         """The log evidence at each tau, with D as it is; by default at 61 over six decades around the maximum."""
         if precisions is None:
             best = self.evidence_optimum().prior_precision
-            precisions = np.geomspace(max(1e-3 * best, self.structure.resolution), 1e3 * best, 61)
+            precisions = np.geomspace(max(1e-3 * best, self.structure.resolution()), 1e3 * best, 61)
         grid = checked_grid(precisions, "evidence_curve(precisions=...)")
         self._warn_of_rounding(grid.min())
         return curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, grid)
@@ -218,7 +218,7 @@ class Fitted(NamedTuple):
             self.log_joint(),
             self.squared_distance,
             truncation=structure.truncation,
-            search_range=range_above(structure.resolution),
+            search_range=range_above(structure.resolution()),
         )
 
     def effective_parameters(self) -> float:
@@ -284,7 +284,7 @@ class Fitted(NamedTuple):
 
     def _warn_of_rounding(self, precision: float) -> None:
         """Warn of a prior precision below the rounding of the curvature."""
-        resolution = self.structure.resolution
+        resolution = self.structure.resolution()
         if precision < resolution:
             checks.warn(
                 f"the prior precision {precision:.3g} is below {resolution:.3g}, the rounding of the curvature: "

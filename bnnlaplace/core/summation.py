@@ -41,7 +41,9 @@ class Sum(NamedTuple):
         """Add one term."""
         total = jax.tree.map(jnp.add, self.total, terms)
         error = jax.tree.map(_with_rounding, self.error, self.total, terms, total)
-        return Sum(total, error)
+        # What has gathered in the error goes back into the total, so that the error stays below its last digit.
+        joined = jax.tree.map(jnp.add, total, error)
+        return Sum(joined, jax.tree.map(lambda part, rest, whole: rest - (whole - part), total, error, joined))
 
     def value(self) -> PyTree:
         """The sum, rounded to its type."""

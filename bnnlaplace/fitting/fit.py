@@ -161,7 +161,10 @@ def _eigenpairs(model: Model, scale: float, *, microbatch: int) -> SpectralStruc
     check_finite(matrix)
     values, vectors = np.linalg.eigh(scale * matrix)
     dtype = number_type(model.head.params)
-    return SpectralStructure(jnp.asarray(np.maximum(values, 0), dtype), jnp.asarray(vectors.T, dtype))
+    with np.errstate(over="ignore"):  # the check below is the better message
+        values = np.maximum(values, 0).astype(dtype)
+    check_finite(values)
+    return SpectralStructure(jnp.asarray(values), jnp.asarray(vectors.T, dtype))
 
 
 @jax.jit

@@ -101,7 +101,7 @@ def _hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_no
     The evidence of a short recurrence is too low at small precisions, so its maximiser is too large. A small precision
     is harder to converge at than a large one. So the smaller maximiser is the safe target.
     """
-    limits = range_above(structure.resolution)
+    limits = range_above(structure.resolution())
     return min(
         maximiser(log_determinant, log_joint, squared_norm, search_range=limits)
         for log_determinant in bracket(structure.log_determinant, structure.truncation)

@@ -51,6 +51,7 @@ class Chosen(NamedTuple):
 
     def times(self, factor: float) -> "Chosen":
         """The same curvature with all precisions multiplied by a factor."""
+        self.fitted.check_known("the best prior precision")
         prior = self.fitted.prior
         scaled = jax.tree.map(lambda value: value * factor, self.settings.prior_precision)
         fitted = self.fitted.at(prior._replace(precision=float(prior.precision) * factor))
@@ -189,7 +190,7 @@ def _overall(chosen: Chosen, best_noise: bool) -> Chosen:
     """Find the best common factor of all precisions, from the present decomposition."""
     fitted = chosen.fitted
     log_joint, squared = fitted.log_joint(best_noise=best_noise), fitted.squared_distance
-    resolution = fitted.structure.resolution
+    resolution = fitted.structure.resolution()
     best = optimum(fitted.structure.log_determinant, log_joint, squared, search_range=range_above(resolution))
     if best.at_bound:
         is_rounding = best.prior_precision < 1.01 * resolution
@@ -216,7 +217,7 @@ def _by_gradient(chosen: Chosen, grouping: _Grouping, best_noise: bool) -> Chose
     log_joint = fitted.log_joint(best_noise=best_noise)
     squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
     plain = chosen.at(1.0).fitted.structure
-    limits = range_above(plain.resolution)
+    limits = range_above(plain.resolution())
     best = grouped_optimum(plain, log_joint, squares, grouping.numbers, grouping.start(fitted), search_range=limits)
     _report_bounds(best, grouping)
     q = float(best.precisions[grouping.numbers] @ squares)

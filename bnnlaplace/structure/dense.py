@@ -42,7 +42,6 @@ class DenseStructure:
         """Build the structure from G, and remove the asymmetry that rounding left in it."""
         return cls((matrix + matrix.T) / 2)
 
-    @property
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from rounding.
 

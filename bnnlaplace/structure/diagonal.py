@@ -27,7 +27,6 @@ class DiagonalStructure(NamedTuple):
 
     rows_for_output, rows_for_column = 0.0, 0.0
 
-    @property
     def resolution(self) -> float:
         """Zero: an entry is a sum of squares, whose rounding is relative to the entry itself."""
         return 0.0

@@ -83,7 +83,7 @@ class KroneckerBlock(NamedTuple):
     @property
     def largest(self) -> float:
         """The largest eigenvalue."""
-        return float(np.max(self.row_values)) * float(np.max(self.column_values))
+        return float(np.asarray(self.row_values).max()) * float(np.asarray(self.column_values).max())
 
     def divided(self, number: Float[ArrayLike, ""]) -> "KroneckerBlock":
         """The block divided by a positive number."""
@@ -140,7 +140,7 @@ class FilterBlock(NamedTuple):
     @property
     def largest(self) -> float:
         """The largest eigenvalue."""
-        return float(np.max(self.values))
+        return float(np.asarray(self.values).max())
 
     def divided(self, number: Float[ArrayLike, ""]) -> "FilterBlock":
         """The blocks divided by a positive number."""
@@ -214,7 +214,6 @@ class KroneckerStructure(NamedTuple):
         """Decompose the sums of `kronecker.factors`. Eigenvalues that rounding made negative become zero."""
         return cls([_BY_SUMS[type(leaf)].fit(leaf) for leaf in sums])
 
-    @property
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from the rounding of the factors."""
         largest = max(block.largest for block in self.blocks)

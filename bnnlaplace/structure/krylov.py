@@ -121,7 +121,6 @@ class KrylovStructure(NamedTuple):
         """The number of probes, and of posterior samples."""
         return len(self.decomposition.start)
 
-    @property
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from the rounding of products."""
         return float(self.ritz.resolution)

@@ -27,7 +27,6 @@ class Structure(Protocol):
     `CovarianceStructure`. Otherwise it has the methods of `SampleStructure`.
     """
 
-    @property
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from rounding; 0 if there is none."""
         ...

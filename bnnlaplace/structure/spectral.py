@@ -51,10 +51,9 @@ class SpectralStructure(NamedTuple):
         values = jnp.zeros(left.shape[1], values.dtype).at[: len(values)].set(values)
         return cls(values**2, matmul(left.T, columns.T))
 
-    @property
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from the rounding of derivatives."""
-        return float((ROUNDING * jnp.finfo(self.eigenvalues.dtype).eps) ** 2 * np.max(self.eigenvalues))
+        return float((ROUNDING * jnp.finfo(self.eigenvalues.dtype).eps) ** 2 * np.asarray(self.eigenvalues).max())
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "SpectralStructure":

@@ -1,0 +1,47 @@
+"""Curvature beyond the range of float32 is an error that says what to do, whatever the structure."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bnnlaplace
+
+STRUCTURES = ("diag", "kron", "lanczos", "full")
+
+
+def regression(scale, count):
+    """A feature in nanoseconds, say: its squares sum to more than float32 holds."""
+    rng = np.random.default_rng(0)
+    x = (scale * (1 + 1e-3 * rng.normal(size=(count, 2)))).astype(np.float32)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.zeros((2, 1)))
+    return network, x, rng.normal(size=(count, 1)).astype(np.float32)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("count", [40, 700], ids=["few outputs", "many outputs"])
+def test_an_overflow_is_an_error_or_the_right_value(structure, count):
+    network, x, y = regression(3e18, count)
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure=structure)
+    options = {"key": jax.random.key(0), "num_probes": 2, "max_vectors": 64}
+    if structure != "full":
+        with pytest.raises(ValueError, match=r"curvature must be finite in float32.*standardise the inputs"):
+            la.fit((x, y), **options)
+        return
+    la = la.fit((x, y), **options)  # in float64, which holds the numbers
+    with pytest.warns(UserWarning, match="the rounding of the curvature"):
+        found = la.log_marginal_likelihood().mean
+    exact = x.astype(np.float64)
+    determinant = np.linalg.slogdet(np.eye(2) + exact.T @ exact)[1]
+    value = -0.5 * (y.astype(np.float64) ** 2).sum() - 0.5 * count * np.log(2 * np.pi) - 0.5 * determinant
+    assert found == pytest.approx(value, rel=1e-5)
+
+
+def test_a_product_that_overflows_is_an_error():
+    """With more weights than probes 'lanczos' multiplies, and the product is what overflows."""
+    rng = np.random.default_rng(1)
+    x = (1e19 * rng.normal(size=(90, 12))).astype(np.float32)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.zeros((12, 1)))
+    la = bnnlaplace.Laplace(network, "regression")
+    with pytest.raises(ValueError, match="curvature must be finite"):
+        la.fit((x, x[:, :1] * 1e-19), key=jax.random.key(0), num_probes=4, max_vectors=16)
