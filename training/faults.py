@@ -18,7 +18,7 @@ def describe(error: BaseException) -> str | None:
     for cause in causes:
         if isinstance(cause, MemoryError) or any(word in str(cause) for word in _MEMORY):
             return (
-                f"there must be enough memory; got {_line(cause) or 'an allocation that failed'}; lower "
+                f"there must be enough memory: {_line(cause) or 'an allocation failed'}; lower "
                 "--curvature.max-vectors or --curvature.microbatch, or free memory"
             )
     return None

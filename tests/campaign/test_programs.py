@@ -3,6 +3,7 @@
 Every case ends with a run that `--resume` continues, whose metrics have to be those of a run that nothing disturbed.
 """
 
+import itertools
 import json
 import os
 import queue
@@ -56,7 +57,7 @@ class Hosts:
             [sys.executable, HOST, "prepare"], env=self.environment, capture_output=True, check=True, timeout=200
         )
         self.free: queue.Queue[subprocess.Popen[str]] = queue.Queue()
-        self.count = 0
+        self.numbers = itertools.count()
         for _ in range(HOSTS):
             host = subprocess.Popen(
                 [sys.executable, HOST],
@@ -74,8 +75,8 @@ class Hosts:
         """Run training.fit_van until its end, or kill it some seconds after its start."""
         host = self.free.get()
         try:
-            self.count += 1
-            files = {name: str(self.directory / f"{name}{self.count}") for name in ("out", "err")}
+            number = next(self.numbers)
+            files = {name: str(self.directory / f"{name}{number}") for name in ("out", "err")}
             job = {"program": "fit_van", **job, "argv": [str(word) for word in argv], **files}
             host.stdin.write(json.dumps(job) + "\n")
             host.stdin.flush()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bnnlaplace.structure import KrylovStructure
-from training import evaluate, fit_van, summarise
+from training import evaluate, fit_van, sealed, summarise
 from training.cli import interruption
 from training.data import foreign, load, reading
 from training.report import evaluation
@@ -42,6 +42,8 @@ def private_directories(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TFDS_DATA_DIR", str(home / "tfds"))
         patch.setenv("JAX_COMPILATION_CACHE_DIR", str(home / "xla"))
+        # A slow machine must not end the tests themselves.
+        patch.setattr(interruption, "SECONDS_TO_UNWIND", 600.0)
         yield
 
 
@@ -157,10 +159,11 @@ def test_a_signal_while_fitting_stops_after_the_block(finished, config_file, tmp
     monkeypatch.setattr(KrylovStructure, "error", fit_block)
     status, error = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
     assert status == 130 and len(blocks) == 1
-    assert error == "stopped while fitting the posteriors; the trained network is kept; continue with --resume\n"
+    assert error.startswith("stopped while fitting the posteriors; the trained network is kept; continue with: ")
+    assert error.endswith(f" -m training.fit_van --workdir {copy} --resume\n")
     assert files_of(copy) == before
     assert signal.getsignal(signal.SIGTERM) is not None and not interruption.requested()
-    assert run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")[0] == 0
+    assert run(fit_van, capsys, "--workdir", copy, "--resume")[0] == 0  # as the message says
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -169,7 +172,8 @@ def test_a_signal_while_evaluating_writes_nothing(finished, tmp_path, capsys, mo
     monkeypatch.setattr(evaluation, "evaluate", lambda *args: signal.raise_signal(number) or original(*args))
     before = files_of(finished)
     status, error = run(evaluate, capsys, finished, "--ood", "noise")
-    assert (status, error) == (130, "stopped in stage evaluation; nothing of it is written\n")
+    assert status == 130 and error.startswith("stopped in stage evaluation; nothing of it is written; continue with: ")
+    assert error.endswith(f" -m training.evaluate {finished} --ood noise\n")
     assert files_of(finished) == before
 
 
@@ -208,7 +212,7 @@ def test_a_damaged_posterior_is_named_and_fitted_again(finished, config_file, tm
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
     status, error = run(evaluate, capsys, copy, "--ood", "noise")
-    assert status == 2 and victim.name in error and "--resume fits them again" in error
+    assert status == 2 and victim.name in error and "to have them fitted again: " in error
     assert not (copy / "evaluation-test-noise").exists()
     status = fit_van.main(["--config", str(config_file), "--workdir", str(copy), "--resume"])
     printed = capsys.readouterr().out
@@ -228,7 +232,8 @@ def test_interruption_saves_and_exits_with_130(config_file, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "continue with --resume" in error and "Traceback" not in error
+    assert f"; continue with: {sys.executable} -m training.fit_van --workdir {workdir} --resume\n" in error
+    assert "Traceback" not in error
     assert any((workdir / "train").iterdir())
 
 
@@ -249,6 +254,36 @@ def test_evaluating_a_run_that_cannot_be_written(finished, tmp_path, capsys, mon
     assert status == 2 and error.count("\n") == 1
     assert f"must be writable; got {finished}: Permission denied; evaluate a copy of it" in error
     assert not (finished / "evaluation-test-noise").exists()
+
+
+def test_one_changed_bit_of_the_settings_is_one_line(finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    saved = json.loads((copy / "config.json").read_text())
+    text = (copy / "config.json").read_text()
+    digits = f"{saved['data']['mean'][0]}"
+    (copy / "config.json").write_text(text.replace(digits, f"{digits[:4]}{int(digits[4]) ^ 1}{digits[5:]}"))
+    for program, arguments in ((evaluate, [copy]), (fit_van, ["--workdir", copy, "--resume"])):
+        status, error = run(program, capsys, *arguments)
+        assert status == 2 and error.count("\n") == 1
+        assert f"{copy}/config.json must be a config as it was saved; its entry sha256" in error
+    # Signed anew, it still differs from what the checkpoints record.
+    saved["data"]["mean"][0] += 0.01
+    (copy / "config.json").write_text(sealed.dump(saved, indent=2))
+    status, error = run(evaluate, capsys, copy)
+    assert status == 2 and error.count("\n") == 1 and "step_00000012 must have been computed" in error
+    assert f"data.mean: [{digits}] there" in error and not (copy / "evaluation-test-inverted").exists()
+
+
+def test_a_config_without_a_digest_is_read_and_said_to_be_unverified(finished, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    saved = json.loads((copy / "config.json").read_text())
+    del saved["sha256"]
+    (copy / "config.json").write_text(json.dumps(saved))
+    assert evaluate.main([str(copy)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(f"{copy}/config.json has no entry sha256: whether it is as it was saved is unverified") == 1
 
 
 def test_unknown_foreign_images(finished, capsys):
@@ -309,7 +344,7 @@ def main(console):
         for _ in range(int(sys.argv[1]) if phase == "start" else 0):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.1)
-    with program.Stopwatch(console, kept="all is kept").stage("posterior"):
+    with program.Stopwatch(console).stage("posterior"):
         gc.callbacks.append(interrupt)
         gc.collect(0)
         gc.callbacks.clear()
@@ -324,7 +359,7 @@ sys.exit(program.run(main))
 
 @pytest.mark.parametrize(
     ("signals", "last_line"),
-    [(1, "stopped after stage posterior; all is kept"), (2, "stopped at once; what was finished is kept")],
+    [(1, "stopped after stage posterior"), (2, "stopped at once; what was finished is kept")],
 )
 def test_signals_in_a_callback_are_not_forgotten(signals, last_line, tmp_path):
     done = subprocess.run(

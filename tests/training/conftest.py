@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from training.cli import interruption
+
 Examples = Sequence[tuple[np.ndarray, int]]
 
 
@@ -17,6 +19,12 @@ def png(image: np.ndarray) -> bytes:
     encoded = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(encoded, format="PNG")
     return encoded.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def slow_machines_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that a test sends to its own process must not end the tests where they run slowly."""
+    monkeypatch.setattr(interruption, "SECONDS_TO_UNWIND", 600.0)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,20 @@ import pytest
 
 from training import sealed
 from training.cli.arguments import load_config, parse
-from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
+from training.config import (
+    Config,
+    Curvature,
+    Data,
+    Evaluation,
+    Model,
+    Optimizer,
+    Prior,
+    from_document,
+    to_document,
+)
 from training.errors import UserError
 from training.settings import describe_difference
-from training.workdir import load_saved_config, open_workdir, save_config
+from training.workdir import continue_command, load_saved_config, open_workdir, save_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "python -m training.fit_van"
@@ -32,6 +44,36 @@ def parsed(*argv: str) -> Config:
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
+
+
+def test_resume_alone_continues_with_the_saved_settings(tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    argv = ["--workdir", str(tmp_path), "--resume"]
+    arguments = parse(argv, PROGRAM)
+    assert (arguments.settings, arguments.workdir, arguments.resume) == (UNUSUAL, tmp_path, True)
+    assert parse([f"--workdir={tmp_path}", "--resume", "--evaluation.bins", "3"], PROGRAM).settings == replace(
+        UNUSUAL, evaluation=Evaluation(bins=3)
+    )
+    # A config that is named counts, and so do the defaults of a new run.
+    named = load_config(ROOT / "configs" / "van_cifar10.py")
+    assert parse([*argv, "--config", "configs/van_cifar10.py"], PROGRAM).settings == named
+    assert parse(argv[:2], PROGRAM).settings == load_config(ROOT / "configs" / "van_digits.py")
+    assert parse(["--workdir", str(tmp_path / "new"), "--resume"], PROGRAM).settings == parse([], PROGRAM).settings
+
+
+def test_options_that_contradict_the_saved_settings_are_named(tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    (tmp_path / "train").mkdir()
+    arguments = parse(["--workdir", str(tmp_path), "--resume", "--seed", "7", "--data.mean", "0.5", "0.3"], PROGRAM)
+    named = r"differs in seed: 5 there, 7 here; data.mean: \(0.5, 0.25\) there, \(0.5, 0.3\) here; use another"
+    with pytest.raises(UserError, match=named) as caught:
+        open_workdir(tmp_path, arguments.settings, resume=True)
+    assert f"continue with the settings that it has: {continue_command(tmp_path)}" in str(caught.value)
+
+
+def test_the_command_that_continues_a_run_can_be_typed() -> None:
+    words = shlex.split(continue_command(Path("a b/'c'")))
+    assert words == [sys.orig_argv[0], "-m", "training.fit_van", "--workdir", "a b/'c'", "--resume"]
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
@@ -67,6 +109,7 @@ def test_help_names_every_field_with_the_default_of_the_chosen_config(
         parse([f"--config={file}", "--help"], PROGRAM)
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
     assert caught.value.code == 0
+    assert "It is code that is executed" in text
     assert "(default: 77)" in text and "(default: checkpoints/mine)" in text
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(section.default_factory) if section.name != "seed" else ():
@@ -170,6 +213,97 @@ def test_values_out_of_range_are_refused_by_name(section: type, values: dict[str
         section(**values)
 
 
+@pytest.mark.parametrize(
+    ("section", "values", "option"),
+    [
+        (Config, {"seed": 1.5}, "seed"),
+        (Config, {"seed": "5"}, "seed"),
+        (Config, {"seed": None}, "seed"),
+        (Config, {"data": {"name": "digits"}}, "data"),
+        (Config, {"data": Model()}, "data"),
+        (Data, {"name": 3}, "data.name"),
+        (Data, {"name": ""}, "data.name"),
+        (Data, {"name": "a\udc80"}, "data.name"),
+        (Data, {"dir": 3}, "data.dir"),
+        (Data, {"dir": "a\0b"}, "data.dir"),
+        (Data, {"dir": "a\udc80"}, "data.dir"),
+        (Data, {"mean": 0.3}, "data.mean"),
+        (Data, {"mean": ()}, "data.mean"),
+        (Data, {"mean": {0.3}}, "data.mean"),
+        (Data, {"mean": ["0.3"]}, "data.mean"),
+        (Data, {"std": [True]}, "data.std"),
+        (Data, {"train_examples": 5.0}, "data.train_examples"),
+        (Data, {"augment": 1}, "data.augment"),
+        (Model, {"variant": b"b0"}, "model.variant"),
+        (Optimizer, {"epochs": True}, "optimizer.epochs"),
+        (Optimizer, {"learning_rate": "0.1"}, "optimizer.learning_rate"),
+        (Optimizer, {"clip_norm": False}, "optimizer.clip_norm"),
+        (Prior, {"update": None}, "prior.update"),
+        (Evaluation, {"split": "train"}, "evaluation.split"),
+        (Evaluation, {"bins": [15]}, "evaluation.bins"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_name(section: type, values: dict[str, Any], option: str) -> None:
+    with pytest.raises(UserError, match=f"^`{option}` must .*; got .*; change it") as caught:
+        section(**values)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_list_stands_for_a_tuple_a_string_for_a_path_and_an_integer_for_a_number() -> None:
+    assert Data(mean=[0, 0.5], dir="sets") == Data(mean=(0.0, 0.5), dir=Path("sets"))
+    assert isinstance(Data(mean=[0]).mean[0], float)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'object.__setattr__(config.evaluation, "split", "train")',
+        'object.__setattr__(config, "seed", 1.5)',
+        'config.data.__dict__["mean"] = "0.3"',
+        'config.__dict__["model"] = config.data',
+    ],
+)
+def test_what_a_config_file_puts_into_a_record_is_checked_too(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "sly.py"
+    file.write_text(f"from training.config import *\nconfig = Config()\n{line}\n")
+    with pytest.raises(UserError, match="sly.py: `[a-z.]+` must .*; change it"):
+        parse(["--config", str(file)], PROGRAM)
+
+
+def other_values(section: Any) -> dict[str, Any]:
+    """For each field of a section a valid value that is not its default."""
+    chosen = {
+        "name": "größe/1",
+        "dir": Path("a b/ü"),
+        "mean": (0.1, 0.2),
+        "std": (1e-300, 3.0),
+        "augment": True,
+        "variant": "b0",
+        "drop_path": 0.1 + 0.2,
+        "second_moment_decay": 0.3,
+        "update": "online",
+        "split": "validation",
+        "ood": "noise",
+    }
+    fields = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    numbers = {name: value + 1 if value else 7 for name, value in fields.items() if name not in chosen}
+    return {**numbers, **{name: value for name, value in chosen.items() if name in fields}}
+
+
+@pytest.mark.parametrize("section", ["data", "model", "optimizer", "prior", "curvature", "evaluation"])
+def test_every_field_comes_back_from_json(section: str, tmp_path: Path) -> None:
+    values = other_values(getattr(Config(), section))
+    config = replace(Config(), seed=2**31 - 1, **{section: type(getattr(Config(), section))(**values)})
+    save_config(tmp_path, config)
+    assert load_saved_config(tmp_path) == config
+    assert from_document(json.loads(json.dumps(to_document(config)))) == config
+    for name, value in values.items():
+        assert type(getattr(getattr(load_saved_config(tmp_path), section), name)) is type(
+            getattr(getattr(config, section), name)
+        )
+        assert getattr(getattr(Config(), section), name) != value
+
+
 def test_a_value_out_of_range_on_the_command_line_is_one_line() -> None:
     with pytest.raises(UserError, match="`optimizer.batch_size` must be at least 1; got 0"):
         parsed("--optimizer.batch-size", "0")
@@ -211,6 +345,31 @@ def test_a_damaged_saved_config_says_what_is_wrong(change: Any, message: str, tm
     with pytest.raises(UserError, match=message) as caught:
         load_saved_config(tmp_path)
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["seed", "mean", "bins"])
+def test_a_changed_digit_of_a_saved_config_says_what_to_do(field: str, tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    file = tmp_path / "config.json"
+    changed = re.sub(rf'("{field}": \[?\s*)(\d)', lambda found: f"{found[1]}{int(found[2]) ^ 1}", file.read_text())
+    assert changed != file.read_text()
+    file.write_text(changed)
+    for read in (load_saved_config, lambda workdir: open_workdir(workdir, UNUSUAL, resume=True)):
+        with pytest.raises(UserError, match=f"{file} must be a config as it was saved; its entry sha256") as caught:
+            read(tmp_path)
+        assert "on purpose" in str(caught.value) and "remove the entry sha256" in str(caught.value)
+        assert f" -m training.fit_van --workdir {tmp_path} --resume" in str(caught.value)
+    assert file.read_text() == changed
+
+
+def test_a_saved_config_without_a_digest_is_unverified(tmp_path: Path) -> None:
+    save_config(tmp_path, UNUSUAL)
+    document = json.loads((tmp_path / "config.json").read_text())
+    del document["sha256"]
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    said: list[str] = []
+    assert load_saved_config(tmp_path, said.append) == UNUSUAL
+    assert len(said) == 1 and "unverified" in said[0]
 
 
 def test_no_saved_config(tmp_path: Path) -> None:
