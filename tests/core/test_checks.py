@@ -132,3 +132,35 @@ def test_a_warning_is_shown_once_for_a_line_and_again_for_another():
             checks.warn("once")
         checks.warn("once")
     assert len(caught) == 2 and all(warning.category is UserWarning for warning in caught)
+
+
+def test_numbers_are_positive_in_the_type_in_which_they_are_used():
+    with jax.enable_x64(True):
+        for value in (1e-300, 1e300):
+            checks.positive(value, "x")
+            checks.all_positive([value], "x")
+    message = "x must be one positive, finite number; got {}, which float32 cannot hold or square; try 1.0".format
+    table = {
+        "small": ((1e-300, "x"), {}, message("1e-300")),
+        "large": ((1e300, "x"), {}, message("1e+300")),
+        "zero": ((0.0, "x"), {}, "x must be one positive, finite number; got 0.0; try 1.0"),
+    }
+    assert refusals(checks.positive, table) == {}
+    message = "x must be positive and finite; got {}, which float32 cannot hold or square; try 1.0".format
+    table = {
+        "small": (([1.0, 1e-300], "x"), {}, message("[1.e+000 1.e-300]")),
+        "squared": ((1e-20, "x"), {"with_squares": True}, message("1e-20")),
+        "strings": ((["a"], "x"), {}, "x must be positive, finite numbers; got ['a']; try 1.0"),
+        "objects": ((None, "x"), {}, "x must be positive, finite numbers; got None; try 1.0"),
+    }
+    assert refusals(checks.all_positive, table) == {}
+    checks.all_positive(1e-18, "x", with_squares=True)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    checks.one_process("fit")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(
+        ValueError, match=r"fit must run in a single process.* got jax.process_count\(\) = 2; gather the"
+    ):
+        checks.one_process("fit")

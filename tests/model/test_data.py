@@ -178,10 +178,10 @@ def test_batches_share_one_compilation(problem):
     from bnnlaplace.fitting import fit as structure_fit
 
     fit(problem, Loader(problem))
-    before = structure_fit.batch_curvature._cache_size()
+    before = structure_fit._compiled_curvature._cache_size()
     fit(problem, Loader(problem))
     fit(problem, Loader(problem, (4, 4, 2, 1)))
-    assert structure_fit.batch_curvature._cache_size() == before
+    assert structure_fit._compiled_curvature._cache_size() == before
 
 
 def test_a_soft_target_is_a_float_array(problem):
@@ -190,3 +190,97 @@ def test_a_soft_target_is_a_float_array(problem):
     np.testing.assert_allclose(found.fitted.log_likelihood.value, expected.fitted.log_likelihood.value)
     assert float(found.fitted.log_likelihood.num_targets) == 33
     assert jnp.isfinite(found.log_marginal_likelihood().mean)
+
+
+class Resumed:
+    """A loader that keeps one iterator, as some with workers do; with `resets`, it is set back to the start first."""
+
+    def __init__(self, problem, resets=False):
+        self.loader, self.resets, self.kept = Loader(problem), resets, Kept(self)
+        self.batches = iter(self.loader)
+
+    def __iter__(self):
+        if self.resets:
+            self.batches = iter(self.loader)
+        return self.kept
+
+
+class Kept:
+    def __init__(self, owner):
+        self.owner = owner
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.owner.batches)
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_a_loader_that_keeps_one_iterator(problem, whole, resets):
+    """One pass sees all data. More passes are right if the iterator is set back, and an error if it is used up."""
+    found = bnnlaplace.Laplace(problem.network, hessian_structure="diag").fit(Resumed(problem, resets), **OPTIONS)
+    assert_same(found, whole["diag"], problem)
+    lanczos = bnnlaplace.Laplace(problem.network, hessian_structure="lanczos")
+    if resets:
+        assert_same(lanczos.fit(Resumed(problem, True), **OPTIONS), whole["lanczos"], problem)
+        lanczos.memory_estimate(Resumed(problem, True))
+    else:
+        with pytest.raises(ValueError, match="the first gave 11 examples, a later one 0; pass a list of batches"):
+            lanczos.fit(Resumed(problem), **OPTIONS)
+        with pytest.raises(
+            ValueError, match="memory_estimate.*__iter__ goes on where the last one stopped; pass a list"
+        ):
+            lanczos.memory_estimate(Resumed(problem))
+
+
+def test_a_loader_whose_second_pass_is_empty(problem):
+    class Once(Loader):
+        def __iter__(self):
+            batches = list(super().__iter__())
+            yield from batches if self.passes == 1 else ()
+
+    with pytest.raises(ValueError, match="the first gave 11 examples, a later one 0"):
+        fit(problem, Once(problem), "lanczos")
+
+
+def test_several_processes_do_not_fit(problem, whole, monkeypatch):
+    """Each of them would see a part of the data only. Predictions of each at its own inputs are right."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    data = (problem.inputs, problem.targets)
+    la = whole["diag"]
+    for step in (
+        lambda: fit(problem, data),
+        lambda: fit(problem, Loader(problem)),
+        lambda: la.memory_estimate(data),
+        lambda: la.validation_curve(*data, [1.0], key=jax.random.key(0)),
+        lambda: la.optimize_prior_precision("gridsearch", validation=data, key=jax.random.key(0)),
+    ):
+        with pytest.raises(ValueError, match="must run in a single process.*process_count.*gather the data"):
+            step()
+    assert la.predictive(problem.inputs).shape == (11, 3)
+
+
+BAD_OUTPUTS = {
+    "integers": lambda p, x: (x @ p["w1"]).astype(int),
+    "complex": lambda p, x: x @ p["w1"] + 1j,
+    "bools": lambda p, x: x @ p["w1"] > 0,
+    "no classes": lambda p, x: (x @ p["w1"])[:, :0],
+    "no class axis": lambda p, x: (x @ p["w1"])[:, 0],
+    "a fault": lambda p, x: x @ p["missing"],
+    "nothing": lambda p, x: None,
+}
+
+
+@pytest.mark.parametrize("case", BAD_OUTPUTS)
+def test_networks_that_cannot_be_fitted(problem, case, unchecked_annotations):
+    network = bnnlaplace.Network.from_function(BAD_OUTPUTS[case], problem.network.params)
+    message = "the network raised KeyError: 'missing'" if case == "a fault" else "outputs must be one array of shape"
+    with pytest.raises(ValueError, match=message):
+        bnnlaplace.Laplace(network, hessian_structure="diag").fit((problem.inputs, problem.targets))
+
+
+@pytest.mark.parametrize("data", ["abc", b"abc", {"x": 1}, np.ones((2, 2, 4)), np.ones(3), None, 1.0, (1, 2), [[1, 2]]])
+def test_what_is_not_data(problem, data, unchecked_annotations):
+    with pytest.raises(ValueError, match="must be two arrays|must be arrays"):
+        fit(problem, data)

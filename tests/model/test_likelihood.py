@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.tree_util import Partial
 from scipy import stats
 
 import bnnlaplace
@@ -166,3 +167,109 @@ def test_noise_that_is_an_integer_is_a_real_number():
     x = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)
     la = bnnlaplace.Laplace(network, "regression", sigma_noise=1, hessian_structure="full").fit((x, 3 * x[:, :1]))
     np.testing.assert_allclose(la.with_sigma_noise(1.7).sigma_noise, 1.7)
+
+
+# --- a likelihood of more outputs than targets ------------------------------------------------------------------
+
+
+def lognormal_pair_log_prob(f, y):
+    """Two means and two log variances of two targets."""
+    mean, log_variance = f[..., :2], f[..., 2:]
+    terms = (y - mean) ** 2 * jnp.exp(-log_variance) + log_variance + jnp.log(2 * jnp.pi)
+    return -0.5 * terms.sum(axis=-1)
+
+
+def pair_factor_mv(f, u):
+    """A factor of the Fisher information, which is diagonal: exp(-s) for a mean, 1/2 for a log variance."""
+    return u * jnp.concatenate([jnp.exp(-0.5 * f[..., 2:]), jnp.full_like(f[..., 2:], 0.5**0.5)], axis=-1)
+
+
+def pair_mean(f):
+    return f[..., :2]
+
+
+def half(num_outputs):
+    return (num_outputs // 2,)
+
+
+def pair(target_shape):
+    functions = map(Partial, (lognormal_pair_log_prob, pair_factor_mv, pair_mean))
+    return bnnlaplace.Likelihood("pair", "array", *functions, target_shape=target_shape)
+
+
+@pytest.mark.parametrize("structure", ["full", "lanczos"])
+@pytest.mark.parametrize("target_shape", [(2,), half])
+def test_more_outputs_than_targets(x64, unchecked_annotations, structure, target_shape):
+    rng = np.random.default_rng(4)
+    x, y, weights = rng.normal(size=(9, 3)), rng.normal(size=(9, 2)), 0.3 * rng.normal(size=(3, 4))
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, weights)
+    la = bnnlaplace.Laplace(network, pair(target_shape), hessian_structure=structure, prior_precision=0.8)
+    f = x @ weights
+    log_likelihood = stats.norm.logpdf(y, f[:, :2], np.exp(f[:, 2:] / 2)).sum()
+    curvatures = np.concatenate([np.exp(-f[:, 2:]), np.full((9, 2), 0.5)], axis=1)
+    ggn = sum(np.kron(np.outer(a, a), np.diag(c)) for a, c in zip(x, curvatures, strict=True))
+    determinant = np.linalg.slogdet(np.eye(12) + ggn / 0.8)[1]
+    expected = log_likelihood - 0.4 * (weights**2).sum() - 0.5 * determinant
+    batches = [(x[:5], y[:5]), (x[5:], y[5:])]
+    for data in ((x, y), batches):
+        fitted = la.fit(data, key=jax.random.key(0))
+        np.testing.assert_allclose(fitted.log_marginal_likelihood().mean, expected, rtol=1e-9)
+    options = {"key": jax.random.key(0), "num_samples": 5}
+    assert fitted.predictive(x, link_approx="mc", **options).shape == (9, 2)
+    assert np.isfinite(fitted.validation_curve(x, y, [1.0], **options).negative_log_likelihood).all()
+    with pytest.raises(ValueError, match=r"targets of 'pair' must have the shape \(9, 2\); got \(9, 4\); reshape"):
+        la.fit((x, np.concatenate([y, y], axis=1)))
+
+
+def test_labels_of_a_shape_of_their_own_have_any_range():
+    """As in ordinal regression: one output, and labels whose number the likelihood knows."""
+    ordinal = bnnlaplace.Likelihood("ordinal", "label", *map(Partial, [pair_mean] * 3), target_shape=())
+    check_targets(ordinal, (3, 1), np.array([0, 4, 9]), "fit")
+    with pytest.raises(ValueError, match=r"fit: labels must be integers of shape \(3,\); got float64"):
+        check_targets(ordinal, (3, 1), np.array([0.0, 4.0, 9.0]), "fit")
+
+
+@pytest.mark.parametrize("target_shape", [1, [1], (0,), (1.0,), "1"])
+def test_the_shape_of_a_target_is_a_shape(target_shape, unchecked_annotations):
+    with pytest.raises(
+        ValueError, match=r"Likelihood\(target_shape=...\) must be a tuple of positive lengths.*try \(1,\)"
+    ):
+        pair(target_shape)
+
+
+def test_a_likelihood_that_is_none(unchecked_annotations):
+    with pytest.raises(ValueError, match=r"Likelihood\(target_kind=...\) must be 'array' or 'label'; got 'int'"):
+        bnnlaplace.Likelihood("own", "int", pair_mean, pair_mean, pair_mean)
+    for likelihood in (None, [], 3, bnnlaplace.gaussian):
+        with pytest.raises(ValueError, match=r"Laplace\(likelihood=...\) must be one of .* or a Likelihood"):
+            resolve(likelihood)
+    with pytest.raises(ValueError, match=r"Likelihood\(mean=...\) must be a function; got 3"):
+        resolve(bnnlaplace.Likelihood("own", "array", pair_mean, pair_mean, 3))
+
+
+def test_classification_needs_two_outputs():
+    message = (
+        r"'classification' must have an output for each class, at least two; got one output; use likelihood='binary'"
+    )
+    for labels in (np.array([0, 1, 1]), np.zeros(3, int)):
+        with pytest.raises(ValueError, match=message):
+            check_targets(bnnlaplace.categorical(), (3, 1), labels, "fit")
+
+
+def test_targets_are_numbers_in_the_type_in_which_they_are_used():
+    message = "targets must be real numbers; got an array of {}; encode them".format
+    for targets, dtype in ((np.full((2, 3), "a"), "<U1"), (np.ones((2, 3), complex), "complex128")):
+        with pytest.raises(ValueError, match=message(dtype)):
+            check_targets(bnnlaplace.gaussian(), (2, 3), targets, "fit")
+    with pytest.raises(ValueError, match="fit: targets must fit into float32"):
+        check_targets(bnnlaplace.gaussian(), (2, 3), np.full((2, 3), -1e39), "fit")
+    with pytest.raises(ValueError, match="fit: targets must be finite; got NaN or infinite values in 2 of 2"):
+        check_targets(bnnlaplace.gaussian(), (2, 3), np.full((2, 3), np.nan), "fit")
+    # A likelihood of the user's own may mark missing targets by NaN.
+    check_targets(pair((2,)), (2, 4), np.full((2, 2), np.nan), "fit")
+
+
+@pytest.mark.parametrize("sigma", [1e-300, 1e-20, 1e20, 10**400])
+def test_a_noise_whose_variance_is_zero_or_infinite(sigma):
+    with pytest.raises(ValueError, match=r"Laplace\(sigma_noise=...\) must be positive"):
+        resolve("regression", sigma)
