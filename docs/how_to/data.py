@@ -53,11 +53,15 @@ params = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name,
 (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=2000))((params, optimizer.init(params)))
 network = bnnlaplace.Network.from_function(logits, params)
 
+# A Linen or NNX module of several inputs takes them in a tuple, `fit(((images, ages), y))`, or in a dictionary by the names
+# of its parameters. Arrays may come from any library that has `__array__` or DLPack: tensors of PyTorch, tables of pandas.
+
 # %% Batches from files
 # "lanczos" reads the data once for each block of products, about ten times. It needs an object whose `__iter__` begins
 # anew at every call: a list of batches, or a data loader that gives pairs `(x, y)` of arrays, without shuffling and
 # augmentation. The last batch may be shorter. A function with `yield` gives an iterator, which can be read only once.
 # That is enough for "diag", "kron" and "full"; "lanczos" refuses it.
+# All data must be in one process: under `jax.distributed` each process would compute the evidence of its own part.
 
 folder = tempfile.TemporaryDirectory()
 BATCH = 256
