@@ -48,12 +48,17 @@ def poisson() -> Likelihood:
     """Independent counts with log rates f; targets shaped like f."""
     return Likelihood(
         name="poisson",
-        target_kind="array",  # targets shaped like the outputs; "label" for class labels
+        target_kind="array",  # targets shaped like the outputs unless target_shape is given; "label" for class labels
         log_prob=Partial(poisson_log_prob),
         factor_mv=Partial(poisson_factor_mv),
         mean=Partial(jnp.exp),
     )
 
+
+# %% More outputs than targets
+# Targets have the shape of the outputs, or are labels. A likelihood whose outputs are, say, a mean and a log variance of
+# each target states the shape of its targets: `target_shape=(1,)` for one target, whatever the outputs are, or a function
+# from the number of outputs to the shape, such as `lambda c: (c // 2,)`.
 
 # %% Parameters of a likelihood
 # If a likelihood depends on a number, pass it to the `Partial`s, as in `Partial(scaled_log_prob, scale)`. It becomes
