@@ -18,7 +18,9 @@ from bnnlaplace import krylov
 
 # %% Inputs of several parts
 # `x` may be any pytree of arrays with examples along the leading axis. Here it holds images and a number for each
-# image. The network takes the pytree.
+# image. The network takes the pytree. A Linen or NNX module of several inputs takes them in a tuple,
+# `fit(((images, ages), y))`, or in a dictionary by the names of its parameters. Arrays may come from any library that
+# has `__array__` or DLPack, such as tensors of PyTorch or tables of pandas.
 
 rng = np.random.default_rng(0)
 NUM = 1200
@@ -52,9 +54,6 @@ shapes = {"w1": (17, 16), "b1": (16,), "w2": (16, 2), "b2": (2,)}
 params = {name: jnp.asarray(0.3 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
 (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=2000))((params, optimizer.init(params)))
 network = bnnlaplace.Network.from_function(logits, params)
-
-# A Linen or NNX module of several inputs takes them in a tuple, `fit(((images, ages), y))`, or in a dictionary by the names
-# of its parameters. Arrays may come from any library that has `__array__` or DLPack: tensors of PyTorch, tables of pandas.
 
 # %% Batches from files
 # "lanczos" reads the data once for each block of products, about ten times. It needs an object whose `__iter__` begins

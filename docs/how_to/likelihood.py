@@ -56,9 +56,9 @@ def poisson() -> Likelihood:
 
 
 # %% More outputs than targets
-# Targets have the shape of the outputs, or are labels. A likelihood whose outputs are, say, a mean and a log variance of
-# each target states the shape of its targets: `target_shape=(1,)` for one target, whatever the outputs are, or a function
-# from the number of outputs to the shape, such as `lambda c: (c // 2,)`.
+# Targets have the shape of the outputs, or are labels. A likelihood whose outputs are, say, a mean and a log variance
+# of each target states the shape of its targets: `target_shape=(1,)` for one target, whatever the outputs are, or a
+# function from the number of outputs to the shape, such as `lambda c: (c // 2,)`.
 
 # %% Parameters of a likelihood
 # If a likelihood depends on a number, pass it to the `Partial`s, as in `Partial(scaled_log_prob, scale)`. It becomes
