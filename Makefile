@@ -2,6 +2,7 @@
 # make test        the tests that a contributor runs after every change
 # make test-all    those, the exhaustive tables, and whole programs: fit_van end to end, tutorials, benchmarks, the wheel
 # make test-peers  compare with other packages, which it installs
+# make test-campaign   feed in what is damaged, forged or wrong, and print counts of what became of it, by kind
 # make docs        build the documentation into site/
 # make results     write the tables of docs/results.md and README.md from the records of this machine
 #
@@ -16,7 +17,7 @@ INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --e
 # A file stays on one worker: its tests share fixtures and compiled programs.
 PYTEST := $(VENV)/python -m pytest --numprocesses auto --dist loadfile
 
-.PHONY: fit-van test test-all test-peers docs readme-figure results clean
+.PHONY: fit-van test test-all test-peers test-campaign docs readme-figure results clean
 
 fit-van: .venv/installed-training
 	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
@@ -25,10 +26,13 @@ test: .venv/installed-test
 	$(PYTEST) $(ARGS)
 
 test-all: .venv/installed-test
-	$(PYTEST) --override-ini norecursedirs=peers -m 'exhaustive or not exhaustive' $(ARGS)
+	$(PYTEST) --override-ini norecursedirs='peers campaign' -m 'exhaustive or not exhaustive' $(ARGS)
 
 test-peers: .venv/installed-peers
 	$(VENV)/python -m pytest tests/peers $(ARGS)
+
+test-campaign: .venv/installed-test
+	$(PYTEST) tests/campaign $(ARGS)
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict
