@@ -25,23 +25,21 @@ from bnnlaplace.structure import (
 # Norms of vectors that were orthonormal in float32 and symmetric entries agree within this.
 _ROUNDING = 1e-2
 
-# The fields of metadata.json, and the parts of the tree: what must be there, and what some posteriors have.
+# The fields of metadata.json, and the parts of the tree: what must be there, what releases before format version 2 may
+# have left out, and what some posteriors have.
 _METADATA = {"hessian_structure": str, "likelihood": str}
-_OPTIONAL_METADATA = {
-    "structure": str,
-    "likelihood_is_ours": bool,
-    "weights": list,
-    "linearised": bool,
-    "groups": dict,
-    "prior_precision": dict,
-}
+_LATER_METADATA = {"structure": str, "likelihood_is_ours": bool, "weights": list, "linearised": bool, "groups": dict}
+_OPTIONAL_METADATA = {"prior_precision": dict}
 _PARTS = {"network": dict, "prior_precision": np.ndarray, "structure": dict, "fitted": dict}
 _OPTIONAL_PARTS = {"likelihood": list, "relative_precision": np.ndarray, "prior_mean": np.ndarray}
 
 
-def check_parts(stored: Any, metadata: Mapping[str, Any]) -> None:
+def check_parts(stored: Any, metadata: Mapping[str, Any], version: int) -> None:
     """Check the fields of the metadata and the parts of the tree, each by itself."""
-    _check_fields(metadata, _METADATA, _OPTIONAL_METADATA, "the metadata")
+    required, optional = {**_METADATA, **_LATER_METADATA}, _OPTIONAL_METADATA
+    if version == 1:
+        required, optional = _METADATA, {**_LATER_METADATA, **_OPTIONAL_METADATA}
+    _check_fields(metadata, required, optional, "the metadata")
     _check_fields(stored, _PARTS, _OPTIONAL_PARTS, "the tree")
     name = metadata["hessian_structure"]
     if name not in BY_NAME or metadata.get("structure", "") not in ("", *(kind.__name__ for kind in BY_NAME[name])):
@@ -112,15 +110,15 @@ def _is_floating(array: Any) -> bool:
 # --- structures -----------------------------------------------------------------------------------------------------
 
 
-def check_structure(structure: Structure, stored: Any, params: Any) -> None:
-    """Check that a structure rebuilt from stored arrays is one of these weights, and lost none of the arrays."""
+def check_structure(structure: Structure, stored: Any, params: Any, version: int) -> None:
+    """Check that a structure rebuilt from stored arrays is one of these weights, with all its arrays and no other."""
     numbers = dict(zip(leaf_names(stored), jax.tree.leaves(stored), strict=True))
     for name, array in numbers.items():
         if name != "tolerance":  # which may be infinite
             _floats(array, f"numbers at {name!r} of the curvature")
-    # An earlier release wrote the eigenvectors of a dense matrix.
-    if not isinstance(structure, DenseStructure) and (others := set(numbers) - set(leaf_names(structure))):
-        raise Damage(f"its curvature has {min(others)!r:.80}, which a {type(structure).__name__} has not")
+    # An earlier release wrote the eigenvectors of a dense matrix, and another one no tolerance.
+    if version > 1 and (differing := set(numbers) ^ set(leaf_names(structure))):
+        raise Damage(f"its curvature differs from a {type(structure).__name__} in {min(differing)!r:.80}")
     count = size(params)
     match structure:
         case KroneckerStructure():
@@ -156,7 +154,19 @@ def _check_blocks(blocks: Sequence[Any], leaves: Sequence[Any]) -> None:
                 _check_norms(vectors, axis=-2)
             else:
                 _check_spectrum(getattr(block, name))
+        if "row_values" in block._fields:
+            _check_sides(block.row_values.shape, block.column_values.shape, leaf.shape)
         _check_shape(block.eigenvalues, (leaf.size,), "block")
+
+
+def _check_sides(rows: tuple[int, ...], columns: tuple[int, ...], leaf: tuple[int, ...]) -> None:
+    """Check that each axis of the weight, or several neighbours joined, belong to the rows or to the columns."""
+    axes = [max(lengths) for lengths in zip(rows, columns, strict=True) if min(lengths) == 1]
+    # Axes are joined if the numbers of weights before them are among those of the weight itself.
+    before = {math.prod(leaf[:position]) for position in range(len(leaf) + 1)}
+    joined = {math.prod(axes[:position]) for position in range(len(axes) + 1)}
+    if len(axes) != len(rows) or not joined <= before:
+        raise Damage(f"the sides of its curvature have shapes {rows} and {columns}, where the weights have {leaf}")
 
 
 def _check_decomposition(structure: KrylovStructure, count: int) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 
 from bnnlaplace.checkpoint import declared
 from bnnlaplace.checkpoint.errors import CheckpointError, Damage
-from bnnlaplace.checkpoint.pytree import as_path, damaged, load_pytree, restructure, save_pytree
+from bnnlaplace.checkpoint.pytree import as_path, damaged, load_version, restructure, save_pytree
 from bnnlaplace.core.tree import leaf_names, size
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings
 from bnnlaplace.model.likelihood import Likelihood, is_ours, resolve
 from bnnlaplace.model.network import Network
-from bnnlaplace.prior.gaussian import by_layer, is_by_group, is_scalar
+from bnnlaplace.prior.gaussian import Prior, by_layer, is_by_group, is_scalar
 from bnnlaplace.structure import BY_NAME
 
 # The fields of `LogLikelihood` under the names that the files have had since the first release.
@@ -92,10 +92,10 @@ def load(path: Path | str, network: Network, likelihood: Likelihood | None = Non
     if not isinstance(network, Network):
         raise TypeError(f"load(network=...) must be a bnnlaplace.Network; got {type(network).__name__}")
     path = as_path(path, "load(path=...)")
-    stored, metadata = load_pytree(path)
+    stored, metadata, version = load_version(path)
     try:
-        declared.check_parts(stored, metadata)
-        return _posterior(path, stored, metadata, network, likelihood)
+        declared.check_parts(stored, metadata, version)
+        return _posterior(path, stored, metadata, network, likelihood, version)
     except CheckpointError:
         raise
     except Damage as damage:
@@ -107,7 +107,12 @@ def load(path: Path | str, network: Network, likelihood: Likelihood | None = Non
 
 
 def _posterior(
-    path: Path, stored: dict[str, Any], metadata: dict[str, Any], network: Network, likelihood: Likelihood | None
+    path: Path,
+    stored: dict[str, Any],
+    metadata: dict[str, Any],
+    network: Network,
+    likelihood: Likelihood | None,
+    version: int,
 ) -> tuple[Fitted, Settings]:
     """Put the parts together, each checked against the weights."""
     with_posterior = set(metadata.get("weights", ())) & set(leaf_names(network.params))
@@ -123,25 +128,33 @@ def _posterior(
     for name, leaf in zip(names, jax.tree.leaves(network.params), strict=True):
         declared.vector(leaf.reshape(-1), leaf.size, f"weights {name!r:.80}")
     settings = _settings(stored, metadata, size(network.params))
-    prior = settings.prior(network)
-    if not np.isclose(float(prior.precision), float(stored["prior_precision"]), rtol=1e-4):
-        raise Damage("its prior precisions of groups have another mean than its prior precision")
     structures = {cls.__name__: cls for cls in BY_NAME[metadata["hessian_structure"]]}
     structure = structures[metadata.get("structure", next(iter(structures)))].from_arrays(stored["structure"])
-    declared.check_structure(structure, stored["structure"], network.params)
+    declared.check_structure(structure, stored["structure"], network.params, version)
     fitted = Fitted(
         network=network,
         likelihood=_likelihood(path, stored, metadata, likelihood),
-        prior=prior,
+        prior=_prior(stored, settings, network),
         structure=structure,
-        log_likelihood=_log_likelihood(stored["fitted"], size(network.params)),
+        log_likelihood=_log_likelihood(stored["fitted"], size(network.params), version),
     )
     return fitted, settings
 
 
-def _log_likelihood(stored: dict[str, Any], num_weights: int) -> LogLikelihood:
+def _prior(stored: dict[str, Any], settings: Settings, network: Network) -> Prior:
+    """The prior of the settings, with its numbers as they were stored rather than computed again."""
+    prior, precision = settings.prior(network), float(stored["prior_precision"])
+    if not np.isclose(float(prior.precision), precision, rtol=1e-4):
+        raise Damage("its prior precisions of weights or groups have another mean than its prior precision")
+    if "relative_precision" in stored:
+        prior = prior._replace(relative=jnp.asarray(stored["relative_precision"]))
+    return prior._replace(precision=precision)
+
+
+def _log_likelihood(stored: dict[str, Any], num_weights: int, version: int) -> LogLikelihood:
     # An earlier release did not write all numbers; they are needed to choose the noise of a regression.
-    numbers = {"num_outputs": np.float64("nan"), "squared_residuals": np.float64("nan"), **stored}
+    unknown = {"num_outputs": np.float64("nan"), "squared_residuals": np.float64("nan")} if version == 1 else {}
+    numbers = {**unknown, **stored}
     if set(numbers) != set(_LOG_LIKELIHOOD.values()):
         raise Damage("it has not the numbers of a log likelihood")
     declared.number(numbers["log_likelihood"], "log likelihood")

@@ -128,19 +128,24 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
     -----
     Cost: each file is read once. Memory: the arrays, and no more than the files hold.
     """
-    path = as_path(path, "load_pytree(path=...)")
+    return load_version(as_path(path, "load_pytree(path=...)"), like)[:2]
+
+
+def load_version(path: Path, like: Any = None) -> tuple[Any, dict[str, Any], int]:
+    """`load_pytree`, with the format version of the files."""
     while True:
         recover(path)
         before = _identity(path)
         try:
             return _load(path, like)
         except CheckpointError:
-            # Another process may have replaced the checkpoint while this one read it.
-            if before is None or _identity(path) == before:
+            # Another process may have replaced the checkpoint while this one read it, or be about to.
+            recover(path)
+            if _identity(path) == before:
                 raise
 
 
-def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
+def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any], int]:
     if not path.is_dir():
         raise CheckpointError(f"a checkpoint must be a directory; there is none at {shown(path)}; check the path")
     try:
@@ -151,7 +156,8 @@ def _load(path: Path, like: Any) -> tuple[Any, dict[str, Any]]:
         arrays = _arrays(path, declared)
     except Damage as damage:
         raise damaged(path, str(damage)) from None
-    return nested(declared.leaves, arrays) if like is None else filled(like, arrays), declared.metadata
+    tree = nested(declared.leaves, arrays) if like is None else filled(like, arrays)
+    return tree, declared.metadata, declared.version
 
 
 def restructure(path: Path, stored: Any, like: Any) -> Any:
