@@ -347,7 +347,7 @@ def test_a_damaged_saved_config_says_what_is_wrong(change: Any, message: str, tm
     assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("field", ["seed", "mean", "bins"])
+@pytest.mark.parametrize("field", ["seed", "mean", "batch_size"])
 def test_a_changed_digit_of_a_saved_config_says_what_to_do(field: str, tmp_path: Path) -> None:
     save_config(tmp_path, UNUSUAL)
     file = tmp_path / "config.json"

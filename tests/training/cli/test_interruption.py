@@ -84,3 +84,54 @@ def test_signals_in_a_callback_are_not_forgotten(signals: int, status: int, last
     assert done.returncode == status and "went on" not in done.stdout
     assert done.stderr.splitlines()[-1] == last_line
     assert ("Exception ignored" in done.stderr) == (signals == 2)  # the control: a second one does raise there
+
+
+# One signal, where there is nothing to keep and the program does not answer.
+STUCK = """
+import signal, sys, time
+from training.cli import interruption
+from training.errors import Interrupted
+
+interruption.SECONDS_TO_UNWIND = 0.2
+try:
+    with interruption.watch(), interruption.advising("; continue with: it"):
+        if sys.argv[1] == "before":
+            signal.raise_signal(signal.SIGTERM)
+        with interruption.promptly("stopped; nothing is written"):
+            if sys.argv[1] == "within":
+                signal.raise_signal(signal.SIGTERM)
+            if sys.argv[1] != "answer":
+                time.sleep(60)
+            signal.raise_signal(signal.SIGTERM)
+        print("went on")
+except Interrupted as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "status", "last_line"),
+    [
+        ("before", 130, "stopped; nothing is written; continue with: it"),
+        ("within", 130, "stopped; nothing is written; continue with: it"),
+        ("answer", 1, "stopped; nothing is written"),
+    ],
+)
+def test_with_nothing_to_keep_one_signal_is_enough(when: str, status: int, last_line: str) -> None:
+    done = subprocess.run([sys.executable, "-c", STUCK, when], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.splitlines()[-1] == last_line
+
+
+LOADING = """
+import signal, time
+from training.cli import interruption
+interruption.end_while_loading()
+signal.raise_signal(signal.SIGINT)
+print("went on")
+"""
+
+
+def test_a_signal_while_a_program_loads_is_a_line() -> None:
+    done = subprocess.run([sys.executable, "-c", LOADING], cwd=ROOT, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped; nothing was running\n")

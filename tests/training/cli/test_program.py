@@ -1,5 +1,7 @@
 """The width at which programs print, the line that names the report, and caches that cannot be written."""
 
+import contextlib
+import signal
 import sys
 from pathlib import Path
 
@@ -7,8 +9,9 @@ import jax
 import pytest
 from rich.console import Console
 
+from bnnlaplace.checkpoint import CheckpointError
 from training.cli import program
-from training.errors import StorageError
+from training.errors import Interrupted, StorageError, UserError
 from training.report import html as report
 
 
@@ -88,3 +91,65 @@ def test_a_cache_that_can_be_written_is_used(tmp_path, monkeypatch, capsys, cach
     assert capsys.readouterr() == ("", "")
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "cache" / "bnnlaplace" / "xla")
     assert list(tmp_path.iterdir()) == []  # made when there is something to keep
+
+
+# --- how a program ends ----------------------------------------------------------------------------------------------
+
+FULL = OSError(28, "No space left on device", "/w/file")
+
+
+@pytest.fixture
+def ended(monkeypatch, capsys):
+    """Return a function that runs a program whose body raises an error, and returns its status and its last line."""
+    monkeypatch.setattr(program, "use_compilation_cache", lambda: None)
+
+    def end(error, *, command=None, before=lambda: None):
+        def main(console):
+            with program.continued_by(command) if command else contextlib.nullcontext():
+                before()
+                raise error
+
+        status = program.run(main)
+        return status, capsys.readouterr().err.splitlines()[-1]
+
+    return end
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (FULL, 2, "error: files must be readable and writable; got /w/file: No space left on device; free the disk"),
+        (StorageError("x must be writable; free the disk"), 2, "error: x must be writable; free the disk"),
+        (MemoryError("8 GB are needed"), 2, "error: there must be enough memory: 8 GB are needed; lower --curvature"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, "error: there must be enough memory: RESOURCE"),
+        (Interrupted("stopped after step 3"), 130, "stopped after step 3"),
+        (KeyboardInterrupt(), 130, "stopped at once; what was finished is kept"),
+    ],
+)
+def test_what_ends_a_program_is_a_line_that_says_how_to_continue(ended, error, status, message):
+    assert ended(error)[0] == status
+    found = ended(error, command="python -m it --resume")
+    assert found[0] == status and found[1].startswith(message)
+    assert found[1].endswith("continue with: python -m it --resume")
+
+
+def test_a_fault_of_the_user_is_said_without_a_command(ended):
+    assert ended(UserError("x must be y"), command="python -m it") == (2, "error: x must be y")
+    assert ended(CheckpointError("x must be y")) == (2, "error: x must be y")
+
+
+def test_an_error_that_two_signals_cause_in_a_library_is_an_interruption(ended):
+    def signals():
+        signal.raise_signal(signal.SIGTERM)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    error = RuntimeError("a callback failed")
+    expected = "stopped at once; what was finished is kept"
+    assert ended(error, before=signals) == (130, expected)
+    assert ended(error, before=signals, command="it") == (130, f"{expected}; continue with: it")
+
+
+def test_other_errors_keep_their_traceback(ended):
+    with pytest.raises(ZeroDivisionError):
+        ended(ZeroDivisionError("a fault of ours"), command="it")

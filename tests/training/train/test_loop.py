@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -198,6 +199,110 @@ def test_a_damaged_newest_step_falls_back_to_the_last_good_one(finished, two_che
     assert "resuming after step 3 of 17" in output.getvalue()
     kept = sorted(path.name for path in (two_checkpoints / "train").iterdir())
     assert kept == ["step_00000003", "step_00000005.damaged", "step_00000017"]
+
+
+def crafted(checkpoint: Path, change: Callable[[dict], Any]) -> None:
+    """Save the checkpoint anew, manifest and all, with other metadata."""
+    tree, metadata = load_pytree(checkpoint)
+    change(metadata)
+    shutil.rmtree(checkpoint)
+    checkpoints.save_pytree(checkpoint, tree, metadata)
+
+
+def replaced(make: Callable[[Path], Any], name: str) -> Callable[[Path], None]:
+    """Put something else in the place of a file of a checkpoint."""
+
+    def replace_file(checkpoint: Path) -> None:
+        (checkpoint / name).unlink()
+        make(checkpoint / name)
+
+    return replace_file
+
+
+def replace_all(make: Callable[[Path], Any]) -> Callable[[Path], None]:
+    def replace_checkpoint(checkpoint: Path) -> None:
+        shutil.rmtree(checkpoint)
+        make(checkpoint)
+
+    return replace_checkpoint
+
+
+DAMAGES = {
+    "manifest is a directory": replaced(Path.mkdir, "manifest.json"),
+    "manifest is a pipe": replaced(os.mkfifo, "manifest.json"),
+    "manifest cannot be read": lambda checkpoint: (checkpoint / "manifest.json").chmod(0),
+    "manifest is nested deeply": lambda checkpoint: (checkpoint / "manifest.json").write_text("[" * 100_000),
+    "manifest is empty": lambda checkpoint: (checkpoint / "manifest.json").write_text(""),
+    "manifest is missing": lambda checkpoint: (checkpoint / "manifest.json").unlink(),
+    "metadata are missing": lambda checkpoint: (checkpoint / "metadata.json").unlink(),
+    "arrays are missing": lambda checkpoint: shutil.rmtree(checkpoint / "arrays"),
+    "an empty directory": replace_all(Path.mkdir),
+    "a file": replace_all(lambda path: path.write_text("x")),
+    "a pipe": replace_all(os.mkfifo),
+    "a link to nothing": replace_all(lambda path: path.symlink_to("nowhere")),
+    "no journal": lambda checkpoint: crafted(checkpoint, lambda metadata: metadata.pop("journal")),
+    "a journal of text": lambda checkpoint: crafted(checkpoint, lambda metadata: metadata.update(journal="x")),
+    "another step": lambda checkpoint: crafted(checkpoint, lambda metadata: metadata["journal"].update(step=4)),
+    "no end": lambda checkpoint: crafted(checkpoint, lambda metadata: metadata.update(finished=None)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_whatever_the_damage_the_last_good_step_is_used(damage: str, small_checkpoints: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(small_checkpoints, tmp_path / "train", symlinks=True))
+    newest = directory / "step_00000005"
+    DAMAGES[damage](newest)
+    if damage == "manifest cannot be read" and os.access(newest / "manifest.json", os.R_OK):
+        pytest.skip("this user reads every file")
+    said: list[str] = []
+    path, tree, metadata = checkpoints.load_newest(directory, LIKE, report=said.append)
+    assert (path.name, metadata["journal"]["step"], float(tree["w"][1])) == ("step_00000003", 3, 3.0)
+    assert len(said) == 1 and said[0].startswith("damaged checkpoint: ") and "\n" not in said[0]
+    assert "set aside as step_00000005.damaged); falling back to step_00000003" in said[0]
+    assert sorted(entry.name for entry in directory.iterdir()) == ["step_00000003", "step_00000005.damaged"]
+
+
+LIKE = {"w": np.zeros(2, np.float32)}
+
+
+@pytest.fixture(scope="module")
+def small_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints of one small array, whose second number is the step."""
+    directory = tmp_path_factory.mktemp("small") / "train"
+    for step in (3, 5):
+        metadata = {"finished": False, "journal": {"step": step, "history": []}}
+        checkpoints.save_step(directory, step, {"w": np.array([1, step], np.float32)}, metadata)
+    return directory
+
+
+def test_a_checkpoint_is_set_aside_beside_an_earlier_one(small_checkpoints: Path, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(small_checkpoints, tmp_path / "train"))
+    (directory / "step_00000005.damaged").write_text("another")
+    (directory / "step_00000005" / "manifest.json").unlink()
+    checkpoints.load_newest(directory, LIKE, report=lambda message: None)
+    names = ["step_00000003", "step_00000005.damaged", "step_00000005.damaged2"]
+    assert sorted(entry.name for entry in directory.iterdir()) == names
+
+
+def test_checkpoints_of_other_settings_are_refused(finished, tmp_path: Path) -> None:
+    workdir = Path(shutil.copytree(finished[1], tmp_path / "copy"))
+    named = "step_00000017 must have been computed with the settings of config.json; got seed: 3 there, 4 in config.js"
+    with pytest.raises(UserError, match=named):
+        run(workdir, replace(CONFIG, seed=4), resume=True)
+    with pytest.raises(UserError, match=named):
+        load_trained(workdir, replace(CONFIG, seed=4))
+    assert_same_result(load_trained(workdir, CONFIG), finished[0])
+
+
+def test_checkpoints_without_settings_are_unverified(finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints.settings, "record", lambda config: None)  # as in earlier releases
+    run(tmp_path)
+    said: list[str] = []
+    assert_same_result(load_trained(tmp_path, CONFIG, said.append), finished[0])
+    assert len(said) == 1 and "has no record of its settings" in said[0]
+    output = io.StringIO()
+    assert_same_result(run(tmp_path, resume=True, output=output), finished[0])
+    assert "has no record of its settings" in output.getvalue()
 
 
 def test_no_good_checkpoint_at_all_is_an_error(two_checkpoints: Path) -> None:
