@@ -16,7 +16,7 @@ from bnnlaplace import Laplace, Network
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
 from training import sealed, settings
-from training.cli import interruption
+from training.cli import interruption, program
 from training.config import Config
 from training.data.load import ImageData
 from training.data.shuffle import stratified_indices
@@ -74,6 +74,7 @@ def _warnings_on(console: Console) -> Iterator[None]:
     """Print each warning of the library, for example of a decomposition that has not converged, as one line."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
+        warnings.filterwarnings("ignore", program.CACHE_WARNING)
         yield
     for warning in caught:
         console.print(f"warning: {warning.message}", style="yellow", highlight=False, markup=False, soft_wrap=True)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from training import summarise
+from training import sealed, summarise
 
 METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
 
@@ -103,6 +103,19 @@ def test_foreign_metrics_are_one_line_that_names_the_file(summary, tmp_path, con
     status, printed, error = summary(run_with(0, 0.1, 1.0), content)
     assert status == 2 and printed == "" and error.count("\n") == 1
     assert str(tmp_path / "run1" / "metrics.json") in error and message in error
+
+
+def test_signed_metrics_are_read(summary):
+    signed = sealed.dump(run_with(0, 0.125, 1.0), indent=1)
+    assert summary(signed)[0] == 0
+
+
+def test_a_changed_score_of_signed_metrics_is_refused(summary):
+    signed = sealed.dump(run_with(0, 0.125, 1.0), indent=1)
+    assert "0.125" in signed
+    status, printed, error = summary(signed.replace("0.125", "0.121"))
+    assert status == 2 and printed == "" and error.count("\n") == 1
+    assert "its entry sha256 must be the digest of all others" in error and "run training.evaluate again" in error
 
 
 def test_no_runs_at_all_is_one_line(capsys):

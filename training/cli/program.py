@@ -2,12 +2,15 @@
 
 import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -99,7 +102,9 @@ def _quiet_libraries() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     sys.excepthook = without_closed_loops
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _cache_warning_once(warnings.showwarning)
+            yield
     finally:
         logger.setLevel(level)
         sys.excepthook = hook
@@ -108,6 +113,33 @@ def _quiet_libraries() -> Iterator[None]:
 def make_console() -> Console:
     """Make a console as wide as the terminal. A file or a pipe has no width, so nothing is wrapped there."""
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
+
+
+CACHE_WARNING = "Error (reading|writing) persistent compilation cache entry"
+"""Pattern of what JAX says of every program that it cannot keep, as on a full disk."""
+
+
+def _cache_warning_once(show: Callable[..., None]) -> Callable[..., None]:
+    """Say in one line, once, that compiled programs cannot be kept."""
+    said = False
+
+    def once(message: Warning | str, *rest: Any) -> None:
+        nonlocal said
+        if not re.match(CACHE_WARNING, str(message)):
+            show(message, *rest)
+        elif not said:
+            said = True
+            reason = " ".join(str(message).split(": ", 1)[-1].split())
+            print(_no_cache(reason), file=sys.stderr)
+
+    return once
+
+
+def _no_cache(reason: str) -> str:
+    return (
+        f"warning: the cache of compiled programs must be writable; got {reason}; every run compiles anew until "
+        "XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR names a directory that is"
+    )
 
 
 def reporter(console: Console) -> Callable[[str], None]:
@@ -125,11 +157,7 @@ def use_compilation_cache() -> None:
     directory = Path(chosen or f"{home}/bnnlaplace/xla").expanduser()
     is_bucket = "://" in (chosen or "")
     if not is_bucket and (fault := why_not_writable(directory)):
-        print(
-            f"warning: the cache of compiled programs must be writable; got {fault}; every run compiles anew until "
-            "XDG_CACHE_HOME or JAX_COMPILATION_CACHE_DIR names a directory that is",
-            file=sys.stderr,
-        )
+        print(_no_cache(fault), file=sys.stderr)
         jax.config.update("jax_compilation_cache_dir", None)
     elif not chosen:
         jax.config.update("jax_compilation_cache_dir", str(directory))

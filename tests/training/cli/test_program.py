@@ -3,6 +3,7 @@
 import contextlib
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import jax
@@ -153,3 +154,20 @@ def test_an_error_that_two_signals_cause_in_a_library_is_an_interruption(ended):
 def test_other_errors_keep_their_traceback(ended):
     with pytest.raises(ZeroDivisionError):
         ended(ZeroDivisionError("a fault of ours"), command="it")
+
+
+def test_a_cache_on_a_full_disk_is_one_line_however_many_programs_it_cannot_keep(monkeypatch, capsys):
+    def main(console):
+        for number in range(3):
+            entry = f"Error writing persistent compilation cache entry for 'jit_{number}'"
+            warnings.warn(f"{entry}: OSError: [Errno 28] No space left on device", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(program, "use_compilation_cache", lambda: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert program.run(main) == 0
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith(
+        "warning: the cache of compiled programs must be writable; got OSError: [Errno 28] No space"
+    )
