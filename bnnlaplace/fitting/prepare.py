@@ -15,6 +15,7 @@ from bnnlaplace.curvature import kronecker
 from bnnlaplace.evidence.log_likelihood import LogLikelihood, batch_log_likelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.model import features, subset
+from bnnlaplace.model.batched import check_microbatch
 from bnnlaplace.model.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.model.determinism import check_deterministic
 from bnnlaplace.model.likelihood import Likelihood
@@ -95,10 +96,11 @@ def prepare(
     Raises
     ------
     ValueError
-        If the network is not deterministic, no weight is selected, or the data do not fit (found while they are read
-        for the first time).
+        If the network is not deterministic, no weight is selected, the selected ones do not reach all outputs, or the
+        data do not fit (found while they are read for the first time).
     """
     network, likelihood, selection = state.network, state.likelihood, settings.subset_of_weights
+    check_microbatch(microbatch)
     first = data.first
     check_deterministic(network, first)
     data = data.checked(partial(check_fits_model, network, likelihood))

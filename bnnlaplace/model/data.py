@@ -294,23 +294,23 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
     check_targets(likelihood, shape, targets, "fit(data=(x, y))")
 
 
-def check_inputs(network: Network, inputs: Any) -> Inputs:
+def check_inputs(network: Network, inputs: Any, where: str = _INPUTS) -> Inputs:
     """Return inputs to predict at as arrays, after a check that they are finite and that the network takes them.
 
-    Only the shapes of traced inputs are checked.
+    Only the shapes of traced inputs are checked. `where` is what messages call the inputs.
 
     Raises
     ------
     ValueError
         If the inputs are not arrays of numbers, a number is not finite, or the network raises an error.
     """
-    inputs = arrays.as_arrays(inputs, _INPUTS)
+    inputs = arrays.as_arrays(inputs, where)
     for leaf in jax.tree.leaves(inputs):
-        arrays.check_finite(leaf, _INPUTS)
+        arrays.check_finite(leaf, where)
     try:
         output_shape(network, inputs)
     except Exception as error:  # whatever a user's function raises at shapes that it does not take
-        what = f"{_INPUTS} must have the shape of those of the data, except for the first axis"
+        what = f"{where} must have the shape of those of the data, except for the first axis"
         raise call_refused(what, inputs, error) from error
     return inputs
 

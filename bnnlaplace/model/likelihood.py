@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import summed_type
+from bnnlaplace.core.tree import described, summed_type
 from bnnlaplace.model import arrays
 
 Outputs = Float[ArrayLike, "*lead C"]
@@ -194,7 +194,7 @@ def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:
     if not is_number:
         raise ValueError(
             "Laplace(sigma_noise=...) must be one positive, finite number, or one for each output; got "
-            f"{sigma_noise!r}; try 1.0"
+            f"{described(sigma_noise)}; try 1.0"
         )
     checks.all_positive(sigma_noise, "Laplace(sigma_noise=...)", with_squares=True)
     if likelihood != "regression" and (traced or np.shape(sigma_noise) != () or float(sigma_noise) != 1.0):
@@ -253,7 +253,8 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
             "likelihood='binary', whose output is the logit of class 1, with targets (N, 1)"
         )
     traced = isinstance(targets, jax.core.Tracer)
-    targets = targets if traced else np.asarray(targets)  # an operation of JAX would be traced inside `jit`
+    # An operation of JAX would be traced inside `jit`.
+    targets = targets if traced else np.asarray(arrays.as_array(targets, f"{where}: targets"))
     if arrays.used_type(targets.dtype) is None or jnp.issubdtype(targets.dtype, jnp.complexfloating):
         raise ValueError(f"{where}: targets must be real numbers; got an array of {targets.dtype}; encode them")
     expected, dtype = likelihood.targets_shape(outputs_shape), targets.dtype

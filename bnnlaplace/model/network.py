@@ -219,7 +219,14 @@ class Network:
         ------
         ValueError
             If no path is selected. The message lists the paths.
+        TypeError
+            If `selected` is not a function.
         """
+        if not callable(selected):
+            raise TypeError(
+                f"subset(selected=...) must be a function from the path of a weight to a bool; got {selected!r:.80}; "
+                "try lambda path: 'Dense_0' in path"
+            )
         names = leaf_names(self.params)
         is_selected = [bool(selected(name)) for name in names]
         if not any(is_selected):

@@ -13,3 +13,10 @@ def test_memory_is_not_estimated_at_the_cost_of_a_batch(trained):
         la.memory_estimate(batches)
     with pytest.raises(ValueError, match="max_vectors=... must be an integer of at least 1; got -3"):
         la.memory_estimate((x, y), max_vectors=-3)
+
+
+@pytest.mark.parametrize("microbatch", [None, "8", [8], 2.5, 0, True])
+def test_a_microbatch_is_a_count(trained, microbatch, unchecked_annotations):
+    network, x, y = trained
+    with pytest.raises(ValueError, match="microbatch=... must be an integer of at least 1; got .*; try 64"):
+        bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y), microbatch=microbatch)

@@ -58,7 +58,10 @@ def test_a_subset_is_the_same_function_of_fewer_weights(kind):
     assert jax.tree.structure(fewer.full_params(fewer.params)) == jax.tree.structure(network.params)
 
 
-def test_a_subset_must_match():
+def test_a_subset_must_match(unchecked_annotations):
+    for selected in (None, "a"):
+        with pytest.raises(TypeError, match=r"subset\(selected=...\) must be a function .*; got .*; try lambda path"):
+            plain_network().subset(selected)
     with pytest.raises(ValueError, match=r"match at least one of the paths \['a', 'b', 'w'\]; it matches none"):
         plain_network().subset(lambda path: path == "c")
 
