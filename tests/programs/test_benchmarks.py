@@ -52,6 +52,13 @@ def test_product_benchmark_runs_small():
     assert record["digits_diagonal"]["seconds"] > 0 and record["largest_relative_difference"] < 1e-5
 
 
+def test_kronecker_benchmark_runs_small():
+    record, _ = run("kronecker", "--small")
+    results = record["models"]["cnn"]
+    assert results["delta 1, exact blocks"]["variance_to_exact_blocks"] == 1
+    assert results["delta 1, partial_traces"]["evidence"] < 0
+
+
 def test_walks_are_counted():
     record, _ = run("walks")
     for name, walk in record["walks"].items():
