@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import concatenated
+from bnnlaplace.core.tree import concatenated, described
 
 
 def is_traced(tree: PyTree) -> bool:
@@ -102,6 +102,11 @@ def check_product(caller: str, matvec: Callable[..., PyTree], vector: PyTree, pa
             f"{caller}(matvec=...) must be made of functions that JAX can trace; got one that asks for a number, a "
             "bool or a NumPy array; use jax.numpy for what depends on its arguments, and close over what is static"
         ) from error
+    except Exception as error:  # whatever a user's function raises at a vector that it does not take
+        raise TypeError(
+            f"{caller}(matvec=...) must take a vector like the one given, {described(vector)}; got "
+            f"{first_line(error)}; mend the product, or pass a vector of its size"
+        ) from error
     if jax.tree.structure(vector) != jax.tree.structure(image):
         raise TypeError(
             f"{caller}(matvec=...) must return the structure that it takes, {jax.tree.structure(vector)}; got "
@@ -115,6 +120,18 @@ def check_product(caller: str, matvec: Callable[..., PyTree], vector: PyTree, pa
                 f"got {after.dtype}{after.shape}{' at ' + name if name else ''}; mend the product, or cast its result "
                 "or the start vector"
             )
+
+
+def first_line(error: Exception) -> str:
+    """The type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]:.200}"
+
+
+def check_flag(caller: str, argument: str, value: Any) -> bool:
+    """Return True or False; raise TypeError for anything else, which would count as one of them."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{caller}({argument}=...) must be True or False; got {value!r:.80}; leave it out for False")
+    return bool(value)
 
 
 def check_count(caller: str, argument: str, value: Any, largest: int | None = None, limit: str = "") -> int:
@@ -134,7 +151,7 @@ def check_count(caller: str, argument: str, value: Any, largest: int | None = No
         count = operator.index(value)
     except TypeError:
         raise TypeError(
-            f"{caller}({argument}=...) must be an integer that is known while JAX traces; got {value!r}; "
+            f"{caller}({argument}=...) must be an integer that is known while JAX traces; got {value!r:.80}; "
             "pass a Python int, or make it a static argument of jit"
         ) from None
     if largest is None and count < 1:
@@ -165,8 +182,8 @@ def check_number(caller: str, argument: str, value: Any, *, positive: bool) -> f
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise TypeError(
-            f"{caller}({argument}=...) must be {wanted} that is known while JAX traces; got {value!r}; pass a Python "
-            "float, or make it a static argument of jit"
+            f"{caller}({argument}=...) must be {wanted} that is known while JAX traces; got {value!r:.80}; pass a "
+            "Python float, or make it a static argument of jit"
         ) from None
     where, advice = f"{caller}({argument}=...)", "leave it out for the default"
     if positive:

@@ -5,6 +5,7 @@ most of the variance of a trace estimate. Summed exactly, they cause none.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.core.tree import concatenated
+from bnnlaplace.krylov import finite
 from bnnlaplace.krylov.checks import check_count, check_decomposable, check_number, check_real, is_traced
 from bnnlaplace.krylov.functions import Converted
 from bnnlaplace.krylov.gram_schmidt import anywhere, safe_norm
@@ -100,6 +102,8 @@ def leading_eigenpairs(
     # Otherwise a derivative would pass through the eigendecomposition, which divides by differences of eigenvalues.
     first, arguments = jax.lax.stop_gradient((operator.start, operator.arguments))
     result = lanczos_forward(operator.matvec, settings, first, arguments)
+    cause = partial(finite.cause_of_products, first.dtype)
+    finite.warn_unless_finite(caller, "a decomposition", (result.diagonal, result.residual), cause)
     values, coordinates = jnp.linalg.eigh(tridiagonal_matrix(result.diagonal, result.off_diagonal))
     order = jnp.argsort(-jnp.abs(values))[:num_pairs]
     values, coordinates = values[order], coordinates[:, order]

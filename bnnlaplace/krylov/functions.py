@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Float
 
 from bnnlaplace.core.tree import floating
-from bnnlaplace.krylov.checks import check_callable
+from bnnlaplace.krylov.checks import check_callable, first_line
 
 # (x, constants) -> f(x), where the constants are the traced arrays that the user's f closes over.
 Converted = Callable[[Array, Any], Array]
@@ -95,6 +95,10 @@ def _check_image(caller: str, function: Callable, like: jax.ShapeDtypeStruct, wh
         raise TypeError(
             f"{caller}(function=...) must be made of functions that JAX can trace; got one that asks for a number or a "
             f"NumPy array; use jax.numpy, such as {example}"
+        ) from error
+    except Exception as error:  # whatever a user's function raises
+        raise TypeError(
+            f"{caller}(function=...) must take {what}; got {first_line(error)}; try a function such as {example}"
         ) from error
     if not hasattr(image, "shape") or (image.shape, image.dtype) != (like.shape, like.dtype):
         got = f"{image.dtype}{image.shape}" if hasattr(image, "shape") else type(image).__name__

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import matmul
-from bnnlaplace.krylov import breakdown
+from bnnlaplace.krylov import breakdown, finite
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi_adjoint, arnoldi_forward
 from bnnlaplace.krylov.checks import check_decomposable
 from bnnlaplace.krylov.derivative_modes import reverse_only
@@ -39,7 +39,8 @@ class MatrixFunction(NamedTuple):
     error
         The length of the change of `value` over the last fifth of the steps. It estimates the remaining error
         |f(A) v - value|, and is not a bound of it: it is on the safe side if convergence is at least linear. It is zero
-        where the space is invariant. It says nothing of the error of derivatives, and has no derivative itself.
+        where the space is invariant, and infinite where `value` is not finite. It says nothing of the error of
+        derivatives, and has no derivative itself.
     """
 
     value: PyTree[Float[Array, "..."]]
@@ -188,7 +189,18 @@ def _matfun(
     if gradient != "autodiff":
         run = reverse_only(run, f"{caller}(gradient={gradient!r})")
     value, change = run(operator.start, operator.arguments, constants)
-    return MatrixFunction(operator.unravel(value), safe_norm(change))
+
+    def cause() -> str:
+        steps = method.forward(operator.matvec, settings, operator.start, operator.arguments)
+        if isinstance(steps, Lanczos):
+            return finite.cause_of_function(function, constants, steps)
+        if not finite.is_finite(steps.hessenberg):
+            return finite.cause_of_products(value.dtype)
+        return "function is not finite at the projected matrix; pass a function that is defined on the spectrum"
+
+    finite.warn_unless_finite(caller, "a value", value, cause)
+    error = jnp.where(finite.is_finite(value), safe_norm(change), jnp.inf)
+    return MatrixFunction(operator.unravel(value), error)
 
 
 def function_times_start(function: Converted, constants: Any, steps: Lanczos) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import concatenated, floating, unraveler
-from bnnlaplace.krylov import breakdown
+from bnnlaplace.krylov import breakdown, finite
 from bnnlaplace.krylov.checks import check_count, check_number, check_product, check_vector
 from bnnlaplace.krylov.derivative_modes import reverse_only
 from bnnlaplace.krylov.functions import convert
@@ -88,6 +88,8 @@ def decompose(
     if gradient == "adjoint":
         run = reverse_only(partial(adjoint, operator.matvec, settings), f"{caller}(gradient='adjoint')")
     result = run(operator.start, operator.arguments)
+    cause = partial(finite.cause_of_products, operator.start.dtype)
+    finite.warn_unless_finite(caller, "a decomposition", (result.start_norm, result[1:4]), cause)
     return result._replace(basis=operator.unravel_rows(result.basis), residual=operator.unravel(result.residual))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.krylov.checks import check_count, check_real
 
 
@@ -31,7 +32,7 @@ def rademacher_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
     Raises
     ------
     ValueError
-        If `num_probes` is below 1.
+        If `num_probes` is below 1, or `key` is not one random key.
     TypeError
         If `num_probes` is not an integer, or the leaves of `like` do not have one real floating-point dtype.
     """
@@ -60,7 +61,7 @@ def normal_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
     Raises
     ------
     ValueError
-        If `num_probes` is below 1.
+        If `num_probes` is below 1, or `key` is not one random key.
     TypeError
         If `num_probes` is not an integer, or the leaves of `like` do not have one real floating-point dtype.
     """
@@ -69,6 +70,7 @@ def normal_probes(key: Array, like: PyTree, num_probes: int) -> PyTree:
 
 def _draw(caller: str, draw: Callable, key: Array, like: PyTree, num_probes: int) -> PyTree:
     """Draw each leaf from a key of its own."""
+    checks.key(key, f"{caller}(key=...)")
     num_probes = check_count(caller, "num_probes", num_probes)
     leaves, structure = jax.tree.flatten(check_real(caller, "like", like))
     keys = jax.random.split(key, len(leaves))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov import adjoint, breakdown
 from bnnlaplace.krylov.derivative_modes import once_where
+from bnnlaplace.krylov.finite import cause_of_function
 from bnnlaplace.krylov.functions import Converted, constants_cotangent
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos_adjoint, lanczos_forward
 from bnnlaplace.krylov.matfun import function_times_start
@@ -53,6 +54,17 @@ def quadratic_form(
         return _quadrature_form(form, probe, arguments, constants)
     decompose = lanczos_adjoint if gradient == "adjoint" else lanczos_forward
     return _read_off(form, constants, decompose(form.matvec, form.settings, probe, arguments))
+
+
+def cause_of_forms(
+    form: Form, values: Float[Array, " S"], rows: Float[Array, "S n"], arguments: tuple[Any, ...], constants: Any
+) -> str:
+    """Say why the mean of forms is not finite, by one more decomposition from the first probe whose form is not."""
+    bad = jnp.flatnonzero(~jnp.isfinite(values))
+    if not len(bad):
+        return "function is not finite at a value of the deflation; find the pairs with the same matvec"
+    steps = lanczos_forward(form.matvec, form.settings, rows[bad[0]], arguments)
+    return cause_of_function(*_above_rounding(form, constants, steps), steps)
 
 
 def _read_off(form: Form, constants: Any, steps: Lanczos) -> tuple[Array, Array]:

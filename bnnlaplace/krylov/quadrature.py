@@ -18,10 +18,12 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import concatenated, floating
+from bnnlaplace.krylov import finite
 from bnnlaplace.krylov.checks import (
     check_count,
     check_decomposable,
     check_finite,
+    check_flag,
     check_number,
     check_real,
 )
@@ -30,7 +32,7 @@ from bnnlaplace.krylov.derivative_modes import once, once_in_reverse, reverse_on
 from bnnlaplace.krylov.functions import Converted, scalar_function
 from bnnlaplace.krylov.gram_schmidt import safe_norm
 from bnnlaplace.krylov.operator import Settings, prepare
-from bnnlaplace.krylov.quadratic_form import Form, quadratic_form
+from bnnlaplace.krylov.quadratic_form import Form, cause_of_forms, quadratic_form
 
 # The standard error of fewer probes is so uncertain that the loop would often stop by accident.
 FEWEST_PROBES = 8
@@ -47,11 +49,12 @@ class TraceEstimate(NamedTuple):
         Its standard error over probes, infinite for one probe. It does not include the truncation error.
     truncation
         The change of the mean over the last fifth of the Lanczos steps, which estimates the truncation error. It is
-        zero if every probe found an invariant subspace.
+        zero if every probe found an invariant subspace, and infinite if the mean is not finite.
     num_probes
         The number of probes that were used.
     converged
-        Whether `relative_sem` was met; true if it was not given.
+        Whether the mean is finite and `relative_sem`, if given, was met. The mean is not finite if f is not at a Ritz
+        value, as the logarithm of an operator that is not positive definite.
     """
 
     mean: Float[Array, ""]
@@ -180,6 +183,7 @@ def stochastic_lanczos_quadrature(
     caller = "stochastic_lanczos_quadrature"
     checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "quadrature", "autodiff"))
     probe_batch_size = check_count(caller, "probe_batch_size", probe_batch_size)
+    semidefinite = check_flag(caller, "semidefinite", semidefinite)
     relative_sem = _check_relative_sem(caller, relative_sem, gradient)
     probes = check_real(caller, "probes", probes)
     count = _count(caller, probes)
@@ -208,8 +212,12 @@ def stochastic_lanczos_quadrature(
         run = partial(_differentiable_run, converted, operator.matvec, plan)
         mean, seen = reverse_only(run, f"{caller}(gradient={gradient!r})")(*inputs)
     fixed, seen = jax.lax.stop_gradient((offset, seen))
-    truncation = jnp.abs(jnp.sum(seen.changes) / seen.used)
-    return TraceEstimate(mean, _sem(seen), truncation, seen.used, _is_precise(plan, fixed, seen))
+    form = Form(converted, operator.matvec, settings, semidefinite)
+    cause = partial(cause_of_forms, form, seen.values, rows, operator.arguments, constants)
+    finite.warn_unless_finite(caller, "a mean", mean, cause)
+    is_finite = finite.is_finite(mean)
+    truncation = jnp.where(is_finite, jnp.abs(jnp.sum(seen.changes) / seen.used), jnp.inf)
+    return TraceEstimate(mean, _sem(seen), truncation, seen.used, is_finite & _is_precise(plan, fixed, seen))
 
 
 class _Forms(NamedTuple):

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov.checks import check_count, check_number, check_real, is_traced
+from bnnlaplace.krylov.finite import cause_of_products
 from bnnlaplace.krylov.gram_schmidt import norm
 from bnnlaplace.krylov.operator import flatten
 
@@ -51,7 +53,7 @@ def check_symmetric(
     Raises
     ------
     ValueError
-        If the ratio, which the message states, exceeds `tolerance` or is not finite.
+        If the ratio, which the message states, exceeds `tolerance` or is not finite, or `key` is not a random key.
     TypeError
         As for `lanczos`. Also if the function is called inside of `jit`, where there are no numbers to compare.
 
@@ -59,6 +61,7 @@ def check_symmetric(
     -----
     Cost: 2 `num_probes` products.
     """
+    checks.key(key, "check_symmetric(key=...)")
     num_probes = check_count("check_symmetric", "num_probes", num_probes)
     vector = check_real("check_symmetric", "vector", vector)
     # Ones, since `flatten` refuses a vector of zeros, and the values of `vector` must not matter.
@@ -87,6 +90,11 @@ def check_symmetric(
 
     # NumPy's maximum, unlike Python's, is NaN as soon as one ratio is.
     worst = float(np.max([float(ratio(pair, operator.arguments)) for pair in probes]))
+    if not np.isfinite(worst):
+        raise ValueError(
+            f"check_symmetric(matvec=...) must return finite products; got a ratio of {worst}; "
+            f"{cause_of_products(operator.start.dtype)}"
+        )
     if not worst <= tolerance:
         raise ValueError(
             f"check_symmetric(matvec=...) must be symmetric; x'Ay and y'Ax differ by {worst:.3g} of |Ax| + |Ay|, more "

@@ -61,8 +61,15 @@ def test_good_input_is_good():
 def test_operators():
     cannot_be_traced = (lambda v: np.eye(4).dot(np.asarray(v)), lambda v: v if v[0] > 0 else -v)
     refusals = []
+    wrong_size, broken = (lambda v: jnp.eye(7) @ v), (lambda v: v.no_such_attribute)
     for function in CALLS:
         name = function.__name__
+        for matvec, message in (
+            (wrong_size, "TypeError: dot_general"),
+            (broken, "AttributeError: .*no_such_attribute"),
+        ):
+            pattern = rf"^{name}\(matvec=...\) must take a vector like the one given, shape \(4,\); got {message}"
+            refusals.append(Refusal(f"{name} {message}", lambda f=function, m=matvec: call(f, m), TypeError, pattern))
         for matvec in (None, np.eye(4), "product"):
             pattern = rf"^{name}\(matvec=...\) must be a function, such as lambda v"
             refusals.append(Refusal(f"{name} {matvec}", lambda f=function, m=matvec: call(f, m), TypeError, pattern))
@@ -185,6 +192,7 @@ BAD_QUADRATURE = {
     "batch": ({"probe_batch_size": 0}, ValueError, "probe_batch_size=.* at least 1; got 0"),
     "relative": ({"relative_sem": 0.0}, ValueError, "relative_sem=.* must be one positive, finite number"),
     "autodiff": ({"relative_sem": 0.1, "gradient": "autodiff"}, ValueError, "relative_sem=.*gradient='autodiff'"),
+    "semidefinite": ({"semidefinite": "yes"}, TypeError, "semidefinite=.* must be True or False; got 'yes'"),
     "no probes": ({"probes": np.ones((0, SIZE), np.float32)}, ValueError, "probes=.* at least one probe"),
     "scalar": ({"probes": np.float32(1)}, ValueError, "probes=.* one leading axis"),
     "uneven": ({"probes": (np.ones((2, 3)), np.ones((3, 3)))}, ValueError, "probes=.* one leading axis"),
@@ -226,6 +234,12 @@ def test_probes():
         for draw in (rademacher_probes, normal_probes)
         for refusal in (
             Refusal("float", lambda d=draw: d(KEY, VECTOR, 2.0), TypeError, r"\(num_probes=...\) must be an integer"),
+            Refusal(
+                "key",
+                lambda d=draw: d(3, VECTOR, 2),
+                ValueError,
+                rf"^{draw.__name__}\(key=...\) must be one random key",
+            ),
             Refusal("none", lambda d=draw: d(KEY, VECTOR, 0), ValueError, "num_probes=.* at least 1; got 0"),
             Refusal(
                 "integers",
@@ -243,6 +257,7 @@ def test_functions_of_a_scalar():
         (np.log, "must be made of functions that JAX can trace; .* use jax.numpy"),
         (lambda x: jnp.stack([x, x]), r"must take a scalar to one of the same dtype, float32\(\); got float32\(2,\)"),
         (lambda x: x + 1j, r"must take a scalar .* got complex64\(\)"),
+        (lambda x: x @ x, "must take a scalar; got ValueError: matmul"),
         (lambda x: (x, x), "must take a scalar .* got tuple"),
         (lambda x: 1.0 if x > 0 else 0.0, "must be made of functions that JAX can trace"),
     ]
@@ -299,6 +314,8 @@ def test_check_symmetric_looks_at_numbers():
         lambda key: check_symmetric(lambda v: v, VECTOR, KEY),
     ]
     pattern = "^check_symmetric.*known numbers.*outside of jit"
+    with pytest.raises(ValueError, match=r"^check_symmetric\(key=...\) must be one random key; got 3"):
+        check_symmetric(lambda v: v, VECTOR, 3)
     check_refusals(Refusal(str(i), lambda p=p: jax.jit(p)(KEY), TypeError, pattern) for i, p in enumerate(programs))
 
 
