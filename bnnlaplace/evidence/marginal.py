@@ -147,6 +147,8 @@ def log_marginal_likelihood(
     linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
     # The outputs of the linearisation also give the log likelihood: the network runs once.
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
+    _check_numbers(prior_precision, f"{caller}(prior_precision=...)")
+    _check_numbers(prior_mean, f"{caller}(prior_mean=...)")
     vector = as_vector(prior_precision, params)
     if not jnp.issubdtype(vector.dtype, jnp.floating):  # whole numbers are precisions too
         vector = vector.astype(linearised.outputs.dtype)
@@ -255,6 +257,7 @@ def isotropic(
     caller = "isotropic"
     linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
+    _check_numbers(prior_mean, f"{caller}(prior_mean=...)")
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     deviation = ravel(params) - as_vector(prior_mean, params)
     log_likelihood = _log_likelihood(linearised, likelihood, batch, scale)
@@ -277,13 +280,26 @@ def _problem(
 ) -> tuple[Problem, Float[AnyArray, "S V"]]:
     """Check the options, choose the side, and draw the probes of that side."""
     outputs, num_weights = linearised.outputs, linearised.size
+    checks.positive(scale, f"{caller}(scale=...)")
+    if num_probes is not None:
+        checks.count(num_probes, f"{caller}(num_probes=...)", advice="try 10")
     side = choose_side(caller, side, probes, num_weights, outputs.size)
     length = num_weights if side == "primal" else outputs.size
     rows = rows_of(caller, probes, num_probes, length, outputs.dtype)
     advice = f"vectors of side={side!r} have {length} numbers"
     checks.count(num_matvecs, f"{caller}(num_matvecs=...)", most=length, advice=advice)
-    checks.positive(scale, f"{caller}(scale=...)")
     return Problem(linearised, likelihood, scale, side), rows
+
+
+def _check_numbers(values: Any, where: str) -> None:
+    """Raise ValueError unless there are leaves and all of them are real numbers, or arrays of such."""
+    leaves = jax.tree.leaves(values)
+    for leaf in leaves:
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
+            raise ValueError(f"{where} must be real numbers; got {dtype} {leaf!r:.80}; try 1.0")
+    if not leaves:
+        raise ValueError(f"{where} must be real numbers; got {values!r:.80}; try 1.0")
 
 
 def _fixed_rules(caller: str, *arguments: Any, **options: Any) -> Rules:

@@ -151,10 +151,17 @@ def by_evidence(
     ValueError
         If a name is unknown, the noise of another likelihood is asked for, or `refit` is needed and not given.
     """
-    if prior_structure not in (None, "scalar", "layerwise", "diag"):
+    if prior_structure is not None and not (
+        isinstance(prior_structure, str) and prior_structure in ("scalar", "layerwise", "diag")
+    ):
         raise ValueError(
             "optimize_prior_precision(prior_structure=...) must be 'scalar', 'layerwise', 'diag', or None to keep the "
-            f"ratios of the precisions; got {prior_structure!r}"
+            f"ratios of the precisions; got {prior_structure!r:.80}"
+        )
+    if chosen.refit is not None and not callable(chosen.refit):
+        raise ValueError(
+            "optimize_prior_precision(refit=...) must be a function from the new Laplace to the fitted one; got "
+            f"{chosen.refit!r:.80}; try lambda la: la.fit(data, key=key)"
         )
     checks.count(max_refits, "optimize_prior_precision(max_refits=...)", advice="try 10")
     fitted = chosen.fitted
