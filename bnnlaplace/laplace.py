@@ -457,7 +457,7 @@ class Laplace:
             samples of the weights, which may lie where the linearisation no longer holds.
         link_approx
             "probit": MacKay's approximation from marginal variances. "mc": the mean probability over samples. "bridge":
-            the mean of a matching Dirichlet distribution, from the covariance of the outputs.
+            the mean of a Dirichlet distribution, from the covariance of the outputs. Outside of `jit` it warns if off.
         with_noise
             For a regression: add the variance of the noise to that of the outputs.
         key, num_samples
