@@ -253,8 +253,12 @@ def checked(config: Config) -> Config:
     UserError
         A value has another type, or is out of its range.
     """
-    sections = {name: value for name, value in _values(config).items() if is_dataclass(value)}
-    return Config(**{**_values(config), **{name: type(value)(**_values(value)) for name, value in sections.items()}})
+    values = _values(config)
+    for entry in fields(Config):
+        section = entry.default_factory
+        if is_dataclass(section) and isinstance(values[entry.name], section):
+            values[entry.name] = section(**_values(values[entry.name]))
+    return Config(**values)
 
 
 def _values(record: Any) -> dict[str, Any]:

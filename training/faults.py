@@ -18,8 +18,8 @@ def describe(error: BaseException) -> str | None:
     for cause in causes:
         if isinstance(cause, MemoryError) or any(word in str(cause) for word in _MEMORY):
             return (
-                f"there must be enough memory: {_line(cause) or 'an allocation failed'}; lower "
-                "--curvature.max-vectors or --curvature.microbatch, or free memory"
+                f"there must be enough memory: {_line(cause) or 'an allocation failed'}; free memory, or lower "
+                "--curvature.max-vectors or --curvature.microbatch of training.fit_van"
             )
     return None
 

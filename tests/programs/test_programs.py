@@ -130,10 +130,10 @@ def test_summary_of_two_runs(finished, capsys):
     assert "seeds 0, 0" in printed
 
 
-def test_resuming_a_finished_run_fits_nothing_again(finished, config_file, tmp_path, capsys):
+def test_resuming_a_finished_run_fits_nothing_again(finished, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
-    status, _ = run(fit_van, capsys, "--config", config_file, "--workdir", copy, "--resume")
+    status, _ = run(fit_van, capsys, "--workdir", copy, "--resume")  # with the settings that are saved there
     assert status == 0
     before, after = (json.loads((path / "metrics.json").read_text()) for path in (finished, copy))
     assert [method["metrics"] for method in before["methods"]] == [method["metrics"] for method in after["methods"]]

@@ -46,7 +46,8 @@ def test_memory_is_named_with_the_options_that_lower_it() -> None:
         MemoryEstimate(needed=10**12, free=10**9, shrink="use fewer vectors").check()
     fault = faults.describe(caught.value)
     assert (
-        "memory: this fit needs about 1 TB of memory and 1 GB are free; use fewer vectors; lower --curvature" in fault
+        "memory: this fit needs about 1 TB of memory and 1 GB are free; use fewer vectors; free memory, or lower --curv"
+        in fault
     )
     with pytest.raises(MemoryError) as caught:
         np.empty(2**57)

@@ -143,5 +143,7 @@ def _end_when_due(arrived: socket.socket) -> None:
 
 
 def _end(message: str) -> None:
+    if os.isatty(1):
+        os.write(1, b"\x1b[?25h")  # A live progress bar has hidden the cursor.
     os.write(2, f"{message}{_advice}\n".encode())
     os._exit(EXIT_STATUS)

@@ -43,6 +43,7 @@ def run(main: Callable[[Console], None]) -> int:
             try:
                 use_compilation_cache()
                 main(console)
+                sys.stdout.flush()  # which may find that the disk is full
             finally:
                 stopped = interruption.insisted()
     except (UserError, CheckpointError) as error:
@@ -62,6 +63,10 @@ def run(main: Callable[[Console], None]) -> int:
 
 def _end(message: str, status: int) -> int:
     print(message, file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # Python would try once more at its end, and print a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 

@@ -121,7 +121,11 @@ def ended(monkeypatch, capsys):
     [
         (FULL, 2, "error: files must be readable and writable; got /w/file: No space left on device; free the disk"),
         (StorageError("x must be writable; free the disk"), 2, "error: x must be writable; free the disk"),
-        (MemoryError("8 GB are needed"), 2, "error: there must be enough memory: 8 GB are needed; lower --curvature"),
+        (
+            MemoryError("8 GB are needed"),
+            2,
+            "error: there must be enough memory: 8 GB are needed; free memory, or lower",
+        ),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 2, "error: there must be enough memory: RESOURCE"),
         (Interrupted("stopped after step 3"), 130, "stopped after step 3"),
         (KeyboardInterrupt(), 130, "stopped at once; what was finished is kept"),
