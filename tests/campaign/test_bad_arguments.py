@@ -332,6 +332,20 @@ def of_predictions(la: bnnlaplace.Laplace, x: np.ndarray, y: np.ndarray) -> Iter
         yield Case("predictive count", f"{structure} max_refits {value}", call)
         if not isinstance(value, int) or value:
             yield Case("predictive count", f"{structure} sample {value}", partial(la.sample, KEY, value))
+    posteriors = lambda x, deltas, **options: list(la.functional_posteriors(x, deltas, **options))  # noqa: E731
+    for argument in ("num_samples", "microbatch"):
+        for value in counts():
+            call = partial(posteriors, x, [1.0], **{"key": KEY, "num_samples": 2, argument: value})
+            yield Case("predictive count", f"{structure} posteriors {argument} {value}", call)
+    for value in keys():
+        call = partial(posteriors, x, [1.0], key=value, num_samples=2)
+        yield Case("predictive key", f"{structure} posteriors {value}", call)
+    for value in precisions():
+        call = partial(posteriors, x, value, key=KEY, num_samples=2)
+        yield Case("precisions", f"{structure} posteriors {value}", call)
+    for value in inputs(x):
+        call = partial(posteriors, value, [1.0], key=KEY, num_samples=2)
+        yield Case("inputs", f"{structure} posteriors {value}", call)
     for value in keys():
         yield Case("predictive key", f"{structure} sample {value}", partial(la.sample, value, 2))
         for name, options in (("mc", {"link_approx": "mc"}), ("nn", {"pred_type": "nn"}), ("probit", {})):
