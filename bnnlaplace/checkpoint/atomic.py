@@ -159,7 +159,7 @@ def _place_of(target: Path) -> str | None:
             return name
         if target in here.parents:
             return f"a parent of {name}"
-    return "a mounted file system" if target.is_mount() else None
+    return "a mounted file system" if os.path.ismount(target) else None
 
 
 def _make_parents(directory: Path) -> list[Path]:

@@ -25,6 +25,7 @@ def why(error: OSError) -> str:
 
 
 def shown(name: Path | str) -> str:
-    """Write a path as it stands, or as a literal if it holds line breaks or other characters that do not print."""
+    """Write a path as it stands, or as a literal if it holds what does not print; of a long one both ends."""
     text = os.fspath(name)
-    return text if text.isprintable() else ascii(text)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 300 else f"{text[:150]}...{text[-150:]}"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bnnlaplace.checkpoint.errors import CheckpointError, Damage
+from bnnlaplace.checkpoint.errors import CheckpointError, Damage, shown
 from bnnlaplace.core.tree import path_entry, path_name
 
 # Deeper trees would end the recursion of Python.
@@ -203,8 +203,9 @@ def check_like(path: Path, leaves: Sequence[Leaf], like: Any) -> None:
 
     others = f" ({len(differing) - 1} more leaves differ)" if len(differing) > 1 else ""
     raise CheckpointError(
-        f"the checkpoint must have the structure asked for; {path} holds {described(stored)} at {differing[0]!r} where "
-        f"{described(expected)} is expected{others}; load it with the model and settings it was saved with"
+        f"the checkpoint must have the structure asked for; {shown(path)} holds {described(stored)} at "
+        f"{differing[0]!r:.200} where {described(expected)} is expected{others}; load it with the model and settings "
+        "it was saved with"
     )
 
 

@@ -68,7 +68,7 @@ def _is_entry(name: str, entry: Any) -> bool:
     if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
         return False
     size, digest = entry["size"], entry["sha256"]
-    is_size = isinstance(size, int) and not isinstance(size, bool) and size >= 0
+    is_size = isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 2**63
     return is_size and isinstance(digest, str) and _DIGEST.fullmatch(digest) is not None
 
 
@@ -146,12 +146,6 @@ def opened(file: Path) -> Iterator[BinaryIO]:
 
 def belongs_to_a_checkpoint(path: Path) -> str | None:
     """None if every file in a directory is one of a checkpoint, which may be damaged. Otherwise what else there is."""
-    try:
-        entries = [(name, status.st_mode) for name, _, status in _walk(path)]
-    except Damage as damage:
-        return f"a directory of which {damage}"
-    if not entries:
-        return None
     listed: set[str] = set()
     document = None
     try:
@@ -160,15 +154,16 @@ def belongs_to_a_checkpoint(path: Path) -> str | None:
         with suppress(Damage), opened(path / METADATA) as stream:
             document = parse(stream.read(MAX_JSON_BYTES + 1))
     is_ours = listed or (isinstance(document, dict) and {"format_version", "leaves"} <= set(document))
-    for name, mode in sorted(entries):
-        known = name in listed or _NAMES.fullmatch(name)
-        if stat.S_ISDIR(mode):
-            # A directory inside a checkpoint is empty, or its files are looked at themselves.
-            known = name in (ARRAYS, MANIFEST) or name.startswith(f"{ARRAYS}/")
-        elif stat.S_ISLNK(mode):
-            known = False
-        if not (is_ours and known):
-            return f"a directory that holds {name!r}"
+    try:
+        for name, _, status in _walk(path):
+            known = name in listed or _NAMES.fullmatch(name)
+            if stat.S_ISDIR(status.st_mode):
+                # A directory inside a checkpoint is empty, or its files are looked at themselves.
+                known = name in (ARRAYS, MANIFEST) or name.startswith(f"{ARRAYS}/")
+            if not (is_ours and known) or stat.S_ISLNK(status.st_mode):
+                return f"a directory that holds {name!r:.200}"
+    except Damage as damage:
+        return f"a directory of which {damage}"
     return None
 
 
@@ -178,7 +173,8 @@ def _walk(path: Path) -> Iterator[tuple[str, Path, os.stat_result]]:
     while remaining:
         directory = remaining.pop()
         try:
-            entries = [(entry, entry.stat(follow_symlinks=False)) for entry in os.scandir(directory)]
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
+            entries = [(entry, entry.stat(follow_symlinks=False)) for entry in entries]
         except OSError as error:
             raise Damage(f"{shown(directory)} cannot be read ({why(error)})") from None
         for entry, status in entries:

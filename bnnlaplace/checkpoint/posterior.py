@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnnlaplace.checkpoint import declared
-from bnnlaplace.checkpoint.errors import CheckpointError, Damage
+from bnnlaplace.checkpoint.errors import CheckpointError, Damage, shown
 from bnnlaplace.checkpoint.pytree import as_path, damaged, load_version, restructure, save_pytree
 from bnnlaplace.core.tree import leaf_names, size
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
@@ -171,7 +171,7 @@ def _likelihood(
     if likelihood is None:
         if not metadata.get("likelihood_is_ours", True):
             raise CheckpointError(
-                f"{path} was fitted with the likelihood {name!r:.80} of your own; pass it: "
+                f"{shown(path)} was fitted with the likelihood {name!r:.80} of your own; pass it: "
                 "Laplace.load(path, network, likelihood)"
             )
         try:
@@ -181,7 +181,7 @@ def _likelihood(
     leaves = [jnp.asarray(leaf) for leaf in stored.get("likelihood", [])]
     if likelihood.name != name or len(leaves) != len(jax.tree.leaves(likelihood)):
         raise CheckpointError(
-            f"{path} was fitted with the likelihood {name!r:.80} of {len(leaves)} parameters; got "
+            f"{shown(path)} was fitted with the likelihood {name!r:.80} of {len(leaves)} parameters; got "
             f"{likelihood.name!r} of {len(jax.tree.leaves(likelihood))}; pass the one it was fitted with"
         )
     restored = jax.tree.unflatten(jax.tree.structure(likelihood), leaves)

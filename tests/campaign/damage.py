@@ -388,6 +388,7 @@ _JSON = {
     "nested 100,000 deep": _DEEP,
     "nested 100,000 deep and not closed": '{"files":' * 100_000,
     "20 MB": json.dumps({"files": {f"{number:0100d}": {} for number in range(200_000)}}),
+    "12 MB of empty lists": "[" + "[]," * 4_000_000 + "[]]",
     "a list": "[]",
     "null": "null",
     "a number of 10,000 digits": "9" * 10_000,
@@ -431,6 +432,7 @@ each(
     "manifest entry",
     {
         "petabytes": {"size": 10**15},
+        "a size of 4,000 digits": {"size": 10**4000},
         "a negative size": {"size": -1},
         "a fractional size": {"size": 3.5},
         "a size of NaN": {"size": float("nan")},
@@ -462,6 +464,13 @@ def manifest_that_lists_a_file_outside(path: Path, rng: np.random.Generator) -> 
 def manifest_that_lists_names_with_line_breaks(path: Path, rng: np.random.Generator) -> None:
     manifest = manifest_of(path)
     manifest["files"]["two\nlines\x1b[31m"] = {"size": 1, "sha256": "0" * 64}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@kind
+def manifest_that_lists_a_name_of_a_megabyte(path: Path, rng: np.random.Generator) -> None:
+    manifest = manifest_of(path)
+    manifest["files"]["x" * 1_000_000] = {"size": 1, "sha256": "0" * 64}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
