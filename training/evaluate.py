@@ -75,18 +75,14 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
     if fault := why_not_writable(directory):
         raise UserError(f"the work directory must be writable; got {fault}; evaluate a copy of it")
     command = shlex.join([(sys.orig_argv or ["python"])[0], "-m", "training.evaluate", *argv])
-    with (
-        lock.held(arguments.workdir, shared=True, report=report),
-        program.continued_by(command),
-        interruption.promptly("stopped in stage evaluation; nothing of it is written"),
-    ):
+    with lock.held(arguments.workdir, shared=True, report=report), program.continued_by(command):
         _evaluate(arguments.workdir, directory, config, console)
 
 
 def _evaluate(workdir: Path, directory: Path, config: Config, console: Console) -> None:
     report = program.reporter(console)
     watch = program.Stopwatch(console)
-    with watch.stage("data"):
+    with watch.stage("data"), interruption.promptly("stopped in stage data; nothing is written"):
         trained = load_trained(workdir, config, report)
         data = load(config.data)
         foreign = evaluation.foreign_images(config, data)

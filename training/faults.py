@@ -4,7 +4,7 @@ import errno
 import os
 from collections.abc import Iterator
 
-# Orbax and tensorstore raise a ValueError whose text holds the words of the system. JAX does so for memory.
+# Libraries in C++ raise errors of their own, whose text holds the words of the system. JAX does so for memory.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
 

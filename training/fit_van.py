@@ -92,10 +92,9 @@ def _train_and_evaluate(
             fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
             posteriors.save(workdir, fitted, config, seconds=perf_counter() - started)
     watch.seconds["posterior"] = posteriors.seconds_to_fit(workdir) or watch.seconds["posterior"]
-    with interruption.promptly("stopped in stage evaluation; nothing of it is written"):
-        with watch.stage("evaluation"):
-            results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
-        write_results(workdir, results, console)
+    with watch.stage("evaluation"):
+        results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
+    write_results(workdir, results, console)
 
 
 def _load_fitted(config: Config, workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:

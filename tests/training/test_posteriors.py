@@ -101,7 +101,7 @@ def test_both_structures_are_fitted_on_all_training_images(fitted):
     curvature = ggn(DATA.train.images)
     diagonal, lanczos = (fitted[name].log_marginal_likelihood() for name in fitted)
     np.testing.assert_allclose(diagonal.mean, log_evidence(np.diag(curvature), 2.0), rtol=1e-5)
-    assert lanczos.sem == 0.0  # at full depth
+    assert lanczos.sem < 1e-9  # at full depth
     np.testing.assert_allclose(lanczos.mean, log_evidence(curvature, 2.0), rtol=1e-5)
     assert lanczos.mean > diagonal.mean + 1
 

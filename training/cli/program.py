@@ -1,6 +1,5 @@
 """Parts that the command-line programs share: one line for a fault, exit codes, compilation cache, stopwatch."""
 
-import logging
 import os
 import re
 import sys
@@ -9,7 +8,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -39,7 +37,7 @@ def run(main: Callable[[Console], None]) -> int:
     console = make_console()
     stopped = False
     try:
-        with interruption.watch(), _quiet_libraries():
+        with interruption.watch(), _warnings_in_one_line():
             try:
                 use_compilation_cache()
                 main(console)
@@ -93,28 +91,6 @@ def continued_by(command: str) -> Iterator[None]:
             raise
 
 
-@contextmanager
-def _quiet_libraries() -> Iterator[None]:
-    """Leave it to `run` to say what went wrong: a failed write of Orbax also logs pages of traceback."""
-    logger, hook = logging.getLogger("absl"), sys.excepthook
-    level = logger.level
-
-    def without_closed_loops(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
-        # Tensorstore prints this after a failed write whose error has been raised before.
-        if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-            hook(kind, error, where)
-
-    logger.setLevel(logging.CRITICAL)
-    sys.excepthook = without_closed_loops
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _cache_warning_once(warnings.showwarning)
-            yield
-    finally:
-        logger.setLevel(level)
-        sys.excepthook = hook
-
-
 def make_console() -> Console:
     """Make a console as wide as the terminal. A file or a pipe has no width, so nothing is wrapped there."""
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
@@ -124,20 +100,21 @@ CACHE_WARNING = "Error (reading|writing) persistent compilation cache entry"
 """Pattern of what JAX says of every program that it cannot keep, as on a full disk."""
 
 
-def _cache_warning_once(show: Callable[..., None]) -> Callable[..., None]:
-    """Say in one line, once, that compiled programs cannot be kept."""
-    said = False
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Within the block, print a warning as one line, without the place in the code. Each is printed once."""
+    said = set()
 
-    def once(message: Warning | str, *rest: Any) -> None:
-        nonlocal said
-        if not re.match(CACHE_WARNING, str(message)):
-            show(message, *rest)
-        elif not said:
-            said = True
-            reason = " ".join(str(message).split(": ", 1)[-1].split())
-            print(_no_cache(reason), file=sys.stderr)
+    def show(message: Warning | str, *rest: Any) -> None:
+        text = " ".join(str(message).split())
+        line = _no_cache(text.split(": ", 1)[-1]) if re.match(CACHE_WARNING, text) else f"warning: {text}"
+        if line not in said:
+            said.add(line)
+            print(line, file=sys.stderr)
 
-    return once
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _no_cache(reason: str) -> str:

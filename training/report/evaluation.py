@@ -53,7 +53,21 @@ def evaluate(
     ------
     UserError
         The validation NLL can choose no precision of the grid.
+    Interrupted
+        Ctrl-C or SIGTERM came. If a computation takes longer than `interruption.SECONDS_TO_UNWIND`, the process ends.
     """
+    with interruption.promptly(_STOPPED):
+        return _evaluate(config, data, foreign, trained, posteriors, seconds)
+
+
+def _evaluate(
+    config: Config,
+    data: ImageData,
+    foreign: np.ndarray,
+    trained: TrainResult,
+    posteriors: Mapping[str, Laplace],
+    seconds: Mapping[str, float],
+) -> RunResults:
     network = next(iter(posteriors.values())).network
     split: Split = getattr(data, config.evaluation.split)
     validation, labels = data.validation

@@ -119,14 +119,14 @@ def write_results(directory: Path, results: RunResults, console: Console) -> Non
     StorageError
         A file cannot be written.
     Interrupted
-        Ctrl-C or SIGTERM came before anything was written.
+        Ctrl-C or SIGTERM came. The message says whether all is written or nothing.
     """
-    interruption.stop_if_requested(_STOPPED)
-    figures = draw_figures(results)
     # All is made before anything is written, so that a run that stops meanwhile leaves what an earlier one wrote.
-    images = {f"{name}.png": _image(figure) for name, figure in figures.items()}
-    html = render_report(results, figures)
-    interruption.stop_if_requested(_STOPPED)
+    with interruption.promptly(_STOPPED):
+        interruption.stop_if_requested(_STOPPED)
+        figures = draw_figures(results)
+        images = {f"{name}.png": _image(figure) for name, figure in figures.items()}
+        html = render_report(results, figures)
     for name, image in images.items():
         with writing(directory / "figures" / name) as temporary:
             temporary.write_bytes(image)
@@ -138,6 +138,7 @@ def write_results(directory: Path, results: RunResults, console: Console) -> Non
     console.print(f"{total:.0f} s in all ({stages}). Report:", highlight=False)
     # The path is the last line, and alone on it: a person can click on it, and a script can read it.
     console.out(str(directory / "report.html"), highlight=False)
+    interruption.stop_if_requested("stopped when all was written")
 
 
 def draw_figures(results: RunResults) -> dict[str, "Figure"]:

@@ -1,6 +1,7 @@
 """The width at which programs print, the line that names the report, and caches that cannot be written."""
 
 import contextlib
+import io
 import signal
 import sys
 import warnings
@@ -165,13 +166,33 @@ def test_a_cache_on_a_full_disk_is_one_line_however_many_programs_it_cannot_keep
         for number in range(3):
             entry = f"Error writing persistent compilation cache entry for 'jit_{number}'"
             warnings.warn(f"{entry}: OSError: [Errno 28] No space left on device", UserWarning, stacklevel=1)
+            warnings.warn("the curvature is\nrounded", UserWarning, stacklevel=1)
 
     monkeypatch.setattr(program, "use_compilation_cache", lambda: None)
     with warnings.catch_warnings():
-        warnings.simplefilter("default")
+        warnings.simplefilter("always")
         assert program.run(main) == 0
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
+    assert error.splitlines()[1:] == ["warning: the curvature is rounded"]
     assert error.startswith(
         "warning: the cache of compiled programs must be writable; got OSError: [Errno 28] No space"
+    )
+
+
+def test_output_on_a_full_disk_is_one_line(tmp_path, monkeypatch, capsys):
+    class Output(io.StringIO):
+        def flush(self):
+            raise FULL
+
+        def fileno(self):
+            return file.fileno()
+
+    monkeypatch.setattr(program, "use_compilation_cache", lambda: None)
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", Output())
+        assert program.run(lambda console: None) == 2
+    error = capsys.readouterr().err
+    assert (
+        error.startswith("error: files must be readable and writable; got /w/file: No space left")
+        and error.count("\n") == 1
     )

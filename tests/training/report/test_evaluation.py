@@ -43,7 +43,7 @@ def test_nothing_to_choose_from_is_one_clear_line(nll, converged):
 
 CONFIG = Config(
     curvature=Curvature(num_probes=2, max_vectors=4),
-    evaluation=Evaluation(grid_low=1e-4, grid_high=1e4, grid_size=9, ood="noise"),
+    evaluation=Evaluation(grid_low=1e-3, grid_high=1e4, grid_size=9, ood="noise"),
 )
 
 
