@@ -100,7 +100,7 @@ def test_the_warning_of_the_bridge_counts_and_advises(x64):
     mean = np.stack([[4.0, 0.0, 0.0, 0.0], np.log(alpha)])
     covariance = np.stack([np.diag([0.5, 16.0, 16.0, 16.0]), np.diag(1 / alpha)])
     with pytest.warns(
-        UserWarning, match=r"outside of its domain for 1 of 2 predictions: .* up to about 0\.[3-9].*'mc'"
+        UserWarning, match=r"outside of its domain for 1 of 2 predictions: .* off by about 0\.[3-9].*'mc'"
     ):
         probs = link.bridge(mean, covariance)
     np.testing.assert_allclose(link.bridge(mean[1:], covariance[1:])[0], alpha / alpha.sum(), rtol=1e-2)
