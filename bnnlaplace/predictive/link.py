@@ -115,8 +115,8 @@ def bridge_departure(
         softmax(m / sqrt(1 + pi / 8 v)),
 
     and the total variation distance of the two is returned, between 0 and 1. Measured against Monte Carlo on random
-    means and covariances of 2 to 100 classes: where it is below 0.05, the bridge is off by 0.13 at most (0.08 in 99 % of
-    the cases), and where it is above, by 0.026 at least. The ratio of the total variance to sqrt(C / 2), by which
+    means and covariances of 2 to 100 classes: where it is below 0.05, the bridge is off by 0.13 at most (0.08 in 99 %
+    of the cases), and where it is above, by 0.026 at least. The ratio of the total variance to sqrt(C / 2), by which
     Hobbhahn, Kristiadi and Hennig scale large variances, tells the two cases no better than chance.
 
     Parameters
