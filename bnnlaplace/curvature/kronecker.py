@@ -217,9 +217,11 @@ def _rule(
         return _expanded(inputs, weights, segments)
     if shared_weights == "reduce":
         return _reduced(inputs, weights, segments)
+    # Transposed once: within the product, for each column, it would take as long as the product itself.
+    transposed = jnp.swapaxes(inputs, 1, 2)
     if math.prod(shape) <= MAX_EXACT:
         exact = _exact(weights, 1)
-        return exact._replace(of_column=lambda g: exact.of_column(layer.layout.flat(_matrices(inputs, g))))
+        return exact._replace(of_column=lambda g: exact.of_column(layer.layout.flat(_matrices(transposed, g))))
     num_positions, num_inputs = inputs.shape[1:]
     num_outputs = math.prod(shape) // num_inputs
     # Multiplications for each example and column, divided by the number of outputs.
@@ -227,8 +229,8 @@ def _rule(
     by_matrices = num_inputs * (num_positions + num_inputs + num_outputs)
     if by_positions < by_matrices:
         return _partial_traces_by_positions(inputs, weights, segments)
-    traces = _partial_traces(weights, segments)
-    return traces._replace(of_column=lambda g: traces.of_column(_matrices(inputs, g)))
+    traces = _partial_traces(segments)
+    return traces._replace(of_column=lambda g: traces.of_column(_matrices(transposed, _rooted(g, weights))))
 
 
 def _rule_of_other(entering: Weights, leaf: int, shape: tuple[int, ...], weights: Float[Array, " M"]) -> _Rule:
@@ -240,8 +242,9 @@ def _rule_of_other(entering: Weights, leaf: int, shape: tuple[int, ...], weights
     num_filters = sizes[-1] if len(sizes) > 1 else 1
     rows = count // num_filters
     if len(sizes) > 1 and max(rows, num_filters) <= MAX_FILTER and is_matrix(entering, leaf, len(sizes)):
-        traces = _partial_traces(weights, ((rows, True), (num_filters, False)))
-        return traces._replace(of_column=lambda g: traces.of_column(g.reshape(-1, rows, num_filters)))
+        traces = _partial_traces(((rows, True), (num_filters, False)))
+        shape = (-1, rows, num_filters)
+        return traces._replace(of_column=lambda g: traces.of_column(_rooted(g, weights).reshape(shape)))
     if len(sizes) <= 1 or rows > MAX_FILTER or rows * count > MAX_NUMBERS:
         return _Rule(
             lambda gradients: einsum("m,mp->p", weights, gradients.reshape(len(gradients), -1) ** 2),
@@ -279,12 +282,12 @@ def _reduced(inputs: Float[Array, "M T I"], weights: Float[Array, " M"], segment
     return _Rule(lambda gradients: expanded.of_column(jnp.sum(gradients, axis=1, keepdims=True)), sums)
 
 
-def _partial_traces(weights: Float[Array, " M"], segments: _Segments) -> _Rule:
+def _partial_traces(segments: _Segments) -> _Rule:
     """Sum M M' and M' M over matrices M, (M, I, O), of which each column of the likelihood's factor gives one."""
 
     def of_column(matrices: Float[Array, "M I O"]) -> tuple[Float[Array, "I I"], Float[Array, "O O"]]:
-        weighted = mb.over_outputs(weights, matrices) * matrices
-        return einsum("mio,mjo->ij", weighted, matrices), einsum("mio,mip->op", weighted, matrices)
+        rows = matrices.reshape(-1, matrices.shape[-1])
+        return einsum("mio,mjo->ij", matrices, matrices), einsum("ro,rp->op", rows, rows)
 
     return _Rule(of_column, lambda total, scale: _from_traces(*total, scale, segments))
 
@@ -300,16 +303,21 @@ def _partial_traces_by_positions(
     products = einsum("mti,msi->mts", inputs, inputs)
 
     def of_column(gradients: Float[Array, "M T O"]) -> tuple[Float[Array, "M T T"], Float[Array, "O O"]]:
-        weighted = mb.over_outputs(weights, gradients) * gradients
-        mixed = einsum("mts,mso->mto", products, gradients)
-        return einsum("mto,mso->mts", gradients, gradients), einsum("mto,mtp->op", weighted, mixed)
+        rooted = _rooted(gradients, weights)
+        mixed = einsum("mts,mso->mto", products, rooted)
+        return einsum("mto,mso->mts", rooted, rooted), einsum("mto,mtp->op", rooted, mixed)
 
     def sums(total: tuple[Float[Array, "M T T"], Float[Array, "O O"]], scale: Real[ArrayLike, ""]) -> LayerSums:
         between, outputs = total
-        mixed = einsum("mts,msi->mti", mb.over_outputs(weights, between) * between, inputs)
+        mixed = einsum("mts,msi->mti", between, inputs)
         return _from_traces(einsum("mti,mtj->ij", inputs, mixed), outputs, scale, segments)
 
     return _Rule(of_column, sums)
+
+
+def _rooted(gradients: Float[Array, "M ..."], weights: Float[Array, " M"]) -> Float[Array, "M ..."]:
+    """Multiply derivatives by the roots of the examples' weights; to weight matrices made of them would cost more."""
+    return mb.over_outputs(jnp.sqrt(weights), gradients) * gradients
 
 
 def _from_traces(
@@ -318,9 +326,9 @@ def _from_traces(
     return LayerSums(rows, scale * columns, jnp.trace(rows), segments)
 
 
-def _matrices(inputs: Float[Array, "M T I"], gradients: Float[Array, "M T O"]) -> Float[Array, "M I O"]:
+def _matrices(transposed: Float[Array, "M I T"], gradients: Float[Array, "M T O"]) -> Float[Array, "M I O"]:
     """The derivative of each example with respect to the matrix of a layer."""
-    return einsum("mti,mto->mio", inputs, gradients)
+    return einsum("mit,mto->mio", transposed, gradients)
 
 
 def _second_moment(vectors: Float[Array, "M T D"], weights: Float[Array, " M"]) -> Float[Array, "D D"]:
