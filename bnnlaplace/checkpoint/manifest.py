@@ -19,7 +19,8 @@ from bnnlaplace.checkpoint.errors import Damage, shown, why
 ARRAYS, METADATA, MANIFEST = "arrays", "metadata.json", "manifest.json"
 
 MAX_JSON_BYTES = 2**24
-"""The largest JSON file: it describes a hundred thousand leaves, and more is not parsed."""
+"""The largest JSON file: it describes tens of thousands of leaves, and more is not parsed."""
+_MAX_JSON_CONTAINERS = 2**20  # Each takes a hundred bytes in memory, and the time of the garbage collector.
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 # What release 0.1.0 and this one write, for directories whose manifest is damaged.
@@ -74,12 +75,17 @@ def _is_entry(name: str, entry: Any) -> bool:
 
 def parse(content: bytes | bytearray) -> Any:
     """Parse JSON that somebody else may have written. If it is too long, too deep or not JSON: None."""
-    if len(content) > MAX_JSON_BYTES:
+    if is_too_large(content):
         return None
     try:
         return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError, MemoryError):
         return None
+
+
+def is_too_large(content: bytes | bytearray) -> bool:
+    """Whether JSON is more than `parse` takes. Brackets in strings count, too."""
+    return len(content) > MAX_JSON_BYTES or content.count(b"[") + content.count(b"{") > _MAX_JSON_CONTAINERS
 
 
 def check_present(path: Path, listed: dict[str, Fingerprint]) -> None:

@@ -32,6 +32,7 @@ from bnnlaplace.checkpoint.manifest import (
     belongs_to_a_checkpoint,
     check_digest,
     check_present,
+    is_too_large,
     parse,
     read_manifest,
     read_verified,
@@ -61,7 +62,8 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
         Any pytree whose leaves are `jax.Array` (PRNG key arrays included), NumPy arrays or NumPy scalars. The
         dtypes are kept as they are, with 64-bit types enabled in JAX or not.
     metadata
-        Values that JSON can hold, at most 16 MiB of it. Python numbers belong here rather than in the tree.
+        Values that JSON can hold, at most 16 MiB of it and a million lists and dictionaries. Python numbers belong here
+        rather than in the tree.
 
     Raises
     ------
@@ -83,10 +85,10 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
         text = json.dumps(_document([leaf for leaf, _ in described], metadata), indent=1)
     except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(f"`save_pytree(metadata=...)` must hold JSON values only; {error}; convert it first") from None
-    if len(text) + 100 * len(described) > MAX_JSON_BYTES:  # the digests come on top
+    if is_too_large(text.encode() + bytes(100 * len(described))):  # the digests come on top
         raise ValueError(
             f"`save_pytree(metadata=...)` must be at most {in_words(MAX_JSON_BYTES)} of JSON with the records of the "
-            f"leaves; got {in_words(len(text))}; put numbers into the tree as arrays"
+            f"leaves, and a million lists; got {in_words(len(text))}; put numbers into the tree as arrays"
         )
     try:
         with replacing(path, refusal=_refusal) as directory:
