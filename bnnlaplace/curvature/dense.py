@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real, Shaped
 
 from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.tree import examples, num_examples, number_type, ravel, size
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import Factors, jacobian
@@ -19,7 +20,7 @@ from bnnlaplace.curvature.layers import Weights, find
 from bnnlaplace.curvature.layout import Layout, from_matrix
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import output_shape
+from bnnlaplace.model.spec import NetworkSpec, output_shape
 
 
 def factor_rows(
@@ -106,9 +107,8 @@ def ggn(
         columns = _columns_at_once(len(passed.outputs), passed.outputs[0].size)
         return sums_of_columns(columns[0]) if len(columns) == 1 else mb.summed(sums_of_columns, columns)
 
-    entering = find(network, examples(batches.inputs, 0))
-    layouts, places = tuple(_layouts(entering)), tuple(_places(entering, params))
-    return scale * _matrix_of(mb.summed(batch_sums, batches), layouts, places)
+    spec = NetworkSpec.of(network.with_params(params), examples(batches.inputs, 0))
+    return scale * _matrix_of(mb.summed(batch_sums, batches), *_arrangement(spec))
 
 
 def ggn_in_float64(
@@ -127,46 +127,62 @@ def ggn_in_float64(
 
     Cost and memory: as for `ggn`, with numbers twice as long.
     """
-    dtype, count = number_type(network.params), num_examples(inputs)
-    size_of_part = math.ceil(count / math.ceil(count / microbatch))
-    layers = find(network, examples(inputs, slice(size_of_part)))
-    num_outputs = math.prod(output_shape(network, inputs)[1:])
+    count = num_examples(inputs)
+    num_parts = math.ceil(count / microbatch)
+    # Sums of several microbatches together, because each addition reads and writes the whole matrix.
+    num_calls = math.ceil(num_parts / max(1, EXAMPLES_AT_ONCE // microbatch))
+    num_parts = math.ceil(num_parts / num_calls) * num_calls
+    # Padding repeats a real example at weight zero, as in `microbatch.split`.
+    index = np.arange(num_parts * math.ceil(count / num_parts)).reshape(num_calls, num_parts // num_calls, -1)
+    inside = np.minimum(index, count - 1)
+    present = np.where(index < count, np.asarray(weights, number_type(network.params))[inside], 0)
+    columns = _columns_at_once(index[0].size, math.prod(output_shape(network, inputs)[1:]))
     sums: list[Array] = []
-    for first in range(0, count, size_of_part):
-        index = np.arange(first, first + size_of_part)
-        # Padding repeats a real example at weight zero, as in `microbatch.split`.
-        present = np.where(index < count, np.asarray(weights, dtype)[np.minimum(index, count - 1)], 0)
-        for numbers in _columns_at_once(size_of_part, num_outputs):
-            groups = _groups_at(network, likelihood, inputs, np.minimum(index, count - 1), numbers)
+    for parts, of_parts in zip(inside, present, strict=True):
+        for numbers in columns:
+            groups = _groups_at(network, likelihood, inputs, parts, numbers)
             with jax.enable_x64(True):
-                sums = _with_groups(sums or _zeros_like(_terms, groups, present), groups, present)
+                sums = _with_groups(sums or _zeros_like(_terms, groups, of_parts), groups, of_parts)
+    arrangement = _arrangement(NetworkSpec.of(network, inputs))
     with jax.enable_x64(True):
-        return np.asarray(_matrix_of(sums, tuple(_layouts(layers)), tuple(_places(layers, network.params))))
+        return np.asarray(_matrix_of(sums, *arrangement))
 
 
 @jax.jit
 def _groups_at(
-    network: Network, likelihood: Likelihood, inputs: PyTree, index: Int[Array, " m"], numbers: Int[Array, " k"]
+    network: Network, likelihood: Likelihood, inputs: PyTree, index: Int[Array, "num m"], numbers: Int[Array, " k"]
 ) -> list[Factors]:
-    """Compute some rows of B' J for some examples."""
-    passed = tapped.forward(network, network.params, examples(inputs, index))
-    return _groups(passed, likelihood, numbers)
+    """Compute some rows of B' J for the examples of some microbatches."""
+
+    def of_part(index: Int[Array, " m"]) -> list[Factors]:
+        passed = tapped.forward(network, network.params, examples(inputs, index))
+        return _groups(passed, likelihood, numbers)
+
+    by_part = jax.lax.map(of_part, index)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), by_part)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _with_groups(sums: list[Array], groups: list[Factors], weights: Float[Array, " m"]) -> list[Array]:
+def _with_groups(sums: list[Array], groups: list[Factors], weights: Float[Array, "num m"]) -> list[Array]:
     """Add the sums of some examples."""
     return jax.tree.map(jnp.add, sums, _terms(groups, weights))
 
 
-def _terms(groups: list[Factors], weights: Float[Array, " m"]) -> list[Array]:
+def _terms(groups: list[Factors], weights: Float[AnyArray, "num m"]) -> list[Array]:
     """Sum the products of each pair of groups over examples, in float64."""
-    groups, weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (groups, weights))
+    groups, weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (groups, weights.reshape(-1)))
     return [_summed(groups[i], groups[j], weights) for i, j in _pairs(len(groups))]
 
 
 def _zeros_like(function: Callable[..., PyTree], *arguments: Any) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *arguments))
+
+
+@lru_cache(maxsize=64)
+def _arrangement(spec: NetworkSpec) -> tuple[tuple[Layout | None, ...], tuple["_Place", ...]]:
+    """Layouts of the groups, and places of the leaves among them."""
+    weights = find(spec.network(), spec.example.batch(2))
+    return tuple(_layouts(weights)), tuple(_places(weights))
 
 
 @partial(jax.jit, static_argnums=(1, 2))
@@ -182,6 +198,8 @@ def _matrix_of(
 
 # Inputs or outputs of a layer up to which the symmetry of its block halves the work for each of them.
 MOST_PACKED = 1024
+# Examples whose sums in float64 are taken together.
+EXAMPLES_AT_ONCE = 512
 # Numbers in the cotangents of a microbatch, one for each output, that are in memory at a time.
 MOST_COTANGENTS = 2**24
 
@@ -275,16 +293,17 @@ class _Place(NamedTuple):
     end: int
 
 
-def _places(weights: Weights, params: PyTree) -> list[_Place]:
+def _places(weights: Weights) -> list[_Place]:
     """The place of each leaf among the groups."""
     single = _single(weights)
     places, start = [], 0
-    for number, leaf in enumerate(jax.tree.leaves(params)):
+    for number, leaf in enumerate(weights.jaxpr.params):
+        count = math.prod(leaf.aval.shape)
         if number in single:
-            places.append(_Place(single.index(number), 0, leaf.size))
+            places.append(_Place(single.index(number), 0, count))
         else:
-            places.append(_Place(len(single), start, start + leaf.size))
-            start += leaf.size
+            places.append(_Place(len(single), start, start + count))
+            start += count
     return places
 
 

@@ -5,16 +5,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 
 def check_finite(curvature: PyTree) -> None:
     """Raise ValueError if a number is infinite or NaN."""
     leaves = jax.tree.leaves(curvature)
-    if not all(
-        bool(np.isfinite(leaf).all() if isinstance(leaf, np.ndarray) else jnp.isfinite(leaf).all()) for leaf in leaves
-    ):
+    on_host = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
+    on_device = [leaf for leaf in leaves if not isinstance(leaf, np.ndarray)]
+    # A sum over all entries is not finite if one of them is not, and needs no second array of their number.
+    if not (all(np.isfinite(leaf.sum()) for leaf in on_host) and (not on_device or _are_finite(on_device))):
         raise not_finite(leaves[0].dtype)
+
+
+@jax.jit
+def _are_finite(arrays: list[Array]) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
 
 
 def not_finite(dtype: Any) -> ValueError:

@@ -39,8 +39,8 @@ class DenseStructure:
 
     @classmethod
     def fit(cls, matrix: Float[AnyArray, "P P"]) -> "DenseStructure":
-        """Build the structure from G, and remove the asymmetry that rounding left in it."""
-        return cls((matrix + matrix.T) / 2)
+        """Build the structure from G. Of a matrix that rounding made asymmetric one triangle counts."""
+        return cls(matrix)
 
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from rounding.
@@ -48,16 +48,12 @@ class DenseStructure:
         In a matrix in float64 it is the rounding of the derivatives, which are in float32. Otherwise it is that of the
         matrix.
         """
-        if "_resolution" not in self.__dict__:
-            is_float64 = self.matrix.dtype == np.float64
-            relative = (
-                (8 * float(np.finfo(np.float32).eps)) ** 2
-                if is_float64
-                else 4 * float(jnp.finfo(self.matrix.dtype).eps)
-            )
-            # The largest row sum bounds the largest eigenvalue.
-            self.__dict__["_resolution"] = relative * float(np.abs(np.asarray(self.matrix)).sum(axis=1).max())
-        return self.__dict__["_resolution"]
+        is_float64 = self.matrix.dtype == np.float64
+        relative = (
+            (8 * float(np.finfo(np.float32).eps)) ** 2 if is_float64 else 4 * float(jnp.finfo(self.matrix.dtype).eps)
+        )
+        # The trace bounds the largest eigenvalue.
+        return relative * float(np.asarray(np.diagonal(self.matrix)).sum())
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "DenseStructure":
