@@ -106,10 +106,12 @@ def load_trained(
             f"the training in {workdir} must be finished; it is not; finish it: {continue_command(workdir)}"
         )
     # The file has no containers without leaves, such as the statistics of a network without normalisation.
-    tree.setdefault("batch_stats", {})
-    if missing := set(TrainState._fields) ^ tree.keys():
-        raise UserError(f"{checkpoints[-1]} must hold the state of a training; got none of {sorted(missing)}")
-    return result_of(TrainState(**tree), journal)
+    parts = {"batch_stats": {}, **tree} if isinstance(tree, dict) else {}
+    if parts.keys() != set(TrainState._fields):
+        raise UserError(
+            f"{checkpoints[-1]} must hold the state of a training; got {', '.join(parts) or 'another tree'}"
+        )
+    return result_of(TrainState(**parts), journal)
 
 
 def save_progress(workdir: Path, state: TrainState, journal: Journal, config: Config, finished: bool) -> Path:
