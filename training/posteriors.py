@@ -103,10 +103,16 @@ def seconds_to_fit(workdir: Path) -> float | None:
         return None
 
 
-def load(workdir: Path, network: Network, config: Config, report: Callable[[str], None]) -> dict[str, Laplace]:
+def load(
+    workdir: Path,
+    network: Network,
+    config: Config | None = None,
+    report: Callable[[str], None] = lambda message: None,
+) -> dict[str, Laplace]:
     """Read and verify the posteriors that `save` wrote.
 
-    `report` is told in one line if there is no record of the settings that they were fitted with.
+    If a config is given, the settings that they were fitted with are compared with it. `report` is told in one line if
+    there is no record of them.
 
     Raises
     ------
@@ -121,6 +127,8 @@ def load(workdir: Path, network: Network, config: Config, report: Callable[[str]
             f"the posteriors in {workdir} must be whole: {error}; to have them fitted again: "
             f"{continue_command(workdir)}"
         ) from None
+    if config is None:
+        return posteriors
     try:
         recorded = sealed.read_json(directory / _SETTINGS_FILE)
     except FileNotFoundError:  # as in earlier releases

@@ -272,7 +272,7 @@ def test_one_changed_bit_of_the_settings_is_one_line(finished, tmp_path, capsys)
     (copy / "config.json").write_text(sealed.dump(saved, indent=2))
     status, error = run(evaluate, capsys, copy)
     assert status == 2 and error.count("\n") == 1 and "step_00000012 must have been computed" in error
-    assert f"data.mean: [{digits}] there" in error and not (copy / "evaluation-test-inverted").exists()
+    assert f"data.mean: [{digits}] there" in error
 
 
 def test_a_config_without_a_digest_is_read_and_said_to_be_unverified(finished, tmp_path, capsys):
