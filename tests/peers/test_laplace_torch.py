@@ -12,7 +12,9 @@ import torch
 from laplace.utils import Kron
 from peers.pairs import PRIOR_PRECISION, SIGMA_NOISE, TRAIN, build
 
-from bnnlaplace.curvature import dense
+from bnnlaplace import Laplace
+from bnnlaplace.curvature import dense, kronecker_factors
+from bnnlaplace.structure import KroneckerStructure
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -61,13 +63,13 @@ def test_posteriors_agree(kind, likelihood, subset, hessian_structure):
 
 @pytest.mark.parametrize("likelihood", ["classification", "regression"])
 def test_bias_of_a_convolution(likelihood):
-    """Kernels as the peer's; the block of a bias is exact here, and there a sum over positions of outer products.
+    """Kernels as the peer's, by "expand"; the block of a bias is exact here, and there a sum of outer products.
 
     A bias enters at every position, so that its Jacobian is the sum of the gradients there, and its exact block is the
     outer product of that sum.
     """
     pair = build("cnn", likelihood)
-    fitted, ours = pair.peer("all", "kron"), pair.ours("all", "kron")
+    fitted, ours = pair.peer("all", "kron"), expanded(pair)
     names = "Conv_0/bias", "Conv_1/bias"
     exact = [exact_block(pair, name) for name in names]
     theirs = [fitted.H_facs.kfacs[index][0].numpy() / noise_variance(pair) for index in (1, 3)]
@@ -80,6 +82,15 @@ def test_bias_of_a_convolution(likelihood):
         factors[index] = [torch.as_tensor(np.array(block)) * noise_variance(pair)]
     fitted.H = Kron(factors).decompose()
     assert_same(pair, ours, fitted, "all")
+
+
+def expanded(pair):
+    """Ours with the factors that take positions for examples."""
+    ours = pair.ours("all", "kron")
+    inputs, weights = jnp.asarray(pair.inputs[:TRAIN]), ours.network.params
+    sums = kronecker_factors(ours.network, ours.likelihood, weights, inputs, shared_weights="expand")
+    structure = KroneckerStructure.fit(sums)
+    return Laplace._of(ours.fitted._replace(structure=structure), ours.settings)
 
 
 def exact_block(pair, name):
