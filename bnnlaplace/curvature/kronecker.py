@@ -57,7 +57,7 @@ class LayerSums:
 class FilterSums(NamedTuple):
     """Exact blocks of a leaf of shape (..., C): one block for all weights with the same last index.
 
-    A vector is one filter, with C = 1.
+    A vector is one filter, with C = 1, and so is a small weight of any shape.
 
     Attributes
     ----------
