@@ -32,6 +32,7 @@ from bnnlaplace.evidence.log_determinant import (
 )
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.krylov.derivative_modes import once
+from bnnlaplace.model.data import check_inputs
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
 
@@ -144,6 +145,7 @@ def log_marginal_likelihood(
     caller = "log_marginal_likelihood"
     checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "forward", "quadrature", "autodiff"))
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
+    batch = check_inputs(network, batch[0], f"{caller}(batch=(x, y)): x"), batch[1]
     linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
     # The outputs of the linearisation also give the log likelihood: the network runs once.
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
@@ -255,6 +257,7 @@ def isotropic(
     (3,)
     """
     caller = "isotropic"
+    batch = check_inputs(network, batch[0], f"{caller}(batch=(x, y)): x"), batch[1]
     linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     _check_numbers(prior_mean, f"{caller}(prior_mean=...)")

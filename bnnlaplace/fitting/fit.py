@@ -49,9 +49,8 @@ def fit(
     Parameters, errors and warnings are those of `Laplace.fit`.
     """
     if num_data is not None:
-        checks.positive(num_data, "fit(num_data=...)", advice="pass the size of the training set")
-    if not krylov.tolerance > 0:  # infinity asks for one block alone
-        raise ValueError(f"fit(tolerance=...) must be positive; got {krylov.tolerance}; try 0.05")
+        num_data = checks.count(num_data, "fit(num_data=...)", advice="pass the size of the training set")
+    krylov.check_types()
     checks.choice(mean, "fit(mean=...)", ("network", "linear"))
     model = prepare(state, settings, data, linear=mean == "linear", microbatch=microbatch, num_data=num_data)
     prior = settings.prior(model.network) if state.prior is None else state.prior

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from bnnlaplace import krylov
@@ -27,6 +28,16 @@ class KrylovOptions:
     tolerance: float
     target_precision: float | None
     on_block: Callable[[KrylovStructure, KrylovError], None] | None
+
+    def check_types(self) -> None:
+        """Raise ValueError if an option is wrong for any structure."""
+        is_number = isinstance(self.tolerance, (int, float, np.number)) and not isinstance(self.tolerance, bool)
+        if not (is_number and self.tolerance > 0):  # infinity asks for one block alone
+            raise ValueError(f"fit(tolerance=...) must be positive; got {self.tolerance!r:.80}; try 0.05")
+        if self.on_block is not None and not callable(self.on_block):
+            raise ValueError(
+                f"fit(on_block=...) must be a function of (structure, error); got {self.on_block!r:.80}; try print"
+            )
 
     def check(self, dimension: int) -> None:
         """Raise ValueError if the options do not suit a network of `dimension` weights."""

@@ -7,6 +7,7 @@ import numpy as np
 import scipy  # its parts are imported at their first use, which takes half a second
 from jaxtyping import Float
 
+from bnnlaplace.core import checks
 from bnnlaplace.evidence.log_joint import LogJoint
 
 # The smallest and the largest precision that a search tries.
@@ -19,6 +20,11 @@ def range_above(resolution: float) -> tuple[float, float]:
     """Return the smallest and the largest precision to try for a structure with this `resolution`.
 
     Below the resolution the curvature is rounding, and so is the evidence.
+
+    Parameters
+    ----------
+    resolution
+        The result of `Structure.resolution`.
     """
     low, high = SEARCH_RANGE
     low = max(low, resolution)
@@ -135,12 +141,15 @@ def lowest(values: Float[np.ndarray, " D"], what: str) -> int:
 def checked_grid(precisions: Iterable[float], where: str) -> Float[np.ndarray, " D"]:
     """Return prior precisions as an array, or raise ValueError if there are none or one is not positive and finite."""
     try:
-        grid = np.asarray(list(precisions), np.float64)
-    except (TypeError, ValueError):  # a single number, or entries that are not numbers: the check below refuses them
-        grid = np.asarray(precisions)
-    if grid.ndim != 1 or grid.size == 0 or not ((grid > 0) & np.isfinite(grid)).all():
-        raise ValueError(f"{where} must be positive, finite numbers, at least one; got {grid}; try [0.1, 1.0, 10.0]")
-    return grid
+        grid = np.asarray([] if isinstance(precisions, (str, bytes)) else list(precisions))
+    except (TypeError, ValueError):  # a single number, or lists of several lengths
+        grid = np.asarray([])
+    if grid.ndim != 1 or grid.size == 0 or grid.dtype.kind not in "iuf":
+        raise ValueError(
+            f"{where} must be positive, finite numbers, at least one; got {precisions!r:.80}; try [0.1, 1.0, 10.0]"
+        )
+    checks.all_positive(grid, where, advice="try [0.1, 1.0, 10.0]")
+    return grid.astype(np.float64)
 
 
 def _negative_evidence(
