@@ -52,21 +52,21 @@ la = bnnlaplace.Laplace(network, hessian_structure="kron", prior_precision=PRIOR
 
 # %% The choice
 # The curvature is not computed again. One pass over the validation data serves all prior precisions of the grid, by
-# default 25 values from 0.01 to 10,000. The predictive averages over samples of the outputs, so it needs a key; the
-# same samples serve every prior precision.
+# default 25 values from 0.01 to 10,000. Probabilities are those of the probit link, the default of `predictive`. With
+# `link_approx="mc"` they are averages over samples of the outputs, which need a key and serve every prior precision.
 
 by_evidence = la.optimize_prior_precision()
-by_validation = la.optimize_prior_precision("gridsearch", validation=validation, key=jax.random.key(0))
+by_validation = la.optimize_prior_precision("gridsearch", validation=validation)
 print(f"prior precision by the evidence {by_evidence.prior_precision:.3g}")
 print(f"prior precision by the validation NLL {by_validation.prior_precision:.3g}")
 
 # %% The whole curve
 # `validation_curve` returns NLL and calibration error at every prior precision. If the best value lies at an end of the
-# grid, pass `precisions` with a wider one. With "lanczos", `converged` says where the samples can be trusted;
-# `optimize_prior_precision` chooses among those.
+# grid, `optimize_prior_precision` warns: pass `precisions` with a wider one. With "lanczos", `converged` says where the
+# samples can be trusted; `optimize_prior_precision` chooses among those.
 
 precisions = np.geomspace(0.01, 10_000, 25)
-curve = la.validation_curve(*validation, precisions, key=jax.random.key(0))
+curve = la.validation_curve(*validation, precisions)
 figure = Figure(figsize=(6, 2.8), layout="constrained")
 panel = figure.subplots()
 panel.semilogx(precisions, curve.negative_log_likelihood, label="validation NLL")
@@ -82,7 +82,7 @@ panel.legend(frameon=False)
 
 predictions = {"MAP": jax.nn.softmax(network(network.params, test[0]))}
 predictions |= {
-    name: chosen.predictive(test[0], link_approx="mc", key=jax.random.key(1))
+    name: chosen.predictive(test[0])
     for name, chosen in (("evidence", by_evidence), ("validation NLL", by_validation))
 }
 nll = {}

@@ -68,10 +68,10 @@ print(f"prior precision {last.prior_precision:.3g}, log evidence {last.log_margi
 for name, probs in (
     ("MAP", jax.nn.softmax(network(network.params, x_test))),
     ("probit", last.predictive(x_test)),
-    ("bridge", last.predictive(x_test, link_approx="bridge")),
+    ("samples", last.predictive(x_test, link_approx="mc", key=jax.random.key(1))),
 ):
     metrics = calibration.evaluate(probs, y_test, seed=0)
-    print(f"{name:7s}" + "  ".join(f"{key} {metrics[key].value:.3f}" for key in ("accuracy", "nll", "ece")))
+    print(f"{name:9s}" + "  ".join(f"{key} {metrics[key].value:.3f}" for key in ("accuracy", "nll", "ece")))
 
 # %% Samples among the frozen weights
 # A sample has None in the places of the frozen weights. `full_params` fills them in, so that the model can take it.
