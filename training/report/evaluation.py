@@ -119,6 +119,7 @@ def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, 
         images,
         labels,
         grid,
+        link_approx="mc",
         key=_key(config, _CURVE_STREAM),
         num_samples=config.curvature.num_probes,
         microbatch=config.curvature.microbatch,
@@ -175,10 +176,11 @@ def krylov_result(config: Config, la: Laplace, prior_precision: float) -> Krylov
         num_probes=structure.num_probes,
         converged=structure.has_converged(error),
         sample_error_bound=error.sample,
-        log_det_low=upper - error.log_determinant,
-        log_det_high=upper,
+        log_det_low=upper - error.truncation,
+        log_det_high=upper + error.rounding,
         effective_parameters=error.effective_parameters,
         ritz_values=np.asarray(structure.ritz.values),
+        residual_norms=np.asarray(structure.ritz.couplings),
     )
 
 

@@ -249,8 +249,8 @@ def _krylov(results: RunResults) -> Finding:
     text = (
         f"The block decomposition with {krylov.num_probes} probes kept {krylov.num_vectors} vectors in {krylov.depth} "
         "steps. At the optimum of the evidence the relative error of a posterior sample, in the metric of the "
-        f"posterior precision, is at most {number(100 * krylov.sample_error_bound, 1)} %, and truncation leaves the "
-        f"log-determinant open by {number(high - low, 2)} nats (between {number(low, 2)} and {number(high, 2)}). "
+        f"posterior precision, is at most {number(100 * krylov.sample_error_bound, 1)} %, and the "
+        f"log-determinant is open by {number(high - low, 2)} nats (between {number(low, 2)} and {number(high, 2)}). "
     )
     if krylov.converged:
         text += "That met the tolerance: the Lanczos results there are converged."

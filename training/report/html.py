@@ -52,7 +52,8 @@ _CAPTIONS = {
     "reliability": "Accuracy against confidence, and below how many images have which confidence. On the dashed line a "
     "prediction made with 70 % confidence is right 70 % of the time.",
     "training": "Training. The loss is the negative log joint divided by the number of training images.",
-    "spectrum": "Ritz values of the GGN. The data determine the directions above a line, the prior the ones below.",
+    "spectrum": "Ritz values of the GGN. The data determine the directions above a line, the prior the ones below. "
+    "Crosses mark values that have not converged: they are averages over smaller eigenvalues.",
 }
 _ARROWS = {1: "\N{NO-BREAK SPACE}\N{UPWARDS ARROW}", -1: "\N{NO-BREAK SPACE}\N{DOWNWARDS ARROW}", 0: ""}
 _STOPPED = "stopped in stage evaluation; nothing of it is written"
@@ -150,7 +151,7 @@ def draw_figures(results: RunResults) -> dict[str, "Figure"]:
     return {
         "evidence": plots.evidence_curve(results.curves),
         "training": plots.training_curve(results.history),
-        "spectrum": plots.spectrum(results.krylov.ritz_values, optima),
+        "spectrum": plots.spectrum(results.krylov.ritz_values, optima, results.krylov.residual_norms),
         "reliability": plots.reliability_diagram({method.label: method.reliability for method in results.methods}),
     }
 

@@ -70,12 +70,14 @@ class KrylovResult:
     sample_error_bound: float
     """Bound on the relative error of a posterior sample, at the prior precision of the evidence."""
     log_det_low: float
-    """Lower end of the truncation bracket of log det(I + GGN / prior precision), nats."""
+    """Lower end of the bracket of log det(I + GGN / prior precision), nats, for what truncation may have added."""
     log_det_high: float
-    """Upper end of that bracket."""
+    """Upper end of that bracket, for the curvature that rounding may hide."""
     effective_parameters: float
     """tr G (G + delta I)^-1 at the prior precision of the evidence: how many directions the data determine."""
     ritz_values: np.ndarray
+    residual_norms: np.ndarray
+    """One for each Ritz value: an eigenvalue of the GGN is that near."""
 
 
 class ModeDistance(NamedTuple):
