@@ -150,7 +150,7 @@ def memory_of(model: Model, hessian_structure: str, max_vectors: int) -> memory.
     curvature_bytes = {
         "diag": lambda: weight_bytes,
         "kron": lambda: _kronecker_bytes(model),
-        "full": lambda: size(model.head.params) * weight_bytes,
+        "full": lambda: 8 * size(model.head.params) ** 2,  # in float64
     }[hessian_structure]()
     return memory.MemoryEstimate(feature_bytes + copies * curvature_bytes, memory.free_bytes(), shrink)
 
