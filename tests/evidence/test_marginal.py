@@ -91,6 +91,8 @@ def test_the_linearisation_is_the_only_forward_pass(classification, side):
         return two_layers(params, x)
 
     counted = classification._replace(network=bnnlaplace.Network.from_function(forward, classification.network.params))
+    bnnlaplace.model.data.check_inputs(counted.network, counted.inputs)  # a trace for shapes alone, which is remembered
+    seen.clear()
     jax.make_jaxpr(lambda params: by_quadrature(params, 1.0, counted, side, 3).mean)(counted.network.params)
     assert set(seen) == {4}  # microbatches, and never all eleven examples once more
 
