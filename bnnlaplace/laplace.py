@@ -22,6 +22,7 @@ from bnnlaplace.model.likelihood import Likelihood, resolve
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
 from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
+from bnnlaplace.predictive.joint import FunctionalGaussian, functional_posterior
 from bnnlaplace.predictive.predictions import predictions
 from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer
@@ -192,8 +193,8 @@ class Laplace:
         Parameters
         ----------
         data
-            (x, y), without augmentation; x is an array or a pytree of arrays. Or batches of such pairs that can be
-            iterated over again: they are read a pass at a time and need not fit in memory. The data are not kept.
+            (x, y), without augmentation; x may be a pytree. Or (x, y, w): example n counts w_n >= 0 times.
+            Or batches of such that can be read again: they need not fit in memory. The data are not kept.
         key
             Seeds the probes; needed for "lanczos" alone.
         mean
@@ -201,16 +202,15 @@ class Laplace:
             there, and expand around the mode of the log joint of that, which exists whatever training did.
         num_data
             The size of the whole training set, if `data` is a random subset of it. Log likelihood and curvature are
-            multiplied by num_data / (examples in `data`).
+            multiplied by num_data / (examples in `data`, or the sum of their weights).
         num_probes
             Lanczos: normal probes in a block, which is also the number of posterior samples.
         max_vectors
             Lanczos: the largest number of basis vectors, each of P numbers. If all data together have no more outputs
             than this, the curvature is exact and costs one gradient for each output.
-        tolerance
-            Lanczos: the decomposition grows until the bound on the relative error of a posterior sample is below this.
-        target_precision
-            Lanczos: the prior precision at which that must hold; by default the maximiser of the evidence.
+        tolerance, target_precision
+            Lanczos: the decomposition grows until the bound on the relative error of a posterior sample is below this
+            tolerance at this prior precision, by default the maximiser of the evidence.
         microbatch
             Examples linearised at a time; bounds memory.
         on_block
@@ -230,20 +230,11 @@ class Laplace:
         how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "krylov": options}
         return Laplace._of(fit(self.state, self.settings, as_data(data), **how), self.settings)
 
-    def memory_estimate(
-        self,
-        data: PairOrBatches,
-        *,
-        max_vectors: int = 512,
-        microbatch: int = 64,
-    ) -> MemoryEstimate:
+    def memory_estimate(self, data: PairOrBatches, *, max_vectors: int = 512, microbatch: int = 64) -> MemoryEstimate:
         """How much memory `fit` with the same arguments takes at its peak, beside the activations of a microbatch.
 
-        Parameters
-        ----------
-        data, max_vectors, microbatch
-            As for `fit`. Only the first batch is read, so data that can be read once are refused. Features before the
-            weights with a posterior are counted for arrays; of batches they take at most a quarter of the free memory.
+        Only the first batch is read, so data that can be read once are refused. Features before the weights with a
+        posterior are counted for arrays; of batches they take at most a quarter of the free memory.
         """
         sizes = {"max_vectors": max_vectors, "microbatch": microbatch}
         return memory_estimate(self.state, self.settings, as_data(data), **sizes)
@@ -253,23 +244,15 @@ class Laplace:
 
         `sem` is the standard error over the probes; it is 0 if the evidence is exact. It does not include the
         truncation error of the Lanczos recurrence, which lowers the mean by at most `krylov_error().log_determinant /
-        2`.
-
-        Parameters
-        ----------
-        prior_precision
-            As `Laplace` takes it. "lanczos" can answer at the ratios between weights that it was fitted at.
+        2`. `prior_precision` is as `Laplace` takes it; "lanczos" can answer at the ratios that it was fitted at.
         """
         return self._at(prior_precision).warn_unless_converged().log_marginal_likelihood()
 
     def evidence_curve(self, precisions: Iterable[float] | None = None) -> EvidenceCurve:
         """The log evidence at many prior precisions, from the curvature already computed.
 
-        Parameters
-        ----------
-        precisions
-            Numbers. If the prior is not isotropic: geometric means over the weights, whose ratios are kept. By default
-            61 numbers over six decades around the maximum.
+        `precisions` are numbers, by default 61 over six decades around the maximum. If the prior is not isotropic they
+        are geometric means over the weights, whose ratios are kept.
         """
         return self.fitted.evidence_curve(precisions)
 
@@ -351,25 +334,16 @@ class Laplace:
         return validation_curve(self.fitted, (x, y), precisions, **how)
 
     def with_prior_precision(self, prior_precision: Precision) -> "Laplace":
-        """The same posterior at another prior precision.
-
-        Parameters
-        ----------
-        prior_precision
-            As `Laplace` takes it. "lanczos" has to be fitted again if ratios between weights change; that is an error.
-        """
+        """The same posterior at another prior precision. "lanczos" must be fitted again if ratios change: an error."""
         settings = self.settings.at(prior_precision)
         if isinstance(self.state, Fitted):
             return Laplace._of(self._at(prior_precision), settings)
         return Laplace._of(Unfitted.of(self.network, self.likelihood, settings), settings)
 
     def with_sigma_noise(self, sigma_noise: float | Float[ArrayLike, "*C"]) -> "Laplace":
-        """The same posterior of a regression at another noise. No curvature is computed again.
+        """The same posterior of a regression at another noise, for which no curvature is computed again.
 
-        Parameters
-        ----------
-        sigma_noise
-            One standard deviation, or one for each output. All must change by the same factor: fit again otherwise.
+        One standard deviation, or one for each output. All must change by the same factor: fit again otherwise.
         """
         return Laplace._of(self.fitted.with_sigma_noise(sigma_noise), self.settings)
 
@@ -401,33 +375,55 @@ class Laplace:
     def sample(self, key: Array, num_samples: int) -> PyTree:
         """Posterior samples of the weights: a pytree like `network.params` with a leading axis of `num_samples`.
 
-        `network.full_params` puts one sample of a subset in its place among all weights.
-
-        Parameters
-        ----------
-        key, num_samples
-            The seed and the number of samples. "lanczos" has at most as many as probes; the key chooses among them.
+        `network.full_params` puts one sample of a subset in its place among all weights. "lanczos" has at most as many
+        samples as probes, and the key chooses among them.
         """
         return self.fitted.warn_unless_converged().samples(key, num_samples)
 
+    def functional_posterior(self, x: Inputs, *, joint: bool = True, microbatch: int = 64) -> FunctionalGaussian:
+        """Mean and covariance of the linearised outputs at inputs (B, ...) together; its `sample` draws functions.
+
+        Parameters
+        ----------
+        x, microbatch
+            Inputs, and the largest number of them that is differentiated at a time.
+        joint
+            True: the covariance (B, ..., C, B, ..., C) between all inputs, B C squared numbers, exact but for "lanczos"
+            outside its basis, where samples choose a multiple of the prior's covariance. MemoryError if it does not
+            fit. False: that within each input, `functional_variance`, with draws that are independent over inputs.
+        """
+        fitted = self.fitted.warn_unless_converged()
+        check_inputs(self.network, x)
+        return functional_posterior(fitted, x, joint=joint, microbatch=microbatch)
+
     def functional_posteriors(
-        self, x: Inputs, precisions: Sequence[float], *, key: Array, num_samples: int, microbatch: int = 64
+        self,
+        x: Inputs,
+        precisions: Sequence[float],
+        *,
+        key: Array,
+        num_samples: int,
+        microbatch: int = 64,
+        joint: bool = False,
     ) -> Iterator[FunctionalPosterior]:
         """Mean, covariance and samples of the linearised outputs at each input, for several prior precisions.
 
-        The network is differentiated once for all of them. A structure with exact variances draws samples at each input
-        from its covariance. "lanczos" pushes samples of the weights through the Jacobian, at most one for each probe,
-        and estimates the covariance from them.
+        The network is differentiated once for all of them. "lanczos" pushes samples of the weights through the
+        Jacobian, at most one for each probe, and estimates the covariance from them. Other structures have exact
+        covariances, from which they draw at each input: independently of other inputs, unless `joint` is true.
 
         Parameters
         ----------
         x, precisions, key, num_samples, microbatch
             Inputs (B, ...); the rest as for `validation_curve`.
+        joint
+            Push samples of the weights through the Jacobian for every structure, so that each sample is a function.
         """
         fitted = self.fitted
         check_inputs(self.network, x)
         grid = checked_grid(precisions, "functional_posteriors(precisions=...)")
-        return functional_posteriors(fitted, x, grid, key=key, num_samples=num_samples, microbatch=microbatch)
+        options = {"key": key, "num_samples": num_samples, "microbatch": microbatch, "joint": joint}
+        return functional_posteriors(fitted, x, grid, **options)
 
     def functional_variance(self, x: Inputs, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
         """Covariance J (G + P0)^-1 J' of the linearised outputs at inputs (B, ...); for "lanczos" from all samples."""
@@ -446,7 +442,7 @@ class Laplace:
         num_samples: int | None = None,
         microbatch: int = 64,
     ) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
-        """Predictions under the posterior.
+        """Predictions under the posterior. `la(x)` is `la.predictive(x)`.
 
         Parameters
         ----------
@@ -471,6 +467,8 @@ class Laplace:
         check_inputs(self.fitted.warn_unless_converged().network, x)
         options = {"with_noise": with_noise, "key": key, "num_samples": num_samples, "microbatch": microbatch}
         return predictions(self.fitted, x, pred_type=pred_type, link_approx=link_approx, **options)
+
+    __call__ = predictive
 
     def save(self, path: Path | str) -> None:
         """Write all but the user's module to a directory. Only a checkpoint, or an empty directory, is replaced."""

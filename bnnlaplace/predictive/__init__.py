@@ -7,12 +7,15 @@ from bnnlaplace.predictive.functional import (
     marginal_samples,
     sample_variance,
 )
+from bnnlaplace.predictive.joint import FunctionalGaussian, functional_posterior
 from bnnlaplace.predictive.predictions import predictions
 from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
 
 __all__ = [
+    "FunctionalGaussian",
     "FunctionalPosterior",
     "ValidationCurve",
+    "functional_posterior",
     "functional_posteriors",
     "functional_variances",
     "marginal_samples",

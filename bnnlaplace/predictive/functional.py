@@ -1,7 +1,7 @@
 """The posterior of the linearised outputs f(x; theta*) + J(x) (theta - theta*)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -42,7 +42,9 @@ class FunctionalPosterior(NamedTuple):
     variance
         J Sigma J' within each output position, (B, ..., C, C). A `SampleStructure` estimates it from the samples.
     deviations
-        Samples of J (theta - theta*), (S, B, ..., C).
+        Samples of J (theta - theta*), (S, B, ..., C). They are samples of functions, which belong together over inputs,
+        for a `SampleStructure` and with `functional_posteriors(joint=True)`. Otherwise those of one input and output
+        position are independent of those of all others.
     """
 
     mean: Float[Array, "B ... C"]
@@ -58,12 +60,14 @@ def functional_posteriors(
     key: Array,
     num_samples: int,
     microbatch: int = 64,
+    joint: bool = False,
 ) -> Iterator[FunctionalPosterior]:
     """Yield the posterior of the linearised outputs at each of several prior precisions.
 
-    A `CovarianceStructure` gives exact covariances at each input, from which samples are drawn. One Jacobian for each
-    input serves all precisions. The samples of a `SampleStructure` are multiplied by the Jacobian, and the covariance
-    is estimated from them: without bias, with relative standard error sqrt(2 / num_samples).
+    A `CovarianceStructure` gives exact covariances at each input, from which samples are drawn: independently at each
+    input, or with `joint` as functions. One Jacobian for each input serves all precisions. The samples of a
+    `SampleStructure` are multiplied by the Jacobian, and the covariance is estimated from them: without bias, with
+    relative standard error sqrt(2 / num_samples).
 
     Parameters
     ----------
@@ -77,11 +81,22 @@ def functional_posteriors(
         The random key of the samples, and their number. A `SampleStructure` gives at most as many as it has.
     microbatch
         Inputs differentiated at a time; bounds memory.
+    joint
+        Multiply samples of the weights by the Jacobian, so that each sample is one function: correlated over inputs,
+        and the same at all inputs that are asked with one key. Cost: a forward-mode derivative for each sample, input
+        and precision.
     """
     checks.key(key, "functional_posteriors(key=...)")
     checks.count(num_samples, "functional_posteriors(num_samples=...)", advice="try 32")
+    check_joint(joint, "functional_posteriors")
     # The checks above run at the call. Those inside a generator would run at its first element.
-    return _one_after_another(fitted, inputs, precisions, key, num_samples, microbatch)
+    return _one_after_another(fitted, inputs, precisions, key, num_samples, microbatch, joint)
+
+
+def check_joint(joint: bool, where: str) -> None:
+    """Raise ValueError unless `joint` is a bool."""
+    if not isinstance(joint, (bool, np.bool_)):
+        raise ValueError(f"{where}(joint=...) must be True or False; got {joint!r:.80}; try True")
 
 
 def _one_after_another(
@@ -91,6 +106,7 @@ def _one_after_another(
     key: Array,
     num_samples: int,
     microbatch: int,
+    joint: bool,
 ) -> Iterator[FunctionalPosterior]:
     """Yield what `functional_posteriors` promises."""
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
@@ -99,8 +115,15 @@ def _one_after_another(
         for deviations in _sampled(fitted, inputs, key, num_samples, precisions, microbatch=microbatch):
             yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
         return
-    for variance in _covariances(fitted, inputs, precisions, microbatch=microbatch):
-        yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
+    for precision, variance in zip(
+        precisions, _covariances(fitted, inputs, precisions, microbatch=microbatch), strict=True
+    ):
+        if joint:
+            directions = fitted.structure.samples(key, num_samples, precision)
+            deviations = _push(fitted, inputs, microbatch=microbatch)(directions)
+        else:
+            deviations = marginal_samples(key, variance, num_samples)
+        yield FunctionalPosterior(mean, variance, deviations)
 
 
 def functional_variances(
@@ -142,10 +165,17 @@ def _sampled(
     microbatch: int,
 ) -> Iterator[Float[Array, "S B ... C"]]:
     """Yield J times the samples of a `SampleStructure` at each prior precision."""
+    push = _push(fitted, inputs, microbatch=microbatch)
+    return fitted.structure.function_samples(push, key, num_samples, precisions)
+
+
+def _push(
+    fitted: Fitted, inputs: Inputs, *, microbatch: int
+) -> Callable[[Float[Array, "R P"]], Float[Array, "R B ... C"]]:
+    """Return V -> J D^-1/2 V, from rows in the coordinates of the structure to derivatives of outputs."""
     # `pushforward` whitens the directions a few rows at a time, so that a whole basis is never copied.
     factors = None if fitted.prior.is_isotropic else 1 / jnp.sqrt(fitted.prior.relative)
-    push = partial(pushforward, fitted.network.unlinearised(), inputs, factors=factors, microbatch=microbatch)
-    return fitted.structure.function_samples(push, key, num_samples, precisions)
+    return partial(pushforward, fitted.network.unlinearised(), inputs, factors=factors, microbatch=microbatch)
 
 
 def _covariances(
@@ -172,6 +202,11 @@ def _covariances(
     return jnp.swapaxes(by_input, 0, 1).reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
 
 
+def derivative_bytes() -> int:
+    """How many bytes of derivatives are in memory at a time."""
+    return min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
+
+
 class _Sizes(NamedTuple):
     """How many inputs are differentiated at a time, how many groups of `unit` outputs, and how many passes together."""
 
@@ -192,7 +227,7 @@ def _sizes(
 ) -> _Sizes:
     """Choose the largest sizes that keep within the limits of memory."""
     check_microbatch(microbatch)
-    limit = min(JACOBIAN_BYTES, CPU_JACOBIAN_BYTES) if jax.default_backend() == "cpu" else JACOBIAN_BYTES
+    limit = derivative_bytes()
     number_bytes = number_type(network.params).itemsize
     pass_bytes = number_bytes * numbers_of_example(NetworkSpec.of(network, inputs))
     # Numbers for each input and for each of its outputs: the Jacobian, what the structure makes of it, the result.

@@ -241,6 +241,23 @@ class KrylovStructure(NamedTuple):
         for precision in precisions:
             yield einsum("sm,m...->s...", self._coefficients(key, num_samples, precision), images)
 
+    def joint_covariance(self, rows: Float[Array, "B K P"], prior_precision: PriorPrecision) -> Float[Array, "B*K B*K"]:
+        """Covariance of the K outputs at B inputs jointly, from their Jacobian J. It is positive semidefinite.
+
+        With the Ritz pairs (theta_j, x_j), J = A X' + R where R is the part of J outside the basis, and the covariance
+        is A (theta + delta)^-1 A' + sqrt(c) R R' sqrt(c) / delta. Without curvature outside the basis c would be 1; it
+        is less where the basis has not found all curvature. Each input has its own c, which gives the sum of its K
+        variances the value that the samples estimate. So the covariance of two inputs does not depend on the others.
+
+        What remains is the noise of c, as S probes estimate it, and that all directions outside the basis count alike.
+        """
+        exact = krylov.summed_exactly(self.ritz)
+        dtype = rows.dtype
+        arrays = (jnp.asarray(array, dtype) for array in (self.ritz.vectors, self.ritz.values, self.ritz.weights))
+        return _joint_covariance(
+            self.decomposition.basis, *arrays, jnp.asarray(~exact, dtype), rows, jnp.asarray(prior_precision, dtype)
+        )
+
     def _coefficients(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S m"]:
         """Choose probes and signs, and return (G + delta I)^-1/2 z in the coordinates of the basis."""
         if num_samples > self.num_probes:
@@ -254,3 +271,55 @@ class KrylovStructure(NamedTuple):
         signs = jax.random.rademacher(key_sign, (num_samples, 1))
         coefficients = krylov.inverse_sqrt_coefficients(self.ritz, prior_precision)
         return signs * jnp.asarray(coefficients, self.decomposition.basis.dtype)[chosen]
+
+
+@jax.jit
+def _joint_covariance(
+    basis: Float[Array, "m P"],
+    vectors: Float[Array, "m m"],
+    values: Float[Array, " m"],
+    weights: Float[Array, "m S"],
+    sampled: Float[Array, " m"],
+    rows: Float[Array, "B K P"],
+    delta: Float[Array, ""],
+) -> Float[Array, "B*K B*K"]:
+    """Compute `KrylovStructure.joint_covariance`; `sampled` is 1 for pairs that the probes estimate, else 0."""
+    along_basis = matmul(rows, basis.T)
+    outside = rows - matmul(along_basis, basis)
+    inside = matmul(along_basis, vectors)
+    known = inside * jax.lax.rsqrt(values + delta)
+    scale = jnp.sqrt(_outside_scale(known, jnp.sum(outside**2, axis=(1, 2)) / delta, values, weights, sampled, delta))
+    outside = outside * (scale[:, None, None] / jnp.sqrt(delta))
+    joint = sum(matmul(part, part.T) for part in (_joined(known), _joined(outside)))
+    return (joint + joint.T) / 2
+
+
+def _joined(rows: Float[Array, "B K p"]) -> Float[Array, "B*K p"]:
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _outside_scale(
+    known: Float[Array, "B K m"],
+    prior_variance: Float[Array, " B"],
+    values: Float[Array, " m"],
+    weights: Float[Array, "m S"],
+    sampled: Float[Array, " m"],
+    delta: Float[Array, ""],
+) -> Float[Array, " B"]:
+    """Estimate, for each input, the share that posterior variance has of prior variance outside the basis.
+
+    The squares of J (G + delta)^-1/2 z estimate the variance of the posterior, those of J z / sqrt(delta) that of the
+    prior. The latter is known, so by their regression it serves as a control variate. Converged eigenpairs enter
+    neither, as their share is known.
+    """
+    rest = known * sampled
+    posterior = jnp.sum(matmul(rest, weights) ** 2, axis=1)
+    to_prior = jnp.sqrt((values + delta) / delta)
+    prior = jnp.sum(matmul(rest * to_prior, weights) ** 2, axis=1)
+    exact_prior = prior_variance + jnp.sum((rest * to_prior) ** 2, axis=(1, 2))
+    mean, prior_mean = jnp.mean(posterior, axis=1), jnp.mean(prior, axis=1)
+    centred = prior - prior_mean[:, None]
+    variance = jnp.sum(centred**2, axis=1)
+    slope = jnp.sum(centred * posterior, axis=1) / jnp.where(variance > 0, variance, 1)
+    estimate = mean - slope * (prior_mean - exact_prior) - jnp.sum(rest**2, axis=(1, 2))
+    return jnp.clip(estimate / jnp.where(prior_variance > 0, prior_variance, 1), 0, 1)

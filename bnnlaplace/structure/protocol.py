@@ -122,3 +122,9 @@ class SampleStructure(Structure, Protocol):
     ) -> Iterator[Float[Array, "S B ... C"]]:
         """Yield J times samples of the weights for each prior precision. `pushforward` is V -> J V."""
         ...
+
+    def joint_covariance(self, rows: Float[Array, "B K P"], prior_precision: PriorPrecision) -> Float[Array, "B*K B*K"]:
+        """Covariance of the K outputs at B inputs jointly, from their Jacobian. It is a kernel: that of two inputs does
+        not depend on the others.
+        """
+        ...
