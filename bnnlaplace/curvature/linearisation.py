@@ -9,13 +9,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core.tree import examples, number_type, ravel, size, unraveler
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.model.network import Network
 
-Middle = Callable[[Float[Array, "m ... C"], Float[Array, " m"], Float[Array, "m ... C"]], Float[Array, "m ... C"]]
+Middle = Callable[[Float[Array, "m ... C"], Float[Array, "m ..."], Float[Array, "m ... C"]], Float[Array, "m ... C"]]
 
 
 class Linearisation(NamedTuple):
@@ -26,7 +26,7 @@ class Linearisation(NamedTuple):
     outputs
         f(params, x_n), with the padding last. They are differentiable in the arguments of `linearise`.
     weights
-        One for an example, zero for padding.
+        How many times each example counts, or each position of its outputs; zero for padding.
     pushforward
         v -> J v, (P,) -> (M, ..., C).
     pullback
@@ -39,7 +39,7 @@ class Linearisation(NamedTuple):
     """
 
     outputs: Float[Array, "M ... C"]
-    weights: Float[Array, " M"]
+    weights: Float[Array, "M ..."]
     pushforward: Callable[[Float[Array, " P"]], Float[Array, "M ... C"]]
     pullback: Callable[[Float[Array, "M ... C"]], Float[Array, " P"]]
     sandwich: Callable[[Middle, Float[Array, " P"]], Float[Array, " P"]]
@@ -51,6 +51,7 @@ def linearise(
     params: PyTree,
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
+    weights: Real[ArrayLike, "N ..."] | None = None,
     microbatch: int = 128,
     remat: bool = False,
 ) -> Linearisation:
@@ -66,16 +67,18 @@ def linearise(
         The network, and the weights at which it is linearised.
     inputs
         All N examples.
+    weights
+        How many times each example counts, or each position of its outputs; by default once.
     microbatch
         How many examples are in one step of the inner loop.
     remat
         Whether the residuals are computed again where they are needed, also in derivatives of the products.
     """
-    batches = mb.split(inputs, microbatch, number_type(params))
+    batches = mb.split(inputs, microbatch, number_type(params), weights)
     products = (_rematerialised if remat else _kept)(network, params, batches)
     shape = products.outputs.shape
     rows = (shape[0] * shape[1], *shape[2:])
-    outputs, weights = products.outputs.reshape(rows), batches.weights.reshape(-1)
+    outputs, weights = products.outputs.reshape(rows), batches.weights.reshape(-1, *batches.weights.shape[2:])
 
     def pushforward(vector: Float[ArrayLike, " P"]) -> Float[Array, "M ... C"]:
         return products.push(vector).reshape(rows)

@@ -46,8 +46,8 @@ def operator(
     network, likelihood
         The network with its Jacobian J, and the likelihood with its curvature Lambda = B B'.
     data
-        Arrays (x, y) or batches of such pairs, as for `Laplace.fit`. Batches must be readable several times, and the
-        same each time: without augmentation.
+        Arrays (x, y) or (x, y, w), or batches of such, as for `Laplace.fit`. Batches must be readable several times,
+        and the same each time: without augmentation.
     side
         "primal" acts on P numbers. "dual" acts on the outputs of all examples in their order, so that every pass must
         have the same order: no shuffling. "auto" is the shorter one.
@@ -197,7 +197,7 @@ def batch_product(
 def _pull(
     network: Network, likelihood: Likelihood, batch: Batch, rows: Float[Array, "S B ... C"], *, microbatch: int
 ) -> Float[Array, "S P"]:
-    """Map rows u to J' B u, summed over the batch."""
+    """Map rows u to J' B u, summed over the batch with the roots of the weights."""
     params = network.params
     split = mb.split((batch.inputs, jnp.swapaxes(rows, 0, 1)), microbatch, number_type(params), batch.weights)
 
@@ -218,15 +218,16 @@ def _pull(
 def _push(
     network: Network, likelihood: Likelihood, batch: Batch, vectors: Float[Array, "S P"], *, microbatch: int
 ) -> Float[Array, "S B ... C"]:
-    """Map rows v to B' J v at each example of the batch."""
+    """Map rows v to B' J v at each example of the batch, times the root of its weight."""
     params = network.params
     unravel = unraveler(params)
 
     def pushed(part: mb.Microbatches) -> Float[Array, "S m ... C"]:
         outputs, pushforward = jax.linearize(lambda p: network(p, part.inputs), params)
+        root_weights = jnp.sqrt(mb.over_outputs(part.weights, outputs))
 
         def pushed_row(row: Float[Array, " P"]) -> Float[Array, "m ... C"]:
-            return likelihood.factor_transpose_mv(outputs, pushforward(unravel(row)))
+            return root_weights * likelihood.factor_transpose_mv(outputs, pushforward(unravel(row)))
 
         return jax.lax.map(pushed_row, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
 

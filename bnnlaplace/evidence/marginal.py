@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Num, PyTree
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import as_vector, num_examples, ravel
+from bnnlaplace.core.tree import as_vector, described, num_examples, ravel
 from bnnlaplace.core.types import AnyArray, Estimate, Inputs
+from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.linearisation import Linearisation, linearise
 from bnnlaplace.evidence.log_determinant import (
     Probes,
@@ -35,6 +36,7 @@ from bnnlaplace.krylov.derivative_modes import once
 from bnnlaplace.model.data import check_inputs
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
+from bnnlaplace.model.pairs import example_weights
 
 
 class EvidenceCurve(NamedTuple):
@@ -56,7 +58,7 @@ class EvidenceCurve(NamedTuple):
 def log_marginal_likelihood(
     params: PyTree,
     prior_precision: PyTree,
-    batch: tuple[Inputs, AnyArray],
+    batch: tuple[Inputs, AnyArray] | tuple[Inputs, AnyArray, Num[AnyArray, " N"]],
     probes: Probes,
     *,
     network: Network,
@@ -81,7 +83,8 @@ def log_marginal_likelihood(
         delta > 0: a scalar, one number for each weight, or a pytree like the weights with leaves that broadcast. A
         scalar does not enter the products; see Notes.
     batch
-        (inputs, targets). Traced labels cannot be checked: a label that is not a class makes the value NaN.
+        (inputs, targets), or (inputs, targets, weights) with weights (N,) that say how many times each example counts.
+        Traced labels cannot be checked: a label that is not a class makes the value NaN.
     probes
         A random key, from which `num_probes` Rademacher probes are drawn. Or S rows of independent entries with mean 0
         and variance 1, normal or Rademacher. A row has P numbers on the primal side. On the dual side it has one number
@@ -145,8 +148,8 @@ def log_marginal_likelihood(
     caller = "log_marginal_likelihood"
     checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "forward", "quadrature", "autodiff"))
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
-    batch = check_inputs(network, batch[0], f"{caller}(batch=(x, y)): x"), batch[1]
-    linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
+    batch = _checked(caller, network, batch)
+    linearised = linearise(network, params, batch[0], weights=batch[2], microbatch=microbatch, remat=remat)
     # The outputs of the linearisation also give the log likelihood: the network runs once.
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     _check_numbers(prior_precision, f"{caller}(prior_precision=...)")
@@ -203,7 +206,7 @@ class IsotropicEvidence(NamedTuple):
 
 def isotropic(
     params: PyTree,
-    batch: tuple[Inputs, AnyArray],
+    batch: tuple[Inputs, AnyArray] | tuple[Inputs, AnyArray, Num[AnyArray, " N"]],
     probes: Probes,
     *,
     network: Network,
@@ -257,8 +260,8 @@ def isotropic(
     (3,)
     """
     caller = "isotropic"
-    batch = check_inputs(network, batch[0], f"{caller}(batch=(x, y)): x"), batch[1]
-    linearised = linearise(network, params, batch[0], microbatch=microbatch, remat=remat)
+    batch = _checked(caller, network, batch)
+    linearised = linearise(network, params, batch[0], weights=batch[2], microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     _check_numbers(prior_mean, f"{caller}(prior_mean=...)")
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
@@ -318,14 +321,33 @@ def _log_determinant(rules: Rules, prior_precision: Float[Array, "*shape"]) -> E
     return mean_and_sem(forms)
 
 
+def _checked(caller: str, network: Network, batch: Any) -> tuple[Inputs, AnyArray, Num[AnyArray, " N"] | None]:
+    """Check the inputs and the weights of a batch; return inputs, targets and weights, or None where there are none."""
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise ValueError(
+            f"{caller}(batch=...) must be (inputs, targets), or (inputs, targets, weights); got {described(batch)}; "
+            "pass (x, y)"
+        )
+    inputs, targets, *rest = batch
+    inputs = check_inputs(network, inputs, f"{caller}(batch=(x, y)): x")
+    weights = rest[0] if rest else None
+    if weights is not None and not isinstance(weights, jax.core.Tracer):
+        weights = example_weights(weights, num_examples(inputs), f"{caller}(batch=(x, y, w)): w")
+    return inputs, targets, weights
+
+
 def _log_likelihood(
-    linearised: Linearisation, likelihood: Likelihood, batch: tuple[Inputs, AnyArray], scale: float
+    linearised: Linearisation,
+    likelihood: Likelihood,
+    batch: tuple[Inputs, AnyArray, Num[AnyArray, " N"] | None],
+    scale: float,
 ) -> Float[Array, ""]:
-    """Return scale * sum_n log p(y_n | f_n), after a check of the targets."""
-    inputs, targets = batch
+    """Return scale * sum_n w_n log p(y_n | f_n), after a check of the targets."""
+    inputs, targets, weights = batch
     outputs = linearised.outputs[: num_examples(inputs)]  # the rest is padding of the last microbatch
     check_targets(likelihood, outputs.shape, targets, "log_marginal_likelihood(batch=(x, y))")
-    return scale * jnp.sum(likelihood.log_prob(outputs, targets))
+    log_prob = likelihood.log_prob(outputs, targets)
+    return scale * jnp.sum(log_prob if weights is None else mb.over_outputs(jnp.asarray(weights), log_prob) * log_prob)
 
 
 def curve(

@@ -18,7 +18,7 @@ from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.finite import check_finite
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
-from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, prepare
+from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
@@ -126,7 +126,8 @@ def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microba
     log_likelihood, scale = model.log_likelihood(microbatch=microbatch)
     log_likelihood.check()
     white = model.whitened(prior)
-    if int(log_likelihood.num_targets / scale) <= options.max_vectors:
+    # Not the number of targets, in which the weights of examples are.
+    if model.data.num_examples * outputs_of_example(model) <= options.max_vectors:
         structure = fit_spectral(white, scale)
     elif num_weights <= min(options.num_probes, options.max_vectors):  # one block would span all weights
         structure = _eigenpairs(white, scale, microbatch=microbatch)

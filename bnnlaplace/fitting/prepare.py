@@ -61,12 +61,16 @@ class Model(NamedTuple):
         return self._replace(network=self.network.scaled(factors), head=self.head.scaled(factors))
 
     def accumulate(self, step: Callable[[Batch], Total]) -> tuple[Total, float]:
-        """Sum `step` over the batches in one pass; return it with (all training examples) / (examples in `data`)."""
-        total, count = accumulate(self.data, step)
+        """Sum `step` over the batches in one pass; return it with (all training examples) / (examples in `data`).
+
+        An example counts as many times as its weight says.
+        """
+        total, _ = accumulate(self.data, step)
+        count = self.data.total_weight
         if self.num_data is not None and self.num_data < count:
             raise ValueError(
-                f"fit(num_data=...) must be the size of the whole training set, so at least that of data, {count}; got "
-                f"{self.num_data}"
+                f"fit(num_data=...) must be the size of the whole training set, so at least that of data, "
+                f"{count:.15g}; got {self.num_data}"
             )
         return total, 1.0 if self.num_data is None else self.num_data / count
 
@@ -171,4 +175,9 @@ def num_outputs(model: Model) -> int | None:
     """The number of outputs of all examples; None if the number of examples is not known before they are read."""
     if model.data.length is None:
         return None
-    return model.data.length * math.prod(output_shape(model.head, model.data.first)[1:])
+    return model.data.length * outputs_of_example(model)
+
+
+def outputs_of_example(model: Model) -> int:
+    """The number of outputs of one example, at all its positions."""
+    return math.prod(output_shape(model.head, model.data.first)[1:])

@@ -21,12 +21,12 @@ from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.model import arrays
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.pairs import Pair, as_pair, as_targets, is_pair_of_arrays, not_a_pair
+from bnnlaplace.model.pairs import Pair, as_pair, as_targets, is_pair_of_arrays, not_a_pair, present_first
 from bnnlaplace.model.spec import call_refused, check_outputs, output_shape, shapes_in_words, signatures
 
-# Inputs and targets: two arrays, or batches of such pairs that can be iterated over. An annotation of the shapes of
-# batches would exclude batches of several lengths.
-PairOrBatches = tuple[Inputs, AnyArray] | Iterable[Any]
+# Inputs and targets, and perhaps weights of examples: arrays, or batches of such that can be iterated over. An
+# annotation of the shapes of batches would exclude batches of several lengths.
+PairOrBatches = tuple[Inputs, AnyArray] | tuple[Inputs, AnyArray, Any] | Iterable[Any]
 
 # What messages call inputs to predict at.
 _INPUTS = "inputs to predict at"
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     targets
         What the likelihood compares the outputs with.
     weights
-        One for each example, and zero for the padding of a batch that is shorter than the first one.
+        How many times each example counts, by default once; zero for padding, which comes last.
     """
 
     inputs: Inputs
@@ -58,14 +58,14 @@ class Data:
     once
         Whether they can be read only once.
     length
-        The number of examples, if it is known before they are read.
+        The number of examples that count, if it is known before they are read.
     mapped_bytes
         The size of all inputs that `mapped` computes. 0 if the inputs are not mapped or `length` is not known.
 
     Parameters
     ----------
     pairs
-        The user's (x, y) batches.
+        The user's batches (x, y) or (x, y, w).
     head
         The first of them, already read. Shorter batches are padded to its length. Its inputs may be abstract arrays.
     check
@@ -75,7 +75,7 @@ class Data:
     def __init__(
         self,
         pairs: Iterable[Any],
-        head: tuple[Any, Any],
+        head: Pair,
         once: bool = False,
         check: Callable[[Inputs, AnyArray], None] | None = None,
         length: int | None = None,
@@ -84,6 +84,7 @@ class Data:
         self.once, self.length, self.mapped_bytes = once, length, mapped_bytes
         self._pairs, self._head, self._check = pairs, head, check
         self._count: int | None = None
+        self._total_weight = 0.0
         self._ordered = False
         self._checksums: list[int] | None = None
 
@@ -112,29 +113,34 @@ class Data:
         ValueError
             If batches differ in structure, or this pass gives more or fewer examples than the first one.
         """
-        expected, count, checksums = None, 0, []
+        expected, count, total_weight, checksums = None, 0, 0.0, []
         for pair in self._pairs:
             # Later passes give the same numbers again, or an error.
-            x, y = as_pair(pair, is_checked=self._count is not None)
+            pair = as_pair(pair, is_checked=self._count is not None)
+            x, y = pair.inputs, pair.targets
             structure = jax.tree.structure(x), [*signatures(x), *signatures(y)]
             if expected not in (None, structure):
                 raise ValueError(
                     "fit(data=...) must give batches of one structure, with the same shapes beyond the first axis and "
                     f"the same types; got {shapes_in_words(expected[1])} and then {shapes_in_words(structure[1])}"
                 )
-            expected, count = structure, count + len(y)
+            expected = structure
+            if pair.is_absent:
+                continue
+            count += len(y) if pair.weights is None else int(np.count_nonzero(pair.weights))
+            total_weight += len(y) if pair.weights is None else pair.weights.sum(dtype=np.float64)
             if self._check is not None and self._count is None:
                 self._check(x, y)
             if self._ordered:
-                checksums.append(_checksum(x, y))
+                checksums.append(_checksum(pair))
                 self._check_order(checksums)
-            yield _padded(x, y, len(self._head[1]))
+            yield _padded(pair, len(self._head.targets))
         if self._count not in (None, count):
             raise ValueError(
                 f"fit(data=...) must give the same batches in every pass; the first gave {self._count} examples, a "
                 f"later one {count}; pass a list of batches, or an object whose __iter__ starts anew"
             )
-        self._count, self._checksums = count, checksums
+        self._count, self._total_weight, self._checksums = count, float(total_weight), checksums
 
     def _check_order(self, checksums: list[int]) -> None:
         """Compare the batch that was read last with that of the first pass."""
@@ -167,15 +173,20 @@ class Data:
 
     @property
     def num_examples(self) -> int:
-        """Number of examples that the last pass gave. Before the first pass it is not known."""
+        """Number of examples that the last pass gave, whatever their weights. Before the first pass it is not known."""
         if self._count is None:
             raise RuntimeError("the number of examples is known after a pass")
         return self._count
 
     @property
+    def total_weight(self) -> float:
+        """Sum of the weights of the examples that the last pass gave: their number if each counts once."""
+        return self._total_weight
+
+    @property
     def first(self) -> PyTree:
         """Inputs of the first batch, or their abstract arrays if the inputs are mapped. No pass is used up."""
-        return self._head[0]
+        return self._head.inputs
 
     def mapped(self, function: Callable[[Inputs], Inputs], max_bytes: int) -> "Data":
         """Replace the inputs by a function of them.
@@ -183,10 +194,10 @@ class Data:
         Up to `max_bytes` of mapped inputs are kept after the first pass; more are computed again in every pass. If the
         data can be iterated only once, the mapped inputs are computed now and kept.
         """
-        inputs, targets = self._head
-        first = jax.eval_shape(function, inputs), targets
+        targets = self._head.targets
+        first = self._head._replace(inputs=jax.eval_shape(function, self._head.inputs))
         pairs = _Mapped(self, function, max_bytes)
-        batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first[0]))
+        batch_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(first.inputs))
         mapped_bytes = batch_bytes * (self.length or 0) // len(targets)
         return Data(list(pairs) if self.once else pairs, first, length=self.length, mapped_bytes=mapped_bytes)
 
@@ -217,30 +228,29 @@ class _Mapped:
 
 
 def as_data(data: Any) -> Data:
-    """Turn arrays (x, y), or an iterable of such batches, into `Data`. The inputs x may be a pytree.
+    """Turn arrays (x, y) or (x, y, w), or an iterable of such batches, into `Data`. The inputs x may be a pytree.
 
     Raises
     ------
     ValueError
-        If there are no batches or no examples, a batch is not a pair, there are not as many targets as inputs, or a
-        number is not finite in the type in which it is used. Also if JAX runs in several processes.
+        If there are no batches or no examples, a batch is not a pair or triple, there are not as many targets or
+        weights as inputs, a weight is negative, or a number is not finite in the type in which it is used. Also if JAX
+        runs in several processes.
     """
     if isinstance(data, Data):
         return data
     checks.one_process("fit(data=...)")
     if is_pair_of_arrays(data):
-        pair = as_pair(data)
-        return Data([pair], pair, length=len(pair.targets))
+        pair = _first([data])
+        length = len(pair.targets) if pair.weights is None else int(np.count_nonzero(pair.weights))
+        return Data([pair], pair, length=length)
     if hasattr(data, "shape") or isinstance(data, (str, bytes, Mapping)):  # what would be iterated over is not batches
         raise not_a_pair(data)
     try:
         iterator = iter(data)
     except TypeError:
         raise not_a_pair(data) from None
-    first = list(itertools.islice(iterator, 1))
-    if not first:
-        raise ValueError("fit(data=...) must hold at least one batch; got none; an iterator may be used up already")
-    head = as_pair(first[0])
+    head = _first(iterator)
     return Data(_Batches(data, head, iterator), head, once=iterator is data)
 
 
@@ -265,8 +275,21 @@ class _Batches:
         if again is not self._first:
             return False
         # Some loaders keep one iterator and set it back to the start.
-        batches = [as_pair(batch) for batch in itertools.islice(again, 1)]
-        return [_checksum(*batch) for batch in batches] != [_checksum(*self._head)]
+        batches = itertools.islice(_counting(again), 1)
+        return [_checksum(pair) for pair in batches] != [_checksum(self._head)]
+
+
+def _counting(batches: Iterable[Any]) -> Iterator[Pair]:
+    """The batches with an example that counts."""
+    return (pair for pair in map(as_pair, batches) if not pair.is_absent)
+
+
+def _first(batches: Iterable[Any]) -> Pair:
+    for pair in _counting(batches):
+        return pair
+    raise ValueError(
+        "fit(data=...) must hold at least one batch; got none; an iterator may be used up already, or all weights are 0"
+    )
 
 
 def accumulate(data: Data, step: Callable[[Batch], Any]) -> tuple[Any, int]:
@@ -347,23 +370,30 @@ def _not_validation(value: Any) -> ValueError:
     )
 
 
-def _checksum(x: Inputs, y: AnyArray) -> int:
+def _checksum(pair: Pair) -> int:
     """Reduce a batch to a number. Another batch has the same one with a chance of one in four billion."""
     checksum = 0
-    for leaf in (*jax.tree.leaves(x), y):
+    for leaf in jax.tree.leaves(pair):
         checksum = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), checksum)
     return checksum
 
 
-def _padded(x: Inputs, y: AnyArray, size: int) -> Batch:
-    """Pad a batch to at least `size` examples, with copies of the last one at weight zero."""
-    count = len(y)
-    if count >= size:
-        return Batch(x, y, jnp.ones(count))
-    index = np.minimum(np.arange(size), count - 1)
-    return Batch(examples(x, index), y[index], jnp.asarray(np.arange(size) < count, float))
+def _padded(pair: Pair, size: int) -> Batch:
+    """Pad a batch to at least `size` examples, with copies of the last one that counts at weight zero."""
+    x, y, weights = pair
+    if weights is None:
+        if len(y) >= size:
+            return Batch(x, y, jnp.ones(len(y)))
+        weights = np.ones(len(y))
+    if len(y) < size:
+        index = present_first(weights, size)
+        x, y, weights = examples(x, index), y[index], np.pad(weights, (0, size - len(y)))
+    return Batch(x, y, jnp.asarray(weights, float))
 
 
 def _without_padding(batch: Batch) -> Pair:
-    count = int(np.count_nonzero(batch.weights))  # a sum of ones in float32 ends at 2^24
-    return Pair(examples(batch.inputs, slice(count)), batch.targets[:count])
+    weights = np.asarray(batch.weights)
+    count = int(np.count_nonzero(weights))  # a sum of ones in float32 ends at 2^24
+    counts_once = (weights[:count] == 1).all()
+    pair = Pair(examples(batch.inputs, slice(count)), batch.targets[:count])
+    return pair if counts_once else pair._replace(weights=weights[:count])

@@ -103,6 +103,20 @@ of_half = bnnlaplace.Laplace(network, hessian_structure="diag")
 of_half = of_half.fit((jax.tree.map(lambda leaf: leaf[half], x), y[half]), num_data=NUM)
 print(f"half of the data: log evidence {of_half.log_marginal_likelihood().mean:.1f} nats")
 
+# %% Weights of examples
+# A third array says how many times each example counts. The posterior and the evidence are those of data in which
+# example n stands w_n times: integers are the same as repeated rows, 0 means absent, and fractions lie in between.
+# Batches may be such triples too. With `num_data` the sum of the weights takes the place of the number of examples.
+
+weights = np.where(y == 1, 2.0, 1.0)
+of_weighted = bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y, weights))
+rows = np.repeat(np.arange(NUM), weights.astype(int))
+of_repeated = bnnlaplace.Laplace(network, hessian_structure="diag")
+of_repeated = of_repeated.fit((jax.tree.map(lambda leaf: leaf[rows], x), y[rows]))
+evidences = [float(la.log_marginal_likelihood().mean) for la in (of_weighted, of_repeated)]
+print(f"with weights: log evidence {evidences[0]:.1f} nats; with repeated rows: {evidences[1]:.1f} nats")
+np.testing.assert_allclose(*evidences, rtol=1e-4)
+
 # %% Products alone
 # `curvature.streamed_operator` gives products with the GGN of such data, or with its dual, whichever is smaller. Use
 # them for eigenvalues by `scipy.sparse.linalg`, or for a trace by `krylov.block_lanczos`, here $\log\det(I + G / 10)$.

@@ -30,7 +30,7 @@ def test_a_list_of_two_arrays_is_the_same_data(trained, diagonal):
     np.testing.assert_array_equal(la.structure.diagonal, diagonal.structure.diagonal)
 
 
-@pytest.mark.parametrize("shape", [lambda x, y: [x, y, y], lambda x, y: {"x": x, "y": y}, lambda x, y: [(x, y, y)]])
+@pytest.mark.parametrize("shape", [lambda x, y: [x, y, y, y], lambda x, y: {"x": x, "y": y}, lambda x, y: [(x,)]])
 def test_batches_are_pairs(trained, shape):
     network, x, y = trained
     with pytest.raises(ValueError, match=r"two arrays \(x, y\), or an iterable of batches, each such a pair; got"):
