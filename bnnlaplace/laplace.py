@@ -186,6 +186,7 @@ class Laplace:
         tolerance: float = 0.05,
         target_precision: float | None = None,
         microbatch: int = 64,
+        shared_weights: Literal["partial_traces", "expand", "reduce"] = "partial_traces",
         on_block: Callable[[KrylovStructure, KrylovError], None] | None = None,
     ) -> "Laplace":
         """Compute the curvature at the network's weights.
@@ -213,6 +214,9 @@ class Laplace:
             tolerance at this prior precision, by default the maximiser of the evidence.
         microbatch
             Examples linearised at a time; bounds memory.
+        shared_weights
+            "kron": the factors of weights that an example uses several times, such as kernels of convolutions; see
+            `bnnlaplace.curvature.kronecker_factors`. "expand" and "reduce" are those of Eschenhagen et al. 2023.
         on_block
             Lanczos: called with (structure, `KrylovError`) after each block.
 
@@ -227,8 +231,8 @@ class Laplace:
         backward passes per example; "full" P^2 memory. Warns (`NotAModeWarning`) if weights are far from a mode.
         """
         options = KrylovOptions(key, num_probes, max_vectors, tolerance, target_precision, on_block)
-        how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "krylov": options}
-        return Laplace._of(fit(self.state, self.settings, as_data(data), **how), self.settings)
+        how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "shared_weights": shared_weights}
+        return Laplace._of(fit(self.state, self.settings, as_data(data), krylov=options, **how), self.settings)
 
     def memory_estimate(self, data: PairOrBatches, *, max_vectors: int = 512, microbatch: int = 64) -> MemoryEstimate:
         """How much memory `fit` with the same arguments takes at its peak, beside the activations of a microbatch.
@@ -236,8 +240,7 @@ class Laplace:
         Only the first batch is read, so data that can be read once are refused. Features before the weights with a
         posterior are counted for arrays; of batches they take at most a quarter of the free memory.
         """
-        sizes = {"max_vectors": max_vectors, "microbatch": microbatch}
-        return memory_estimate(self.state, self.settings, as_data(data), **sizes)
+        return memory_estimate(self.state, self.settings, as_data(data), max_vectors=max_vectors, microbatch=microbatch)
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> Estimate:
         """The log evidence in nats at `prior_precision`, by default at the object's own.
@@ -357,10 +360,9 @@ class Laplace:
         """g' (G + P0)^-1 g with g = `mode_gradient`: the squared distance to the mode in posterior deviations.
 
         It is twice what a Gauss-Newton step promises to gain, in nats. Unlike the norm of g it does not depend on how
-        weights are scaled, and it sees directions that only the prior determines. If it is small against
-        `effective_parameters`, the weights are near a mode. It is exact for "diag" and "kron" (of their own posteriors)
-        and for "full". For "lanczos" it is an upper bound: directions outside the basis count with the precision of the
-        prior alone.
+        weights are scaled, and it sees directions that only the prior determines. Weights are near a mode if it is
+        small against `effective_parameters`. It is exact for "full", and for "diag" and "kron" of their own posteriors.
+        For "lanczos" it is an upper bound: the prior alone counts in directions outside the basis.
         """
         return self._at(prior_precision).mode_decrement()
 
@@ -386,7 +388,7 @@ class Laplace:
         Parameters
         ----------
         x, microbatch
-            Inputs, and the largest number of them that is differentiated at a time.
+            Inputs, and how many at most are differentiated at a time.
         joint
             True: the covariance (B, ..., C, B, ..., C) between all inputs, B C squared numbers, exact but for "lanczos"
             outside its basis, where samples choose a multiple of the prior's covariance. MemoryError if it does not

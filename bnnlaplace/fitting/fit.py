@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +43,7 @@ def fit(
     num_data: int | None,
     microbatch: int,
     krylov: KrylovOptions,
+    shared_weights: kronecker.SharedWeights = "partial_traces",
 ) -> Fitted:
     """Compute the curvature at the weights or, for `mean` "linear", at the mode of the linearised network.
 
@@ -52,9 +53,15 @@ def fit(
         num_data = checks.count(num_data, "fit(num_data=...)", advice="pass the size of the training set")
     krylov.check_types()
     checks.choice(mean, "fit(mean=...)", ("network", "linear"))
+    checks.choice(shared_weights, "fit(shared_weights=...)", get_args(kronecker.SharedWeights))
     model = prepare(state, settings, data, linear=mean == "linear", microbatch=microbatch, num_data=num_data)
     prior = settings.prior(model.network) if state.prior is None else state.prior
     structure = settings.hessian_structure
+    if shared_weights != "partial_traces" and structure != "kron":
+        raise ValueError(
+            f"fit(shared_weights=...) must be left out unless hessian_structure='kron'; got {shared_weights!r} for "
+            f"{structure!r}; it chooses Kronecker factors"
+        )
     if mean == "linear" or structure not in EXACT:
         what = "mean='linear'" if mean == "linear" else f"hessian_structure={structure!r}"
         model.data.check_repeatable(f"fit(data=...) must be readable several times for {what}")
@@ -62,21 +69,24 @@ def fit(
     if mean == "linear":
         model = at_linear_mode(model, prior, microbatch=microbatch)
     if structure in EXACT:
-        fitted = _fit_exact(model, prior, structure, microbatch=microbatch)
+        fitted = _fit_exact(model, prior, structure, microbatch=microbatch, shared_weights=shared_weights)
     else:
         fitted = _fit_products(model, prior, krylov, microbatch=microbatch)
     warn_unless_mode(fitted)
     return fitted
 
 
-def _fit_exact(model: Model, prior: Prior, name: str, *, microbatch: int) -> Fitted:
+def _fit_exact(
+    model: Model, prior: Prior, name: str, *, microbatch: int, shared_weights: kronecker.SharedWeights
+) -> Fitted:
     """Fit a structure of `EXACT` in one pass over the data, which need not be readable a second time."""
     # The derivatives of single examples are in memory here. Half as many examples as in other passes keep the memory
     # level, unless the matrix is larger than they are.
     at_once = microbatch if name == "full" else max(1, microbatch // 2)
 
     def step(batch: Batch) -> tuple[LogLikelihood, Any]:
-        curvature = batch_curvature(name, model.head, model.likelihood, batch, microbatch=at_once)
+        options = {"microbatch": at_once, "shared_weights": shared_weights}
+        curvature = batch_curvature(name, model.head, model.likelihood, batch, **options)
         return model.batch_log_likelihood(batch, microbatch=microbatch), curvature
 
     (log_likelihood, curvature), scale = model.accumulate(step)
@@ -88,19 +98,31 @@ def _fit_exact(model: Model, prior: Prior, name: str, *, microbatch: int) -> Fit
     return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
 
 
-def batch_curvature(name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int) -> PyTree:
-    """Compute the curvature of one batch for the structure `name` of `EXACT`. Each shape is compiled once."""
+def batch_curvature(
+    name: str,
+    network: Network,
+    likelihood: Likelihood,
+    batch: Batch,
+    *,
+    microbatch: int,
+    shared_weights: kronecker.SharedWeights = "partial_traces",
+) -> PyTree:
+    """Compute the curvature of one batch for the structure `name` of `EXACT`. Each shape is compiled once.
+
+    `shared_weights` chooses the factors of "kron"; other structures do not use it.
+    """
     if name == "full":  # float64 is not known to JAX by default, so the function compiles its parts itself
         return dense.ggn_in_float64(network, likelihood, batch.inputs, batch.weights, microbatch=microbatch)
-    return _compiled_curvature(name, network, likelihood, batch, microbatch=microbatch)
+    chosen = {"shared_weights": shared_weights} if name == "kron" else {}
+    return _compiled_curvature(name, network, likelihood, batch, microbatch=microbatch, **chosen)
 
 
-@partial(jax.jit, static_argnames=("name", "microbatch"))
+@partial(jax.jit, static_argnames=("name", "microbatch", "shared_weights"))
 def _compiled_curvature(
-    name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int
+    name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int, **chosen: str
 ) -> PyTree:
     function, _ = EXACT[name]
-    options = {"weights": batch.weights, "microbatch": microbatch}
+    options = {"weights": batch.weights, "microbatch": microbatch, **chosen}
     return function(network, likelihood, network.params, batch.inputs, **options)
 
 
