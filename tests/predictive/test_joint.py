@@ -82,6 +82,16 @@ def test_approximations_are_near_the_matrices(name, posteriors, problem):
     assert np.linalg.eigvalsh(found)[0] > -1e-4
 
 
+def test_a_decomposition_keeps_the_prior_outside_its_basis(lanczos, full, trained):
+    """On a larger network, where the covariance of the samples is off by more than its size."""
+    x = trained[1][200:212]
+    la = lanczos.with_prior_precision(full.prior_precision)
+    found, expected = (matrix(each.functional_posterior(x)) for each in (la, full))
+    assert np.linalg.norm(found - expected) < 0.25 * np.linalg.norm(expected)
+    np.testing.assert_allclose(np.trace(found), np.trace(expected), rtol=0.1)
+    assert np.linalg.eigvalsh(found)[0] > -1e-5 * np.trace(found)
+
+
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_within_an_input_it_is_the_functional_variance(name, posteriors, problem):
     la, x = posteriors[name], problem.inputs[:4]
