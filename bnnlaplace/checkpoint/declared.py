@@ -29,7 +29,7 @@ _ROUNDING = 1e-2
 # have left out, and what some posteriors have.
 _METADATA = {"hessian_structure": str, "likelihood": str}
 _LATER_METADATA = {"structure": str, "likelihood_is_ours": bool, "weights": list, "linearised": bool, "groups": dict}
-_OPTIONAL_METADATA = {"prior_precision": dict}
+_OPTIONAL_METADATA = {"prior_precision": dict, "likelihood_options": list}
 _PARTS = {"network": dict, "prior_precision": np.ndarray, "structure": dict, "fitted": dict}
 _OPTIONAL_PARTS = {"likelihood": list, "relative_precision": np.ndarray, "prior_mean": np.ndarray}
 

@@ -14,7 +14,7 @@ from bnnlaplace.checkpoint.pytree import as_path, damaged, load_version, restruc
 from bnnlaplace.core.tree import leaf_names, size
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings
-from bnnlaplace.model.likelihood import Likelihood, is_ours, resolve
+from bnnlaplace.model.likelihood import Likelihood, is_ours, options_of, parameters_of, with_options
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior.gaussian import Prior, by_layer, is_by_group, is_scalar
 from bnnlaplace.structure import BY_NAME
@@ -62,6 +62,7 @@ def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
         "structure": type(fitted.structure).__name__,
         "likelihood": likelihood.name,
         "likelihood_is_ours": is_ours(likelihood),
+        "likelihood_options": options_of(likelihood),
         "weights": names,
         "linearised": network.is_linearised,
         "groups": {name: groups(name) for name in names},
@@ -175,7 +176,7 @@ def _likelihood(
                 "Laplace.load(path, network, likelihood)"
             )
         try:
-            likelihood = resolve(name)
+            likelihood = with_options(name, metadata.get("likelihood_options", ()))
         except ValueError:
             raise Damage(f"its likelihood is {name!r:.80}, which there is not") from None
     leaves = [jnp.asarray(leaf) for leaf in stored.get("likelihood", [])]
@@ -191,7 +192,22 @@ def _likelihood(
             raise Damage("its standard deviations of the noise are not the same everywhere")
         noise = leaves[0].reshape(-1)
         declared.vector(noise, noise.size, "standard deviations of the noise", positive=True)
+    if is_ours(restored):
+        _check_parameters(restored, leaves)
     return restored
+
+
+def _check_parameters(likelihood: Likelihood, leaves: list[jax.Array]) -> None:
+    """Check the numbers of a categorical likelihood, which two of its functions hold."""
+    parameters = parameters_of(likelihood)
+    ignored, weights = parameters["ignore_index"], parameters["class_weights"]
+    if ignored is not None and (ignored.shape or not jnp.issubdtype(ignored.dtype, jnp.integer)):
+        raise Damage("its label of unknown classes is not an integer")
+    if weights is not None and (declared.vector(weights, weights.size, "weights of classes") < 0).any():
+        raise Damage("its weights of classes are negative")
+    half = len(leaves) // 2
+    if (ignored is not None or weights is not None) and not all(map(np.array_equal, leaves[:half], leaves[half:])):
+        raise Damage("its weights of classes are not the same everywhere")
 
 
 def _settings(stored: dict[str, Any], metadata: dict[str, Any], num_weights: int) -> Settings:

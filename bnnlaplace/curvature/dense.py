@@ -28,7 +28,7 @@ def factor_rows(
     likelihood: Likelihood,
     params: PyTree,
     inputs: PyTree[Shaped[ArrayLike, "m ..."]],
-    weights: Real[ArrayLike, " m"],
+    weights: Real[ArrayLike, "m ..."],
 ) -> Float[Array, "R P"]:
     """Return a matrix R with R' R = sum_n w_n J_n' Lambda_n J_n. Its rows are sqrt(w_n) (J_n' B_n e_c)'.
 
@@ -44,12 +44,12 @@ def factor_rows(
     inputs
         m examples.
     weights
-        A weight w_n >= 0 for each example.
+        How many times each example counts, or each position of its outputs.
     """
 
     def rows_of_example(x: PyTree, weight: Array) -> Float[Array, "K P"]:
         outputs, pullback = jax.vjp(lambda p: network(p, examples(x, None))[0], params)
-        root = jnp.sqrt(weight).astype(outputs.dtype)
+        root = jnp.sqrt(weight).astype(outputs.dtype)[..., None]
         columns = root * jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
         return jax.vmap(lambda column: ravel(pullback(likelihood.factor_mv(outputs, column))[0]))(columns)
 
@@ -63,7 +63,7 @@ def ggn(
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
     scale: Real[ArrayLike, ""] = 1.0,
-    weights: Real[ArrayLike, " N"] | None = None,
+    weights: Real[ArrayLike, "N ..."] | None = None,
     microbatch: int = 32,
 ) -> Float[Array, "P P"]:
     """Compute G = scale * sum_n w_n J_n' Lambda_n J_n as a matrix, in the type of the weights. Call it inside `jit`.
@@ -84,7 +84,7 @@ def ggn(
     scale
         (all training examples) / N.
     weights
-        A weight w_n >= 0 for each example; by default ones.
+        How many times each example counts, by default once: w_n, or a number for each position of its outputs.
     microbatch
         How many examples are in one step of the inner loop.
 
@@ -99,10 +99,11 @@ def ggn(
 
     def batch_sums(batch: mb.Microbatches) -> list[Array]:
         passed = tapped.forward(network, params, batch.inputs)
+        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
 
         def sums_of_columns(numbers: Int[ArrayLike, " k"]) -> list[Array]:
-            groups = _groups(passed, likelihood, numbers)
-            return [_summed(groups[i], groups[j], batch.weights) for i, j in _pairs(len(groups))]
+            groups = _groups(passed, factor_mv, numbers)
+            return [_summed(groups[i], groups[j], weights) for i, j in _pairs(len(groups))]
 
         columns = _columns_at_once(len(passed.outputs), passed.outputs[0].size)
         return sums_of_columns(columns[0]) if len(columns) == 1 else mb.summed(sums_of_columns, columns)
@@ -115,7 +116,7 @@ def ggn_in_float64(
     network: Network,
     likelihood: Likelihood,
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
-    weights: Real[ArrayLike, " N"],
+    weights: Real[ArrayLike, "N ..."],
     *,
     microbatch: int,
 ) -> Float[np.ndarray, "P P"]:
@@ -135,12 +136,14 @@ def ggn_in_float64(
     # Padding repeats a real example at weight zero, as in `microbatch.split`.
     index = np.arange(num_parts * math.ceil(count / num_parts)).reshape(num_calls, num_parts // num_calls, -1)
     inside = np.minimum(index, count - 1)
-    present = np.where(index < count, np.asarray(weights, number_type(network.params))[inside], 0)
+    weights = jnp.asarray(weights, number_type(network.params))
+    of_examples, _ = mb.within_factor(weights, likelihood.factor_mv)
+    present = np.where(index < count, np.asarray(of_examples)[inside], 0)
     columns = _columns_at_once(index[0].size, math.prod(output_shape(network, inputs)[1:]))
     sums: list[Array] = []
     for parts, of_parts in zip(inside, present, strict=True):
         for numbers in columns:
-            groups = _groups_at(network, likelihood, inputs, parts, numbers)
+            groups = _groups_at(network, likelihood, inputs, weights, parts, numbers)
             with jax.enable_x64(True):
                 sums = _with_groups(sums or _zeros_like(_terms, groups, of_parts), groups, of_parts)
     arrangement = _arrangement(NetworkSpec.of(network, inputs))
@@ -150,13 +153,19 @@ def ggn_in_float64(
 
 @jax.jit
 def _groups_at(
-    network: Network, likelihood: Likelihood, inputs: PyTree, index: Int[Array, "num m"], numbers: Int[Array, " k"]
+    network: Network,
+    likelihood: Likelihood,
+    inputs: PyTree,
+    weights: Float[Array, "N ..."],
+    index: Int[Array, "num m"],
+    numbers: Int[Array, " k"],
 ) -> list[Factors]:
     """Compute some rows of B' J for the examples of some microbatches."""
 
     def of_part(index: Int[Array, " m"]) -> list[Factors]:
         passed = tapped.forward(network, network.params, examples(inputs, index))
-        return _groups(passed, likelihood, numbers)
+        _, factor_mv = mb.within_factor(weights[index], likelihood.factor_mv)
+        return _groups(passed, factor_mv, numbers)
 
     by_part = jax.lax.map(of_part, index)
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), by_part)
@@ -216,9 +225,11 @@ def _columns_at_once(num_examples: int, num_outputs: int) -> Int[np.ndarray, "nu
     return np.arange(num * math.ceil(num_outputs / num)).reshape(num, -1)
 
 
-def _groups(passed: tapped.Pass, likelihood: Likelihood, numbers: Int[ArrayLike, " k"]) -> list[Factors]:
+def _groups(
+    passed: tapped.Pass, factor_mv: Callable[[Array, Array], Array], numbers: Int[ArrayLike, " k"]
+) -> list[Factors]:
     """Compute some rows of B' J for each example, one group of weights after another."""
-    leaves = jacobian(passed, numbers[None], factor_mv=likelihood.factor_mv).leaves
+    leaves = jacobian(passed, numbers[None], factor_mv=factor_mv).leaves
     layers = [leaf.factors() for leaf in leaves if leaf.is_single]
     others = [leaf.rows() for leaf in leaves if not leaf.is_single]
     return [*layers, Factors(None, jnp.concatenate(others, axis=-1))] if others else layers

@@ -18,7 +18,7 @@ def ggn_diagonal(
     params: PyTree,
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
-    weights: Real[ArrayLike, " N"] | None = None,
+    weights: Real[ArrayLike, "N ..."] | None = None,
     scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 32,
 ) -> Float[Array, " P"]:
@@ -38,7 +38,7 @@ def ggn_diagonal(
     inputs
         All N examples.
     weights
-        A weight w_n for each example: by default one, zero for examples that do not count.
+        How many times each example counts, by default once: w_n, or a number for each position of its outputs.
     scale
         (all training examples) / (examples in `inputs`).
     microbatch
@@ -54,19 +54,20 @@ def ggn_diagonal(
 
     def batch_sums(batch: mb.Microbatches) -> list[Array]:
         passed = tapped.forward(network, params, batch.inputs)
+        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
         single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
 
         def squares(column: Array) -> list[Array]:
-            gradients = passed.gradients(likelihood.factor_mv(passed.outputs, column))
+            gradients = passed.gradients(factor_mv(passed.outputs, column))
             return [
-                gradients[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, gradients[leaf], batch.weights)
+                gradients[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, gradients[leaf], weights)
                 for leaf in range(len(leaves))
             ]
 
         sums = tapped.over_columns(squares, passed.outputs)
         for leaf in single:
             # So far the squares of g, example by example; those of a are the same for all outputs.
-            weighted = mb.over_outputs(batch.weights, sums[leaf]) * sums[leaf]
+            weighted = mb.over_outputs(weights, sums[leaf]) * sums[leaf]
             matrix = einsum("mi,mo->io", passed.layer_inputs[leaf][:, 0] ** 2, weighted)
             sums[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
         return sums

@@ -105,7 +105,7 @@ def block_product(
     params: PyTree,
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
-    weights: Real[ArrayLike, " N"] | None = None,
+    weights: Real[ArrayLike, "N ..."] | None = None,
     scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 64,
     vectors_at_once: int = 8,
@@ -124,7 +124,7 @@ def block_product(
     inputs
         All N examples.
     weights
-        A weight for each example: by default one, zero for examples that do not count.
+        How many times each example counts, or each position of its outputs; by default once.
     scale
         (all training examples) / N.
     microbatch, vectors_at_once

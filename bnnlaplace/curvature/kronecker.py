@@ -89,7 +89,7 @@ def factors(
     params: PyTree,
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
-    weights: Real[ArrayLike, " N"] | None = None,
+    weights: Real[ArrayLike, "N ..."] | None = None,
     scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 32,
     shared_weights: SharedWeights = "partial_traces",
@@ -124,7 +124,8 @@ def factors(
     inputs
         All N examples.
     weights
-        A weight for each example: one, or zero for examples that do not count.
+        How many times each example counts, by default once; or each position of its outputs. Then the factor of a
+        layer's inputs counts an example as many times as its position that counts most.
     scale
         (all training examples) / (examples in `inputs`).
     microbatch
@@ -170,11 +171,12 @@ def factors(
 
     def batch_sums(batch: mb.Microbatches) -> list[LeafSums]:
         passed = tapped.forward(network, params, batch.inputs)
+        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
         leaves = enumerate(jax.tree.leaves(params))
-        rules = [_rule(passed, leaf, value.shape, batch.weights, shared_weights) for leaf, value in leaves]
+        rules = [_rule(passed, leaf, value.shape, weights, shared_weights) for leaf, value in leaves]
 
         def squares(column: Array) -> list[PyTree]:
-            gradients = passed.gradients(likelihood.factor_mv(passed.outputs, column))
+            gradients = passed.gradients(factor_mv(passed.outputs, column))
             return [rule.of_column(gradients[leaf]) for leaf, rule in enumerate(rules)]
 
         totals = tapped.over_columns(squares, passed.outputs)

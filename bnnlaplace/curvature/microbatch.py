@@ -37,6 +37,21 @@ def over_outputs(weights: Float[Array, "M ..."], outputs: Shaped[Array, "M ..."]
     return weights.reshape(*weights.shape, *[1] * (outputs.ndim - weights.ndim))
 
 
+def within_factor(
+    weights: Float[Array, "M ..."], factor_mv: Callable[[Array, Array], Array]
+) -> tuple[Float[Array, " M"], Callable[[Array, Array], Array]]:
+    """Move weights of positions into the likelihood's factor, so that what is left are weights of examples.
+
+    An example has the largest weight of its positions, and so none if none of them counts. Weights of examples stay as
+    they are.
+    """
+    if weights.ndim == 1:
+        return weights, factor_mv
+    of_examples = jnp.max(weights.reshape(len(weights), -1), axis=1)
+    relative = jnp.sqrt(weights / over_outputs(jnp.where(of_examples > 0, of_examples, 1), weights))
+    return of_examples, lambda outputs, column: factor_mv(outputs, over_outputs(relative, column) * column)
+
+
 def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "num ..."]]) -> PyTree:
     """Sum `function` over parts along the leading axis, one after another. Call it inside `jit`.
 
@@ -77,7 +92,9 @@ def _joining(shapes: PyTree[jax.ShapeDtypeStruct]) -> tuple[Callable[[PyTree], A
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
 
     def joined(tree: PyTree) -> Float[Array, " n"]:
-        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])
+        vector = jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])
+        # Fused into the addition, the concatenation would ask for each number in which array it is.
+        return jax.lax.optimization_barrier(vector)
 
     def separated(vector: Float[Array, " n"]) -> PyTree:
         pieces = zip(jnp.split(vector, ends), leaves, strict=True)

@@ -189,7 +189,7 @@ def batch_product(
     vectors
         S rows of P numbers.
     """
-    options = {"weights": batch.weights, "scale": scale, "microbatch": microbatch}
+    options = {"weights": likelihood.weights_of(batch.targets, batch.weights), "scale": scale, "microbatch": microbatch}
     return ggn.block_product(network, likelihood, network.params, batch.inputs, **options)(vectors)
 
 
@@ -198,8 +198,8 @@ def _pull(
     network: Network, likelihood: Likelihood, batch: Batch, rows: Float[Array, "S B ... C"], *, microbatch: int
 ) -> Float[Array, "S P"]:
     """Map rows u to J' B u, summed over the batch with the roots of the weights."""
-    params = network.params
-    split = mb.split((batch.inputs, jnp.swapaxes(rows, 0, 1)), microbatch, number_type(params), batch.weights)
+    params, weights = network.params, likelihood.weights_of(batch.targets, batch.weights)
+    split = mb.split((batch.inputs, jnp.swapaxes(rows, 0, 1)), microbatch, number_type(params), weights)
 
     def pulled(part: mb.Microbatches) -> Float[Array, "S P"]:
         inputs, columns = part.inputs
@@ -219,7 +219,7 @@ def _push(
     network: Network, likelihood: Likelihood, batch: Batch, vectors: Float[Array, "S P"], *, microbatch: int
 ) -> Float[Array, "S B ... C"]:
     """Map rows v to B' J v at each example of the batch, times the root of its weight."""
-    params = network.params
+    params, weights = network.params, likelihood.weights_of(batch.targets, batch.weights)
     unravel = unraveler(params)
 
     def pushed(part: mb.Microbatches) -> Float[Array, "S m ... C"]:
@@ -231,7 +231,7 @@ def _push(
 
         return jax.lax.map(pushed_row, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
 
-    by_microbatch = jax.lax.map(pushed, mb.split(batch.inputs, microbatch, number_type(params), batch.weights))
+    by_microbatch = jax.lax.map(pushed, mb.split(batch.inputs, microbatch, number_type(params), weights))
     # (microbatches, S, m, ...) -> (S, examples, ...)
     by_row = jnp.moveaxis(by_microbatch, 0, 1)
     return by_row.reshape(by_row.shape[0], -1, *by_row.shape[3:])[:, : len(batch.weights)]

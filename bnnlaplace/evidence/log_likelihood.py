@@ -29,7 +29,7 @@ class LogLikelihood(NamedTuple):
         Its gradient in the weights, shape (P,). With the gradient of the prior it says how far the weights are from a
         mode.
     num_targets
-        scale * (the number of outputs, at all positions of all examples).
+        scale * (the number of outputs, at all positions of all examples), each as many times as it counts.
     squared_residuals
         scale * sum_n |(y_n - f_n) / sigma|^2 if the likelihood has a noise sigma, otherwise 0. It is summed on its own,
         because it would lose its digits in the difference of two log likelihoods.
@@ -46,7 +46,12 @@ class LogLikelihood(NamedTuple):
         return cls(np.float64(value), jnp.asarray(gradient), np.float64(num_targets), np.float64(squared_residuals))
 
     def check(self) -> "LogLikelihood":
-        """Return the record, or raise ValueError if the value or the gradient is not finite."""
+        """Return the record, or raise ValueError if no target counts, or the value or the gradient is not finite."""
+        if not self.num_targets > 0:
+            raise ValueError(
+                "fit(data=...) must have a target that counts; got targets that are all left out; look at "
+                "ignore_index, class_weights and weights of examples"
+            )
         if not (np.isfinite(self.value) and bool(jnp.isfinite(self.gradient).all())):
             raise ValueError(
                 "fit: the log likelihood or its gradient is not finite at these weights and data; look for NaN or "
@@ -116,7 +121,8 @@ def _batch_sums(
         outputs = network(params, batch.inputs)
         log_prob = likelihood.log_prob(outputs, targets)
         # The last microbatch is padded with examples of weight zero, which must not count as targets.
-        count = jnp.sum(batch.weights) * (outputs.size // len(outputs))
+        weights = likelihood.weights_of(targets, batch.weights)
+        count = jnp.sum(weights) * (outputs.size // weights.size)
         squares = jnp.zeros_like(count)
         if likelihood.sigma_noise is not None:
             residuals = (targets - outputs) / likelihood.sigma_noise

@@ -37,6 +37,7 @@ from bnnlaplace.model.data import check_inputs
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.pairs import example_weights
+from bnnlaplace.model.spec import output_shape
 
 
 class EvidenceCurve(NamedTuple):
@@ -149,7 +150,8 @@ def log_marginal_likelihood(
     checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "forward", "quadrature", "autodiff"))
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     batch = _checked(caller, network, batch)
-    linearised = linearise(network, params, batch[0], weights=batch[2], microbatch=microbatch, remat=remat)
+    weights = _weights(network, likelihood, batch)
+    linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
     # The outputs of the linearisation also give the log likelihood: the network runs once.
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     _check_numbers(prior_precision, f"{caller}(prior_precision=...)")
@@ -261,7 +263,8 @@ def isotropic(
     """
     caller = "isotropic"
     batch = _checked(caller, network, batch)
-    linearised = linearise(network, params, batch[0], weights=batch[2], microbatch=microbatch, remat=remat)
+    weights = _weights(network, likelihood, batch)
+    linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     _check_numbers(prior_mean, f"{caller}(prior_mean=...)")
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
@@ -334,6 +337,16 @@ def _checked(caller: str, network: Network, batch: Any) -> tuple[Inputs, AnyArra
     if weights is not None and not isinstance(weights, jax.core.Tracer):
         weights = example_weights(weights, num_examples(inputs), f"{caller}(batch=(x, y, w)): w")
     return inputs, targets, weights
+
+
+def _weights(network: Network, likelihood: Likelihood, batch: tuple[Any, Any, Any]) -> Num[AnyArray, "N ..."] | None:
+    """How many times the curvature of each example or position counts; None if each counts once."""
+    inputs, targets, weights = batch
+    if likelihood.target_weights is None:
+        return weights
+    check_targets(likelihood, output_shape(network, inputs), targets, "log_marginal_likelihood(batch=(x, y))")
+    targets = jnp.asarray(targets)
+    return likelihood.weights_of(targets, jnp.ones(num_examples(inputs)) if weights is None else jnp.asarray(weights))
 
 
 def _log_likelihood(

@@ -112,7 +112,8 @@ def batch_curvature(
     `shared_weights` chooses the factors of "kron"; other structures do not use it.
     """
     if name == "full":  # float64 is not known to JAX by default, so the function compiles its parts itself
-        return dense.ggn_in_float64(network, likelihood, batch.inputs, batch.weights, microbatch=microbatch)
+        weights = likelihood.weights_of(batch.targets, batch.weights)
+        return dense.ggn_in_float64(network, likelihood, batch.inputs, weights, microbatch=microbatch)
     chosen = {"shared_weights": shared_weights} if name == "kron" else {}
     return _compiled_curvature(name, network, likelihood, batch, microbatch=microbatch, **chosen)
 
@@ -122,7 +123,7 @@ def _compiled_curvature(
     name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int, **chosen: str
 ) -> PyTree:
     function, _ = EXACT[name]
-    options = {"weights": batch.weights, "microbatch": microbatch, **chosen}
+    options = {"weights": likelihood.weights_of(batch.targets, batch.weights), "microbatch": microbatch, **chosen}
     return function(network, likelihood, network.params, batch.inputs, **options)
 
 
@@ -192,7 +193,8 @@ def _eigenpairs(model: Model, scale: float, *, microbatch: int) -> SpectralStruc
 @jax.jit
 def _factor_rows(network: Network, likelihood: Likelihood, batch: Batch) -> Float[Array, "R P"]:
     """Compute the rows of B' J for one batch."""
-    return dense.factor_rows(network, likelihood, network.params, batch.inputs, batch.weights)
+    weights = likelihood.weights_of(batch.targets, batch.weights)
+    return dense.factor_rows(network, likelihood, network.params, batch.inputs, weights)
 
 
 _spectral = jax.jit(SpectralStructure.fit)

@@ -1,176 +1,49 @@
-"""Likelihoods in output space: they know outputs and targets, and never see the weights.
+"""Likelihoods by name, and checks of targets against a likelihood. The likelihoods stand in `likelihoods`."""
 
-f stands for the outputs of one example, Lambda = -d^2 log p(y | f) / df^2 for their curvature, and B for a factor of
-it, Lambda = B B'. A new likelihood is one function that returns a `Likelihood`.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
-from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import described, summed_type
+from bnnlaplace.core.tree import described
 from bnnlaplace.model import arrays
-
-Outputs = Float[ArrayLike, "*lead C"]
-Targets = Shaped[ArrayLike, "..."]
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("log_prob", "factor_mv", "mean", "hessian_mv", "factor_transpose_mv"),
-    meta_fields=("name", "target_kind", "target_shape"),
-)
-@dataclass(frozen=True)
-class Likelihood:
-    """The probability p(y | f) of targets given outputs, and products with its curvature in output space.
-
-    Every function takes outputs of shape (..., C) and works along the last axis. Write the functions as
-    `jax.tree_util.Partial`s, so that parameters such as a noise scale are leaves of this pytree and can be
-    differentiated.
-
-    Attributes
-    ----------
-    name
-        "classification", "regression" and "binary" have links and checks of their own. Any other name is allowed.
-    target_kind
-        "label" if targets are integer class labels (...,), or class probabilities shaped like the outputs. "array" if
-        targets are numbers shaped like the outputs.
-    log_prob
-        (f, y) -> log p(y | f), shape (...,).
-    factor_mv
-        (f, u) -> B u, with u shaped like f.
-    mean
-        f -> E[y | f]: class probabilities, or the mean itself.
-    hessian_mv
-        (f, v) -> Lambda v; by default B B' v.
-    factor_transpose_mv
-        (f, v) -> B' v; by default the transpose of `factor_mv`.
-    target_shape
-        The shape of the target at one position, where it is not that of `target_kind`: a tuple, or a function from the
-        number of outputs C to one. With (1,) targets (..., 1) go with any number of outputs, such as a mean and a log
-        variance; with lambda c: (c // 2,) targets (..., C / 2) do. Labels are then integers of that shape, which are
-        not compared with the number of outputs.
-
-    Raises
-    ------
-    ValueError
-        If `target_kind` or `target_shape` is something else.
-    """
-
-    name: str
-    target_kind: str
-    log_prob: Callable[[Any, Any], Array]
-    factor_mv: Callable[[Any, Any], Array]
-    mean: Callable[[Any], Array]
-    hessian_mv: Callable[[Any, Any], Array] | None = None
-    factor_transpose_mv: Callable[[Any, Any], Array] | None = None
-    target_shape: tuple[int, ...] | Callable[[int], tuple[int, ...]] | None = None
-
-    def __post_init__(self) -> None:
-        checks.choice(self.target_kind, "Likelihood(target_kind=...)", ("array", "label"))
-        shape = self.target_shape
-        is_shape = isinstance(shape, tuple) and all(isinstance(length, int) and length > 0 for length in shape)
-        if not (shape is None or callable(shape) or is_shape):
-            raise ValueError(
-                "Likelihood(target_shape=...) must be a tuple of positive lengths, or a function from the number of "
-                f"outputs to one; got {shape!r:.80}; try (1,)"
-            )
-        if self.factor_transpose_mv is None:
-            object.__setattr__(self, "factor_transpose_mv", Partial(_transposed, self.factor_mv))
-        if self.hessian_mv is None:
-            factors = self.factor_mv, self.factor_transpose_mv
-            object.__setattr__(self, "hessian_mv", Partial(_squared, *factors))
-
-    def targets_shape(self, outputs_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of the targets that go with outputs of shape (..., C)."""
-        *lead, num_outputs = outputs_shape
-        if self.target_shape is None:
-            return outputs_shape if self.target_kind == "array" else tuple(lead)
-        shape = self.target_shape(num_outputs) if callable(self.target_shape) else self.target_shape
-        return (*lead, *shape)
-
-    @property
-    def sigma_noise(self) -> Float[Array, "*C"] | None:
-        """Noise scale of a `gaussian` likelihood; None for any other."""
-        is_gaussian = isinstance(self.log_prob, Partial) and self.log_prob.func is _gaussian_log_prob
-        return self.log_prob.args[0] if is_gaussian else None
-
-
-def categorical() -> Likelihood:
-    """Softmax likelihood of integer labels (...,), or of class probabilities (..., C) that sum to one.
-
-    log p(y | f) = sum_c y_c log softmax(f)_c, with y one-hot for a label. With p = softmax(f) the curvature is
-    Lambda = diag(p) - p p', and its factor B = diag(sqrt p) - p sqrt(p)'. Every product costs O(C), and no C x C matrix
-    is formed.
-    """
-    return Likelihood(
-        "classification",
-        "label",
-        Partial(_categorical_log_prob),
-        Partial(_categorical_factor_mv),
-        Partial(_softmax),
-        Partial(_categorical_hessian_mv),
-        Partial(_categorical_factor_transpose_mv),
-    )
-
-
-def gaussian(sigma_noise: Real[ArrayLike, "*C"] = 1.0) -> Likelihood:
-    """Gaussian likelihood with independent noise of standard deviation `sigma_noise`.
-
-    log p(y | f) = -sum_c [(y_c - f_c)^2 / (2 sigma_c^2) + log(sigma_c sqrt(2 pi))], and Lambda = diag(1 / sigma^2).
-
-    Parameters
-    ----------
-    sigma_noise
-        The scale sigma: one positive number for all outputs, or one for each output (C,). The likelihood is
-        differentiable in it.
-    """
-    sigma = jnp.asarray(sigma_noise)
-    sigma = sigma.astype(summed_type(sigma.dtype))
-    checks.all_positive(sigma, "gaussian(sigma_noise=...)", with_squares=True)
-    return Likelihood(
-        "regression",
-        "array",
-        Partial(_gaussian_log_prob, sigma),
-        Partial(_gaussian_factor_mv, sigma),
-        Partial(_identity),
-        Partial(_gaussian_hessian_mv, sigma),
-        Partial(_gaussian_factor_mv, sigma),
-    )
-
-
-def bernoulli() -> Likelihood:
-    """Independent Bernoulli likelihood with logits f.
-
-    Targets are shaped like f. They are 0 or 1, or probabilities in between. With p = sigmoid(f) the curvature is
-    Lambda = diag(p (1 - p)).
-    """
-    return Likelihood(
-        "binary",
-        "array",
-        Partial(_bernoulli_log_prob),
-        Partial(_bernoulli_factor_mv),
-        Partial(jax.nn.sigmoid),
-        Partial(_bernoulli_hessian_mv),
-        Partial(_bernoulli_factor_mv),
-    )
-
+from bnnlaplace.model.likelihoods.bernoulli import bernoulli
+from bnnlaplace.model.likelihoods.categorical import categorical, parameters_of
+from bnnlaplace.model.likelihoods.gaussian import gaussian
+from bnnlaplace.model.likelihoods.record import Likelihood
 
 _BY_NAME = {"classification": categorical, "regression": gaussian, "binary": bernoulli}
 
 
 def is_ours(likelihood: Likelihood) -> bool:
     """Whether the functions of a likelihood are those of one that this package defines."""
-    known = (make() for make in _BY_NAME.values())
-    return jax.tree.structure(likelihood) in map(jax.tree.structure, known)
+    try:
+        known = with_options(likelihood.name, options_of(likelihood))
+    except ValueError:
+        return False
+    return jax.tree.structure(likelihood) == jax.tree.structure(known)
+
+
+def options_of(likelihood: Likelihood) -> list[str]:
+    """The options that a likelihood was made with, by name. Their values are among its leaves."""
+    return [name for name, value in parameters_of(likelihood).items() if value is not None]
+
+
+def with_options(name: str, options: Collection[str]) -> Likelihood:
+    """A likelihood of the package with some options. It stands for its structure, so that all its leaves are ones.
+
+    Raises
+    ------
+    ValueError
+        If there is no such likelihood.
+    """
+    ones = {"ignore_index": 1, "class_weights": np.ones(1)}
+    if name not in _BY_NAME or not set(options) <= (set(ones) if name == "classification" else set()):
+        raise ValueError(f"there is no likelihood {name!r:.80} with {options!r:.80}")
+    return _BY_NAME[name](**{option: ones[option] for option in options})
 
 
 def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:
@@ -277,6 +150,7 @@ def check_targets(likelihood: Likelihood, outputs_shape: tuple[int, ...], target
             )
     if not traced:
         arrays.check_fits_type(targets, f"{where}: targets")
+        _check_class_weights(likelihood, num_outputs, where)
         _check_numbers(likelihood, num_outputs, targets, where)
 
 
@@ -297,81 +171,21 @@ def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray
                 f"{where}: soft targets must be probabilities, at least 0 and with a sum of 1 over classes; got "
                 f"{targets.min():.4g} and more, and sums from {sums.min():.4g} to {sums.max():.4g}; normalise them"
             )
-    elif likelihood.target_shape is None and targets.size and not 0 <= targets.min() <= targets.max() < num_outputs:
+    elif likelihood.target_shape is None:
+        if likelihood.ignore_index is not None:
+            targets = targets[targets != likelihood.ignore_index]
+        if not targets.size or 0 <= targets.min() <= targets.max() < num_outputs:
+            return
         raise ValueError(
             f"{where}: labels must lie in 0..{num_outputs - 1}, as the network has {num_outputs} outputs; got labels "
             f"from {targets.min()} to {targets.max()}; remap them or widen the network"
         )
 
 
-def _transposed(factor_mv: Callable, f: Outputs, v: Outputs) -> Array:
-    return jax.linear_transpose(partial(factor_mv, f), v)(v)[0]
-
-
-def _squared(factor_mv: Callable, factor_transpose_mv: Callable, f: Outputs, v: Outputs) -> Array:
-    return factor_mv(f, factor_transpose_mv(f, v))
-
-
-def _identity(f: Outputs) -> Outputs:
-    return f
-
-
-def _softmax(f: Outputs) -> Array:
-    return jax.nn.softmax(f, axis=-1)
-
-
-def _root_softmax(f: Outputs) -> Array:
-    # The gradient of sqrt(softmax(f)) is not finite if a probability rounds to zero.
-    return jnp.exp(0.5 * jax.nn.log_softmax(f, axis=-1))
-
-
-def _inner(a: Outputs, b: Outputs) -> Array:
-    return jnp.sum(a * b, axis=-1, keepdims=True)
-
-
-def _categorical_log_prob(f: Outputs, y: Targets) -> Array:
-    log_p = jax.nn.log_softmax(f, axis=-1)
-    if jnp.issubdtype(y.dtype, jnp.floating):
-        return jnp.sum(y * log_p, axis=-1)
-    return jnp.take_along_axis(log_p, y[..., None], axis=-1)[..., 0]
-
-
-def _categorical_hessian_mv(f: Outputs, v: Outputs) -> Array:
-    p = _softmax(f)
-    return p * v - p * _inner(p, v)
-
-
-def _categorical_factor_mv(f: Outputs, u: Outputs) -> Array:
-    root = _root_softmax(f)
-    return root * u - root**2 * _inner(root, u)
-
-
-def _categorical_factor_transpose_mv(f: Outputs, v: Outputs) -> Array:
-    root = _root_softmax(f)
-    return root * v - root * _inner(root**2, v)
-
-
-def _gaussian_log_prob(sigma: Array, f: Outputs, y: Targets) -> Array:
-    return jnp.sum(-0.5 * ((y - f) / sigma) ** 2 - jnp.log(sigma) - 0.5 * jnp.log(2 * jnp.pi), axis=-1)
-
-
-def _gaussian_hessian_mv(sigma: Array, f: Outputs, v: Outputs) -> Array:
-    return v / sigma**2
-
-
-def _gaussian_factor_mv(sigma: Array, f: Outputs, u: Outputs) -> Array:
-    return u / sigma
-
-
-def _bernoulli_log_prob(f: Outputs, y: Targets) -> Array:
-    return jnp.sum(y * jax.nn.log_sigmoid(f) + (1 - y) * jax.nn.log_sigmoid(-f), axis=-1)
-
-
-def _bernoulli_hessian_mv(f: Outputs, v: Outputs) -> Array:
-    p = jax.nn.sigmoid(f)
-    return p * (1 - p) * v
-
-
-def _bernoulli_factor_mv(f: Outputs, u: Outputs) -> Array:
-    # This is sqrt(p (1 - p)), written so that its gradient is finite even if p rounds to 0 or 1.
-    return jnp.exp(0.5 * (jax.nn.log_sigmoid(f) + jax.nn.log_sigmoid(-f))) * u
+def _check_class_weights(likelihood: Likelihood, num_outputs: int, where: str) -> None:
+    weights = parameters_of(likelihood)["class_weights"]
+    if weights is not None and weights.shape != (num_outputs,):
+        raise ValueError(
+            f"{where}: categorical(class_weights=...) must be one number for each of the {num_outputs} classes; got "
+            f"{weights.size}"
+        )

@@ -170,6 +170,8 @@ def validation_curve(
         raise ValueError("validation data must hold at least one example; got none; an iterator may be used up already")
     # The gaps of the bins keep their signs until all slices are summed: the ECE is the sum of their absolute values.
     total, count, *gaps = np.sum(sums, axis=0).T
+    if not count.all():
+        raise ValueError("validation data must hold at least one known label; got ignore_index everywhere; pass others")
     converged = np.ones(len(grid), bool)
     if isinstance(fitted.structure, SampleStructure):
         converged = np.array([fitted.structure.reservation(precision) is None for precision in grid])
@@ -261,6 +263,11 @@ def _class_score(
             terms = np.where(targets > 0, targets * np.log(probs.astype(np.float64)), 0.0)
         return [-terms.sum(), terms[..., 0].size, np.nan]
     probs, labels = probs.reshape(-1, probs.shape[-1]), targets.reshape(-1)
+    if likelihood.ignore_index is not None:
+        known = labels != likelihood.ignore_index
+        if not known.any():
+            return [0, 0, *np.zeros_like(calibration_gaps(probs, probs.argmax(axis=-1)))]
+        probs, labels = probs[known], labels[known]
     total = len(labels) * negative_log_likelihood(probs, labels)
     return [total, len(labels), *calibration_gaps(probs, labels)]
 

@@ -32,8 +32,8 @@ from bnnlaplace import Likelihood
 # $$ -\log p(y \mid f) = \sum_c \bigl[ e^{f_c} - y_c f_c + \log(y_c!) \bigr], \qquad
 #    \Lambda = \operatorname{diag}(e^f), \qquad B = \operatorname{diag}(e^{f/2}). $$
 #
-# $\Lambda$ must be positive semidefinite and must not depend on $y$. If the Hessian does not satisfy this, take its
-# expectation under $p(y \mid f)$, the Fisher information, which does.
+# $\Lambda$ must be positive semidefinite and must not depend on $y$, but for a weight (see below). If the Hessian does
+# not satisfy this, take its expectation under $p(y \mid f)$, the Fisher information, which does.
 
 
 def poisson_log_prob(f, y):
@@ -59,6 +59,13 @@ def poisson() -> Likelihood:
 # Targets have the shape of the outputs, or are labels. A likelihood whose outputs are, say, a mean and a log variance
 # of each target states the shape of its targets: `target_shape=(1,)` for one target, whatever the outputs are, or a
 # function from the number of outputs to the shape, such as `lambda c: (c // 2,)`.
+
+# %% Unknown labels and weights of classes
+# `bnnlaplace.categorical(ignore_index=-100)` leaves out the label -100: those examples, or those positions of the
+# outputs of a language model or a segmentation, have no target. `class_weights` multiplies $\log p$ by a number for
+# each class, so that a label of weight 2 counts as two equal examples do. Predictions depend on neither. A likelihood
+# of your own does the same by `target_weights`, $y \mapsto w(y) \ge 0$: the curvature becomes $w(y) B B^\top$, and
+# `log_prob` must have the factor $w(y)$ too.
 
 # %% Parameters of a likelihood
 # If a likelihood depends on a number, pass it to the `Partial`s, as in `Partial(scaled_log_prob, scale)`. It becomes

@@ -1,0 +1,1 @@
+"""Likelihoods, one in each file, and the record that they are."""
