@@ -124,7 +124,8 @@ class SampleStructure(Structure, Protocol):
         ...
 
     def joint_covariance(self, rows: Float[Array, "B K P"], prior_precision: PriorPrecision) -> Float[Array, "B*K B*K"]:
-        """Covariance of the K outputs at B inputs jointly, from their Jacobian. It is a kernel: that of two inputs does
-        not depend on the others.
+        """Compute the covariance of the K outputs at B inputs jointly, from their Jacobian.
+
+        The covariance of two inputs does not depend on the others.
         """
         ...
