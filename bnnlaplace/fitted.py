@@ -16,7 +16,7 @@ from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.evidence.marginal import EvidenceCurve, curve, estimate_of_forms
 from bnnlaplace.model.batched import at_features
-from bnnlaplace.model.likelihood import Likelihood, gaussian
+from bnnlaplace.model.likelihood import Likelihood, with_noise
 from bnnlaplace.model.likelihood import resolve as resolve_likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
@@ -174,7 +174,7 @@ class Fitted(NamedTuple):
             )
         factor = float(factors[0])
         return self._replace(
-            likelihood=gaussian(jnp.asarray(after, before.dtype)),
+            likelihood=with_noise(self.likelihood, jnp.asarray(after, before.dtype)),
             structure=self.structure.scaled(1 / factor),  # G is proportional to the inverse of the noise variance
             log_likelihood=self.log_likelihood.with_noise_variance(factor, before),
         )

@@ -14,7 +14,17 @@ from bnnlaplace.checkpoint.pytree import as_path, damaged, load_version, restruc
 from bnnlaplace.core.tree import leaf_names, size
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings
-from bnnlaplace.model.likelihood import Likelihood, is_ours, options_of, parameters_of, with_options
+from bnnlaplace.model.likelihood import (
+    Likelihood,
+    categorical,
+    gaussian,
+    is_ours,
+    options_of,
+    parameters_of,
+    tempered,
+    untempered,
+    with_options,
+)
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior.gaussian import Prior, by_layer, is_by_group, is_scalar
 from bnnlaplace.structure import BY_NAME
@@ -186,28 +196,34 @@ def _likelihood(
             f"{likelihood.name!r} of {len(jax.tree.leaves(likelihood))}; pass the one it was fitted with"
         )
     restored = jax.tree.unflatten(jax.tree.structure(likelihood), leaves)
-    if is_ours(restored) and restored.sigma_noise is not None:
-        # Every function of a Gaussian likelihood holds the noise.
-        if any(leaf.ndim > 1 or not np.array_equal(leaf, leaves[0]) for leaf in leaves):
-            raise Damage("its standard deviations of the noise are not the same everywhere")
-        noise = leaves[0].reshape(-1)
-        declared.vector(noise, noise.size, "standard deviations of the noise", positive=True)
     if is_ours(restored):
-        _check_parameters(restored, leaves)
+        _check_parameters(restored)
     return restored
 
 
-def _check_parameters(likelihood: Likelihood, leaves: list[jax.Array]) -> None:
-    """Check the numbers of a categorical likelihood, which two of its functions hold."""
-    parameters = parameters_of(likelihood)
+def _check_parameters(likelihood: Likelihood) -> None:
+    """Check the parameters of a likelihood of the package, which several of its functions hold."""
+    noise, parameters = likelihood.sigma_noise, parameters_of(likelihood)
     ignored, weights = parameters["ignore_index"], parameters["class_weights"]
+    inner, temperature = untempered(likelihood)
     if ignored is not None and (ignored.shape or not jnp.issubdtype(ignored.dtype, jnp.integer)):
         raise Damage("its label of unknown classes is not an integer")
     if weights is not None and (declared.vector(weights, weights.size, "weights of classes") < 0).any():
         raise Damage("its weights of classes are negative")
-    half = len(leaves) // 2
-    if (ignored is not None or weights is not None) and not all(map(np.array_equal, leaves[:half], leaves[half:])):
-        raise Damage("its weights of classes are not the same everywhere")
+    if temperature is not None and not declared.number(temperature, "temperature") > 0:
+        raise Damage("its temperature is not positive")
+    if noise is not None:
+        if noise.ndim > 1:
+            raise Damage("its standard deviations of the noise are not the same everywhere")
+        declared.vector(noise.reshape(-1), noise.size, "standard deviations of the noise", positive=True)
+    given = {name: value if value is None else np.asarray(value) for name, value in parameters.items()}
+    expected = gaussian(noise) if noise is not None else inner
+    if inner.name == "classification":
+        expected = categorical(None if ignored is None else int(ignored), given["class_weights"])
+    expected = expected if temperature is None else tempered(expected, temperature)
+    if not all(map(np.array_equal, jax.tree.leaves(likelihood), jax.tree.leaves(expected))):
+        what = "standard deviations of the noise" if noise is not None else "parameters of the likelihood"
+        raise Damage(f"its {what} are not the same everywhere")
 
 
 def _settings(stored: dict[str, Any], metadata: dict[str, Any], num_weights: int) -> Settings:

@@ -29,10 +29,10 @@ class LogLikelihood(NamedTuple):
         Its gradient in the weights, shape (P,). With the gradient of the prior it says how far the weights are from a
         mode.
     num_targets
-        scale * (the number of outputs, at all positions of all examples), each as many times as it counts.
+        scale / T * (the number of outputs, at all positions of all examples), each as many times as it counts.
     squared_residuals
-        scale * sum_n |(y_n - f_n) / sigma|^2 if the likelihood has a noise sigma, otherwise 0. It is summed on its own,
-        because it would lose its digits in the difference of two log likelihoods.
+        scale / T * sum_n |(y_n - f_n) / sigma|^2, with the temperature T, if the likelihood has a noise sigma,
+        otherwise 0. It is summed on its own, because it would lose its digits in the difference of two log likelihoods.
     """
 
     value: np.float64
@@ -122,11 +122,11 @@ def _batch_sums(
         log_prob = likelihood.log_prob(outputs, targets)
         # The last microbatch is padded with examples of weight zero, which must not count as targets.
         weights = likelihood.weights_of(targets, batch.weights)
-        count = jnp.sum(weights) * (outputs.size // weights.size)
+        count = jnp.sum(weights) * (outputs.size // weights.size) / likelihood.temperature
         squares = jnp.zeros_like(count)
         if likelihood.sigma_noise is not None:
             residuals = (targets - outputs) / likelihood.sigma_noise
-            squares = jnp.sum(mb.over_outputs(batch.weights, residuals) * residuals**2)
+            squares = jnp.sum(mb.over_outputs(batch.weights, residuals) * residuals**2) / likelihood.temperature
         return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob), (count, squares)
 
     def value_and_gradient(batch_and_targets: tuple[mb.Microbatches, Array]) -> dict[str, Array]:

@@ -1,7 +1,7 @@
 """Networks, likelihoods and data, and what can be told of them from the traced forward pass."""
 
 from bnnlaplace.model.batched import outputs
-from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian
+from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian, tempered
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import last_layer
 
@@ -13,4 +13,5 @@ __all__ = [
     "gaussian",
     "last_layer",
     "outputs",
+    "tempered",
 ]

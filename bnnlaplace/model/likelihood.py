@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import described
@@ -14,6 +15,7 @@ from bnnlaplace.model.likelihoods.bernoulli import bernoulli
 from bnnlaplace.model.likelihoods.categorical import categorical, parameters_of
 from bnnlaplace.model.likelihoods.gaussian import gaussian
 from bnnlaplace.model.likelihoods.record import Likelihood
+from bnnlaplace.model.likelihoods.tempered import tempered, untempered
 
 _BY_NAME = {"classification": categorical, "regression": gaussian, "binary": bernoulli}
 
@@ -29,7 +31,8 @@ def is_ours(likelihood: Likelihood) -> bool:
 
 def options_of(likelihood: Likelihood) -> list[str]:
     """The options that a likelihood was made with, by name. Their values are among its leaves."""
-    return [name for name, value in parameters_of(likelihood).items() if value is not None]
+    options = [name for name, value in parameters_of(likelihood).items() if value is not None]
+    return options if untempered(likelihood)[1] is None else [*options, "temperature"]
 
 
 def with_options(name: str, options: Collection[str]) -> Likelihood:
@@ -40,10 +43,17 @@ def with_options(name: str, options: Collection[str]) -> Likelihood:
     ValueError
         If there is no such likelihood.
     """
-    ones = {"ignore_index": 1, "class_weights": np.ones(1)}
-    if name not in _BY_NAME or not set(options) <= (set(ones) if name == "classification" else set()):
+    ones = {"ignore_index": 1, "class_weights": np.ones(1)} if name == "classification" else {}
+    if name not in _BY_NAME or not {*options} <= {*ones, "temperature"}:
         raise ValueError(f"there is no likelihood {name!r:.80} with {options!r:.80}")
-    return _BY_NAME[name](**{option: ones[option] for option in options})
+    likelihood = _BY_NAME[name](**{option: ones[option] for option in ones if option in options})
+    return tempered(likelihood, 1.0) if "temperature" in options else likelihood
+
+
+def with_noise(likelihood: Likelihood, sigma_noise: Array) -> Likelihood:
+    """A regression at another noise, and at the same temperature."""
+    temperature = untempered(likelihood)[1]
+    return gaussian(sigma_noise) if temperature is None else tempered(gaussian(sigma_noise), temperature)
 
 
 def resolve(likelihood: str | Likelihood, sigma_noise: Any = 1.0) -> Likelihood:

@@ -285,6 +285,9 @@ def _number_score(
     likelihood: Likelihood, posterior: FunctionalPosterior, targets: Num[AnyArray, "b ..."]
 ) -> list[float | int]:
     """Score numbers by the mean of p(y | f) over samples: the summed NLL, the number of targets, and no gaps."""
-    log_probs = likelihood.log_prob(posterior.mean + posterior.deviations, jnp.asarray(targets))
+    # The temperature of a posterior does not change p(y | f).
+    log_probs = likelihood.temperature * likelihood.log_prob(
+        posterior.mean + posterior.deviations, jnp.asarray(targets)
+    )
     mean = jax.nn.logsumexp(log_probs, axis=0) - np.log(len(log_probs))
     return [-float(mean.sum()), math.prod(jnp.shape(targets)), np.nan]

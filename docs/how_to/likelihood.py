@@ -67,6 +67,14 @@ def poisson() -> Likelihood:
 # of your own does the same by `target_weights`, $y \mapsto w(y) \ge 0$: the curvature becomes $w(y) B B^\top$, and
 # `log_prob` must have the factor $w(y)$ too.
 
+# %% Temperature
+# `bnnlaplace.tempered(likelihood, T)` is $p(y \mid f)^{1/T}$: posterior and evidence are those of data in which each
+# example counts $1/T$ times, and predictions are those of the likelihood itself. With $T$ below one the posterior is
+# cold.
+
+cold = bnnlaplace.tempered(poisson(), 0.5)
+assert cold.log_prob(jnp.zeros(1), jnp.ones(1)) == 2 * poisson().log_prob(jnp.zeros(1), jnp.ones(1))
+
 # %% Parameters of a likelihood
 # If a likelihood depends on a number, pass it to the `Partial`s, as in `Partial(scaled_log_prob, scale)`. It becomes
 # the first argument of each function, and a leaf of the record, which is a pytree. So it can be traced and

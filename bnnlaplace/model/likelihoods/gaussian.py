@@ -7,6 +7,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import summed_type
 from bnnlaplace.model.likelihoods.record import Likelihood, Outputs, Targets
+from bnnlaplace.model.likelihoods.tempered import untempered
 
 
 def gaussian(sigma_noise: Real[ArrayLike, "*C"] = 1.0) -> Likelihood:
@@ -35,8 +36,8 @@ def gaussian(sigma_noise: Real[ArrayLike, "*C"] = 1.0) -> Likelihood:
 
 
 def noise_of(likelihood: Likelihood) -> Float[Array, "*C"] | None:
-    """The noise scale of a likelihood that `gaussian` made; None for any other."""
-    log_prob = likelihood.log_prob
+    """The noise scale of a likelihood that `gaussian` made, at any temperature; None for any other."""
+    log_prob = untempered(likelihood)[0].log_prob
     return log_prob.args[0] if isinstance(log_prob, Partial) and log_prob.func is _gaussian_log_prob else None
 
 

@@ -115,6 +115,14 @@ class Likelihood:
         return gaussian.noise_of(self)
 
     @property
+    def temperature(self) -> Float[Array, ""] | float:
+        """T of a `tempered` likelihood; 1.0 for any other."""
+        from bnnlaplace.model.likelihoods import tempered  # which needs this class
+
+        temperature = tempered.untempered(self)[1]
+        return 1.0 if temperature is None else temperature
+
+    @property
     def ignore_index(self) -> int | None:
         """The label that a `categorical` likelihood leaves out; None if it has none."""
         from bnnlaplace.model.likelihoods import categorical  # which needs this class
