@@ -84,10 +84,11 @@ def running_sum(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLik
 def _joining(shapes: PyTree[jax.ShapeDtypeStruct]) -> tuple[Callable[[PyTree], Any], Callable[[Any], PyTree]]:
     """Return a function that joins arrays of these shapes to one vector, and its inverse.
 
-    The addition of one vector compiles several times as fast as that of many arrays.
+    The addition of one vector compiles several times as fast as that of many arrays. Few arrays stay as they are, as
+    joining them is a copy.
     """
     leaves, structure = jax.tree.flatten(shapes)
-    if len(leaves) == 1 or len({leaf.dtype for leaf in leaves}) > 1:
+    if len(leaves) <= 4 or len({leaf.dtype for leaf in leaves}) > 1:
         return (lambda tree: tree), (lambda tree: tree)
     ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
 

@@ -18,7 +18,6 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core.linalg import all_products
 from bnnlaplace.core.tree import examples, summed_type
-from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.layers import Entry, Layer, Weights, at_one_example, find
 from bnnlaplace.model.jaxpr import run
 from bnnlaplace.model.network import Network
@@ -124,7 +123,14 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
     outputs
         The outputs; only their shape and type are used.
     """
-    return mb.summed(lambda number: function(_column(outputs, number)), jnp.arange(math.prod(outputs.shape[1:])))
+
+    def add(total: PyTree, number: Int[Array, ""]) -> tuple[PyTree, None]:
+        return jax.tree.map(jnp.add, total, function(_column(outputs, number))), None
+
+    # A plain sum: there are few outputs beside the examples, over which the rounding is carried along.
+    numbers = jnp.arange(math.prod(outputs.shape[1:]))
+    shapes = jax.eval_shape(lambda number: function(_column(outputs, number)), numbers[0])
+    return jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), numbers)[0]
 
 
 def at_columns(
