@@ -10,7 +10,7 @@ from bnnlaplace import calibration, curvature, evidence, krylov, predictive, pri
 from bnnlaplace.calibration import detection, temperature
 from bnnlaplace.core.types import Estimate, LinearOperator, NotAModeWarning
 from bnnlaplace.laplace import Laplace
-from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian, tempered
+from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian, heteroscedastic, tempered
 from bnnlaplace.model.network import Network
 from bnnlaplace.predictive import link, validation
 
@@ -28,6 +28,7 @@ __all__ = [
     "detection",
     "evidence",
     "gaussian",
+    "heteroscedastic",
     "krylov",
     "link",
     "predictive",

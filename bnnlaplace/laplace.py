@@ -48,7 +48,7 @@ class Laplace:
         mode of the log joint with the prior whose evidence is to be computed; `mode_gradient` tells how near they are.
         After `fit`, `network.params` are the weights that have a posterior.
     likelihood
-        "classification", "regression", "binary", or a `Likelihood`.
+        "classification", "regression", "binary", "heteroscedastic", or a `Likelihood`.
     subset_of_weights
         Which weights get a posterior: "all"; "last_layer", which is found in the forward pass; or a function from the
         path of a weight, such as "Dense_0/kernel", to a bool. The other weights are frozen and have no prior.
@@ -443,13 +443,13 @@ class Laplace:
         key: Array | None = None,
         num_samples: int | None = None,
         microbatch: int = 64,
-    ) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
+    ) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], ...]:
         """Predictions under the posterior. `la(x)` is `la.predictive(x)`.
 
         Parameters
         ----------
         x, microbatch
-            Inputs (B, ...), and how many are in memory at a time.
+            Inputs (B, ...), where B may be 0, and how many are in memory at a time.
         pred_type
             "glm": predict with the linearised network, whose posterior this is. "nn": predict with the network at
             samples of the weights, which may lie where the linearisation no longer holds.
@@ -464,7 +464,7 @@ class Laplace:
         Returns
         -------
         Array or (Array, Array)
-            Class probabilities (B, ..., C). For a regression (mean, variance), (B, ..., C) each. B may be 0.
+            Class probabilities (B, ..., C); of a regression mean and variance, and of "heteroscedastic" that of the noise.
         """
         check_inputs(self.fitted.warn_unless_converged().network, x)
         options = {"with_noise": with_noise, "key": key, "num_samples": num_samples, "microbatch": microbatch}

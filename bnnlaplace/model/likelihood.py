@@ -14,10 +14,16 @@ from bnnlaplace.model import arrays
 from bnnlaplace.model.likelihoods.bernoulli import bernoulli
 from bnnlaplace.model.likelihoods.categorical import categorical, parameters_of
 from bnnlaplace.model.likelihoods.gaussian import gaussian
+from bnnlaplace.model.likelihoods.heteroscedastic import heteroscedastic, is_heteroscedastic
 from bnnlaplace.model.likelihoods.record import Likelihood
 from bnnlaplace.model.likelihoods.tempered import tempered, untempered
 
-_BY_NAME = {"classification": categorical, "regression": gaussian, "binary": bernoulli}
+_BY_NAME = {
+    "classification": categorical,
+    "regression": gaussian,
+    "binary": bernoulli,
+    "heteroscedastic": heteroscedastic,
+}
 
 
 def is_ours(likelihood: Likelihood) -> bool:
@@ -172,7 +178,9 @@ def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray
                 f"{where}: binary targets must be 0 or 1, or probabilities between; got numbers from "
                 f"{targets.min()} to {targets.max()}; remap them, as -1 and 1 by (y + 1) / 2"
             )
-        if likelihood.name == "regression":  # NaN may stand for a missing target in a likelihood of the user's own
+        if likelihood.name == "regression" or is_heteroscedastic(
+            likelihood
+        ):  # NaN may stand for a missing target in a likelihood of the user's own
             arrays.check_finite(targets, f"{where}: targets")
     elif jnp.issubdtype(targets.dtype, jnp.floating):
         sums = targets.sum(axis=-1, dtype=np.float64)

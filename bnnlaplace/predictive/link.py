@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from bnnlaplace.core import checks
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.likelihoods.heteroscedastic import is_heteroscedastic
 
 LinkApproximation = Literal["probit", "mc", "bridge"]
 # Likelihoods for which "probit" is right: their mean is a softmax, a sigmoid, or the output itself.
@@ -25,7 +26,8 @@ def check_link(likelihood: Likelihood, link_approx: LinkApproximation, caller: s
         raise ValueError(
             f"{caller}(link_approx='bridge') must be asked of 'classification'; got {likelihood.name!r}; try 'probit'"
         )
-    if link_approx == "probit" and is_used and likelihood.name not in PROBIT:
+    is_made_for = likelihood.name in PROBIT or is_heteroscedastic(likelihood)
+    if link_approx == "probit" and is_used and not is_made_for:
         raise ValueError(
             f"{caller}(link_approx='probit') must be asked of one of {PROBIT}, being made for softmax and sigmoid; "
             f"got {likelihood.name!r}; use link_approx='mc' with key=..."

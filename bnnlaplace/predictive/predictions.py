@@ -1,7 +1,9 @@
 """Predictions under the posterior, by the linearised network or by the network at samples of the weights."""
 
+from collections.abc import Callable
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -11,6 +13,7 @@ from bnnlaplace.core.types import Inputs
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.likelihoods import heteroscedastic
 from bnnlaplace.predictive import link
 from bnnlaplace.predictive.functional import functional_posteriors, functional_variances
 from bnnlaplace.structure import SampleStructure
@@ -26,8 +29,10 @@ def predictions(
     key: Array | None = None,
     num_samples: int | None = None,
     microbatch: int = 64,
-) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
+) -> Float[Array, "B ... C"] | tuple[Float[Array, "B ... C"], ...]:
     """Predict E[y] under the posterior, or for a regression the mean and the variance of the outputs.
+
+    For `bnnlaplace.heteroscedastic`: the mean, its variance, and the expected variance of the noise, (B, ..., C) each.
 
     Parameters
     ----------
@@ -42,7 +47,7 @@ def predictions(
         The approximation of E[y], one of those in `bnnlaplace.predictive.link`. "bridge" is for "classification" only.
         A regression does not use it.
     with_noise
-        For a regression: add the variance of the noise.
+        For a regression: add the variance of the noise to that of the outputs.
     key, num_samples
         For "mc" and "nn". By default all samples of a `SampleStructure`, and 100 from a covariance.
     microbatch
@@ -57,8 +62,9 @@ def predictions(
     _check_options(fitted.likelihood, pred_type, link_approx, with_noise)
     _check_draws(key, num_samples)
     likelihood = fitted.likelihood
-    is_regression = likelihood.name == "regression"
-    noise = likelihood.sigma_noise**2 if with_noise else 0.0
+    has_noise_output = heteroscedastic.is_heteroscedastic(likelihood)
+    is_regression = likelihood.name == "regression" or has_noise_output
+    noise = likelihood.sigma_noise**2 if with_noise and not has_noise_output else 0.0
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
     precisions = [fitted.prior.precision]
     if pred_type == "nn" or (link_approx == "mc" and not is_regression):
@@ -73,7 +79,11 @@ def predictions(
         checks.count(num_samples, where, least=2 if needs_variance else 1, advice="try 32")
         draw = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
         if pred_type == "nn":
-            mean, variance = _over_weight_samples(fitted, inputs, **draw)
+            expected = heteroscedastic.moments if has_noise_output else likelihood.mean
+            mean, variance = _over_weight_samples(fitted, inputs, expected, **draw)
+            if has_noise_output:
+                (mean, of_noise), (variance, _) = (jnp.split(moment, 2, axis=-1) for moment in (mean, variance))
+                return mean, variance + of_noise if with_noise else variance, of_noise
             return (mean, variance + noise) if is_regression else mean
         (posterior,) = functional_posteriors(fitted, inputs, precisions, **draw)
         return link.monte_carlo(likelihood, posterior.mean, posterior.deviations)
@@ -82,6 +92,9 @@ def predictions(
     # Only the bridge needs covariances between outputs. Their diagonal alone is much cheaper.
     needs_covariance = link_approx == "bridge" and not is_regression
     (variance,) = functional_variances(fitted, inputs, precisions, microbatch=microbatch, marginal=not needs_covariance)
+    if has_noise_output:
+        mean, variance, of_noise = heteroscedastic.expected_moments(mean, variance)
+        return mean, variance + of_noise if with_noise else variance, of_noise
     if is_regression:
         return mean, variance + noise
     return link.bridge(mean, variance) if needs_covariance else link.probit(likelihood, mean, variance)
@@ -93,7 +106,7 @@ def _check_options(likelihood: Likelihood, pred_type: str, link_approx: str, wit
     link.check_link(likelihood, link_approx, "predictive", is_used=pred_type == "glm")
     if not isinstance(with_noise, (bool, np.bool_)):
         raise ValueError(f"predictive(with_noise=...) must be True or False; got {with_noise!r:.80}; try True")
-    if with_noise and likelihood.sigma_noise is None:
+    if with_noise and likelihood.sigma_noise is None and not heteroscedastic.is_heteroscedastic(likelihood):
         raise ValueError(
             f"predictive(with_noise=True) must be asked of a regression with sigma_noise; got {likelihood.name!r}"
         )
@@ -108,16 +121,25 @@ def _check_draws(key: Array | None, num_samples: int | None) -> None:
 
 
 def _over_weight_samples(
-    fitted: Fitted, inputs: Inputs, *, key: Array, num_samples: int, microbatch: int
+    fitted: Fitted,
+    inputs: Inputs,
+    function: Callable[[Array], Array],
+    *,
+    key: Array,
+    num_samples: int,
+    microbatch: int,
 ) -> tuple[Float[Array, "B ... C"], Float[Array, "B ... C"]]:
-    """Average E[y | f(x; theta)] over samples of the weights, and compute its variance. One forward pass a sample."""
+    """Average a function of f(x; theta) over samples of the weights, and compute its variance.
+
+    One forward pass a sample.
+    """
     network = fitted.network
     centre, unravel = ravel(network.params), unraveler(network.params)
     mean = squares = 0.0
     # Welford's recurrence keeps no sample, and the variance is not a difference of large numbers.
     for count, deviation in enumerate(fitted.deviations(key, num_samples), start=1):
         sample = network.with_params(unravel(centre + deviation))
-        expected = fitted.likelihood.mean(outputs(sample, inputs, microbatch=microbatch))
+        expected = function(outputs(sample, inputs, microbatch=microbatch))
         step = expected - mean
         mean = mean + step / count
         squares = squares + step * (expected - mean)

@@ -58,7 +58,9 @@ def poisson() -> Likelihood:
 # %% More outputs than targets
 # Targets have the shape of the outputs, or are labels. A likelihood whose outputs are, say, a mean and a log variance
 # of each target states the shape of its targets: `target_shape=(1,)` for one target, whatever the outputs are, or a
-# function from the number of outputs to the shape, such as `lambda c: (c // 2,)`.
+# function from the number of outputs to the shape, such as `lambda c: (c // 2,)`. `bnnlaplace.heteroscedastic()` is the
+# Gaussian likelihood of this kind: $2 C$ outputs are $C$ means and then $C$ log variances. Its `predictive` returns the
+# mean, its variance under the posterior (epistemic) and the expected variance of the noise (aleatoric).
 
 # %% Unknown labels and weights of classes
 # `bnnlaplace.categorical(ignore_index=-100)` leaves out the label -100: those examples, or those positions of the

@@ -157,7 +157,7 @@ def test_sigma_noise_is_for_regression_by_name(likelihood):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match=r"\['binary', 'classification', 'regression'\].*got 'poisson'"):
+    with pytest.raises(ValueError, match=r"\['binary', 'classification', 'heteroscedastic', .*got 'poisson'"):
         resolve("poisson")
 
 
