@@ -348,7 +348,7 @@ def checked_pairs(network: Network, validation: Any) -> Iterator[tuple[Inputs, A
     """
     checks.one_process("a choice by validation data")
     is_pair = isinstance(validation, (tuple, list)) and len(validation) == 2
-    if is_pair_of_arrays(validation) or (is_pair and not isinstance(validation[0], (tuple, list))):
+    if is_pair and (is_pair_of_arrays(validation) or not isinstance(validation[0], (tuple, list))):
         validation = [validation]
     if hasattr(validation, "shape") or isinstance(validation, (str, bytes, Mapping)):
         raise _not_validation(validation)
