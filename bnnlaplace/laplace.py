@@ -464,7 +464,7 @@ class Laplace:
         Returns
         -------
         Array or (Array, Array)
-            Class probabilities (B, ..., C). Regression: mean and variance. "heteroscedastic": that of the noise as well.
+            Class probabilities (B, ..., C). Regression: mean and variance. "heteroscedastic": that of the noise, too.
         """
         check_inputs(self.fitted.warn_unless_converged().network, x)
         options = {"with_noise": with_noise, "key": key, "num_samples": num_samples, "microbatch": microbatch}
