@@ -190,6 +190,8 @@ def _check_numbers(likelihood: Likelihood, num_outputs: int, targets: np.ndarray
                 f"{targets.min():.4g} and more, and sums from {sums.min():.4g} to {sums.max():.4g}; normalise them"
             )
     elif likelihood.target_shape is None:
+        if isinstance(parameters_of(likelihood)["ignore_index"], jax.core.Tracer):
+            return
         if likelihood.ignore_index is not None:
             targets = targets[targets != likelihood.ignore_index]
         if not targets.size or 0 <= targets.min() <= targets.max() < num_outputs:

@@ -158,6 +158,21 @@ def test_both_sides_of_masked_positions(masked, side):
     np.testing.assert_allclose(values, np.linalg.eigvalsh(exact()[1])[::-1][:20], rtol=1e-8, atol=1e-9)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_likelihood(problem):
+    # Its label of unknown classes is not known, so labels are not checked against it.
+    probes, params = jnp.sqrt(43) * jnp.eye(43), problem.network.params
+    options = {"network": problem.network, "num_matvecs": 25, "probe_batch_size": 43, "side": "primal"}
+
+    def value(likelihood):
+        batch = problem.inputs, LABELS
+        return evidence.log_marginal_likelihood(params, 0.7, batch, probes, likelihood=likelihood, **options).mean
+
+    likelihood = bnnlaplace.categorical(-100, WEIGHTS)
+    la = laplace(problem, likelihood, "full").fit((problem.inputs, LABELS))
+    assert jax.jit(value)(likelihood) == pytest.approx(la.log_marginal_likelihood().mean, rel=1e-8)
+
+
 # --- the likelihood itself --------------------------------------------------------------------------------------
 
 
