@@ -24,6 +24,7 @@ from bnnlaplace.model.subset import check as check_subset
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, is_scalar, resolve
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid, optimum, range_above
 from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
+from bnnlaplace.structure.finite import check_in_range
 
 
 @register_unchecked(("prior_precision", "prior_mean"), ("subset_of_weights", "hessian_structure", "prior_groups"))
@@ -152,7 +153,8 @@ class Fitted(NamedTuple):
         self.check_concrete(prior)
         if _has_same_ratios(prior, self.prior):  # a structure may remember what it has factorised
             return self._replace(prior=prior)
-        return self._replace(prior=prior, structure=self.structure.whitened(prior.relative / self.prior.relative))
+        structure = self.structure.whitened(prior.relative / self.prior.relative)
+        return self._replace(prior=prior, structure=check_in_range(structure))
 
     def with_sigma_noise(self, sigma_noise: float | Float[ArrayLike, "*C"]) -> "Fitted":
         """The same posterior of a regression at another noise. No curvature is computed again.
@@ -175,7 +177,9 @@ class Fitted(NamedTuple):
         factor = float(factors[0])
         return self._replace(
             likelihood=with_noise(self.likelihood, jnp.asarray(after, before.dtype)),
-            structure=self.structure.scaled(1 / factor),  # G is proportional to the inverse of the noise variance
+            structure=check_in_range(
+                self.structure.scaled(1 / factor)
+            ),  # G is proportional to the inverse of the noise variance
             log_likelihood=self.log_likelihood.with_noise_variance(factor, before),
         )
 

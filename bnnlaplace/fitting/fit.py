@@ -15,7 +15,6 @@ from bnnlaplace.curvature import dense, diagonal, kronecker
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
-from bnnlaplace.fitting.finite import check_finite
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
 from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare
@@ -24,6 +23,7 @@ from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior import Prior
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KroneckerStructure, SpectralStructure, Structure
+from bnnlaplace.structure.finite import check_finite, check_in_range
 
 # The structures that need one pass over the data. For each: the function that computes the curvature of a batch, whose
 # results add up over batches, and the function that makes the structure from the sum.
@@ -95,7 +95,7 @@ def _fit_exact(
     structure = exact_structure(name, curvature, scale)
     if not prior.is_isotropic:
         structure = structure.whitened(prior.relative)
-    return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
+    return Fitted(model.network, model.likelihood, prior, check_in_range(structure), log_likelihood)
 
 
 def batch_curvature(

@@ -1,6 +1,6 @@
 """Grow a block Krylov decomposition until the posterior has converged where it will be used."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -12,10 +12,10 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import streamed
 from bnnlaplace.evidence.log_joint import LogJoint
-from bnnlaplace.fitting.finite import check_finite
 from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.prior import bracket, maximiser, range_above
 from bnnlaplace.structure import KrylovError, KrylovStructure
+from bnnlaplace.structure.finite import not_finite
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,7 @@ def fit_krylov(
     shape = (min(options.num_probes, dimension), dimension)
     probes = jax.random.normal(options.key, shape, number_type(model.head.params))
     product = streamed.primal_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)
-    decompositions = krylov.block_lanczos(_checked(product), probes, max_vectors=options.max_vectors)
-    for decomposition in decompositions:
+    for decomposition in _decompositions(product, probes, options.max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition, options.tolerance)
         target = options.target_precision
         if target is None:
@@ -95,15 +94,14 @@ def fit_krylov(
     return structure
 
 
-def _checked(product: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Check that the results of a product are finite."""
-
-    def checked(vectors: Array) -> Array:
-        images = product(vectors)
-        check_finite(images)
-        return images
-
-    return checked
+def _decompositions(
+    product: Callable[[Array], Array], probes: Array, max_vectors: int
+) -> Iterator[krylov.BlockDecomposition]:
+    """Grow the decomposition; ValueError if a product, or its norm, leaves the range of the type."""
+    try:
+        yield from krylov.block_lanczos(product, probes, max_vectors=max_vectors)
+    except FloatingPointError:
+        raise not_finite(probes.dtype) from None
 
 
 def _hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_norm: float) -> float:

@@ -1,9 +1,10 @@
 """Which outputs of a network depend on some of its weights, entry by entry, read from the equations.
 
 Two heads whose outputs are concatenated depend on different weights, although they end in one array. So a dependence is
-followed for single entries through equations that move or map entries, such as a concatenation or an addition. After
-any other equation, such as a matrix product or a loop, all entries count as dependent if one operand has one that is.
-So an output may count as reached that is not, but never the other way round.
+followed for single entries through equations that move or map entries, such as a concatenation or an addition, and
+through products with constants, whose zeros cut it. After any other equation, such as a product of two arrays or a
+loop, all entries count as dependent if one operand has one that is. So an output may count as reached that is not, but
+never the other way round.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ _MOVING = """
     broadcast_in_dim concatenate dynamic_slice dynamic_update_slice expand_dims gather pad reshape rev scatter
     scatter-add scatter_add select_n slice split squeeze stack tile transpose unstack
 """
+# Products, in which a constant with zeros cuts the dependence.
+_PRODUCTS = frozenset({"mul", "dot_general"})
 # Where the function that an equation calls stands among its parameters. Its operands are those of the function.
 _CALLS = {"custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", **dict.fromkeys(INLINED_CALLS, "jaxpr")}
 _ENTRYWISE, _MOVING = frozenset(_ENTRYWISE.split()), frozenset(_MOVING.split())
@@ -77,6 +80,10 @@ def _results(equation: JaxprEqn, operands: list[Mask], known: dict[Var, Any]) ->
     shapes = [tuple(variable.aval.shape) for variable in equation.outvars]
     if name == "stop_gradient":
         return [False] * len(shapes)
+    if name in _PRODUCTS and sum(np.any(operand) for operand in operands) == 1:
+        cut = _cut_by_zeros(equation, operands, known)
+        if cut is not None:
+            return cut
     if all(operand is True for operand in operands if operand is not False) and name not in _MOVING:
         return [True] * len(shapes)
     if name == "optimization_barrier":
@@ -104,6 +111,28 @@ def _of_call(function: Jaxpr | ClosedJaxpr, operands: list[Mask]) -> list[Mask]:
     return [_mask(atom, masks) for atom in closed.jaxpr.outvars]
 
 
+def _cut_by_zeros(equation: JaxprEqn, operands: list[Mask], known: dict[Var, Any]) -> list[Mask] | None:
+    """The mask of a product of dependent entries with a constant that has zeros. None if there is no such constant."""
+    factors = []
+    for atom, operand in zip(equation.invars, operands, strict=True):
+        if np.any(operand):
+            factors.append(np.broadcast_to(operand, atom.aval.shape))
+            continue
+        if not (isinstance(atom, Literal) or atom in known):
+            return None
+        constant = np.asarray(atom.val if isinstance(atom, Literal) else known[atom])
+        if constant.all():
+            return None
+        factors.append(constant != 0)
+    left, right = (factor.astype(np.float32) for factor in factors)
+    if equation.primitive.name == "mul":
+        return [np.broadcast_to(left * right > 0, equation.outvars[0].aval.shape)]
+    ((summed_left, summed_right), (batch_left, batch_right)) = equation.params["dimension_numbers"]
+    with jax.ensure_compile_time_eval():
+        product = jax.lax.dot_general(left, right, (((summed_left, summed_right)), (batch_left, batch_right)))
+    return [np.asarray(product) > 0]
+
+
 def _moved(equation: JaxprEqn, operands: list[Mask], known: dict[Var, Any]) -> list[Mask] | None:
     """Move the entries of masks as the equation moves those of arrays. None if it is not known where to."""
     values = []
@@ -121,8 +150,7 @@ def _compute(equation: JaxprEqn, known: dict[Var, Any]) -> None:
     """Compute the results of an equation whose operands are small constants."""
     is_known = all(isinstance(atom, Literal) or atom in known for atom in equation.invars)
     sizes = [np.prod(variable.aval.shape) for variable in equation.outvars]
-    is_index = not any(jnp.issubdtype(variable.aval.dtype, jnp.inexact) for variable in equation.outvars)
-    if not (is_known and is_index and max(sizes, default=0) <= _MOST_NUMBERS):
+    if not (is_known and max(sizes, default=0) <= _MOST_NUMBERS):
         return
     values = [atom.val if isinstance(atom, Literal) else known[atom] for atom in equation.invars]
     known.update(zip(equation.outvars, _execute(equation, values), strict=True))

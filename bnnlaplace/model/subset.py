@@ -100,8 +100,18 @@ def _last_layer(spec: NetworkSpec) -> frozenset[str]:
             f"function with derivatives of its own; pass a predicate, such as lambda path: path == {names[last]!r}"
         )
     chosen = {leaf for leaf, name in enumerate(names) if entered[leaf] >= entered[last] or _is_in(name, module)}
+    # A scale after the heads reaches all outputs, but is not a head. So the matrices are to reach the outputs by
+    # themselves, as far as there are such.
+    while (missing := _missing(spec, frozenset(chosen & set(matrices)))).any():
+        head = _next_head(spec, missing, chosen, names, entered, matrices)
+        if not head:
+            break
+        chosen |= head
     while (missing := _missing(spec, frozenset(chosen))).any():
-        chosen |= _next_head(spec, missing, chosen, names, entered, matrices)
+        head = _next_head(spec, missing, chosen, names, entered, matrices)
+        if not head:
+            raise _no_head(spec, missing, chosen, names)
+        chosen |= head
     return frozenset(names[leaf] for leaf in chosen)
 
 
@@ -113,19 +123,25 @@ def _next_head(
     entered: list[int],
     matrices: list[int],
 ) -> set[int]:
-    """The last layer of another head: of weights that reach some of the missing outputs and no other ones."""
+    """The last layer of another head: of weights that reach some of the missing outputs and no other; empty if none."""
     reached = {leaf: reached_outputs(spec, frozenset([leaf])) for leaf in range(len(names)) if leaf not in chosen}
     candidates = [leaf for leaf, outputs in reached.items() if outputs.any() and not (outputs & ~missing).any()]
     if not candidates:
-        others = _reaching(spec, missing, {names[leaf] for leaf in chosen}, names)
-        raise ValueError(
-            f"subset_of_weights='last_layer' must find a layer for every output; {sorted(names[i] for i in chosen)} do "
-            f"not reach {_in_words(missing)}, whose variance would be 0; pass a predicate that also selects one of "
-            f"{others}, such as lambda path: path in {sorted([*(names[i] for i in chosen), others[-1]])}"
-        )
+        return set()
     last = max([leaf for leaf in candidates if leaf in matrices] or candidates, key=entered.__getitem__)
     module = names[last].rpartition("/")[0]
     return {leaf for leaf in candidates if entered[leaf] >= entered[last] or _is_in(names[leaf], module)}
+
+
+def _no_head(spec: NetworkSpec, missing: Bool[np.ndarray, "..."], chosen: set[int], names: list[str]) -> ValueError:
+    """The error for outputs without a last layer of their own."""
+    found = sorted(names[leaf] for leaf in chosen)
+    others = _reaching(spec, missing, set(found), names)
+    return ValueError(
+        f"subset_of_weights='last_layer' must find a layer for every output; {found} do not reach "
+        f"{_in_words(missing)}, whose variance would be 0; pass a predicate that also selects one of {others}, such as "
+        f"lambda path: path in {sorted([*found, others[-1]])}"
+    )
 
 
 def _missing(spec: NetworkSpec, chosen: frozenset[int]) -> Bool[np.ndarray, "..."]:

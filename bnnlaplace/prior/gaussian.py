@@ -216,7 +216,7 @@ def _mean(mean: PyTree, params: PyTree, where: str) -> Float[ArrayLike, ""] | Nu
         return 0.0  # the number, so that no vector of zeros is stored
     try:
         vector = as_vector(_with_posterior(mean, params), params)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         raise ValueError(
             f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "
             f"{described(mean)}"

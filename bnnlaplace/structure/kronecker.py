@@ -81,9 +81,10 @@ class KroneckerBlock(NamedTuple):
         return from_matrix(matrices, self._segments)
 
     @property
-    def largest(self) -> float:
-        """The largest eigenvalue."""
-        return float(np.asarray(self.row_values).max()) * float(np.asarray(self.column_values).max())
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest eigenvalue."""
+        rows, columns = np.asarray(self.row_values), np.asarray(self.column_values)
+        return float(rows.min()) * float(columns.min()), float(rows.max()) * float(columns.max())
 
     def divided(self, number: Float[ArrayLike, ""]) -> "KroneckerBlock":
         """The block divided by a positive number."""
@@ -138,9 +139,10 @@ class FilterBlock(NamedTuple):
         return _einsum_like(coefficients, "ckl,...cl->...kc", self.vectors, by_filter).reshape(coefficients.shape)
 
     @property
-    def largest(self) -> float:
-        """The largest eigenvalue."""
-        return float(np.asarray(self.values).max())
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest eigenvalue."""
+        values = np.asarray(self.values)
+        return float(values.min()), float(values.max())
 
     def divided(self, number: Float[ArrayLike, ""]) -> "FilterBlock":
         """The blocks divided by a positive number."""
@@ -176,9 +178,10 @@ class DiagonalBlock(NamedTuple):
         return coefficients
 
     @property
-    def largest(self) -> float:
-        """Zero: no entry is lost beside a larger one, as the rounding of each is relative to itself."""
-        return 0.0
+    def range(self) -> tuple[float, float]:
+        """The largest entry, twice: no entry is lost beside a larger one, as the rounding of each is relative to it."""
+        largest = float(np.asarray(self.diagonal).max())
+        return largest, largest
 
     def divided(self, number: Float[ArrayLike, ""]) -> "DiagonalBlock":
         """The diagonal divided by a positive number."""
@@ -215,9 +218,13 @@ class KroneckerStructure(NamedTuple):
         return cls([_BY_SUMS[type(leaf)].fit(leaf) for leaf in sums])
 
     def resolution(self) -> float:
-        """The prior precision below which curvature of its size cannot be told from the rounding of the factors."""
-        largest = max(block.largest for block in self.blocks)
-        return ROUNDING * float(jnp.finfo(jax.tree.leaves(self)[0].dtype).eps) * largest
+        """The prior precision below which curvature of its size cannot be told from the rounding of the factors.
+
+        Zero if no eigenvalue is that small.
+        """
+        eps = float(jnp.finfo(jax.tree.leaves(self)[0].dtype).eps)
+        limits = [(ROUNDING * eps * largest, smallest) for smallest, largest in (block.range for block in self.blocks)]
+        return max((limit for limit, smallest in limits if smallest <= limit), default=0.0)
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, Any]) -> "KroneckerStructure":

@@ -122,8 +122,12 @@ class KrylovStructure(NamedTuple):
         return len(self.decomposition.start)
 
     def resolution(self) -> float:
-        """The prior precision below which curvature of its size cannot be told from the rounding of products."""
-        return float(self.ritz.resolution)
+        """The prior precision below which curvature of its size cannot be told from the rounding of products.
+
+        Zero if the space is exhausted and no value is that small.
+        """
+        is_complete = not (self.decomposition.residual.any() or self.ritz.hidden.any())
+        return 0.0 if is_complete else float(self.ritz.resolution)
 
     def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " S"]:
         """log det(I + G / delta), one estimate for each probe. Converged eigenpairs enter all of them exactly."""

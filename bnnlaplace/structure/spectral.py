@@ -93,14 +93,15 @@ class SpectralStructure(NamedTuple):
         return float(np.sum(along**2 / (values + prior_precision)) + outside / prior_precision)
 
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
-        """Draw rows eps / sqrt(delta) + V' [(lambda + delta)^-1/2 - delta^-1/2] V eps.
+        """Draw rows V' (lambda + delta)^-1/2 V eps + (eps - V' V eps) / sqrt(delta).
 
         Outside the rows of V the posterior has the variance of the prior.
         """
         vectors = self.eigenvectors
         noise = jax.random.normal(key, (num_samples, vectors.shape[1]), vectors.dtype)
-        change = 1 / jnp.sqrt(self.eigenvalues + prior_precision) - 1 / jnp.sqrt(prior_precision)
-        return noise / jnp.sqrt(prior_precision) + matmul(matmul(noise, vectors.T) * change, vectors)
+        inside, outside = _inside_and_outside(vectors, noise)
+        inside = matmul(inside / jnp.sqrt(self.eigenvalues + prior_precision), vectors)
+        return inside + outside / jnp.sqrt(prior_precision)
 
     def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """Return the function J -> J V' (lambda + delta)^-1 V J' + R R' / delta, evaluated at each delta.
@@ -117,13 +118,25 @@ def _covariances(
     jacobian: Jacobian,
 ) -> Float[Array, "D M U C C"]:
     """Compute the covariance of outputs inside and outside the rows of V, at each delta."""
-    rows = jacobian.rows() / jnp.sqrt(relative)
-    inside = matmul(rows, structure.eigenvectors.T)
+    inside, outside_rows = _inside_and_outside(structure.eigenvectors, jacobian.rows() / jnp.sqrt(relative))
     # R is formed before it is squared. A difference of two squares would be rounding alone if the data determine almost
     # everything.
-    outside = inner_products(rows - matmul(inside, structure.eigenvectors))
+    outside = inner_products(outside_rows)
 
     def at(delta: Float[Array, ""]) -> Float[Array, "M U C C"]:
         return inner_products(inside * jax.lax.rsqrt(structure.eigenvalues + delta)) + outside / delta
 
     return jax.lax.map(at, precisions)
+
+
+def _inside_and_outside(
+    eigenvectors: Float[Array, "r P"], rows: Float[Array, "... P"]
+) -> tuple[Float[Array, "... r"], Float[Array, "... P"]]:
+    """Return the coordinates of rows in the eigenvectors, and their part outside of them.
+
+    The part is taken twice, because the eigenvectors are orthonormal to rounding only: what a first pass leaves along
+    them has the large variance of the prior.
+    """
+    inside = matmul(rows, eigenvectors.T)
+    outside = rows - matmul(inside, eigenvectors)
+    return inside, outside - matmul(matmul(outside, eigenvectors.T), eigenvectors)

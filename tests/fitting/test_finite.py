@@ -45,3 +45,28 @@ def test_a_product_that_overflows_is_an_error():
     la = bnnlaplace.Laplace(network, "regression")
     with pytest.raises(ValueError, match="curvature must be finite"):
         la.fit((x, x[:, :1] * 1e-19), key=jax.random.key(0), num_probes=4, max_vectors=16)
+
+
+@pytest.mark.parametrize("structure", ["diag", "kron"])
+def test_a_curvature_that_overflows_later_is_an_error(structure):
+    """It is finite as it is summed, and not after it was scaled, divided by a noise or whitened."""
+    network, x, y = regression(1e16, 40)
+    options = {"hessian_structure": structure, "sigma_noise": 0.01}
+    la = bnnlaplace.Laplace(network, "regression", **options)
+    with pytest.raises(ValueError, match="curvature must be finite"):
+        la.fit((x, y), num_data=1_000_000)
+    fitted = la.fit((x, y))
+    with pytest.raises(ValueError, match="curvature must be finite"):
+        fitted.with_sigma_noise(1e-5)
+    other = bnnlaplace.Network.from_function(lambda p, x: x[:, :1] * p["a"] + x[:, 1:] * p["b"], {"a": 0.0, "b": 0.0})
+    other = other.with_params(jax.tree.map(lambda _: jnp.zeros(1), other.params))
+    fitted = bnnlaplace.Laplace(other, "regression", **options).fit((x, y))
+    with pytest.raises(ValueError, match="curvature must be finite"):
+        fitted.with_prior_precision({"a": 1e-8, "b": 1e8})
+
+
+def test_factors_that_overflow_in_their_product_are_an_error():
+    network, x, y = regression(1e10, 40)
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure="kron", sigma_noise=1e-10)
+    with pytest.raises(ValueError, match="curvature must be finite"):
+        la.fit((x, y))

@@ -265,6 +265,37 @@ def test_outputs_that_no_selected_weight_reaches(x64):
     fit_subset(network_of(with_skip), lambda path: path in ("left/w", "body/w"))
 
 
+MIXED = {
+    "masks": lambda left, right: left * jnp.array([1.0, 0.0]) + right * jnp.array([0.0, 1.0]),
+    "places": lambda left, right: left @ jnp.array([[1.0, 0.0]]) + right @ jnp.array([[0.0, 1.0]]),
+    "a task": lambda left, right: left * jax.nn.one_hot(0, 2) + right * jax.nn.one_hot(1, 2),
+    "units": lambda left, right: jnp.concatenate([left, right], axis=-1) @ jnp.diag(jnp.array([2.0, 3.0])),
+}
+
+
+@pytest.mark.parametrize("mix", MIXED)
+def test_heads_that_meet_in_a_product_with_constants(x64, mix):
+    """Zeros of a constant cut what a head reaches, so one head alone is refused and both are found."""
+
+    def function(params, x):
+        hidden = jnp.tanh(x @ params["body"]["w"])
+        return MIXED[mix](hidden @ params["left"]["w"], hidden @ params["right"]["w"])
+
+    shapes = {"body/w": (4, 6), "left/w": (6, 1), "right/w": (6, 1)}
+    network = bnnlaplace.Network.from_function(function, nested(shapes))
+    assert last_layer(network, X) == {"left/w", "right/w"}
+    la = bnnlaplace.Laplace(network, "regression", lambda path: path == "left/w", hessian_structure="diag")
+    with pytest.raises(ValueError, match=r"output 1 of 2, whose variance would be 0; select one of .*'right/w'"):
+        la.fit((X, np.zeros((40, 2))))
+
+
+def test_a_scale_after_the_heads_is_no_head(x64):
+    network = bnnlaplace.Network.from_function(
+        lambda params, x: sides(params, x) * params["scale"], nested({**SIDES, "scale": (3,)})
+    )
+    assert last_layer(network, X) == HEADS | {"scale"}
+
+
 def test_an_output_that_no_weight_reaches_has_no_variance(x64):
     """As the logit of a class of reference, which is fixed at zero: that is the model, and not a choice of weights."""
     network = bnnlaplace.Network.from_function(

@@ -153,3 +153,36 @@ def test_ritz_values_of_a_matrix_of_known_rank():
     assert np.count_nonzero(found.values) == 5
     assert np.count_nonzero(raw.values) > 5
     np.testing.assert_array_equal(found.hidden > 0, (found.values == 0) & (raw.values != 0))
+
+
+def test_variances_where_the_data_determine_almost_everything():
+    """Few outputs: what rounding leaves of the prior's part along the eigenvectors has the prior's large variance."""
+    rng = np.random.default_rng(4)
+    x, sigma, delta = rng.normal(size=(20, 40)).astype(np.float32), 1e-3, 1e-3
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.zeros((40, 1)))
+    la = bnnlaplace.Laplace(network, "regression", sigma_noise=sigma, prior_precision=delta)
+    la = la.fit((x, np.zeros((20, 1), np.float32)), key=jax.random.key(0))
+    assert la.structure.resolution() < delta
+    exact = x.astype(np.float64)
+    covariance = np.linalg.inv(exact.T @ exact / sigma**2 + delta * np.eye(40))
+    expected = np.einsum("np,pq,nq->n", exact, covariance, exact)
+    np.testing.assert_allclose(la.functional_variance(x)[:, 0, 0], expected, rtol=0.01)
+    samples = np.asarray(la.sample(jax.random.key(1), 2000))[..., 0] @ exact.T
+    np.testing.assert_allclose(samples.var(axis=0).mean(), expected.mean(), rtol=0.05)
+
+
+@pytest.mark.parametrize("structure", ["kron", "lanczos"])
+def test_a_regression_that_hides_nothing_gets_no_warning(structure):
+    """All eigenvalues are far above the rounding, which is above the prior precision."""
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(2000, 3)).astype(np.float32)
+    y = (x @ np.ones((3, 1)) + 0.01 * rng.normal(size=(2000, 1))).astype(np.float32)
+    weights = jnp.asarray(np.linalg.lstsq(x, y, rcond=None)[0], jnp.float32)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, weights)
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure=structure, sigma_noise=0.001)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", bnnlaplace.NotAModeWarning)
+        la = la.fit((x, y), key=jax.random.key(0))
+        la.log_marginal_likelihood()
+        la.predictive(x[:5])
