@@ -39,8 +39,7 @@ class Laplace:
     "kron" and "full" it can be an argument of jitted functions that call `predictive`, `functional_variance`, `sample`
     or `mode_gradient`; the matrix of "full" is rounded to float32 then, which closing over the object avoids. With
     "lanczos" small matrices are on the host: close over the object, or call it outside `jit`. Fitting, the evidence,
-    the choice of the prior precision and saving belong outside `jit` with every structure.
-    `bnnlaplace.evidence.log_marginal_likelihood` is the traceable evidence.
+    the choice of the prior precision and saving belong outside; `evidence.log_marginal_likelihood` can be traced.
 
     Parameters
     ----------
