@@ -61,9 +61,9 @@ print(f"mode decrement {la.mode_decrement():.2g}, effective parameters {error.ef
 # has a relative error of $1 / \sqrt{2 (S - 1)}$: 13 % for the default of 32. With far fewer probes it misleads.
 #
 # `sem` does not include the truncation error of the recurrence. Truncation lowers the evidence by at most
-# `krylov_error().truncation / 2`. Nor does it include rounding: curvature below `structure.resolution()` counts as zero,
-# which raises the evidence by about `krylov_error().rounding / 2` at most. A prior precision below the resolution gets a
-# warning.
+# `krylov_error().truncation / 2`. Nor does it include rounding: curvature below `structure.resolution()` counts as
+# zero, which raises the evidence by about `krylov_error().rounding / 2` at most. A prior precision below the resolution
+# gets a warning.
 
 estimate = la.log_marginal_likelihood()
 print(f"exact {exact.log_marginal_likelihood().mean:.2f}, estimate {estimate.mean:.2f} +- {estimate.sem:.2f} nats")
