@@ -331,10 +331,11 @@ def check_inputs(network: Network, inputs: Any, where: str = _INPUTS) -> Inputs:
     for leaf in jax.tree.leaves(inputs):
         arrays.check_finite(leaf, where)
     try:
-        output_shape(network, inputs)
+        shape = output_shape(network, inputs)
     except Exception as error:  # whatever a user's function raises at shapes that it does not take
         what = f"{where} must have the shape of those of the data, except for the first axis"
         raise call_refused(what, inputs, error) from error
+    check_outputs(shape, num_examples(inputs))
     return inputs
 
 

@@ -288,7 +288,7 @@ def of_metrics() -> Iterator[Case]:
         yield Case("metric name", f"differences {value}", partial(calibration.paired_differences, value, value))
     logits = RNG.normal(size=(8, 3))
     # Other finite rows are logits, so they are no fault here.
-    is_logits = lambda value: np.shape(value) == (8, 3) and value.dtype.kind == "f"  # noqa: E731
+    is_logits = lambda value: getattr(value, "shape", None) == (8, 3) and value.dtype.kind == "f"  # noqa: E731
     wrong = [value for value in probabilities(rows)[:-2] if not is_logits(value)]
     for value in [*wrong, spoilt(logits, np.nan), logits[..., None], rows]:
         yield Case("logits", f"fit_temperature {value}", partial(fit_temperature, value, classes))

@@ -68,9 +68,17 @@ def each(name: str, values: dict[str, Any], entry: Callable[[Any], Any]) -> Tabl
 def inputs_of_fit() -> Table:
     likelihoods = {"NaN": BAD_TARGETS["NaN"]} | BAD_TARGETS
     binary = {"below 0": TARGETS, "above 1": np.full((12, 3), 2), "NaN": np.full((12, 3), np.nan), "labels": Y}
-    not_data = {"an array": X, "a triple": (X, Y, Y), "a dictionary": {"x": X, "y": Y}, "a single": (X,), "nothing": ()}
+    not_data = {
+        "an array": X,
+        "four arrays": (X, Y, Y, Y),
+        "a dictionary": {"x": X, "y": Y},
+        "a single": (X,),
+        "nothing": (),
+    }
+    weights = {"below 0": -np.ones(12), "NaN": np.full(12, np.nan), "too few": np.ones(11), "strings": ["a"] * 12}
     return {
         **each("x", BAD_X, lambda x: fit((x, Y))),
+        **each("weights", weights, lambda w: fit((X, Y, w))),
         **each("x of a batch", BAD_X, lambda x: fit([(X, Y), (x, Y)])),
         **each("y", BAD_Y, lambda y: fit((X, y))),
         **each("y of a batch", BAD_Y, lambda y: fit([(X, y)])),
