@@ -55,6 +55,13 @@ def x64():
         yield
 
 
+@pytest.fixture(scope="module")
+def x64_module():
+    """Double precision in all tests of a module, and in the fixtures that they share."""
+    with jax.enable_x64(True):
+        yield
+
+
 @pytest.fixture
 def classification(x64) -> Problem:
     """Eleven examples of three classes, in double precision."""

@@ -40,7 +40,7 @@ def rows(probs: Probs, where: str) -> Float[np.ndarray, "N K"]:
     ------
     ValueError
         If these are not numbers, the shape is wrong, an entry is negative or NaN, a row does not sum to one, or a
-        number for each example is no probability.
+        number for each example is not a probability.
     """
     array = numbers(probs, where)
     if not _is_binary(array.shape):

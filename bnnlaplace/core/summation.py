@@ -34,7 +34,7 @@ class Sum(NamedTuple):
     @classmethod
     def zeros(cls, like: PyTree) -> "Sum":
         """The empty sum of terms with the shapes and types of `like`."""
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+        zeros = jax.tree.map(jnp.zeros_like, like)
         return cls(zeros, zeros)
 
     def plus(self, terms: PyTree) -> "Sum":

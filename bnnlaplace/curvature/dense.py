@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,12 +140,14 @@ def ggn_in_float64(
     of_examples, _ = mb.within_factor(weights, likelihood.factor_mv)
     present = np.where(index < count, np.asarray(of_examples)[inside], 0)
     columns = _columns_at_once(index[0].size, math.prod(output_shape(network, inputs)[1:]))
-    sums: list[Array] = []
+    sums = None
     for parts, of_parts in zip(inside, present, strict=True):
         for numbers in columns:
             groups = _groups_at(network, likelihood, inputs, weights, parts, numbers)
             with jax.enable_x64(True):
-                sums = _with_groups(sums or _zeros_like(_terms, groups, of_parts), groups, of_parts)
+                if sums is None:
+                    sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(_terms, groups, of_parts))
+                sums = _with_groups(sums, groups, of_parts)
     arrangement = _arrangement(NetworkSpec.of(network, inputs))
     with jax.enable_x64(True):
         return np.asarray(_matrix_of(sums, *arrangement))
@@ -181,10 +183,6 @@ def _terms(groups: list[Factors], weights: Float[AnyArray, "num m"]) -> list[Arr
     """Sum the products of each pair of groups over examples, in float64."""
     groups, weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (groups, weights.reshape(-1)))
     return [_summed(groups[i], groups[j], weights) for i, j in _pairs(len(groups))]
-
-
-def _zeros_like(function: Callable[..., PyTree], *arguments: Any) -> PyTree:
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, *arguments))
 
 
 @lru_cache(maxsize=64)

@@ -130,7 +130,7 @@ def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs:
     # A plain sum: there are few outputs beside the examples, over which the rounding is carried along.
     numbers = jnp.arange(math.prod(outputs.shape[1:]))
     shapes = jax.eval_shape(lambda number: function(_column(outputs, number)), numbers[0])
-    return jax.lax.scan(add, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes), numbers)[0]
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, shapes), numbers)[0]
 
 
 def at_columns(

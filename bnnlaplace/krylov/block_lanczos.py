@@ -23,6 +23,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bnnlaplace.core.linalg import matmul
+from bnnlaplace.krylov.tridiagonal import ROUNDING
 
 
 class BlockDecomposition(NamedTuple):
@@ -158,11 +159,6 @@ def block_lanczos(
         exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
         if exhausted or len(basis) + count > max_vectors:
             return
-
-
-# Rounding of a product with A, over eps times its largest eigenvalue. In products with GGNs of known rank the values
-# that should be zero are up to 3.
-ROUNDING = 4.0
 
 
 def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:

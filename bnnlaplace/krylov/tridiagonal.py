@@ -107,9 +107,14 @@ def _evaluate(function: Callable, constants: Any, values: Array) -> Array:
     return jax.vmap(lambda value: function(value, *constants))(values)
 
 
+# Rounding of a product, over eps times the largest eigenvalue. In products with GGNs of known rank the values that
+# should be zero are up to 3.
+ROUNDING = 4.0
+
+
 def rounding_of_zero(values: Float[Array, " K"]) -> Float[Array, ""]:
     """The size below which a Ritz value cannot be told from zero, as products are off by eps times the largest one."""
-    return 4 * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
+    return ROUNDING * jnp.finfo(values.dtype).eps * jnp.max(jnp.abs(values))
 
 
 def divided_differences(

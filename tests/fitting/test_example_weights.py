@@ -17,10 +17,7 @@ PRECISION = 0.7
 OPTIONS = {"key": jax.random.key(0), "num_probes": 8, "max_vectors": 43, "tolerance": 1e-9, "microbatch": 3}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 @pytest.fixture(scope="module", params=LIKELIHOODS)

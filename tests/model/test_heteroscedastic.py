@@ -10,19 +10,14 @@ import bnnlaplace
 
 PRECISION, STRUCTURES = 0.8, ["full", "diag", "kron", "lanczos"]
 OPTIONS = {"key": jax.random.key(0), "num_probes": 8, "max_vectors": 64, "microbatch": 5}
-pytestmark = pytest.mark.filterwarnings("ignore")  # the weights are random, so they are not at a mode
+# The weights are random, so they are not at a mode.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("x64_module")]
 RNG = np.random.default_rng(0)
 INPUTS, TARGETS, WEIGHTS = RNG.normal(size=(12, 3)), RNG.normal(size=(12, 2)), 0.3 * RNG.normal(size=(3, 4))
 OUTPUTS = INPUTS @ WEIGHTS
 MEANS, LOG_VARIANCES = OUTPUTS[:, :2], OUTPUTS[:, 2:]
 CURVATURES = np.concatenate([np.exp(-LOG_VARIANCES), np.full((12, 2), 0.5)], axis=1)  # the Fisher information
 LOG_LIKELIHOOD = stats.norm.logpdf(TARGETS, MEANS, np.exp(LOG_VARIANCES / 2)).sum()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
 
 
 def laplace(structure, likelihood=None):

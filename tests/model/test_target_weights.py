@@ -19,10 +19,7 @@ LABELS = np.array([2, -100, 0, 1, 1, -100, 0, 2])
 SEQUENCES = np.array([[2, -100, 0], [-100, -100, -100], [1, 1, 2], [0, -100, 1], [2, 2, -100]])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("x64_module")
 
 
 @pytest.fixture(scope="module")

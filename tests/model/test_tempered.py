@@ -11,13 +11,8 @@ from bnnlaplace import evidence
 
 TEMPERATURE, PRECISION = 0.25, 0.7
 OPTIONS = {"key": jax.random.key(0), "num_probes": 8, "max_vectors": 43, "microbatch": 3}
-pytestmark = pytest.mark.filterwarnings("ignore")  # the weights are random, so they are not at a mode
-
-
-@pytest.fixture(scope="module", autouse=True)
-def double():
-    with jax.enable_x64(True):
-        yield
+# The weights are random, so they are not at a mode.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("x64_module")]
 
 
 @pytest.fixture(scope="module", params=LIKELIHOODS)
