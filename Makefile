@@ -15,7 +15,7 @@ WORKDIR ?= checkpoints/van_digits
 VENV := .venv/bin
 INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --editable
 # A file stays on one worker: its tests share fixtures and compiled programs.
-PYTEST := $(VENV)/python -m pytest --numprocesses auto --dist loadfile
+PYTEST := $(VENV)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 1
 
 .PHONY: fit-van test test-all test-peers test-campaign docs readme-figure results clean
 

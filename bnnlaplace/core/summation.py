@@ -50,11 +50,6 @@ class Sum(NamedTuple):
         return jax.tree.map(jnp.add, self.total, self.error)
 
 
-def in_float64(total: Any, error: Any) -> np.float64:
-    """A number that a `Sum` holds, on the host with all its digits."""
-    return np.float64(total) + np.float64(error)
-
-
 def accumulated(terms: Iterable[PyTree]) -> PyTree:
     """Sum pytrees one after another, outside `jit`; None if there are none.
 

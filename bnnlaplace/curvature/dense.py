@@ -146,7 +146,9 @@ def ggn_in_float64(
             groups = _groups_at(network, likelihood, inputs, weights, parts, numbers)
             with jax.enable_x64(True):
                 if sums is None:
-                    sums = jax.tree.map(jnp.zeros_like, jax.eval_shape(_terms, groups, of_parts))
+                    # From the host: each shape that JAX made zeros of would be compiled.
+                    shapes = jax.eval_shape(_terms, groups, of_parts)
+                    sums = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), shapes)
                 sums = _with_groups(sums, groups, of_parts)
     arrangement = _arrangement(NetworkSpec.of(network, inputs))
     with jax.enable_x64(True):
@@ -205,8 +207,8 @@ def _matrix_of(
 
 # Inputs or outputs of a layer up to which the symmetry of its block halves the work for each of them.
 MOST_PACKED = 1024
-# Examples whose sums in float64 are taken together.
-EXAMPLES_AT_ONCE = 512
+# Examples whose sums in float64 are taken together: more of them need arrays that do not stay in the cache.
+EXAMPLES_AT_ONCE = 256
 # Numbers in the cotangents of a microbatch, one for each output, that are in memory at a time.
 MOST_COTANGENTS = 2**24
 

@@ -52,11 +52,13 @@ def within_factor(
     return of_examples, lambda outputs, column: factor_mv(outputs, over_outputs(relative, column) * column)
 
 
-def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "num ..."]]) -> PyTree:
+def summed(
+    function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "num ..."]], *, has_aux: bool = False
+) -> PyTree:
     """Sum `function` over parts along the leading axis, one after another. Call it inside `jit`.
 
-    The rounding of the sum does not grow with the number of parts. Memory: the sum twice, and what `function` takes for
-    one part.
+    The rounding of the sum does not grow with the number of parts. Memory: the sum three times, and what `function`
+    takes for one part.
 
     Parameters
     ----------
@@ -64,21 +66,42 @@ def summed(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "n
         A function from one part to a pytree of arrays.
     parts
         A pytree of arrays with leading axes of equal length, such as microbatches.
+    has_aux
+        Whether `function` returns a second pytree, which is not summed. The result then is the sum and the second
+        pytrees of all parts, stacked along a new leading axis.
     """
-    return running_sum(function, parts).value()
 
+    def with_aux(part: PyTree) -> tuple[PyTree, PyTree]:
+        return function(part) if has_aux else (function(part), None)
 
-def running_sum(function: Callable[[Any], PyTree], parts: PyTree[Shaped[ArrayLike, "num ..."]]) -> Sum:
-    """Sum `function` over parts as `summed` does, and keep the digits that the type of the sum cannot hold."""
-    # The sum starts at zeros: to start at function(first part) would compile the function a second time.
-    shapes = jax.eval_shape(function, examples(parts, 0))
+    shapes, _ = jax.eval_shape(with_aux, examples(parts, 0))
     joined, separated = _joining(shapes)
+    # The sums start at zeros: to start at the first part would compile the function a second time.
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(joined, shapes))
 
-    def add(total: Sum, part: PyTree) -> tuple[Sum, None]:
-        return total.plus(joined(function(part))), None
+    def plainly(total: PyTree, part: PyTree) -> tuple[PyTree, PyTree]:
+        terms, aux = with_aux(part)
+        return jax.tree.map(jnp.add, total, joined(terms)), aux
 
-    total = jax.lax.scan(add, Sum.zeros(jax.eval_shape(joined, shapes)), parts)[0]
-    return Sum(separated(total.total), separated(total.error))
+    def with_rounding(total: Sum, run: PyTree) -> tuple[Sum, PyTree]:
+        terms, aux = jax.lax.scan(plainly, zeros, run)
+        return total.plus(terms), aux
+
+    total, aux = jax.lax.scan(with_rounding, Sum.zeros(zeros), jax.tree.map(_in_runs, parts))
+    total = separated(total.value())
+    return (total, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)) if has_aux else total
+
+
+# Parts that are added up before the rounding of an addition is summed, too. That takes six more passes over the sum,
+# and a sum of so few parts loses little.
+_LONGEST_RUN = 8
+
+
+def _in_runs(leaf: Shaped[ArrayLike, "num ..."]) -> Shaped[Array, "runs length ..."]:
+    """Divide the leading axis into runs of equal length, as long as they may be."""
+    number = jnp.shape(leaf)[0]
+    length = max(length for length in range(1, _LONGEST_RUN + 1) if number % length == 0)
+    return jnp.reshape(leaf, (number // length, length, *jnp.shape(leaf)[1:]))
 
 
 def _joining(shapes: PyTree[jax.ShapeDtypeStruct]) -> tuple[Callable[[PyTree], Any], Callable[[Any], PyTree]]:
@@ -114,6 +137,7 @@ def split(
 
     The last microbatch is padded with copies of the last example at weight zero, which change nothing. The number of
     microbatches is chosen first and their size follows from it, so that padding stays below one example a microbatch.
+    They form runs of equal length, of up to eight: see `summed`.
 
     Parameters
     ----------
@@ -135,7 +159,8 @@ def split(
     if count == 0:
         raise ValueError("curvature needs at least one example; got an empty batch; check the data")
     check_microbatch(size)
-    num = math.ceil(count / size)
+    num_runs = math.ceil(math.ceil(count / size) / _LONGEST_RUN)
+    num = num_runs * math.ceil(math.ceil(count / size) / num_runs)
     size = math.ceil(count / num)
     # Padding repeats a real example: zeros could make a network return NaN, and NaN times weight zero is NaN.
     index = np.minimum(np.arange(num * size), count - 1).reshape(num, size)

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, Shaped
 
-from bnnlaplace.core.summation import Sum, in_float64
 from bnnlaplace.core.tree import number_type, ravel
 from bnnlaplace.core.types import Inputs
 from bnnlaplace.curvature import microbatch as mb
@@ -92,12 +91,13 @@ def batch_log_likelihood(
 ) -> LogLikelihood:
     """Sum the log likelihood of one batch, and its gradient. Examples with weight zero do not count.
 
-    The numbers are summed with twice the digits of the network's type. Cost: one gradient of the batch. Memory: the
+    The numbers of single examples are summed in float64 on the host. Cost: one gradient of the batch. Memory: the
     activations of a microbatch.
     """
-    total, error = _batch_sums(network, likelihood, params, inputs, targets, weights, microbatch=microbatch)
-    numbers = {name: in_float64(total[name], error[name]) for name in total if name != "gradient"}
-    return LogLikelihood(gradient=total["gradient"] + error["gradient"], **numbers)
+    gradient, numbers = _batch_sums(network, likelihood, params, inputs, targets, weights, microbatch=microbatch)
+    value, squares, counts = (np.sum(number, dtype=np.float64) for number in jax.device_get(numbers))
+    temperature = np.float64(likelihood.temperature)
+    return LogLikelihood(value, gradient, counts / temperature, squares / temperature)
 
 
 @partial(jax.jit, static_argnames="microbatch")
@@ -110,33 +110,32 @@ def _batch_sums(
     weights: Float[Array, " N"] | None,
     *,
     microbatch: int,
-) -> Sum:
-    """Sum the fields of a `LogLikelihood`, by name."""
+) -> tuple[Float[Array, " P"], tuple[Array, Array, Array]]:
+    """The gradient, and for each example log p(y | f), |(y - f) / sigma|^2 and the number of targets."""
     # Inputs and targets are cut alike, each in its own type, so that labels stay integers.
     dtype = number_type(params)
     batches = mb.split(inputs, microbatch, dtype, weights)
     labels = mb.split(targets, microbatch, dtype).inputs
 
-    def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> tuple[Array, tuple[Array, Array]]:
+    def value(params: PyTree, batch: mb.Microbatches, targets: Array) -> tuple[Array, tuple[Array, Array, Array]]:
         outputs = network(params, batch.inputs)
         log_prob = likelihood.log_prob(outputs, targets)
+        log_prob = mb.over_outputs(batch.weights, log_prob) * log_prob
         # The last microbatch is padded with examples of weight zero, which must not count as targets.
         weights = likelihood.weights_of(targets, batch.weights)
-        count = jnp.sum(weights) * (outputs.size // weights.size) / likelihood.temperature
-        squares = jnp.zeros_like(count)
+        counts = weights * (outputs.size // weights.size)
+        squares = jnp.zeros(len(outputs), dtype)
         if likelihood.sigma_noise is not None:
             residuals = (targets - outputs) / likelihood.sigma_noise
-            squares = jnp.sum(mb.over_outputs(batch.weights, residuals) * residuals**2) / likelihood.temperature
-        return jnp.sum(mb.over_outputs(batch.weights, log_prob) * log_prob), (count, squares)
+            squares = mb.over_outputs(batch.weights, residuals) * residuals**2
+        return jnp.sum(log_prob), tuple(_by_examples(number) for number in (log_prob, squares, counts))
 
-    def value_and_gradient(batch_and_targets: tuple[mb.Microbatches, Array]) -> dict[str, Array]:
-        with_gradient = jax.value_and_grad(value, has_aux=True)
-        (log_likelihood, (count, squares)), gradient = with_gradient(params, *batch_and_targets)
-        return {
-            "value": log_likelihood,
-            "gradient": ravel(gradient),
-            "num_targets": count,
-            "squared_residuals": squares,
-        }
+    def gradient_and_numbers(batch_and_targets: tuple[mb.Microbatches, Array]) -> tuple[Array, tuple]:
+        (_, numbers), gradient = jax.value_and_grad(value, has_aux=True)(params, *batch_and_targets)
+        return ravel(gradient), numbers
 
-    return mb.running_sum(value_and_gradient, (batches, labels))
+    return mb.summed(gradient_and_numbers, (batches, labels), has_aux=True)
+
+
+def _by_examples(number: Float[Array, "M ..."]) -> Float[Array, " M"]:
+    return jnp.sum(number, axis=tuple(range(1, number.ndim)))

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Num, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Num, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
@@ -23,7 +23,7 @@ from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior import Prior
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KroneckerStructure, SpectralStructure, Structure
-from bnnlaplace.structure.finite import check_finite, check_in_range
+from bnnlaplace.structure.finite import are_finite, check_finite, check_in_range, check_products, not_finite
 
 # The structures that need one pass over the data. For each: the function that computes the curvature of a batch, whose
 # results add up over batches, and the function that makes the structure from the sum.
@@ -91,11 +91,10 @@ def _fit_exact(
 
     (log_likelihood, curvature), scale = model.accumulate(step)
     log_likelihood = log_likelihood.scaled(scale).check()
-    check_finite(curvature)
     structure = exact_structure(name, curvature, scale)
     if not prior.is_isotropic:
-        structure = structure.whitened(prior.relative)
-    return Fitted(model.network, model.likelihood, prior, check_in_range(structure), log_likelihood)
+        structure = check_in_range(structure.whitened(prior.relative))
+    return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
 
 
 def batch_curvature(
@@ -128,16 +127,26 @@ def _compiled_curvature(
 
 
 def exact_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> Structure:
-    """Make the structure `name` of `EXACT` from the sum of its curvature over batches, multiplied by `scale`."""
-    make = _structure if name == "full" else _compiled_structure
-    return make(name, curvature, scale)
+    """Make the structure `name` of `EXACT` from the sum of its curvature over batches, multiplied by `scale`.
+
+    Raises
+    ------
+    ValueError
+        If the curvature is not finite.
+    """
+    if name == "full":  # one matrix on the host, of which a copy would take as much memory
+        return check_in_range(EXACT[name][1](curvature if scale == 1 else scale * curvature))
+    structure, is_finite = _compiled_structure(name, curvature, scale)
+    if not is_finite:
+        raise not_finite(jax.tree.leaves(curvature)[0].dtype)
+    return check_products(structure)
 
 
-def _structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> Structure:
-    return EXACT[name][1](jax.tree.map(lambda leaf: scale * leaf, curvature))
-
-
-_compiled_structure = jax.jit(_structure, static_argnames="name")
+@partial(jax.jit, static_argnames="name")
+def _compiled_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> tuple[Structure, Bool[Array, ""]]:
+    structure = EXACT[name][1](jax.tree.map(lambda leaf: scale * leaf, curvature))
+    # The sums are checked, too: eigenvalues of a matrix with NaN may be finite.
+    return structure, are_finite(jax.tree.leaves((curvature, structure)))
 
 
 def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microbatch: int) -> Fitted:

@@ -21,9 +21,12 @@ def check_finite(curvature: PyTree) -> None:
         raise not_finite(leaves[0].dtype)
 
 
-@jax.jit
-def _are_finite(arrays: list[Array]) -> Bool[Array, ""]:
+def are_finite(arrays: list[Array]) -> Bool[Array, ""]:
+    """Say whether all numbers of all arrays are finite. Call it inside `jit`."""
     return jnp.stack([jnp.isfinite(array).all() for array in arrays]).all()
+
+
+_are_finite = jax.jit(are_finite)
 
 
 def check_in_range(structure: Structure) -> Structure:
@@ -36,8 +39,13 @@ def check_in_range(structure: Structure) -> Structure:
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return structure
     check_finite(leaves)
+    return check_products(structure)
+
+
+def check_products(structure: Structure) -> Structure:
+    """Return a structure of finite numbers, or raise ValueError if a product of its Kronecker factors is too large."""
     if isinstance(structure, KroneckerStructure):
-        dtype = leaves[0].dtype
+        dtype = jax.tree.leaves(structure)[0].dtype
         if max(block.range[1] for block in structure.blocks) > float(jnp.finfo(dtype).max):
             raise not_finite(dtype)
     return structure
