@@ -5,8 +5,8 @@ classifier may give P(class 1) alone, (N,) or (N, 1), which is scored as the two
 Bayesian predictive over posterior samples *before* it comes here: the score of the mean probability is not the mean of
 the scores.
 
-Every metric has a function of its own. `evaluate` returns all of them with bootstrap intervals, together with the
-scores of out-of-distribution detection.
+Every metric has a function of its own, which takes weights of the examples. `evaluate` returns all of them with
+bootstrap intervals, together with the scores of out-of-distribution detection.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from bnnlaplace.calibration import predictions
 from bnnlaplace.calibration.bootstrap import Bootstrap, Interval, intervals, resample
 from bnnlaplace.calibration.detection import weighted_detection
-from bnnlaplace.calibration.predictions import Labels, Probs
+from bnnlaplace.calibration.predictions import Labelled, Labels, Probs, Weights
 from bnnlaplace.core import checks
 from bnnlaplace.core.types import AnyArray
 
@@ -37,13 +37,13 @@ class ReliabilityBins(NamedTuple):
     edges
         Edges of the B bins, ascending.
     counts
-        Number of examples in each bin.
+        Number of examples in each bin, or the sum of their weights.
     confidence, accuracy
         Their means over the examples of each bin; NaN in an empty bin.
     """
 
     edges: Float[np.ndarray, " B+1"]
-    counts: Int[np.ndarray, " B"]
+    counts: Int[np.ndarray, " B"] | Float[np.ndarray, " B"]
     confidence: Float[np.ndarray, " B"]
     accuracy: Float[np.ndarray, " B"]
 
@@ -51,29 +51,35 @@ class ReliabilityBins(NamedTuple):
 # --- one metric each --------------------------------------------------------------------------------------------
 
 
-def accuracy(probs: Probs, labels: Labels) -> float:
+def accuracy(probs: Probs, labels: Labels, *, weights: Weights | None = None) -> float:
     """Fraction of examples whose most probable class is the label; among equal probabilities the first counts.
 
     Parameters
     ----------
     probs, labels
         (N, C) class probabilities and (N,) integer classes. For a binary classifier also P(class 1), (N,) or (N, 1).
+    weights
+        How many times each example counts, at least 0, (N,); by default once.
     """
-    return float(_per_example(*predictions.labelled(probs, labels))["accuracy"].mean())
+    return _mean("accuracy", predictions.labelled(probs, labels, weights))
 
 
-def mean_confidence(probs: Probs) -> float:
+def mean_confidence(probs: Probs, *, weights: Weights | None = None) -> float:
     """Mean over examples of the largest probability. Predictions are overconfident if it exceeds the accuracy.
 
     Parameters
     ----------
     probs
         (N, C) class probabilities, or P(class 1), (N,) or (N, 1).
+    weights
+        How many times each example counts, at least 0, (N,); by default once.
     """
-    return float(predictions.rows(probs, "probs").max(axis=1).mean())
+    array = predictions.numbers(probs, "probs")
+    array, _, counted = predictions.present(array, array, weights)
+    return float(np.average(predictions.rows(array, "probs").max(axis=1), weights=counted))
 
 
-def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
+def negative_log_likelihood(probs: Probs, labels: Labels, *, weights: Weights | None = None) -> float:
     """Mean of -log p(label), natural logarithm, in nats per example.
 
     Parameters
@@ -83,21 +89,25 @@ def negative_log_likelihood(probs: Probs, labels: Labels) -> float:
         (N,) or (N, 1).
     labels
         (N,) integer classes. Those of a binary classifier may be bools, or the numbers 0.0 and 1.0.
+    weights
+        How many times each example counts, at least 0, (N,); by default once.
 
     Returns
     -------
     float
-        Infinite if a label was given probability exactly 0: that is the value of the score, and no floor hides it.
+        Infinite if a label that counts was given probability exactly 0: that is the value of the score, and no floor
+        hides it.
 
     Raises
     ------
     ValueError
-        If shapes are wrong, a row is not a distribution, or a label lies outside the classes.
+        If shapes are wrong, a row is not a distribution, a label lies outside the classes, or weights are negative, not
+        finite, or all zero.
     """
-    return float(_per_example(*predictions.labelled(probs, labels))["nll"].mean())
+    return _mean("nll", predictions.labelled(probs, labels, weights))
 
 
-def brier_score(probs: Probs, labels: Labels) -> float:
+def brier_score(probs: Probs, labels: Labels, *, weights: Weights | None = None) -> float:
     """Mean over examples of sum_c (p_c - [c = label])^2: in [0, 2], 0 is perfect (Brier 1950).
 
     For a binary classifier this is the mean of 2 (p - label)^2, as both classes count.
@@ -106,14 +116,23 @@ def brier_score(probs: Probs, labels: Labels) -> float:
     ----------
     probs, labels
         (N, C) class probabilities and (N,) integer classes. For a binary classifier also P(class 1), (N,) or (N, 1).
+    weights
+        How many times each example counts, at least 0, (N,); by default once.
     """
-    return float(_per_example(*predictions.labelled(probs, labels))["brier"].mean())
+    return _mean("brier", predictions.labelled(probs, labels, weights))
 
 
 def expected_calibration_error(
-    probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
+    probs: Probs,
+    labels: Labels,
+    num_bins: int = 15,
+    binning: Binning = "equal_width",
+    *,
+    weights: Weights | None = None,
 ) -> float:
     """Top-label calibration error, sum_b (n_b / N) |accuracy_b - confidence_b|, in [0, 1].
+
+    With weights, n_b and N are sums of weights, and the means of a bin are weighted.
 
     Source: Guo et al., "On calibration of modern neural networks", ICML 2017, equation 3. The estimate is biased
     upwards: perfectly calibrated predictions get a positive value of order sqrt(B / N).
@@ -128,21 +147,31 @@ def expected_calibration_error(
         "equal_width": bins (k/B, (k+1)/B]. A confidence exactly on an edge belongs to the bin below, and the last bin
         holds 1. "equal_mass": bins [lower, upper) between quantiles of the confidences, the last one closed. Examples
         of equal confidence share a bin, so the result does not depend on their order.
+    weights
+        How many times each example counts, at least 0, (N,); by default once. Not with "equal_mass".
+
+    Raises
+    ------
+    ValueError
+        As `negative_log_likelihood`. Also if there are weights with "equal_mass": quantiles of weighted examples have
+        several definitions.
     """
-    probs, labels = predictions.labelled(probs, labels)
-    gaps = _binned_gaps(_per_example(probs, labels), num_bins, binning)
-    return float(np.abs(gaps.sum(axis=0)).sum() / len(labels))
+    _check_binning("expected_calibration_error", binning, weights)
+    checked = predictions.labelled(probs, labels, weights)
+    return float(np.abs(_summed_gaps(checked, num_bins, binning)).sum() / checked.total)
 
 
-def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> Float[np.ndarray, " num_bins"]:
+def calibration_gaps(
+    probs: Probs, labels: Labels, num_bins: int = 15, *, weights: Weights | None = None
+) -> Float[np.ndarray, " num_bins"]:
     """Sum confidence - correctness over the examples of each bin of equal width.
 
     The sums of several batches add up. `expected_calibration_error` is the sum of their absolute values over all N
-    examples, divided by N.
+    examples, divided by N, or by the sum of the weights.
 
     Parameters
     ----------
-    probs, labels, num_bins
+    probs, labels, num_bins, weights
         As for `expected_calibration_error`.
 
     Returns
@@ -150,25 +179,33 @@ def calibration_gaps(probs: Probs, labels: Labels, num_bins: int = 15) -> Float[
     np.ndarray
         One sum for each bin, (num_bins,).
     """
-    return _binned_gaps(_per_example(*predictions.labelled(probs, labels)), num_bins, "equal_width").sum(axis=0)
+    return _summed_gaps(predictions.labelled(probs, labels, weights), num_bins, "equal_width")
 
 
 def reliability_bins(
-    probs: Probs, labels: Labels, num_bins: int = 15, binning: Binning = "equal_width"
+    probs: Probs,
+    labels: Labels,
+    num_bins: int = 15,
+    binning: Binning = "equal_width",
+    *,
+    weights: Weights | None = None,
 ) -> ReliabilityBins:
     """Counts, mean confidence and accuracy in the bins of `expected_calibration_error`, for a reliability diagram.
 
     Parameters
     ----------
-    probs, labels, num_bins, binning
+    probs, labels, num_bins, binning, weights
         As for `expected_calibration_error`.
     """
-    columns = _per_example(*predictions.labelled(probs, labels))
+    _check_binning("reliability_bins", binning, weights)
+    checked = predictions.labelled(probs, labels, weights)
+    columns, weights = _per_example(checked.probs, checked.labels), checked.weights
     edges, index = _binned(columns["confidence"], num_bins, binning)
-    counts = np.bincount(index, minlength=num_bins)
+    counts = np.bincount(index, weights, num_bins)
+    once = 1 if weights is None else weights
     with np.errstate(invalid="ignore"):  # 0 / 0 is the documented NaN of an empty bin
-        confidence = np.bincount(index, columns["confidence"], num_bins) / counts
-        correct = np.bincount(index, columns["accuracy"], num_bins) / counts
+        confidence = np.bincount(index, once * columns["confidence"], num_bins) / counts
+        correct = np.bincount(index, once * columns["accuracy"], num_bins) / counts
     return ReliabilityBins(edges, counts, confidence, correct)
 
 
@@ -185,6 +222,10 @@ def bootstrap(
     resamples: int = 1000,
 ) -> Bootstrap:
     """Evaluate all metrics on the data and on resamples of it. Methods that share `seed` share the resamples.
+
+    Weights of examples are not taken. Resamples of examples that are copies, and of examples that stand for more others
+    than they are, differ, and a weight does not say which of both it is. Equal-mass bins and the scores of detection
+    have no one weighted definition either.
 
     Parameters
     ----------
@@ -211,7 +252,7 @@ def bootstrap(
     ValueError
         If shapes are wrong, a row is not a distribution, a label lies outside the classes, or `resamples` is below 1.
     """
-    probs, labels = predictions.labelled(probs, labels)
+    probs, labels, _ = predictions.labelled(probs, labels)
     metrics = _weighted_metrics(probs, labels, num_bins)
     if probs_ood is None:
         return resample(metrics, [len(probs)], seed=seed, resamples=resamples, biased_upwards=_BIASED_UPWARDS)
@@ -257,6 +298,25 @@ def evaluate(
 
 
 # --- weighted metrics -------------------------------------------------------------------------------------------
+
+
+def _mean(name: str, checked: Labelled) -> float:
+    """The mean over examples of one of the metrics of `_per_example`."""
+    return checked.mean(_per_example(checked.probs, checked.labels)[name])
+
+
+def _summed_gaps(checked: Labelled, num_bins: int, binning: Binning) -> Float[np.ndarray, " {num_bins}"]:
+    """Sum the gaps of the examples of each bin."""
+    gaps = _binned_gaps(_per_example(checked.probs, checked.labels), num_bins, binning)
+    return gaps.sum(axis=0) if checked.weights is None else checked.weights @ gaps
+
+
+def _check_binning(caller: str, binning: Binning, weights: Weights | None) -> None:
+    if weights is not None and binning == "equal_mass":
+        raise ValueError(
+            f"{caller}(weights=...) must be left out with binning='equal_mass', whose bins hold equally many examples; "
+            "got both; use binning='equal_width'"
+        )
 
 
 def _per_example(probs: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> dict[str, Float[np.ndarray, " N"]]:

@@ -4,12 +4,12 @@ A binary classifier gives one number an example, as (N,) or (N, 1). The probabil
 (1 - p, p), and the logit f the row (0, f), whose softmax is (1 - p, p). So every metric has one definition.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer, Real
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.types import AnyArray
@@ -25,12 +25,66 @@ Labels = (
     | Float[AnyArray, " N"]
     | Float[AnyArray, "N 1"]
 )
+# How many times each example counts; a mask says which ones do.
+Weights = Real[AnyArray, " N"] | Bool[AnyArray, " N"]
 
 
-def labelled(probs: Probs, labels: Labels) -> tuple[Float[np.ndarray, "N K"], Int[np.ndarray, " N"]]:
-    """Return class probabilities and labels, or raise ValueError as `rows` and `classes` do."""
+class Labelled(NamedTuple):
+    """Predictions of M examples with their labels, all checked.
+
+    Attributes
+    ----------
+    probs, labels
+        Class probabilities, and the number of each example's class.
+    weights
+        How many times each example counts, more than zero; None if each counts once.
+    """
+
+    probs: Float[np.ndarray, "M K"]
+    labels: Int[np.ndarray, " M"]
+    weights: Float[np.ndarray, " M"] | None
+
+    def mean(self, column: Float[np.ndarray, " M"]) -> float:
+        """The mean of one number for each example."""
+        return float(np.average(column, weights=self.weights))
+
+    @property
+    def total(self) -> float:
+        """How many examples there are, each as often as it counts."""
+        return float(len(self.labels) if self.weights is None else self.weights.sum())
+
+
+def labelled(probs: Probs, labels: Labels, weights: Weights | None = None) -> Labelled:
+    """Return predictions without those of weight zero, or raise ValueError as `rows`, `classes`, `present` do."""
+    probs, labels, weights = present(numbers(probs, "probs"), numbers(labels, "labels"), weights)
     checked = rows(probs, "probs")
-    return checked, classes(labels, *checked.shape, is_binary=_is_binary(np.shape(probs)))
+    return Labelled(checked, classes(labels, *checked.shape, is_binary=_is_binary(np.shape(probs))), weights)
+
+
+def present(
+    predicted: np.ndarray, labels: np.ndarray, weights: Weights | None
+) -> tuple[np.ndarray, np.ndarray, Float[np.ndarray, " M"] | None]:
+    """Leave out the examples of weight zero, whatever they hold.
+
+    Raises
+    ------
+    ValueError
+        If weights are not one finite number for each example, at least 0 and not all 0.
+    """
+    if weights is None:
+        return predicted, labels, None
+    found = np.asarray(numbers(weights, "weights"), np.float64)
+    if found.shape != predicted.shape[:1] or not (np.isfinite(found) & (found >= 0)).all() or not found.any():
+        got = f" from {found.min():.4g} to {found.max():.4g}" if found.size else ""
+        raise ValueError(
+            "weights must be one finite number for each example, at least 0 and not all 0; got "
+            f"{checks.shape_and_faults(found)}{got} for predictions of shape {predicted.shape}; leave weights out if "
+            "each example counts once"
+        )
+    if labels.shape[:1] != found.shape:  # which `classes` reports
+        return predicted, labels, found
+    is_counted = found > 0
+    return predicted[is_counted], labels[is_counted], found[is_counted]
 
 
 def rows(probs: Probs, where: str) -> Float[np.ndarray, "N K"]:

@@ -7,7 +7,7 @@ import scipy  # its parts are imported at their first use, which takes half a se
 from jaxtyping import Float
 
 from bnnlaplace.calibration import predictions
-from bnnlaplace.calibration.predictions import Labels, Probs
+from bnnlaplace.calibration.predictions import Labels, Probs, Weights
 from bnnlaplace.core import checks
 
 # Rows of non-negative numbers whose sums are this close to one are probabilities.
@@ -36,6 +36,8 @@ def fit_temperature(
     logits: Probs,
     labels: Labels,
     bounds: tuple[float, float] = (0.1, 10.0),
+    *,
+    weights: Weights | None = None,
 ) -> Temperature:
     """Find the temperature T that minimises the NLL of softmax(logits / T) on held-out logits.
 
@@ -52,18 +54,23 @@ def fit_temperature(
         the sigmoid of a binary classifier, with labels 0 and 1.
     bounds
         The smallest and the largest T.
+    weights
+        How many times each example counts, at least 0, (N,); by default once.
 
     Raises
     ------
     ValueError
-        If shapes are wrong, logits are not finite or are the probabilities, labels lie outside the classes, or not 0 <
-        low < high.
+        If shapes are wrong, logits are not finite or are the probabilities, labels lie outside the classes, weights are
+        negative, not finite or all zero, or not 0 < low < high.
 
     Notes
     -----
     Warns if all outputs of a binary classifier lie between 0 and 1, as probabilities do.
     """
-    rows = predictions.logit_rows(logits, "fit_temperature(logits=...)")
+    where = "fit_temperature(logits=...)"
+    logits, labels = predictions.numbers(logits, where), predictions.numbers(labels, "labels")
+    logits, labels, weights = predictions.present(logits, labels, weights)
+    rows = predictions.logit_rows(logits, where)
     is_binary = np.size(logits) == len(rows)
     _check_not_probabilities(rows, is_binary)
     labels = predictions.classes(labels, *rows.shape, is_binary=is_binary)
@@ -74,8 +81,8 @@ def fit_temperature(
     def slope(log_temperature: float) -> float:
         """Derivative of the NLL with respect to 1/T."""
         scaled = margins / np.exp(log_temperature)
-        weights = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-        return float(((weights * margins).sum(axis=1) / weights.sum(axis=1)).mean())
+        terms = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return float(np.average((terms * margins).sum(axis=1) / terms.sum(axis=1), weights=weights))
 
     if slope(np.log(low)) <= 0:
         temperature, at_bound = float(low), True
@@ -84,7 +91,7 @@ def fit_temperature(
     else:
         log_temperature = scipy.optimize.brentq(slope, np.log(low), np.log(high), xtol=1e-12)
         temperature, at_bound = float(np.exp(log_temperature)), False
-    nll = float(np.logaddexp.reduce(margins / temperature, axis=1).mean())
+    nll = float(np.average(np.logaddexp.reduce(margins / temperature, axis=1), weights=weights))
     return Temperature(temperature, nll, at_bound)
 
 

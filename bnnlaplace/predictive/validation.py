@@ -8,20 +8,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Num, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Num
 
 from bnnlaplace.calibration.metrics import calibration_gaps, negative_log_likelihood
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import examples
-from bnnlaplace.core.types import AnyArray, Inputs
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import check_microbatch, outputs
-from bnnlaplace.model.data import PairOrBatches, checked_pairs
+from bnnlaplace.model.data import PairOrBatches
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive import link
 from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
 from bnnlaplace.predictive.link import LinkApproximation
+from bnnlaplace.predictive.validation_data import Batch, checked_batches
 from bnnlaplace.prior.scalar import checked_grid, lowest
 from bnnlaplace.structure import SampleStructure
 
@@ -41,9 +41,10 @@ class ValidationCurve(NamedTuple):
     prior_precision
         The grid.
     negative_log_likelihood
-        In nats per label, or per output if the targets are numbers.
+        In nats per label, or per output if the targets are numbers: the weighted mean, if examples have weights.
     expected_calibration_error
-        With bins of equal width. NaN if the targets are not labels: classes, or 0 and 1 of a binary likelihood.
+        With bins of equal width, weighted alike. NaN if the targets are not labels: classes, or 0 and 1 of a binary
+        likelihood.
     converged
         Whether the structure has converged at each prior precision. Elsewhere NLL and ECE are not those of the
         posterior.
@@ -118,14 +119,17 @@ def validation_curve(
     Classes and binary targets are scored with the probabilities that `predictive` gives with the same link. Soft
     targets are scored by their cross-entropy, without an ECE. The predictive of a regression is a Gaussian for each
     output: its variance is the variance of the linearised output plus that of the noise. Any other likelihood is scored
-    by the mean of p(y | f) over samples.
+    by the mean of p(y | f) over samples. Scores are means over the targets, each as many times as its example counts.
+    Unknown targets, such as `ignore_index` or those with `target_weights` of zero, are left out of them. Other weights
+    that a likelihood gives to targets, such as `class_weights`, do not enter: they do not change p(y | f).
 
     Parameters
     ----------
     fitted
         The posterior of the weights. Its own prior gives the ratios of the precisions.
     data
-        Validation data: (x, y), or batches of such pairs, read once.
+        Validation data: (x, y), or (x, y, w) with weights (N,) that say how many times each example counts, or batches
+        of either; read once.
     precisions
         The grid. None stands for 25 values from 0.01 to 10,000.
     link_approx
@@ -141,7 +145,8 @@ def validation_curve(
     ------
     ValueError
         If the grid is not positive, there are no data, inputs or predictions are not finite, targets do not fit the
-        outputs, the link does not fit the likelihood, or the key is missing although samples are needed.
+        outputs, weights are not one number for each example, the link does not fit the likelihood, or the key is
+        missing although samples are needed.
 
     Notes
     -----
@@ -158,20 +163,26 @@ def validation_curve(
     if num_samples is None:
         num_samples = min(32, fitted.structure.num_probes) if isinstance(fitted.structure, SampleStructure) else 32
     checks.count(num_samples, "validation_curve(num_samples=...)", advice="try 32")
-    batches = checked_pairs(fitted.network, data)
+    batches = checked_batches(fitted.network, data)
     grid = checked_grid(DEFAULT_GRID if precisions is None else precisions, "validation_curve(precisions=...)")
     check_microbatch(microbatch)
     options = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
     sums = [
-        _scores(fitted, inputs, targets, grid, number, **options)
-        for number, (inputs, targets) in enumerate(_slices(fitted, batches, len(grid), num_samples, microbatch))
+        _scores(fitted, batch, grid, number, **options)
+        for number, batch in enumerate(_slices(fitted, batches, len(grid), num_samples, microbatch))
     ]
     if not sums:
-        raise ValueError("validation data must hold at least one example; got none; an iterator may be used up already")
+        raise ValueError(
+            "validation data must hold at least one example; got none; an iterator may be used up already, or all "
+            "weights are 0"
+        )
     # The gaps of the bins keep their signs until all slices are summed: the ECE is the sum of their absolute values.
     total, count, *gaps = np.sum(sums, axis=0).T
     if not count.all():
-        raise ValueError("validation data must hold at least one known label; got ignore_index everywhere; pass others")
+        raise ValueError(
+            "validation data must hold at least one known target; got ignore_index, or a weight of 0, everywhere; pass "
+            "others"
+        )
     converged = np.ones(len(grid), bool)
     if isinstance(fitted.structure, SampleStructure):
         converged = np.array([fitted.structure.reservation(precision) is None for precision in grid])
@@ -179,27 +190,21 @@ def validation_curve(
 
 
 def _slices(
-    fitted: Fitted,
-    batches: Iterable[tuple[Inputs, AnyArray]],
-    num_precisions: int,
-    num_samples: int,
-    microbatch: int,
-) -> Iterator[tuple[PyTree[Shaped[AnyArray, "b ..."]], AnyArray]]:
+    fitted: Fitted, batches: Iterable[Batch], num_precisions: int, num_samples: int, microbatch: int
+) -> Iterator[Batch]:
     """Yield the data in slices of one or more microbatches, after a check of the targets of each batch."""
-    for inputs, targets in batches:
-        shape = output_shape(fitted.network, inputs)
-        check_targets(fitted.likelihood, shape, targets, "validation_curve(targets=...)")
+    for batch in batches:
+        shape = output_shape(fitted.network, batch.inputs)
+        check_targets(fitted.likelihood, shape, batch.targets, "validation_curve(targets=...)")
         numbers_of_input = math.prod(shape[1:]) * (num_precisions * shape[-1] + num_samples)
         size = microbatch * max(1, MOST_NUMBERS // (microbatch * numbers_of_input))
-        for start in range(0, len(targets), size):
-            window = slice(start, start + size)
-            yield examples(inputs, window), targets[window]
+        for start in range(0, len(batch.weights), size):
+            yield batch.part(slice(start, start + size))
 
 
 def _scores(
     fitted: Fitted,
-    inputs: PyTree[Shaped[AnyArray, "b ..."]],
-    targets: Shaped[AnyArray, "..."],
+    batch: Batch,
     grid: Float[np.ndarray, " D"],
     number: int,
     *,
@@ -208,12 +213,12 @@ def _scores(
     num_samples: int,
     microbatch: int,
 ) -> Float[np.ndarray, "D k"]:
-    """Score one slice: for each precision the sum of the NLL, the number of its terms, and the gap of each ECE bin.
+    """Score one slice: for each precision the sum of the NLL, how many terms it has, and the gap of each ECE bin.
 
-    `number` is the position of the slice among all slices.
+    All are weighted. `number` is the position of the slice among all slices.
     """
-    likelihood = fitted.likelihood
-    fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
+    likelihood, targets = fitted.likelihood, (batch.targets, batch.weights)
+    fitted, inputs = fitted.at_features(batch.inputs, microbatch=microbatch)
     is_regression = likelihood.sigma_noise is not None
     if is_regression or (has_classes(likelihood) and link_approx != "mc"):
         mean = outputs(fitted.network, inputs, microbatch=microbatch)
@@ -221,9 +226,9 @@ def _scores(
         options = {"microbatch": microbatch, "marginal": is_regression or link_approx == "probit"}
         variances = functional_variances(fitted, inputs, grid, **options)
         if is_regression:
-            return np.array([_gaussian_score(likelihood, mean, variance, targets) for variance in variances])
+            return np.array([_gaussian_score(likelihood, mean, variance, *targets) for variance in variances])
         expected = partial(link.probit, likelihood) if link_approx == "probit" else link.bridge_mean
-        return np.array([_class_score(likelihood, expected, mean, variance, targets) for variance in variances])
+        return np.array([_class_score(likelihood, expected, mean, variance, *targets) for variance in variances])
     # A sample of a `SampleStructure` is a function, which must be the same one in all slices. Samples from covariances
     # are drawn at each input, so every slice gets noise of its own.
     if number and not isinstance(fitted.structure, SampleStructure):
@@ -231,10 +236,10 @@ def _scores(
     options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
     posteriors = functional_posteriors(fitted, inputs, grid, **options)
     if not has_classes(likelihood):
-        return np.array([_number_score(likelihood, posterior, targets) for posterior in posteriors])
+        return np.array([_number_score(likelihood, posterior, *targets) for posterior in posteriors])
     expected = partial(link.monte_carlo, likelihood)
     return np.array(
-        [_class_score(likelihood, expected, posterior.mean, posterior.deviations, targets) for posterior in posteriors]
+        [_class_score(likelihood, expected, posterior.mean, posterior.deviations, *targets) for posterior in posteriors]
     )
 
 
@@ -244,8 +249,9 @@ def _class_score(
     mean: Float[Array, "b ... C"],
     spread: Float[Array, "..."],
     targets: Num[AnyArray, "b ..."],
-) -> list[float | int]:
-    """Score class labels, soft targets or binary targets: the summed NLL, the number of labels, and the gaps of bins.
+    weights: Float[np.ndarray, " b"],
+) -> list[float]:
+    """Score class labels, soft targets or binary targets: the summed NLL, how many labels count, the gaps of bins.
 
     `expected` maps the mean of the outputs and their `spread`, variances or samples, to E[y].
     """
@@ -258,36 +264,59 @@ def _class_score(
     else:
         probs, targets = expected(mean, spread), np.asarray(targets)
     probs = np.asarray(probs)
+    of_labels = _over(weights, probs.shape[:-1])
     if targets.shape == probs.shape:  # soft targets
         with np.errstate(divide="ignore", invalid="ignore"):
             terms = np.where(targets > 0, targets * np.log(probs.astype(np.float64)), 0.0)
-        return [-terms.sum(), terms[..., 0].size, np.nan]
-    probs, labels = probs.reshape(-1, probs.shape[-1]), targets.reshape(-1)
+        return [*_sums(terms.sum(axis=-1), of_labels), np.nan]
+    probs, labels, of_labels = probs.reshape(-1, probs.shape[-1]), targets.reshape(-1), of_labels.reshape(-1)
+    known = of_labels > 0
     if likelihood.ignore_index is not None:
-        known = labels != likelihood.ignore_index
-        if not known.any():
-            return [0, 0, *np.zeros_like(calibration_gaps(probs, probs.argmax(axis=-1)))]
-        probs, labels = probs[known], labels[known]
-    total = len(labels) * negative_log_likelihood(probs, labels)
-    return [total, len(labels), *calibration_gaps(probs, labels)]
+        known = known & (labels != likelihood.ignore_index)
+    if not known.any():
+        return [0, 0, *np.zeros_like(calibration_gaps(probs, probs.argmax(axis=-1)))]
+    probs, labels, of_labels = probs[known], labels[known], of_labels[known]
+    total = of_labels.sum() * negative_log_likelihood(probs, labels, weights=of_labels)
+    return [total, of_labels.sum(), *calibration_gaps(probs, labels, weights=of_labels)]
 
 
 def _gaussian_score(
-    likelihood: Likelihood, mean: Float[Array, "b ... C"], variance: Float[Array, "b ... C"], targets: AnyArray
-) -> list[float | int]:
-    """Score the targets of a regression by Gaussians: the summed NLL, the number of outputs, and no gaps."""
+    likelihood: Likelihood,
+    mean: Float[Array, "b ... C"],
+    variance: Float[Array, "b ... C"],
+    targets: AnyArray,
+    weights: Float[np.ndarray, " b"],
+) -> list[float]:
+    """Score the targets of a regression by Gaussians: the summed NLL, how many outputs count, and no gaps."""
     variance = variance + likelihood.sigma_noise**2
     log_prob = -0.5 * ((jnp.asarray(targets) - mean) ** 2 / variance + jnp.log(2 * jnp.pi * variance))
-    return [-float(log_prob.sum()), log_prob.size, np.nan]
+    return [*_sums(log_prob, _over(weights, log_prob.shape)), np.nan]
 
 
 def _number_score(
-    likelihood: Likelihood, posterior: FunctionalPosterior, targets: Num[AnyArray, "b ..."]
-) -> list[float | int]:
-    """Score numbers by the mean of p(y | f) over samples: the summed NLL, the number of targets, and no gaps."""
-    # The temperature of a posterior does not change p(y | f).
-    log_probs = likelihood.temperature * likelihood.log_prob(
-        posterior.mean + posterior.deviations, jnp.asarray(targets)
-    )
+    likelihood: Likelihood,
+    posterior: FunctionalPosterior,
+    targets: Num[AnyArray, "b ..."],
+    weights: Float[np.ndarray, " b"],
+) -> list[float]:
+    """Score numbers by the mean of p(y | f) over samples: the summed NLL, how many targets count, and no gaps."""
+    targets = jnp.asarray(targets)
+    # The temperature of a posterior does not change p(y | f), and neither do weights of targets.
+    of_targets = jnp.ones(()) if likelihood.target_weights is None else likelihood.target_weights(targets)
+    factor = likelihood.temperature / jnp.where(of_targets > 0, of_targets, 1)
+    log_probs = factor * likelihood.log_prob(posterior.mean + posterior.deviations, targets)
     mean = jax.nn.logsumexp(log_probs, axis=0) - np.log(len(log_probs))
-    return [-float(mean.sum()), math.prod(jnp.shape(targets)), np.nan]
+    known = np.broadcast_to(np.asarray(of_targets) > 0, mean.shape)
+    total, count = _sums(mean, known * _over(weights, mean.shape))
+    return [total, count * (targets.size // mean.size), np.nan]
+
+
+def _over(weights: Float[np.ndarray, " b"], shape: tuple[int, ...]) -> Float[np.ndarray, "b ..."]:
+    """Give every label of an example the weight of the example."""
+    return np.broadcast_to(weights.reshape(-1, *[1] * (len(shape) - 1)), shape)
+
+
+def _sums(log_probs: Float[AnyArray, "b ..."], weights: Float[np.ndarray, "b ..."]) -> tuple[float, float]:
+    """The weighted sum of the NLL, and that of the weights. A term of weight zero may be infinite or NaN."""
+    terms = np.where(weights > 0, np.asarray(log_probs, np.float64), 0)
+    return -float((weights * terms).sum()), float(weights.sum())

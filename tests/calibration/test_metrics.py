@@ -234,3 +234,47 @@ def test_bad_arguments_are_refused(case):
             assert re.search(message, str(error)), f"{name}: {error}"
         else:
             pytest.fail(f"{name} was accepted")
+
+
+METRICS = {
+    "accuracy": calibration.accuracy,
+    "nll": calibration.negative_log_likelihood,
+    "brier": calibration.brier_score,
+    "ece": calibration.expected_calibration_error,
+    "gaps": calibration.calibration_gaps,
+    "confidence": lambda probs, labels, **options: calibration.mean_confidence(probs, **options),
+    "bins": lambda probs, labels, **options: calibration.reliability_bins(probs, labels, **options)[1:],
+    "temperature": lambda probs, labels, **options: calibration.fit_temperature(np.log(probs), labels, **options),
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_an_example_of_weight_k_is_k_examples(case, name):
+    """A metric that forgets the weights in one of its two sums, or looks at an example that does not count, fails."""
+    probs, labels, _ = case
+    metric, counts = METRICS[name], np.random.default_rng(0).integers(0, 4, size=len(labels))
+    expected = metric(np.repeat(probs, counts, axis=0), np.repeat(labels, counts))
+    spoilt, wrong = np.where((counts > 0)[:, None], probs, np.nan), np.where(counts > 0, labels, 99)
+    np.testing.assert_allclose(metric(spoilt, wrong, weights=counts), expected, rtol=1e-11)
+    half = metric(spoilt, wrong, weights=jnp.asarray(counts / 4, jnp.float32))
+    if name in ("gaps", "bins"):  # which are sums, and have sums among them
+        return
+    np.testing.assert_allclose(half, expected, rtol=1e-11)
+
+
+@pytest.mark.usefixtures("unchecked_annotations")
+@pytest.mark.parametrize(
+    "weights", [np.ones(3), np.ones((2, 1)), [-1.0, 1.0], [0.0, 0.0], [np.nan, 1.0], "ab", [1j, 1]]
+)
+def test_weights_are_checked(weights):
+    labels = np.array([0, 1])
+    for metric in METRICS.values():
+        with pytest.raises(ValueError, match=r"weights must be (one finite number for each example|an array of real)"):
+            metric(GOOD, labels, weights=weights)
+
+
+def test_equal_mass_has_no_weights(case):
+    probs, labels, _ = case
+    for metric in (calibration.expected_calibration_error, calibration.reliability_bins):
+        with pytest.raises(ValueError, match=r"\(weights=\.\.\.\) must be left out with binning='equal_mass'"):
+            metric(probs, labels, binning="equal_mass", weights=np.ones(len(labels)))

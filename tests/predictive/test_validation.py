@@ -90,7 +90,12 @@ def test_parts_draw_anew(regression, monkeypatch, x64):
     ("data", "message"),
     [
         (5, "must be two arrays .*got int 5"),
-        ([X, X, X], "must be two arrays .*got shape .* for a batch"),
+        ([X], "must be two arrays .*got shape .* for a batch"),
+        ((X, LABELS, LABELS, X), "must be two arrays .*got shape .* for a batch"),
+        ([X, LABELS, X], r"\(x, y, w\): w must be real numbers of shape \(12,\), one for each example; got"),
+        ((X, LABELS, -np.ones(12)), "w must be finite and at least 0; got numbers from -1.0"),
+        ([(X, LABELS[:5], np.arange(12))], "labels must be integers of shape .* got int64"),
+        ([(X, LABELS, np.zeros(12))], "at least one example; got none; .* or all weights are 0"),
         ([(X, LABELS), (X, LABELS), X], "must be two arrays .*got shape .* for a batch"),
         (iter([]), "at least one example; got none"),
         ((X[:, :3], LABELS), "inputs to predict at must have the shape"),
