@@ -27,7 +27,7 @@ from bnnlaplace.model.likelihood import (
 )
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior.gaussian import Prior, by_layer, is_by_group, is_scalar
-from bnnlaplace.structure import BY_NAME
+from bnnlaplace.structure import BY_NAME, DenseStructure, Structure
 
 # The fields of `LogLikelihood` under the names that the files have had since the first release.
 _LOG_LIKELIHOOD = {
@@ -60,7 +60,7 @@ def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
         # A likelihood of the user's own may hold Python numbers.
         "likelihood": [jnp.asarray(leaf) for leaf in jax.tree.leaves(likelihood)],
         "prior_precision": np.asarray(prior.precision),
-        "structure": fitted.structure,
+        "structure": _arrays(fitted.structure),
         "fitted": {_LOG_LIKELIHOOD[name]: value for name, value in fitted.log_likelihood._asdict().items()},
     }
     if not prior.is_isotropic and not by_group:
@@ -80,6 +80,11 @@ def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
     if by_group:
         metadata["prior_precision"] = {name: float(value) for name, value in precision.items()}
     save_pytree(path, tree, metadata)
+
+
+def _arrays(structure: Structure) -> Any:
+    """What is written of a structure. As a pytree a matrix is the words of its numbers, which serve `jit` alone."""
+    return {"matrix": structure.matrix} if isinstance(structure, DenseStructure) else structure
 
 
 def load(path: Path | str, network: Network, likelihood: Likelihood | None = None) -> tuple[Fitted, Settings]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,30 +18,71 @@ from bnnlaplace.curvature.jacobian import Jacobian, inner_products
 from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("matrix",), meta_fields=())
+class Words(NamedTuple):
+    """A matrix S M S as JAX may trace it, also where JAX knows no float64.
+
+    Attributes
+    ----------
+    words
+        The words of 32 bits that the numbers of M consist of, row by row: (P, P) or (P, 2 P), of type uint32.
+    dtype
+        The type of the numbers.
+    scale
+        The diagonal S, (P,); None for the identity.
+    """
+
+    words: Any
+    dtype: Any
+    scale: Any = None
+
+
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True)
 class DenseStructure:
     """The full GGN as a matrix.
 
-    The first few prior precisions are answered by the inverse of a Cholesky factor, and the last one is remembered.
-    From the sixth request on, one eigendecomposition of G serves them all. Both are in float64 and give the same
-    answers. What is remembered stays with the object. An object that has crossed `jit` computes it again.
+    The first few prior precisions are answered by a Cholesky factor, and the last one is remembered. From the sixth
+    request on, one eigendecomposition of G serves them all. Both are in float64 and give the same answers. What is
+    remembered stays with the object. An object that has crossed `jit` computes it again.
 
     Attributes
     ----------
     matrix
-        G, symmetric, shape (P, P): in float64 on the host. In an object that has crossed `jit` it is an array of JAX in
-        the type of JAX's floats.
+        G, symmetric, shape (P, P), in float64 on the host. Where JAX traces the structure it is `Words`.
     """
 
-    matrix: Float[AnyArray, "P P"]
+    matrix: Float[AnyArray, "P P"] | Words
 
     rows_for_output, rows_for_column = 1.0, 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.matrix, Words):
+            object.__setattr__(self, "matrix", np.ascontiguousarray(self.matrix))
 
     @classmethod
     def fit(cls, matrix: Float[AnyArray, "P P"]) -> "DenseStructure":
         """Build the structure from G. Of a matrix that rounding made asymmetric one triangle counts."""
         return cls(matrix)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        """The words of the matrix, because JAX would round a leaf in float64. They are no copy."""
+        words = self._as_words()
+        keys = map(jax.tree_util.GetAttrKey, ("matrix", "scale"))
+        return tuple(zip(keys, (words.words, words.scale), strict=True)), words.dtype
+
+    @classmethod
+    def tree_unflatten(cls, dtype: Any, leaves: tuple[Any, Any]) -> "DenseStructure":
+        """The structure of such leaves, or of what JAX puts in their place."""
+        words, scale = leaves
+        known = (leaf is None or isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves)
+        if not all(known) or words is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return cls(Words(words, dtype, scale))
+        structure = cls(np.asarray(words).view(dtype))
+        return structure if scale is None else structure.whitened(1 / np.asarray(scale, np.float64) ** 2)
+
+    def _as_words(self) -> Words:
+        matrix = self.matrix
+        return matrix if isinstance(matrix, Words) else Words(matrix.view(np.uint32), matrix.dtype)
 
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from rounding.
@@ -65,21 +107,37 @@ class DenseStructure:
 
     def whitened(self, relative: Float[AnyArray, " P"]) -> "DenseStructure":
         """Return the structure of D^-1/2 G D^-1/2."""
-        if not isinstance(relative, jax.core.Tracer):
-            relative = np.asarray(relative, np.float64)
-        root = relative**0.5 * np.ones(len(self.matrix))
+        if isinstance(self.matrix, Words) or isinstance(relative, jax.core.Tracer):
+            return self._with_scale(relative**-0.5)
+        root = np.asarray(relative, np.float64) ** 0.5
         return DenseStructure(self.matrix / root / root[:, None])
 
     def scaled(self, factor: float) -> "DenseStructure":
         """Return the structure of factor * G."""
+        if isinstance(self.matrix, Words) or isinstance(factor, jax.core.Tracer):
+            return self._with_scale(jnp.asarray(factor**0.5))
         return DenseStructure(factor * self.matrix)
+
+    def _with_scale(self, scale: Float[AnyArray, ""] | Float[AnyArray, " P"]) -> "DenseStructure":
+        """Return the structure of S G S, of which only S need be known to JAX as numbers."""
+        words = self._as_words()
+        before = jnp.ones(len(words.words)) if words.scale is None else words.scale
+        return DenseStructure(words._replace(scale=before * scale))
+
+    def plus(self, other: "DenseStructure") -> "DenseStructure":
+        """Return the structure of G + G_other."""
+        return DenseStructure(self.matrix + other.matrix)
+
+    def product(self, vector: Float[AnyArray, " P"]) -> Float[AnyArray, " P"]:
+        """G v. A NumPy array stays on the host and in float64."""
+        return self.matrix @ vector if isinstance(vector, np.ndarray) else matmul(jnp.asarray(self.matrix), vector)
 
     def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
         """log det(I + G / delta), in float64."""
         delta = float(prior_precision)
-        # The diagonal of a Cholesky factor is enough. The remembered factor is an inverse, hence the reciprocals.
+        # The diagonal of a Cholesky factor is enough.
         if self._is_known(delta):
-            diagonal = 1 / np.diagonal(self._inverse_at(delta).factor)
+            diagonal = self._factor_at(delta).diagonal
         elif self._asked_often("determinants"):
             return np.log1p(self._eigenvalues() / delta).sum(keepdims=True)
         else:
@@ -95,19 +153,19 @@ class DenseStructure:
     ) -> Float[np.ndarray, "1 g"]:
         """tr_g G (G + delta I)^-1, the sum of 1 - delta [(G + delta I)^-1]_ii over the weights of each group."""
         delta = float(prior_precision)
-        inverse = self._inverse_at(delta).factor
+        inverse = self._factor_at(delta).inverse
         # With G + delta I = L L' the diagonal of its inverse holds the squared norms of the columns of L^-1.
         return group_sums(1 - delta * np.einsum("ij,ij->j", inverse, inverse), groups)[None]
 
     def inverse_quadratic_form(self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision) -> float:
         """v' (G + delta I)^-1 v, in float64."""
-        whitened = self._inverse_at(float(prior_precision)).factor @ vector
+        whitened = self._factor_at(float(prior_precision)).whitened(vector)
         return float(whitened @ whitened)
 
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows L'^-1 eps with the Cholesky factor L of G + delta I."""
-        noise = jax.random.normal(key, (num_samples, len(self.matrix)))
-        return matmul(noise, self._root_at(prior_precision).T)
+        root = self._root_at(prior_precision)
+        return matmul(jax.random.normal(key, (num_samples, len(root))), root.T)
 
     def output_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> OutputCovariance:
         """Return the function J -> J D^-1/2 (G + delta I)^-1 D^-1/2 J', evaluated at each delta.
@@ -116,7 +174,7 @@ class DenseStructure:
         of them the product J D^-1/2 V with the eigenvectors of G is formed once instead.
         """
         is_traced = any(isinstance(delta, jax.core.Tracer) for delta in precisions)
-        if not isinstance(self.matrix, jax.core.Tracer) and (is_traced or self._asks_often_for_covariances(precisions)):
+        if not isinstance(self.matrix, Words) and (is_traced or self._asks_often_for_covariances(precisions)):
             values, vectors = self._eigenvectors()
             # On the host a small precision is not lost beside large eigenvalues.
             column = jnp.stack(list(precisions))[:, None] if is_traced else np.asarray(precisions, np.float64)[:, None]
@@ -168,63 +226,106 @@ class DenseStructure:
         last = self.__dict__.get("_last")
         return last is not None and last.delta == delta
 
-    def _inverse_at(self, delta: float) -> "_Inverse":
-        """Return the inverse factor at delta. The last one is kept.
+    def _factor_at(self, delta: float) -> "_Factor":
+        """Return the factor at delta. The last one is kept.
 
         It is read and written as one record, so that threads do not mix the delta of one with the factor of another.
         """
         last = self.__dict__.get("_last")
         if last is None or last.delta != delta:
-            inverse, _ = scipy.linalg.lapack.dtrtri(_shifted_cholesky(self.matrix, delta), lower=True, overwrite_c=True)
-            last = _Inverse(delta, inverse)
-            self.__dict__["_last"] = last
+            last = self.__dict__["_last"] = _Factor(delta, _shifted_cholesky(self.matrix, delta))
         return last
 
     def _root_at(self, delta: PriorPrecision) -> Float[Array, "P P"]:
         """Return the upper triangular S with S S' = (G + delta I)^-1, also if JAX traces delta or the matrix."""
-        if isinstance(self.matrix, jax.core.Tracer):
-            return _traced_root(self.matrix, delta)
+        if isinstance(self.matrix, Words):
+            words, dtype, scale = self.matrix
+            scale = jnp.ones(len(words)) if scale is None else scale
+            return _traced_root(words, dtype, scale, jnp.asarray(delta, scale.dtype))
         if isinstance(delta, jax.core.Tracer):
             values, vectors = self._eigenvectors()
             return _triangular(vectors * jax.lax.rsqrt(jnp.asarray(values, vectors.dtype) + delta))
-        return self._inverse_at(float(delta)).root
+        return self._factor_at(float(delta)).root
 
 
-class _Inverse:
-    """The inverse L^-1 of the Cholesky factor in G + delta I = L L'.
+class _Factor:
+    """The Cholesky factor L in G + delta I = L L', and what has been made of it.
 
     Attributes
     ----------
     delta
         The prior precision.
-    factor
-        L^-1 in float64, on the host.
+    diagonal
+        That of L.
     """
 
-    def __init__(self, delta: float, factor: Float[np.ndarray, "P P"]) -> None:
-        self.delta, self.factor = delta, factor
+    def __init__(self, delta: float, lower: Float[np.ndarray, "P P"]) -> None:
+        self.delta, self.diagonal = delta, np.diagonal(lower).copy()
+        self._is_inverse_and_matrix = False, lower
+
+    @property
+    def inverse(self) -> Float[np.ndarray, "P P"]:
+        """L^-1 on the host. It takes the place of L when it is first needed, because it costs as much as L."""
+        is_inverse, matrix = self._is_inverse_and_matrix
+        if not is_inverse:
+            matrix, _ = scipy.linalg.lapack.dtrtri(matrix, lower=True)
+            self._is_inverse_and_matrix = True, matrix
+        return matrix
+
+    def whitened(self, vector: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
+        """L^-1 v."""
+        is_inverse, matrix = self._is_inverse_and_matrix
+        if is_inverse:
+            return matrix @ vector
+        return scipy.linalg.solve_triangular(matrix, vector, lower=True, check_finite=False)
 
     @cached_property
     def root(self) -> Float[Array, "P P"]:
         """L'^-1 on the device, in the type of JAX's floats."""
         with jax.ensure_compile_time_eval():  # a traced function may ask first; the result outlives its trace
-            return jnp.asarray(self.factor.T)
+            return jnp.asarray(self.inverse.T)
 
 
-def _traced_root(matrix: Float[Array, "P P"], delta: PriorPrecision) -> Float[Array, "P P"]:
-    """Return an upper triangular S with S S' = (G + delta I)^-1, for a G that JAX traces."""
-    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
-    lower = jnp.linalg.cholesky(matrix + delta * identity)
+# --- within `jit` -----------------------------------------------------------------------------------------------
 
-    def from_cholesky() -> Float[Array, "P P"]:
-        return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).T
 
-    def from_eigenvectors() -> Float[Array, "P P"]:
-        values, vectors = jnp.linalg.eigh(matrix)
-        return _triangular(vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta))
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _traced_root(words: Any, dtype: Any, scale: Float[Array, " P"], delta: Float[Array, ""]) -> Float[Array, "P P"]:
+    """Return the upper triangular R with R R' = (S M S + delta I)^-1, rounded after it was computed in float64."""
+    rounded, size = delta.dtype, len(words)
+    # JAX knows float64 as long as it is switched on, for numbers that neither enter nor leave.
+    with jax.enable_x64(True):
+        scale, delta = (jnp.asarray(number, jnp.float64) for number in (scale, delta))
+        words = words.reshape(size, size, -1) if words.shape[1] > size else words
+        matrix = jax.lax.bitcast_convert_type(words, dtype).astype(jnp.float64) * scale * scale[:, None]
+        identity = jnp.eye(size, dtype=jnp.float64)
+        lower = jnp.linalg.cholesky(matrix + delta * identity)
 
-    # Rounding can make a semidefinite G slightly indefinite. The Cholesky factor then holds NaN.
-    return jax.lax.cond(jnp.isfinite(lower).all(), from_cholesky, from_eigenvectors)
+        def from_cholesky() -> Float[Array, "P P"]:
+            return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).T
+
+        def from_eigenvectors() -> Float[Array, "P P"]:
+            values, vectors = jnp.linalg.eigh(matrix)
+            return _triangular(vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta))
+
+        # Rounding can make a semidefinite G slightly indefinite. The Cholesky factor then holds NaN.
+        return jax.lax.cond(jnp.isfinite(lower).all(), from_cholesky, from_eigenvectors).astype(rounded)
+
+
+@_traced_root.defjvp
+def _derivative_of_root(
+    dtype: Any, primals: tuple[Any, Array, Array], tangents: tuple[Any, Array, Array]
+) -> tuple[Float[Array, "P P"], Float[Array, "P P"]]:
+    """The derivative R K of R, with the upper triangular K + K' = -R' dA R and A = S M S + delta I."""
+    words, scale, delta = primals
+    _, of_scale, of_delta = tangents
+    root = _traced_root(words, dtype, scale, delta)
+    # dA = E (A - delta I) + (A - delta I) E + d delta I with the diagonal E = dS / S, and A R = R'^-1.
+    lower = jax.scipy.linalg.solve_triangular(root.T, jnp.eye(len(root), dtype=root.dtype), lower=True)
+    ratio = (of_scale / scale)[:, None]
+    mixed = matmul(root.T, ratio * lower)
+    inner = mixed + mixed.T + matmul(root.T, (of_delta - 2 * delta * ratio) * root)
+    return root, -matmul(root, jnp.triu(inner) - jnp.diag(jnp.diagonal(inner) / 2))
 
 
 def _triangular(rows: Float[Array, "P P"]) -> Float[Array, "P P"]:
@@ -233,6 +334,9 @@ def _triangular(rows: Float[Array, "P P"]) -> Float[Array, "P P"]:
     # the rows reversed before and after, U is upper triangular.
     upper = jnp.linalg.qr(rows[::-1].T, mode="r").T[::-1, ::-1]
     return upper * jnp.where(jnp.diagonal(upper) < 0, -1, 1)
+
+
+# --- on the host ------------------------------------------------------------------------------------------------
 
 
 def _shifted_cholesky(matrix: Float[AnyArray, "P P"], delta: float) -> Float[np.ndarray, "P P"]:

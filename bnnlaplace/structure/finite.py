@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
+from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.kronecker import KroneckerStructure
 from bnnlaplace.structure.protocol import Structure
 
@@ -38,7 +39,8 @@ def check_in_range(structure: Structure) -> Structure:
     leaves = jax.tree.leaves(structure)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         return structure
-    check_finite(leaves)
+    # As a pytree a matrix is the words of its numbers.
+    check_finite(structure.matrix if isinstance(structure, DenseStructure) else leaves)
     return check_products(structure)
 
 

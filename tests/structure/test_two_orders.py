@@ -76,3 +76,30 @@ def test_the_dense_variance_is_that_of_float64(problem):
     expected = np.einsum("np,pq,nq->n", jacobian(at), np.linalg.inv(precision), jacobian(at))
     found = answers(fit(problem, "full"))["variance"][:, 0, 0]
     np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:the prior precision .* is below .*, the rounding of the curvature")
+@pytest.mark.parametrize("structure", ["full", "diag", "kron"])
+def test_an_argument_of_jit_gives_the_same_answers(problem, structure):
+    """A matrix that `jit` rounds to float32 gives variances that are half too large."""
+    la, x = fit(problem, structure).with_prior_precision(DELTA), jnp.linspace(-3, 3, 5)[:, None]
+    key = jax.random.key(1)
+    variance, samples = jax.jit(lambda la: (la.functional_variance(x), la.sample(key, 3)["a"]))(la)
+    np.testing.assert_allclose(variance, la.functional_variance(x), rtol=1e-3)
+    np.testing.assert_allclose(samples, la.sample(key, 3)["a"], rtol=1e-3, atol=1e-3)
+    returned = jax.jit(lambda la: la)(la)
+    np.testing.assert_allclose(returned.functional_variance(x), la.functional_variance(x), rtol=1e-5)
+    assert returned.log_marginal_likelihood().mean == pytest.approx(la.log_marginal_likelihood().mean, rel=1e-6)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_derivatives_in_a_prior_precision_of_a_traced_matrix(problem, relative):
+    la, x = fit(problem, "full"), jnp.linspace(-3, 3, 5)[:, None]
+
+    def total(delta, la):
+        precision = {"a": delta, "b": 0.1, "c": 0.2} if relative else delta
+        return la.with_prior_precision(precision).functional_variance(x).sum()
+
+    step = 1e-3 * DELTA
+    expected = (float(total(DELTA + step, la)) - float(total(DELTA - step, la))) / (2 * step)
+    assert jax.jit(jax.grad(total))(DELTA, la) == pytest.approx(expected, rel=1e-2)
