@@ -5,10 +5,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core.linalg import einsum
-from bnnlaplace.core.tree import number_type
+from bnnlaplace.core.tree import examples, number_type, summed_type
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature.direct import examples_at_once
 from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.likelihoods.closed_forms import curvature_diagonal
 from bnnlaplace.model.network import Network
 
 
@@ -27,7 +29,8 @@ def ggn_diagonal(
     The diagonal is scale * sum_n w_n sum_c (J_n' B_n e_c)^2. With a the inputs of a layer and g the derivative with
     respect to its outputs, an example's gradient of the layer's matrix is sum_t a_t g_t' over positions t. With one
     position, its squares are those of a times those of g, so that no gradient of the matrix is computed. With several,
-    the gradient is computed for one output at a time.
+    the gradient is computed for one output at a time. For a layer whose outputs are those of the network the sum of
+    squares of g is the diagonal of Lambda.
 
     Parameters
     ----------
@@ -46,9 +49,10 @@ def ggn_diagonal(
 
     Notes
     -----
-    Cost: a backward pass for each example and output, without the gradients of matrices that have one position. Memory:
-    the activations of `microbatch` examples and their gradients of all other weights.
+    Cost: a backward pass for each example and output, without the gradients of matrices that have one position; none
+    for a last layer. Memory: the activations of `microbatch` examples and their gradients of all other weights.
     """
+    microbatch = examples_at_once(network, inputs, microbatch)
     batches = mb.split(inputs, microbatch, number_type(params), weights)
     leaves = jax.tree.leaves(params)
 
@@ -56,23 +60,29 @@ def ggn_diagonal(
         passed = tapped.forward(network, params, batch.inputs)
         weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
         single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
+        others = [leaf for leaf in range(len(leaves)) if leaf not in passed.direct]
 
-        def squares(column: Array) -> list[Array]:
+        def squares(column: Array) -> dict[int, Array]:
             gradients = passed.gradients(factor_mv(passed.outputs, column))
-            return [
-                gradients[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, gradients[leaf], weights)
-                for leaf in range(len(leaves))
-            ]
+            return {
+                leaf: gradients[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, gradients[leaf], weights)
+                for leaf in others
+            }
 
-        sums = tapped.over_columns(squares, passed.outputs)
+        sums = tapped.over_columns(squares, passed.outputs) if others else {}
+        if passed.direct:
+            of_outputs = curvature_diagonal(likelihood, passed.outputs)
+            for leaf in passed.direct:
+                sums[leaf] = of_outputs if leaf in single else einsum("m,mc->c", weights, of_outputs)
         for leaf in single:
             # So far the squares of g, example by example; those of a are the same for all outputs.
             weighted = mb.over_outputs(weights, sums[leaf]) * sums[leaf]
             matrix = einsum("mi,mo->io", passed.layer_inputs[leaf][:, 0] ** 2, weighted)
             sums[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
-        return sums
+        return [sums[leaf].astype(summed_type(value.dtype)) for leaf, value in enumerate(leaves)]
 
-    return scale * jnp.concatenate(mb.summed(batch_sums, batches))
+    sums = batch_sums(examples(batches, 0)) if len(batches.weights) == 1 else mb.summed(batch_sums, batches)
+    return scale * jnp.concatenate(sums)
 
 
 def _squared(

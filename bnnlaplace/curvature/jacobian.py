@@ -3,6 +3,9 @@
 For a dense layer with inputs a, a row of J is a kron g, where g is the derivative of the output with respect to what
 the layer returns. So I + O numbers stand for I O, and all outputs of an example share their a. Whatever is computed
 from rows of J is faster from the factors: a norm from a^2 and g^2, a product with a matrix by multiplying with a first.
+
+For a layer whose outputs are those of the network, g is a unit vector (see `bnnlaplace.curvature.direct`). Then no
+backward pass is needed, all examples share their g, and a product with g picks a number.
 """
 
 import math
@@ -10,11 +13,14 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from bnnlaplace.core.linalg import einsum, matmul
+from bnnlaplace.core.tree import summed_type
 from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature.direct import direct_leaves
 from bnnlaplace.curvature.layers import find
 from bnnlaplace.curvature.layout import Layout, as_matrices, as_matrix
 from bnnlaplace.model.network import Network
@@ -30,20 +36,29 @@ class Factors(NamedTuple):
         a of each example, (M, I), if the leaf is a layer that multiplies once for each example. None for any other
         leaf.
     derivatives
-        g in O columns, or without inputs the p derivatives themselves, for M examples with U groups of C outputs.
+        g in O columns, or without inputs the p derivatives themselves, for M examples with U groups of C outputs. A
+        leading axis of one stands for derivatives that all examples share.
+    places
+        Where the derivatives are unit vectors: in which column each of them has its one. None for any others.
     """
 
     inputs: Float[Array, "M I"] | None
-    derivatives: Float[Array, "M U C p"]
+    derivatives: Float[Array, "m U C p"]
+    places: Int[ArrayLike, "U C"] | None = None
 
     def weighted(self, weights: Float[Array, "..."]) -> Float[Array, "M U C C"]:
         """Compute J diag(w) J' within each group, for weights w of shape (I, O) or (p,) that are not negative.
 
-        Cost: with inputs I O multiplications for each example, without them C p for each output.
+        Cost: with inputs I O multiplications for each example, and C O for each output. Nothing is multiplied with unit
+        vectors. Shared derivatives without inputs give one result, (1, U, C, C), for all examples.
         """
-        if self.inputs is None:
-            return inner_products(self.derivatives, weights.reshape(-1))
-        return inner_products(self.derivatives, matmul(self.inputs**2, weights)[:, None, None])
+        of_columns = weights.reshape(1, -1) if self.inputs is None else matmul(self.inputs**2, weights)
+        if self.places is not None:
+            picked = _picked(of_columns, self.places, axis=1)
+            return picked[..., None] * jnp.eye(picked.shape[-1], dtype=picked.dtype)
+        if len(self.derivatives) == 1:
+            return _shared_inner_products(self.derivatives[0], of_columns)
+        return inner_products(self.derivatives, of_columns[:, None, None])
 
 
 class LeafJacobian(NamedTuple):
@@ -58,11 +73,14 @@ class LeafJacobian(NamedTuple):
         derivatives with respect to the leaf itself, (M, U, C, p).
     layout
         How the leaf forms a matrix. None without inputs.
+    places
+        As for `Factors`. Derivatives that all examples share have a leading axis of one.
     """
 
     inputs: Float[Array, "M T I"] | None
-    derivatives: Float[Array, "M U C ..."]
+    derivatives: Float[Array, "m U C ..."]
     layout: Layout | None
+    places: Int[ArrayLike, "U C"] | None = None
 
     @property
     def is_single(self) -> bool:
@@ -75,8 +93,11 @@ class LeafJacobian(NamedTuple):
         width = self.derivatives.shape[-1]
         return width if self.inputs is None else self.inputs.shape[-1] * width
 
-    def rows(self) -> Float[Array, "M U C p"]:
-        """Form the derivatives with respect to each weight, in the order in which the leaf stores its weights."""
+    def rows(self) -> Float[Array, "m U C p"]:
+        """Form the derivatives with respect to each weight, in the order in which the leaf stores its weights.
+
+        Shared derivatives without inputs remain shared.
+        """
         return self.derivatives if self.inputs is None else self.layout.flat(self._matrices())
 
     def as_matrix(self, flat: Real[ArrayLike, " p"]) -> Real[ArrayLike, "..."]:
@@ -86,18 +107,29 @@ class LeafJacobian(NamedTuple):
     def factors(self) -> Factors:
         """Take the sum over positions. If there are several, the rows of the layer's matrix are slowest."""
         if self.inputs is None:
-            return Factors(None, self.derivatives)
+            return Factors(None, self.derivatives, self.places)
         if self.is_single:
-            return Factors(self.inputs[:, 0], self.derivatives[..., 0, :])
+            return Factors(self.inputs[:, 0], self.derivatives[..., 0, :], self.places)
         matrices = self._matrices()
         return Factors(None, matrices.reshape(*matrices.shape[:3], -1))
 
     def rotated(self, rows: Float[Array, "I I"], columns: Float[Array, "O O"]) -> "LeafJacobian":
         """Change the coordinates of the layer's matrix W to rows' W columns. `layout` remains that of W."""
-        return self._replace(inputs=matmul(self.inputs, rows), derivatives=matmul(self.derivatives, columns))
+        inputs = matmul(self.inputs, rows)
+        if self.places is None:
+            return self._replace(inputs=inputs, derivatives=matmul(self.derivatives, columns))
+        picked = _picked(columns, self.places, axis=0)
+        return LeafJacobian(inputs, picked[None, :, :, None], self.layout)
+
+    def times_inputs(self, block: Float[Array, "p R"]) -> Float[Array, "m O R"]:
+        """Multiply the inputs of a layer with one position by R columns of weights; a bias has the inputs one."""
+        if self.inputs is None:
+            return block[None]
+        return einsum("mi,ior->mor", self.inputs[:, 0], as_matrices(block, self.layout.segments))
 
     def _matrices(self) -> Float[Array, "M U C I O"]:
-        return einsum("mti,mucto->mucio", self.inputs, self.derivatives)
+        derivatives = jnp.broadcast_to(self.derivatives, (len(self.inputs), *self.derivatives.shape[1:]))
+        return einsum("mti,mucto->mucio", self.inputs, derivatives)
 
 
 class Jacobian(NamedTuple):
@@ -116,19 +148,25 @@ class Jacobian(NamedTuple):
         """Number of weights in each leaf."""
         return [leaf.size for leaf in self.leaves]
 
+    @property
+    def num_examples(self) -> int:
+        """M."""
+        return max(len(leaf.derivatives if leaf.inputs is None else leaf.inputs) for leaf in self.leaves)
+
     def rows(self) -> Float[Array, "M U C P"]:
         """Form J itself. Memory: P numbers for each output."""
-        return jnp.concatenate([leaf.rows() for leaf in self.leaves], axis=-1)
+        return _joined([leaf.rows() for leaf in self.leaves], self.num_examples)
 
     def times(self, matrix: Float[ArrayLike, "q R"]) -> Float[Array, "M U C R"]:
         """Multiply J by a matrix. If the matrix has q rows of P, the missing last rows are taken as zero.
 
         Cost of a layer with one position, I inputs and O columns: I O R multiplications for each example and O R for
         each output, or I O R for each output if that is less or hardly more. All other leaves cost p R for each output.
-        Memory: O R numbers for each example of a layer whose inputs are multiplied first.
+        Nothing is multiplied with unit vectors. Memory: O R numbers for each example of a layer whose inputs are
+        multiplied first.
         """
         # One product for all layers, and one for all other leaves, because small products are slow.
-        derivatives, input_products, rows, blocks = [], [], [], []
+        derivatives, input_products, rows, blocks, products = [], [], [], [], []
         start = 0
         for leaf in self.leaves:
             if start >= len(matrix):
@@ -136,21 +174,21 @@ class Jacobian(NamedTuple):
             block = matrix[start : start + leaf.size]
             start += leaf.size
             block = jnp.pad(block, ((0, leaf.size - len(block)), (0, 0)))
-            if leaf.is_single and _inputs_first(math.prod(leaf.derivatives.shape[1:3]), leaf.inputs.shape[-1]):
+            if leaf.places is not None:
+                products.append(_picked(leaf.times_inputs(block), leaf.places, axis=1))
+            elif leaf.is_single and _inputs_first(math.prod(leaf.derivatives.shape[1:3]), leaf.inputs.shape[-1]):
                 derivatives.append(leaf.derivatives[..., 0, :])
-                input_products.append(
-                    einsum("mi,ior->mor", leaf.inputs[:, 0], as_matrices(block, leaf.layout.segments))
-                )
+                input_products.append(leaf.times_inputs(block))
             else:
                 rows.append(leaf.rows())
                 blocks.append(block)
-        products = []
         if input_products:
             factors = jnp.concatenate(derivatives, axis=-1), jnp.concatenate(input_products, axis=1)
             products.append(einsum("muco,mor->mucr", *factors))
         if rows:
-            products.append(matmul(jnp.concatenate(rows, axis=-1), jnp.concatenate(blocks)))
-        return sum(products[1:], products[0])
+            products.append(matmul(_joined(rows, self.num_examples), jnp.concatenate(blocks)))
+        total = sum(products[1:], products[0])
+        return jnp.broadcast_to(total, (self.num_examples, *total.shape[1:]))
 
 
 class JacobianSize(NamedTuple):
@@ -162,12 +200,15 @@ class JacobianSize(NamedTuple):
         The numbers for each example: the inputs of layers.
     output
         The numbers for each output: derivatives, and derivatives with respect to weights if they are formed.
+    shared
+        The numbers for each output that all examples share: unit vectors, or what a structure makes of them.
     layers
         (inputs, columns) of each layer that has one position.
     """
 
     example: int
     output: int
+    shared: int
     layers: tuple[tuple[int, int], ...]
 
     def columns(self, num_outputs: int) -> int:
@@ -197,7 +238,7 @@ def jacobian(
 ) -> Jacobian:
     """Differentiate some of the outputs of each example.
 
-    Cost: a backward pass for each of them, without the gradients of layers.
+    Cost: a backward pass for each of them, without the gradients of layers; none if all leaves are direct.
 
     Parameters
     ----------
@@ -211,20 +252,37 @@ def jacobian(
         A function (f, u) -> B u, such as that of a likelihood. With it the result is made of rows of B' J instead of J.
     """
 
+    count, shape = len(passed.outputs), numbers.shape
+    # The columns of a factor B differ between examples, so that they are not shared.
+    direct = passed.direct if factor_mv is None else frozenset()
+    leaves = range(len(passed.weights.jaxpr.params))
+    # A bias alone does not tell the number of examples: its derivatives are repeated for each.
+    is_shared = any(leaf in passed.layer_inputs for leaf in leaves)
+
     def gradients(column: Float[Array, "M ... C"]) -> dict[int, Float[Array, "M ..."]]:
-        return passed.gradients(column if factor_mv is None else factor_mv(passed.outputs, column))
+        cotangent = column if factor_mv is None else factor_mv(passed.outputs, column)
+        return {leaf: g for leaf, g in passed.gradients(cotangent).items() if leaf not in direct}
 
-    derivatives = tapped.at_columns(gradients, passed.outputs, numbers.reshape(-1), at_once)
+    derivatives = {}
+    if len(direct) < len(leaves):
+        derivatives = tapped.at_columns(gradients, passed.outputs, numbers.reshape(-1), at_once)
 
-    def leaf_jacobian(leaf: int, by_output: Float[Array, "K M ..."]) -> LeafJacobian:
-        by_example = jnp.moveaxis(by_output, 0, 1)
-        grouped = by_example.reshape(by_example.shape[0], *numbers.shape, *by_example.shape[2:])
+    def leaf_jacobian(leaf: int) -> LeafJacobian:
         layer = passed.weights.layers.get(leaf)
+        if leaf in direct:
+            dtype = summed_type(passed.weights.jaxpr.params[leaf].aval.dtype)
+            unit = jax.nn.one_hot(numbers, passed.outputs.shape[1], dtype=dtype)[None]
+            unit = unit if is_shared else jnp.broadcast_to(unit, (count, *unit.shape[1:]))
+            if layer is None:
+                return LeafJacobian(None, unit, None, numbers if is_shared else None)
+            return LeafJacobian(passed.layer_inputs[leaf], unit[..., None, :], layer.layout, numbers)
+        by_example = jnp.moveaxis(derivatives[leaf], 0, 1)
+        grouped = by_example.reshape(count, *shape, *by_example.shape[2:])
         if layer is None:
             return LeafJacobian(None, grouped.reshape(*grouped.shape[:3], -1), None)
         return LeafJacobian(passed.layer_inputs[leaf], grouped, layer.layout)
 
-    return Jacobian([leaf_jacobian(leaf, derivatives[leaf]) for leaf in sorted(derivatives)])
+    return Jacobian([leaf_jacobian(leaf) for leaf in leaves])
 
 
 def size_of_jacobian(network: Network, inputs: PyTree) -> JacobianSize:
@@ -235,20 +293,43 @@ def size_of_jacobian(network: Network, inputs: PyTree) -> JacobianSize:
 @lru_cache(maxsize=64)
 def _size(spec: NetworkSpec) -> JacobianSize:
     weights = find(spec.network(), spec.example.batch(2))
-    example, output, layers = 0, 0, []
+    direct = direct_leaves(weights)
+    example, output, shared, layers = 0, 0, 0, []
     for leaf, variable in enumerate(weights.jaxpr.params):
         count, layer = math.prod(variable.aval.shape), weights.layers.get(leaf)
         if layer is None:
-            output += 2 * count  # as the backward pass leaves them, and joined with those of other leaves
+            # As the backward pass leaves them, and joined with those of other leaves.
+            shared, output = (shared + 2 * count, output) if leaf in direct else (shared, output + 2 * count)
             continue
         rows = math.prod(size for size, is_row in layer.layout.segments if is_row)
         example += layer.positions * rows
-        output += layer.positions * (count // rows)
+        if leaf in direct:
+            shared += 2 * (count // rows)
+        else:
+            output += layer.positions * (count // rows)
         if layer.positions > 1:
             output += 2 * count  # the sum over positions forms the derivatives in the weights, and joins them
         else:
             layers.append((rows, count // rows))
-    return JacobianSize(example, output, tuple(layers))
+    return JacobianSize(example, output, shared, tuple(layers))
+
+
+def _picked(array: Float[Array, "..."], places: Int[ArrayLike, "U C"], *, axis: int) -> Float[Array, "..."]:
+    """Take the numbers at the places of unit vectors along an axis; zero past the end, where vectors are zero."""
+    return jnp.take(array, jnp.asarray(places), axis=axis, mode="fill", fill_value=0)
+
+
+def _joined(rows: list[Float[Array, "_ U C _"]], count: int) -> Float[Array, "M U C P"]:
+    """Join the rows of leaves, repeating those that all examples share."""
+    return jnp.concatenate([jnp.broadcast_to(leaf, (count, *leaf.shape[1:])) for leaf in rows], axis=-1)
+
+
+def _shared_inner_products(rows: Float[Array, "U C p"], weights: Float[Array, "M p"]) -> Float[Array, "M U C C"]:
+    """Compute the inner products of rows that all examples share, under weights that differ between examples."""
+    if rows.shape[1] == 1:
+        return einsum("mp,up->mu", weights, rows[:, 0] ** 2)[..., None, None]
+    products = einsum("mucp,udp->mucd", rows * weights[:, None, None], rows)
+    return (products + jnp.swapaxes(products, -1, -2)) / 2
 
 
 def inner_products(

@@ -16,11 +16,13 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import einsum
-from bnnlaplace.core.tree import number_type, register_unchecked
+from bnnlaplace.core.tree import examples, number_type, register_unchecked
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature.direct import examples_at_once
 from bnnlaplace.curvature.layers import Weights, is_matrix
 from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.likelihoods.closed_forms import curvature_diagonal, curvature_sum
 from bnnlaplace.model.network import Network
 
 SharedWeights = Literal["partial_traces", "expand", "reduce"]
@@ -160,32 +162,60 @@ def factors(
 
     Notes
     -----
-    Cost: for each example and output a backward pass. To that a layer adds for each example and output O^2
+    Cost: for each example and output a backward pass, but for a layer whose outputs are those of the network, which has
+    sum_n Lambda_n as its factor B. To that a layer adds for each example and output O^2
     multiplications for "reduce", and O^2 for each position for "expand"; and I^2 for each example or position once.
     "partial_traces" adds T O (2 T + O) or I O (T + I + O), whichever is less. Memory: the sums; the activations and
     patches of `microbatch` examples; their gradients of weights that are not layers, and for "partial_traces" T^2 or
     I O numbers for each example and layer.
     """
     checks.choice(shared_weights, "kronecker_factors(shared_weights=...)", get_args(SharedWeights))
+    microbatch = examples_at_once(network, inputs, microbatch)
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def batch_sums(batch: mb.Microbatches) -> list[LeafSums]:
         passed = tapped.forward(network, params, batch.inputs)
         weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
-        leaves = enumerate(jax.tree.leaves(params))
-        rules = [_rule(passed, leaf, value.shape, weights, shared_weights) for leaf, value in leaves]
+        leaves = jax.tree.leaves(params)
+        rules = {
+            leaf: _rule(passed, leaf, value.shape, weights, shared_weights)
+            for leaf, value in enumerate(leaves)
+            if leaf not in passed.direct
+        }
 
-        def squares(column: Array) -> list[PyTree]:
+        def squares(column: Array) -> dict[int, PyTree]:
             gradients = passed.gradients(factor_mv(passed.outputs, column))
-            return [rule.of_column(gradients[leaf]) for leaf, rule in enumerate(rules)]
+            return {leaf: rule.of_column(gradients[leaf]) for leaf, rule in rules.items()}
 
-        totals = tapped.over_columns(squares, passed.outputs)
-        return [rule.sums(total, scale) for rule, total in zip(rules, totals, strict=True)]
+        totals = tapped.over_columns(squares, passed.outputs) if rules else {}
+        sums = {leaf: rule.sums(totals[leaf], scale) for leaf, rule in rules.items()}
+        if passed.direct:
+            sums |= _direct_sums(passed, likelihood, weights, scale)
+        return [sums[leaf] for leaf in range(len(leaves))]
 
-    return mb.summed(batch_sums, batches)
+    return batch_sums(examples(batches, 0)) if len(batches.weights) == 1 else mb.summed(batch_sums, batches)
 
 
 # --- which sums a leaf has --------------------------------------------------------------------------------------
+
+
+def _direct_sums(
+    passed: tapped.Pass, likelihood: Likelihood, weights: Float[Array, " M"], scale: Real[ArrayLike, ""]
+) -> dict[int, LeafSums]:
+    """The sums of a layer, and of its bias, whose outputs are those of the network: the columns are those of Lambda."""
+    total = scale * curvature_sum(likelihood, passed.outputs, weights)
+
+    def sums(leaf: int) -> LeafSums:
+        layer = passed.weights.layers.get(leaf)
+        if layer is not None:
+            moments = _second_moment(passed.layer_inputs[leaf], weights)
+            return LayerSums(moments, total.astype(moments.dtype), jnp.sum(weights), layer.layout.segments)
+        if len(total) <= MAX_VECTOR:
+            return FilterSums(total[None])
+        of_outputs = curvature_diagonal(likelihood, passed.outputs)
+        return DiagonalSums(scale * einsum("m,mc->c", weights, of_outputs))
+
+    return {leaf: sums(leaf) for leaf in passed.direct}
 
 
 class _Rule(NamedTuple):

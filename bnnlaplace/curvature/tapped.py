@@ -18,6 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core.linalg import all_products
 from bnnlaplace.core.tree import examples, summed_type
+from bnnlaplace.curvature.direct import direct_leaves
 from bnnlaplace.curvature.layers import Entry, Layer, Weights, at_one_example, find
 from bnnlaplace.model.jaxpr import run
 from bnnlaplace.model.network import Network
@@ -40,12 +41,15 @@ class Pass(NamedTuple):
         A function from cotangents of the outputs to a derivative for each leaf, example by example. If the leaf is a
         layer, it is the derivative with respect to the layer's outputs (M, T, O). For any other leaf it is the
         derivative with respect to the leaf itself (M, ...).
+    direct
+        The leaves whose derivatives are the cotangents themselves; see `bnnlaplace.curvature.direct`.
     """
 
     weights: Weights
     outputs: Float[Array, "M ... C"]
     layer_inputs: dict[int, Float[Array, "M T I"]]
     gradients: Callable[[Float[Array, "M ... C"]], dict[int, Float[Array, "M ..."]]]
+    direct: frozenset[int]
 
 
 def forward(network: Network, params: PyTree, inputs: PyTree[Shaped[ArrayLike, "M ..."]]) -> Pass:
@@ -110,7 +114,7 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Shaped[ArrayLike, "
         leaf: _as_rows(layer, jaxpr.equations[layer.entry.index], value_of).astype(summed_type(leaves[leaf].dtype))
         for leaf, layer in weights.layers.items()
     }
-    return Pass(weights, outputs, layer_inputs, gradients)
+    return Pass(weights, outputs, layer_inputs, gradients, direct_leaves(weights))
 
 
 def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs: Float[Array, "M ... C"]) -> PyTree:

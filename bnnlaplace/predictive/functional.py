@@ -234,12 +234,17 @@ def _sizes(
     sizes = size_of_jacobian(network, inputs)
     num_weights, num_outputs = size(network.params), num_groups * unit
     per_input = sizes.example + int(structure.rows_for_column * num_weights) * sizes.columns(num_outputs)
-    per_output = sizes.output + int(structure.rows_for_output * num_weights) + num_precisions * unit
+    # Shared derivatives are weighted anew at each input for the covariances of several outputs.
+    weighted = sizes.shared if unit > 1 else 0
+    per_output = sizes.output + weighted + int(structure.rows_for_output * num_weights) + num_precisions * unit
     input_bytes, group_bytes = pass_bytes + number_bytes * per_input, number_bytes * unit * per_output
+    shared_bytes = number_bytes * unit * sizes.shared
     # First as many groups as fit with a few inputs, then as many inputs as fit with these groups.
-    min_inputs = min(microbatch, FEW_INPUTS)
-    groups = min(num_groups, max(1, (limit - min_inputs * input_bytes) // (min_inputs * group_bytes)))
-    num_inputs = min(microbatch, max(1, limit // (input_bytes + groups * group_bytes)))
+    # Where all derivatives are shared, the more inputs share them the better.
+    min_inputs = microbatch if not sizes.output and unit == 1 else min(microbatch, FEW_INPUTS)
+    room = limit - min_inputs * input_bytes
+    groups = min(num_groups, max(1, room // (shared_bytes + min_inputs * group_bytes)))
+    num_inputs = min(microbatch, max(1, (limit - groups * shared_bytes) // (input_bytes + groups * group_bytes)))
     passes = groups * unit
     if num_inputs * passes * pass_bytes > limit:
         passes = max(1, min(CACHED_BYTES, limit) // (num_inputs * pass_bytes))

@@ -48,8 +48,11 @@ def test_rows(case, x64):
     counted = jacobian.size_of_jacobian(network, inputs)
     held = sum(leaf.inputs.size for leaf in found.leaves if leaf.inputs is not None)
     assert counted.example == held / len(inputs)
-    formed = [0 if leaf.is_single else (2 if leaf.inputs is not None else 1) * leaf.size for leaf in found.leaves]
-    held = sum(leaf.derivatives.size for leaf in found.leaves) / (4 * len(inputs))
+    shared = [leaf for leaf in found.leaves if len(leaf.derivatives) < len(inputs)]
+    assert counted.shared == 2 * sum(leaf.derivatives.size for leaf in shared) / 4
+    others = [leaf for leaf in found.leaves if len(leaf.derivatives) == len(inputs)]
+    formed = [0 if leaf.is_single else (2 if leaf.inputs is not None else 1) * leaf.size for leaf in others]
+    held = sum(leaf.derivatives.size for leaf in others) / (4 * len(inputs))
     assert counted.output == held + sum(formed)
     single = [leaf for leaf in found.leaves if leaf.is_single]
     assert counted.layers == tuple((leaf.inputs.shape[-1], leaf.derivatives.shape[-1]) for leaf in single)
