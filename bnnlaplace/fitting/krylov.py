@@ -12,7 +12,7 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import streamed
 from bnnlaplace.evidence.log_joint import LogJoint
-from bnnlaplace.fitting.prepare import Model
+from bnnlaplace.fitting.prepare import Model, rounding_of
 from bnnlaplace.prior import bracket, maximiser, range_above
 from bnnlaplace.structure import KrylovError, KrylovStructure
 from bnnlaplace.structure.finite import not_finite
@@ -81,7 +81,7 @@ def fit_krylov(
     probes = jax.random.normal(options.key, shape, number_type(model.head.params))
     product = streamed.primal_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)
     for decomposition in _decompositions(product, probes, options.max_vectors):
-        structure = KrylovStructure.from_decomposition(decomposition, options.tolerance)
+        structure = KrylovStructure.from_decomposition(decomposition, options.tolerance, rounding_of(model))
         target = options.target_precision
         if target is None:
             target = _hardest_optimum(structure, log_joint, squared_norm)

@@ -18,9 +18,10 @@ from bnnlaplace.model import features, subset
 from bnnlaplace.model.batched import check_microbatch
 from bnnlaplace.model.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.model.determinism import check_deterministic
+from bnnlaplace.model.jaxpr import derivative_rounding
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import Shapes, output_shape
+from bnnlaplace.model.spec import NetworkSpec, Shapes, output_shape
 from bnnlaplace.prior import Prior
 
 Total = TypeVar("Total")
@@ -181,3 +182,8 @@ def num_outputs(model: Model) -> int | None:
 def outputs_of_example(model: Model) -> int:
     """The number of outputs of one example, at all its positions."""
     return math.prod(output_shape(model.head, model.data.first)[1:])
+
+
+def rounding_of(model: Model) -> float:
+    """Relative error of the derivatives of a model, from the type in which its network computes."""
+    return derivative_rounding(NetworkSpec.of(model.head, model.data.first))

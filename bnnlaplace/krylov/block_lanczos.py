@@ -161,7 +161,7 @@ def block_lanczos(
             return
 
 
-def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
+def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: float = 0.0) -> Ritz:
     """Diagonalise T in float64.
 
     Parameters
@@ -171,7 +171,11 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
     positive
         Whether A is positive semidefinite. Then values below 4 eps theta_max, with the eps of the basis, are zero: the
         rounding of products makes such values, of either sign, where A has none. There are as many as A has null
-        directions, so that together they would count as curvature.
+        directions, so that together they would count as curvature. The most negative value shows how large they are,
+        so values up to twice its size are zero as well: they come in pairs of about one size.
+    rounding
+        The error of a product over theta_max, if products are rounded to fewer bits than the basis has. Values below
+        this times theta_max are zero then.
 
     Returns
     -------
@@ -181,7 +185,8 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True) -> Ritz:
     values, vectors = np.linalg.eigh(decomposition.tridiagonal)
     resolution, hidden = np.float64(0.0), np.zeros_like(values)
     if positive:
-        resolution = np.float64(ROUNDING * jnp.finfo(decomposition.basis.dtype).eps * np.abs(values).max())
+        of_products = max(ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps), rounding)
+        resolution = np.float64(max(of_products * np.abs(values).max(), -2 * values.min()))
         is_hidden = values <= resolution
         hidden = np.where(is_hidden, np.abs(values), 0.0)
         values = np.where(is_hidden, 0.0, values)

@@ -6,14 +6,16 @@ layers.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jaxtyping import PyTree
 
+from bnnlaplace.core import rounding
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec
 
@@ -95,6 +97,61 @@ def numbers_of_example(spec: NetworkSpec) -> int:
     """Count the numbers that the forward pass of one example computes. Only some of them are in memory at a time."""
     equations = trace(spec.network(), spec.example.batch(1)).equations
     return sum(math.prod(variable.aval.shape) for equation in equations for variable in equation.outvars)
+
+
+@lru_cache(maxsize=64)
+def derivative_rounding(spec: NetworkSpec) -> float:
+    """Relative error of the derivatives in the weights, from the shortest type between weights and outputs.
+
+    Equations that depend on no weight do not count, as derivatives do not pass through them, and neither do those that
+    reach no output. Of a loop, or a function with a derivative rule of its own, all numbers count.
+    """
+    jaxpr = trace(spec.network(), spec.example.batch(1))
+    dependent, between = set(jaxpr.params), []
+    for equation in jaxpr.equations:
+        if dependent.isdisjoint(_variables(equation.invars)) or equation.primitive.name == "stop_gradient":
+            continue
+        between.append(equation)
+        dependent.update(variable for variable in equation.outvars if _is_smooth(variable))
+    needed, found = set(_variables(jaxpr.outputs)), []
+    for equation in reversed(between):
+        if needed.isdisjoint(equation.outvars):
+            continue
+        operands = dependent.intersection(_variables(equation.invars))
+        needed |= operands
+        found += _spacings((*operands, *dependent.intersection(equation.outvars))) + _spacings_inside(equation)
+    return rounding.of_eps(max(found, default=0.0))
+
+
+def _spacings_inside(equation: JaxprEqn) -> list[float]:
+    """The relative spacings of the numbers that an equation computes on the way, in functions that it calls."""
+    if equation.primitive.name == "reduce_precision":
+        return [2.0 ** -equation.params["mantissa_bits"]]
+    inner = [step for function in _functions(equation.params) for step in function.eqns]
+    results = [variable for step in inner for variable in step.outvars if _is_smooth(variable)]
+    return _spacings(results) + [spacing for step in inner for spacing in _spacings_inside(step)]
+
+
+def _spacings(variables: Iterable[Var]) -> list[float]:
+    return [float(jnp.finfo(variable.aval.dtype).eps) for variable in variables]
+
+
+def _functions(params: dict[str, Any]) -> Iterator[Jaxpr]:
+    """The functions among the parameters of an equation."""
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(each, ClosedJaxpr):
+                yield each.jaxpr
+            elif isinstance(each, Jaxpr):
+                yield each
+
+
+def _variables(atoms: Sequence[Var | Literal]) -> list[Var]:
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
+def _is_smooth(variable: Var) -> bool:
+    return jnp.issubdtype(variable.aval.dtype, jnp.floating)
 
 
 def run(

@@ -14,6 +14,7 @@ from bnnlaplace.core.tree import leaf_names, ravel, size, summed_type, unraveler
 from bnnlaplace.model.arrays import used_type
 from bnnlaplace.model.boxes import unboxed
 from bnnlaplace.model.forward import LinenForward, NNXForward, PlainForward, key_of
+from bnnlaplace.model.wide_sums import with_wide_sums
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("params", "frozen"), meta_fields=("forward",))
@@ -50,7 +51,7 @@ class Network:
         (`bnnlaplace.core.linalg` says why).
         """
         with all_products():
-            outputs = self.forward(self.frozen, params, x)
+            outputs = with_wide_sums(self.forward, self.frozen, params, x)
         # Only a floating-point array is widened. Any other result is returned as it is: `spec` refuses it by name.
         is_short = hasattr(outputs, "dtype") and jnp.issubdtype(outputs.dtype, jnp.floating)
         return outputs.astype(summed_type(outputs.dtype)) if is_short else outputs

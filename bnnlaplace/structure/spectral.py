@@ -6,16 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Num
 
 from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
 from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
-# Rounding of singular values, over eps times the largest one.
-ROUNDING = 8.0
+# Error of the singular values of a decomposition, over eps times the largest one.
+OF_DECOMPOSITION = 8.0
 
 
 class SpectralStructure(NamedTuple):
@@ -30,16 +31,19 @@ class SpectralStructure(NamedTuple):
         lambda >= 0, shape (r,).
     eigenvectors
         V, orthonormal rows, shape (r, P).
+    rounding
+        Relative error of the derivatives.
     """
 
     eigenvalues: Float[Array, " r"]
     eigenvectors: Float[Array, "r P"]
+    rounding: Num[AnyArray, ""] | np.float64 = np.float64(OF_FLOAT32)
 
     rows_for_output, rows_for_column = 2.0, 0.0
 
     @classmethod
-    def fit(cls, rows: Float[Array, "R P"]) -> "SpectralStructure":
-        """Build the structure from rows with rows' rows = G.
+    def fit(cls, rows: Float[Array, "R P"], rounding: Num[ArrayLike, ""] = OF_FLOAT32) -> "SpectralStructure":
+        """Build the structure from rows with rows' rows = G, and the relative error of the rows.
 
         QR and the singular values of the triangle keep the digits of eigenvalues far below the largest one. The Gram
         matrix of the rows would lose them, because it squares the singular values.
@@ -47,23 +51,24 @@ class SpectralStructure(NamedTuple):
         columns, upper = jnp.linalg.qr(rows.T)
         left, values, _ = jnp.linalg.svd(upper)
         # Rounding makes singular values of this size where there are none.
-        values = jnp.where(values <= ROUNDING * jnp.finfo(values.dtype).eps * values.max(), 0, values)
+        values = jnp.where(values <= _error(values, rounding) * values.max(), 0, values)
         values = jnp.zeros(left.shape[1], values.dtype).at[: len(values)].set(values)
-        return cls(values**2, matmul(left.T, columns.T))
+        return cls(values**2, matmul(left.T, columns.T), jnp.asarray(rounding, values.dtype))
 
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from the rounding of derivatives."""
-        return float((ROUNDING * jnp.finfo(self.eigenvalues.dtype).eps) ** 2 * np.asarray(self.eigenvalues).max())
+        return float(_error(self.eigenvalues, self.rounding)) ** 2 * float(np.asarray(self.eigenvalues).max())
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "SpectralStructure":
         """Rebuild the structure from its fields by name, as a checkpoint holds them."""
-        return cls(**{name: jnp.asarray(array) for name, array in arrays.items()})
+        return cls(**{name: array if name == "rounding" else jnp.asarray(array) for name, array in arrays.items()})
 
     def whitened(self, relative: Float[AnyArray, " P"]) -> "SpectralStructure":
         """Return the structure of D^-1/2 G D^-1/2."""
         # Whitened eigenvectors are not orthogonal any more, so the scaled rows are decomposed again.
-        return SpectralStructure.fit(jnp.sqrt(self.eigenvalues)[:, None] * self.eigenvectors / jnp.sqrt(relative))
+        rows = jnp.sqrt(self.eigenvalues)[:, None] * self.eigenvectors / jnp.sqrt(relative)
+        return SpectralStructure.fit(rows, self.rounding)
 
     def scaled(self, factor: float) -> "SpectralStructure":
         """Return the structure of factor * G."""
@@ -109,6 +114,11 @@ class SpectralStructure(NamedTuple):
         J is whitened by `relative` first, and R = J - J V' V is its part outside the rows of V.
         """
         return Partial(_covariances, self, jnp.asarray(precisions, self.eigenvalues.dtype), relative)
+
+
+def _error(values: Float[Array, " r"], rounding: Num[ArrayLike, ""]) -> Num[ArrayLike, ""]:
+    """Error of singular values over the largest one: that of the derivatives, or of the decomposition."""
+    return jnp.maximum(OF_DECOMPOSITION * jnp.finfo(values.dtype).eps, rounding)
 
 
 def _covariances(
