@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import ravel, register_unchecked, size, unraveler
+from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.tree import described, leaf_names, ravel, register_unchecked, size, unraveler
 from bnnlaplace.core.types import Estimate, Inputs
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
@@ -21,9 +22,16 @@ from bnnlaplace.model.likelihood import resolve as resolve_likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
 from bnnlaplace.model.subset import check as check_subset
-from bnnlaplace.prior.gaussian import Groups, Precision, Prior, is_scalar, resolve
+from bnnlaplace.prior.gaussian import Groups, Precision, Prior, is_scalar, resolve, with_posterior
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid, optimum, range_above
-from bnnlaplace.structure import BY_NAME, KrylovError, KrylovStructure, SampleStructure, Structure
+from bnnlaplace.structure import (
+    BY_NAME,
+    AdditiveStructure,
+    KrylovError,
+    KrylovStructure,
+    SampleStructure,
+    Structure,
+)
 from bnnlaplace.structure.finite import check_in_range
 
 
@@ -126,10 +134,10 @@ class Fitted(NamedTuple):
     likelihood
         p(y | f).
     prior
-        N(mu, (tau D)^-1).
+        N(mu, (tau D)^-1), or the posterior of earlier data.
     structure
-        The curvature G in the weights times sqrt(D). In those coordinates the prior is isotropic, so one structure
-        serves every tau.
+        The curvature G of all data so far, in the weights times sqrt(D). In those coordinates a prior without a
+        curvature is isotropic, so one structure serves every tau.
     log_likelihood
         The log likelihood of the data at theta*, and its gradient.
     """
@@ -150,7 +158,7 @@ class Fitted(NamedTuple):
         ValueError
             If the ratios of the precisions change and the structure would have to be fitted again for that.
         """
-        self.check_concrete(prior)
+        self.check_concrete(prior).check_prior_is_stated("a prior precision")
         if _has_same_ratios(prior, self.prior):  # a structure may remember what it has factorised
             return self._replace(prior=prior)
         structure = self.structure.whitened(prior.relative / self.prior.relative)
@@ -164,6 +172,7 @@ class Fitted(NamedTuple):
         ValueError
             If the likelihood has no noise, or the ratios of the noise between outputs change.
         """
+        self.check_prior_is_stated("another noise")
         before = self.likelihood.sigma_noise
         if before is None:
             raise ValueError(f"with_sigma_noise must be asked of a regression; got {self.likelihood.name!r}")
@@ -198,14 +207,16 @@ class Fitted(NamedTuple):
         return LogJoint(float(self.log_likelihood.value))
 
     def log_marginal_likelihood(self) -> Estimate:
-        """The log evidence at the prior."""
+        """The log evidence at the prior; if that is a posterior of earlier data, given those."""
         self.check_known("the evidence")
-        precision = float(self.prior.precision)
-        others = self.log_joint()(precision * self.squared_distance)
-        return estimate_of_forms(others, self.structure.log_determinant(precision))
+        others = self.log_joint()(self.prior.quadratic_form(self.network.params))
+        # G holds the curvature of earlier data, too. What it adds to the precision of the prior counts.
+        forms = self.structure.log_determinant(float(self.prior.precision)) - self.prior.log_determinant()
+        return estimate_of_forms(others, forms)
 
     def evidence_curve(self, precisions: Iterable[float] | None) -> EvidenceCurve:
         """The log evidence at each tau, with D as it is; by default at 61 over six decades around the maximum."""
+        self.check_prior_is_stated("the evidence at other prior precisions")
         if precisions is None:
             best = self.evidence_optimum().prior_precision
             precisions = np.geomspace(max(1e-3 * best, self.structure.resolution()), 1e3 * best, 61)
@@ -216,6 +227,7 @@ class Fitted(NamedTuple):
     def evidence_optimum(self) -> PriorOptimum:
         """The tau that maximises the evidence, and an interval for the errors of probes and truncation."""
         self.check_known("the evidence")
+        self.check_prior_is_stated("the best prior precision")
         structure = self.structure
         return optimum(
             structure.log_determinant,
@@ -233,6 +245,10 @@ class Fitted(NamedTuple):
 
     # --- the mode ---------------------------------------------------------------------------------------------------
 
+    def with_stated(self, prior: Prior) -> "Fitted":
+        """The record with another prior and the curvature as it is, for what the prior alone changes."""
+        return self.check_prior_is_stated("another prior precision")._replace(prior=prior)
+
     def mode_gradient(self) -> Float[Array, " P"]:
         """Gradient of the log joint in the weights."""
         return self.log_likelihood.gradient + self.prior.gradient(self.network.params)
@@ -244,6 +260,33 @@ class Fitted(NamedTuple):
         return self.structure.inverse_quadratic_form(gradient, float(self.prior.precision))
 
     # --- the posterior ----------------------------------------------------------------------------------------------
+
+    def log_density(self, params: PyTree) -> Float[Array, ""]:
+        """log N(theta; theta*, P^-1) at other weights, which may be traced; P = sqrt(D) (G + tau I) sqrt(D)."""
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(self)):
+            raise TypeError(
+                "log_density must be asked of a Laplace that is not traced, as its constant is computed in float64 on "
+                "the host; got an argument of jit, vmap or grad; close over the Laplace, and trace the weights alone"
+            )
+        if not isinstance(self.structure, AdditiveStructure):
+            raise ValueError(
+                "log_density must be asked of 'diag', 'kron' or 'full'; got 'lanczos', which knows the curvature only "
+                "in its basis; fit with another hessian_structure"
+            )
+        centre, precision = self.network.params, float(self.prior.precision)
+        posterior = Prior(precision, self.prior.relative, ravel(centre), self.structure)
+        weights = with_posterior(params, centre)
+        if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, centre):
+            raise ValueError(
+                f"log_density(params=...) must be weights like la.network.params, with the arrays {leaf_names(centre)} "
+                f"of the same shapes; got {described(params)}"
+            )
+        with jax.ensure_compile_time_eval():  # the weights may be traced, the posterior is not
+            relative = np.broadcast_to(np.asarray(self.prior.relative, np.float64), (size(centre),))
+            log_determinant = posterior.log_determinant().item() + np.log(precision * relative).sum()
+        constant = 0.5 * (log_determinant - size(centre) * np.log(2 * np.pi))
+        deviation = ravel(weights) - posterior.mean
+        return constant + 0.5 * matmul(deviation, posterior.gradient(weights))
 
     def deviations(self, key: Array, num_samples: int) -> Float[Array, "S P"]:
         """Samples of theta - theta*. A `SampleStructure` gives at most as many as it has."""
@@ -295,6 +338,16 @@ class Fitted(NamedTuple):
                 "curvature between the two cannot be told from zero and may be left out; use a larger prior precision, "
                 "standardise the inputs, or compute in float64"
             )
+
+    def check_prior_is_stated(self, what: str) -> "Fitted":
+        """Return the record, or raise ValueError if the prior is a posterior of earlier data: `what` has no meaning."""
+        if self.prior.curvature is not None:
+            raise ValueError(
+                f"{what} must be asked of the first task; got a Laplace fitted with prior=..., whose prior is the "
+                "posterior of earlier data: these are gone, and their weights and curvature belong to the prior and "
+                "noise of then; choose both in the first task"
+            )
+        return self
 
     def check_known(self, what: str) -> None:
         """Raise TypeError if a number of the posterior or its prior is traced: `what` is computed on the host."""

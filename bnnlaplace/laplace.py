@@ -13,6 +13,7 @@ from bnnlaplace.core.tree import register_unchecked, size
 from bnnlaplace.core.types import AnyArray, Estimate, Inputs
 from bnnlaplace.evidence.marginal import EvidenceCurve
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
+from bnnlaplace.fitting.continual import earlier_posterior
 from bnnlaplace.fitting.fit import fit
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.optimize_prior import Chosen, by_evidence, check_method
@@ -86,7 +87,6 @@ class Laplace:
     state: Unfitted | Fitted
     settings: Settings
 
-    # Written by hand, because a user gives a network, a likelihood and a noise where the object holds a `state`.
     def __init__(
         self,
         network: Network,
@@ -178,6 +178,7 @@ class Laplace:
         self,
         data: PairOrBatches,
         *,
+        prior: "Laplace | None" = None,
         key: Array | None = None,
         mean: Literal["network", "linear"] = "network",
         num_data: int | None = None,
@@ -196,6 +197,10 @@ class Laplace:
         data
             (x, y), without augmentation; x may be a pytree. Or (x, y, w): example n counts w_n >= 0 times.
             Or batches of such that can be read again: they need not fit in memory. The data are not kept.
+        prior
+            Continual learning: the `Laplace` of earlier data, with "diag", "kron" or "full", whose posterior takes the
+            place of the prior. Curvatures add up, and the evidence is that of the new data given the earlier ones.
+            Train with the penalty -prior.log_density. Prior precision and noise are chosen in the first task alone.
         key
             Seeds the probes; needed for "lanczos" alone.
         mean
@@ -223,47 +228,42 @@ class Laplace:
         Raises
         ------
         ValueError, MemoryError
-            If data, options, prior or network cannot be used, or memory is short; the message says what to try.
+            If data, options, prior or network cannot be used, or memory is short. Warns far from a mode.
 
         Notes
         -----
         Cost in GGN products of one vector over all data: "lanczos" at most `max_vectors`; "diag" and "kron" about C
-        backward passes per example; "full" P^2 memory. Warns (`NotAModeWarning`) if weights are far from a mode.
+        backward passes per example; "full" P^2 memory.
         """
         options = KrylovOptions(key, num_probes, max_vectors, tolerance, target_precision, on_block)
         how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "shared_weights": shared_weights}
-        return Laplace._of(fit(self.state, self.settings, as_data(data), krylov=options, **how), self.settings)
+        how["posterior"], settings = earlier_posterior(prior, self.state, self.settings)
+        return Laplace._of(fit(self.state, settings, as_data(data), krylov=options, **how), settings)
 
     def memory_estimate(self, data: PairOrBatches, *, max_vectors: int = 512, microbatch: int = 64) -> MemoryEstimate:
-        """How much memory `fit` with the same arguments takes at its peak, beside the activations of a microbatch.
+        """How much memory `fit` takes at its peak, beside activations. Data that can be read once only are refused.
 
-        Only the first batch is read, so data that can be read once are refused. Features before the weights with a
-        posterior are counted for arrays; of batches they take at most a quarter of the free memory.
+        Features before the weights with a posterior are counted for arrays; of batches they take at most a quarter.
         """
         return memory_estimate(self.state, self.settings, as_data(data), max_vectors=max_vectors, microbatch=microbatch)
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> Estimate:
         """The log evidence in nats at `prior_precision`, by default at the object's own.
 
-        `sem` is the standard error over the probes; it is 0 if the evidence is exact. It does not include the
-        truncation error of the Lanczos recurrence, which lowers the mean by at most `krylov_error().log_determinant /
-        2`. `prior_precision` is as `Laplace` takes it; "lanczos" can answer at the ratios that it was fitted at.
+        `sem` is the standard error over the probes, 0 if the evidence is exact, without the truncation of Lanczos,
+        which lowers the mean by at most `krylov_error().log_determinant / 2`. "lanczos" answers at its own ratios.
         """
         return self._at(prior_precision).warn_unless_converged().log_marginal_likelihood()
 
     def evidence_curve(self, precisions: Iterable[float] | None = None) -> EvidenceCurve:
-        """The log evidence at many prior precisions, from the curvature already computed.
+        """The log evidence at many prior precisions, by default 61 over six decades around the maximum.
 
-        `precisions` are numbers, by default 61 over six decades around the maximum. If the prior is not isotropic they
-        are geometric means over the weights, whose ratios are kept.
+        If the prior is not isotropic they are geometric means over the weights, whose ratios are kept.
         """
         return self.fitted.evidence_curve(precisions)
 
     def evidence_optimum(self) -> PriorOptimum:
-        """The prior precision that maximises the evidence, and an interval for the errors of probes and truncation.
-
-        If the prior is not isotropic, it is the geometric mean over the weights, as for `evidence_curve`.
-        """
+        """The best factor for `evidence_curve`, and an interval for the errors of probes and truncation."""
         return self.fitted.evidence_optimum()
 
     def optimize_prior_precision(
@@ -289,10 +289,9 @@ class Laplace:
             which "lanczos" has converged. Both warn if the optimum is at an end of what they search.
         prior_structure
             What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
-            ("layerwise"), or for each weight ("diag"). None keeps the ratios between the precisions and chooses a
-            common factor, for which no curvature is computed again.
+            ("layerwise"), or for each weight ("diag"). None chooses a common factor without computing curvature again.
         optimize_sigma_noise
-            For a regression: also maximise over a common factor of the noise. No curvature is computed again for it.
+            For a regression: also maximise over a common factor of the noise.
         refit, max_refits
             "lanczos" has to be fitted again if ratios change: a function such as lambda la: la.fit(data, key=key), and
             how often it is called at most, once for each step of MacKay's fixed point.
@@ -300,7 +299,8 @@ class Laplace:
             For "gridsearch": arrays (x, y), or batches of such pairs, which are read once; the rest as for
             `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.
         """
-        chosen = Chosen(self.fitted, self.settings, refit, Laplace._of)
+        fitted = self.fitted.check_prior_is_stated("optimize_prior_precision")
+        chosen = Chosen(fitted, self.settings, refit, Laplace._of)
         how = {"link_approx": link_approx, "key": key, "num_samples": num_samples}
         evidence_options = {"prior_structure": prior_structure, "optimize_sigma_noise": optimize_sigma_noise}
         grid_options = {"validation": validation, "precisions": precisions, **how}
@@ -330,39 +330,33 @@ class Laplace:
         x, y, precisions, microbatch
             Validation data, the grid as for `evidence_curve`, and how many inputs are differentiated at a time.
         link_approx, key, num_samples
-            The link, by default that of `predictive`. For "mc": the seed and the number of samples, the same at every
-            prior precision. By default 32 samples, or fewer if "lanczos" has fewer probes.
+            The link, by default that of `predictive`. For "mc": the seed and the number of samples, by default 32.
         """
         how = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
         return validation_curve(self.fitted, (x, y), precisions, **how)
 
     def with_prior_precision(self, prior_precision: Precision) -> "Laplace":
         """The same posterior at another prior precision. "lanczos" must be fitted again if ratios change: an error."""
-        settings = self.settings.at(prior_precision)
-        if isinstance(self.state, Fitted):
-            return Laplace._of(self._at(prior_precision), settings)
-        return Laplace._of(Unfitted.of(self.network, self.likelihood, settings), settings)
+        settings, is_fitted = self.settings.at(prior_precision), isinstance(self.state, Fitted)
+        state = self._at(prior_precision) if is_fitted else Unfitted.of(self.network, self.likelihood, settings)
+        return Laplace._of(state, settings)
 
     def with_sigma_noise(self, sigma_noise: float | Float[ArrayLike, "*C"]) -> "Laplace":
-        """The same posterior of a regression at another noise, for which no curvature is computed again.
-
-        One standard deviation, or one for each output. All must change by the same factor: fit again otherwise.
-        """
+        """The same posterior of a regression at another noise. All outputs must keep their ratios: else fit again."""
         return Laplace._of(self.fitted.with_sigma_noise(sigma_noise), self.settings)
 
     def mode_gradient(self, prior_precision: Precision | None = None) -> Float[Array, " P"]:
         """Gradient of the log joint in the weights: zero at a mode of the model whose evidence is computed."""
-        fitted = self.fitted
-        prior = self.prior if prior_precision is None else self.settings.at(prior_precision).prior(self.network)
-        return fitted._replace(prior=prior).mode_gradient()
+        if prior_precision is None:
+            return self.fitted.mode_gradient()
+        return self.fitted.with_stated(self.settings.at(prior_precision).prior(self.network)).mode_gradient()
 
     def mode_decrement(self, prior_precision: Precision | None = None) -> float:
         """g' (G + P0)^-1 g with g = `mode_gradient`: the squared distance to the mode in posterior deviations.
 
-        It is twice what a Gauss-Newton step promises to gain, in nats. Unlike the norm of g it does not depend on how
-        weights are scaled, and it sees directions that only the prior determines. Weights are near a mode if it is
-        small against `effective_parameters`. It is exact for "full", and for "diag" and "kron" of their own posteriors.
-        For "lanczos" it is an upper bound: the prior alone counts in directions outside the basis.
+        It is twice what a Gauss-Newton step promises to gain, in nats, however weights are scaled. Weights are near a
+        mode if it is small against `effective_parameters`. It is exact for "full", and for "diag" and "kron" of their
+        own posteriors. For "lanczos" it is an upper bound: the prior alone counts in directions outside the basis.
         """
         return self._at(prior_precision).mode_decrement()
 
@@ -382,6 +376,14 @@ class Laplace:
         """
         return self.fitted.warn_unless_converged().samples(key, num_samples)
 
+    def log_density(self, params: PyTree) -> Float[Array, ""]:
+        """Log density of the posterior at weights `params`, in nats. Its negative is the penalty for training on.
+
+        It can be jitted and differentiated in `params`, which are like `network.params` or all weights of the model;
+        close over the `Laplace`. Not for "lanczos". Cost: a product with the curvature.
+        """
+        return self.fitted.log_density(params)
+
     def functional_posterior(self, x: Inputs, *, joint: bool = True, microbatch: int = 64) -> FunctionalGaussian:
         """Mean and covariance of the linearised outputs at inputs (B, ...) together; its `sample` draws functions.
 
@@ -390,9 +392,8 @@ class Laplace:
         x, microbatch
             Inputs, and how many at most are differentiated at a time.
         joint
-            True: the covariance (B, ..., C, B, ..., C) between all inputs, B C squared numbers, exact but for "lanczos"
-            outside its basis, where samples choose a multiple of the prior's covariance. MemoryError if it does not
-            fit. False: that within each input, `functional_variance`, with draws that are independent over inputs.
+            True: the covariance (B, ..., C, B, ..., C) between all inputs, exact but for "lanczos" outside its basis.
+            MemoryError if it does not fit. False: that within each input, with draws independent over inputs.
         """
         fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)
@@ -410,9 +411,8 @@ class Laplace:
     ) -> Iterator[FunctionalPosterior]:
         """Mean, covariance and samples of the linearised outputs at each input, for several prior precisions.
 
-        The network is differentiated once for all of them. "lanczos" pushes samples of the weights through the
-        Jacobian, at most one for each probe, and estimates the covariance from them. Other structures have exact
-        covariances, from which they draw at each input: independently of other inputs, unless `joint` is true.
+        "lanczos" pushes samples of the weights through the Jacobian, at most one for each probe, and estimates the
+        covariance from them. Other structures draw from exact covariances at each input, independently of others.
 
         Parameters
         ----------

@@ -21,6 +21,7 @@ from bnnlaplace.structure import (
     SpectralStructure,
     Structure,
 )
+from bnnlaplace.structure.block_sum import BlockSum
 
 # Norms of vectors that were orthonormal in float32 and symmetric entries agree within this.
 _ROUNDING = 1e-2
@@ -31,7 +32,12 @@ _METADATA = {"hessian_structure": str, "likelihood": str}
 _LATER_METADATA = {"structure": str, "likelihood_is_ours": bool, "weights": list, "linearised": bool, "groups": dict}
 _OPTIONAL_METADATA = {"prior_precision": dict, "likelihood_options": list}
 _PARTS = {"network": dict, "prior_precision": np.ndarray, "structure": dict, "fitted": dict}
-_OPTIONAL_PARTS = {"likelihood": list, "relative_precision": np.ndarray, "prior_mean": np.ndarray}
+_OPTIONAL_PARTS = {
+    "likelihood": list,
+    "relative_precision": np.ndarray,
+    "prior_mean": np.ndarray,
+    "prior_curvature": dict,  # of a prior that is the posterior of earlier data
+}
 
 
 def check_parts(stored: Any, metadata: Mapping[str, Any], version: int) -> None:
@@ -144,7 +150,12 @@ def _check_blocks(blocks: Sequence[Any], leaves: Sequence[Any]) -> None:
     """Check that there is a block for each array of weights, with as many rows as that has numbers."""
     if len(blocks) != len(leaves):
         raise Damage(f"its curvature has {len(blocks)} blocks, where there are {len(leaves)} arrays of weights")
-    for block, leaf in zip(blocks, leaves, strict=True):
+    pairs = [
+        (term, leaf)
+        for block, leaf in zip(blocks, leaves, strict=True)
+        for term in (block.terms if isinstance(block, BlockSum) else [block])
+    ]
+    for block, leaf in pairs:
         for name in block._fields:
             if name.endswith("vectors"):
                 vectors, values = getattr(block, name), getattr(block, name.replace("vectors", "values"))

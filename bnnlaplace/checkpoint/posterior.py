@@ -67,6 +67,8 @@ def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
         tree["relative_precision"] = prior.relative
     if np.ndim(prior.mean):
         tree["prior_mean"] = prior.mean
+    if prior.curvature is not None:
+        tree["prior_curvature"] = _arrays(prior.curvature)
     metadata = {
         "hessian_structure": settings.hessian_structure,
         "structure": type(fitted.structure).__name__,
@@ -145,13 +147,19 @@ def _posterior(
         declared.vector(leaf.reshape(-1), leaf.size, f"weights {name!r:.80}")
     settings = _settings(stored, metadata, size(network.params))
     structures = {cls.__name__: cls for cls in BY_NAME[metadata["hessian_structure"]]}
-    structure = structures[metadata.get("structure", next(iter(structures)))].from_arrays(stored["structure"])
-    declared.check_structure(structure, stored["structure"], network.params, version)
+    kind = structures[metadata.get("structure", next(iter(structures)))]
+
+    def structure(arrays: Any) -> Structure:
+        restored = kind.from_arrays(arrays)
+        declared.check_structure(restored, arrays, network.params, version)
+        return restored
+
+    curvature = structure(stored["prior_curvature"]) if "prior_curvature" in stored else None
     fitted = Fitted(
         network=network,
         likelihood=_likelihood(path, stored, metadata, likelihood),
-        prior=_prior(stored, settings, network),
-        structure=structure,
+        prior=_prior(stored, settings, network)._replace(curvature=curvature),
+        structure=structure(stored["structure"]),
         log_likelihood=_log_likelihood(stored["fitted"], size(network.params), version),
     )
     return fitted, settings

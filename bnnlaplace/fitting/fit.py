@@ -15,6 +15,7 @@ from bnnlaplace.curvature import dense, diagonal, kronecker
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
+from bnnlaplace.fitting.continual import posterior_as_prior
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
 from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare
@@ -44,10 +45,12 @@ def fit(
     microbatch: int,
     krylov: KrylovOptions,
     shared_weights: kronecker.SharedWeights = "partial_traces",
+    posterior: Fitted | None = None,
 ) -> Fitted:
     """Compute the curvature at the weights or, for `mean` "linear", at the mode of the linearised network.
 
-    Parameters, errors and warnings are those of `Laplace.fit`.
+    `posterior` is that of earlier data, in place of the prior of the settings. Other parameters, errors and warnings
+    are those of `Laplace.fit`.
     """
     if num_data is not None:
         num_data = checks.count(num_data, "fit(num_data=...)", advice="pass the size of the training set")
@@ -55,7 +58,10 @@ def fit(
     checks.choice(mean, "fit(mean=...)", ("network", "linear"))
     checks.choice(shared_weights, "fit(shared_weights=...)", get_args(kronecker.SharedWeights))
     model = prepare(state, settings, data, linear=mean == "linear", microbatch=microbatch, num_data=num_data)
-    prior = settings.prior(model.network) if state.prior is None else state.prior
+    if posterior is not None:
+        prior = posterior_as_prior(posterior, model.network)
+    else:
+        prior = settings.prior(model.network) if state.prior is None else state.prior
     structure = settings.hessian_structure
     if shared_weights != "partial_traces" and structure != "kron":
         raise ValueError(
@@ -94,6 +100,8 @@ def _fit_exact(
     structure = exact_structure(name, curvature, scale)
     if not prior.is_isotropic:
         structure = check_in_range(structure.whitened(prior.relative))
+    if prior.curvature is not None:
+        structure = check_in_range(prior.curvature.plus(structure))
     return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
 
 

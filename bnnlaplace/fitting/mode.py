@@ -46,7 +46,8 @@ def warn_unless_mode(fitted: Fitted) -> None:
         f"the weights are not at a mode of the log joint for prior precision {float(fitted.prior.precision):.3g}: one "
         f"Gauss-Newton step would gain {up_to}{0.5 * decrement:.3g} nats and move {up_to}{decrement**0.5:.3g} "
         f"posterior standard deviations (a posterior sample moves {effective**0.5:.3g}); train longer, pass the prior "
-        "precision used in training (weight decay times the number of examples), or use fit(mean='linear')",
+        "precision used in training (weight decay times the number of examples), or use fit(mean='linear')"
+        + ("; with prior=..., train with the penalty -prior.log_density" if fitted.prior.curvature is not None else ""),
         NotAModeWarning,
     )
 
@@ -78,6 +79,7 @@ def at_linear_mode(model: Model, prior: Prior, *, microbatch: int) -> Model:
         ravel(white.head.params),
         prior_precision=float(prior.precision),
         prior_mean=np.asarray(prior.mean * jnp.sqrt(prior.relative), np.float64),
+        prior_curvature=None if prior.curvature is None else prior.curvature.product,
     )
     return model.at(unraveler(model.network.params)(prior.whiten(jnp.asarray(mode, dtype))))
 
@@ -89,6 +91,7 @@ def linear_mode(
     *,
     prior_precision: float,
     prior_mean: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 0.0,
+    prior_curvature: Callable[[Float[np.ndarray, " P"]], Float[np.ndarray, " P"]] | None = None,
     tolerance: float = 1e-2,
     max_products: int = 200,
 ) -> Float[np.ndarray, " P"]:
@@ -104,6 +107,8 @@ def linear_mode(
         Where to begin.
     prior_precision, prior_mean
         delta and mu of the isotropic prior.
+    prior_curvature
+        v -> K v, if the precision of the prior is K + delta I.
     tolerance
         Stop if the Newton decrement g' (G + delta I)^-1 g is below this: twice the gain in nats that is left.
     max_products
@@ -116,15 +121,20 @@ def linear_mode(
     """
     point = np.asarray(start, np.float64)
 
+    def prior_product(vector: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
+        scaled = prior_precision * vector
+        return scaled if prior_curvature is None else scaled + prior_curvature(vector)
+
     def log_joint(point: Float[np.ndarray, " P"]) -> tuple[float, Float[np.ndarray, " P"]]:
         value, gradient = log_likelihood(point)
         deviation = point - prior_mean
-        return value - 0.5 * prior_precision * deviation @ deviation, gradient - prior_precision * deviation
+        pull = prior_product(deviation)
+        return value - 0.5 * deviation @ pull, gradient - pull
 
     value, gradient = log_joint(point)
     decrement = np.inf
     for number in range(1, MAX_STEPS + 1):  # noqa: B007
-        step = _newton_step(lambda v, at=point: product(at, v) + prior_precision * v, gradient, max_products)
+        step = _newton_step(lambda v, at=point: product(at, v) + prior_product(v), gradient, max_products)
         decrement = float(gradient @ step)
         if decrement <= tolerance:
             return point + step

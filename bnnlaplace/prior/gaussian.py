@@ -16,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Num, PyTree
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import as_vector, described, leaf_names, number_type, ravel, size
 from bnnlaplace.core.types import AnyArray
+from bnnlaplace.structure.protocol import AdditiveStructure
 
 Precision = float | Array | Mapping[str, Any] | PyTree
 """Prior precisions as a user states them: one number, one for each group, or one for each weight."""
@@ -24,7 +25,7 @@ Groups = Callable[[str], str]
 
 
 class Prior(NamedTuple):
-    """The Gaussian N(mu, (tau D)^-1) of the weights.
+    """The Gaussian N(mu, (tau D)^-1) of the weights, or the posterior of earlier data in its place.
 
     Attributes
     ----------
@@ -34,15 +35,19 @@ class Prior(NamedTuple):
         D: one number for each weight, shape (P,), with geometric mean one. The number 1.0 for an isotropic prior.
     mean
         mu: one number for each weight, shape (P,), or the number 0.0.
+    curvature
+        The curvature G of earlier data, in the weights times sqrt(D), if the prior is a posterior: its precision is
+        then P0 = sqrt(D) (G + tau I) sqrt(D). None for a prior that is stated by numbers.
     """
 
     precision: Num[ArrayLike, ""]
     relative: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 1.0
     mean: Float[ArrayLike, ""] | Float[ArrayLike, " P"] = 0.0
+    curvature: AdditiveStructure | None = None
 
     @property
     def is_isotropic(self) -> bool:
-        """Whether all weights have the same precision. It is read off a shape, so it is known inside `jit` too."""
+        """Whether D is one number. It is read off a shape, so it is known inside `jit` too."""
         return jnp.ndim(self.relative) == 0
 
     def deviation(self, params: PyTree) -> Float[Array, " P"]:
@@ -54,9 +59,27 @@ class Prior(NamedTuple):
         deviation = np.asarray(self.deviation(params), np.float64)
         return float(deviation @ (deviation * np.asarray(self.relative, np.float64)))
 
+    def quadratic_form(self, params: PyTree) -> float:
+        """(theta - mu)' P0 (theta - mu), in float64 on the host."""
+        form = float(self.precision) * self.squared_distance(params)
+        if self.curvature is None:
+            return form
+        root = np.sqrt(np.asarray(self.relative, np.float64))
+        white = root * np.asarray(self.deviation(params), np.float64)
+        return form + float(white @ self.curvature.product(white))
+
+    def log_determinant(self) -> Float[np.ndarray, " 1"]:
+        """log det (P0 / tau) - log det D = log det(I + G / tau), in float64; zero without a curvature."""
+        return np.zeros(1) if self.curvature is None else self.curvature.log_determinant(float(self.precision))
+
     def gradient(self, params: PyTree) -> Float[Array, " P"]:
         """Gradient of the log density in the weights, -P0 (theta - mu)."""
-        return self.relative * (-self.precision * self.deviation(params))
+        deviation = self.deviation(params)
+        gradient = self.relative * (-self.precision * deviation)
+        if self.curvature is None:
+            return gradient
+        root = jnp.sqrt(self.relative)
+        return gradient - root * self.curvature.product(root * deviation)
 
     def whiten(self, vector: Float[AnyArray, "... P"]) -> Float[AnyArray, "... P"]:
         """Multiply by D^-1/2: a gradient changes to the coordinates sqrt(D) theta, a deviation from them to theta."""
@@ -191,7 +214,7 @@ def _per_leaf(precision: Mapping[str, Any], params: PyTree, groups: Groups) -> F
 def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str) -> Num[Array, " P"]:
     """Return one precision for each weight, or raise ValueError with all ways to state a precision."""
     try:
-        return as_vector(_with_posterior(precision, params), params)
+        return as_vector(with_posterior(precision, params), params)
     except (ValueError, TypeError):
         names = group_names(params, groups)
         got = f"the names {sorted(precision)}" if isinstance(precision, Mapping) else described(precision)
@@ -201,7 +224,7 @@ def _per_weight(precision: Precision, params: PyTree, groups: Groups, where: str
         ) from None
 
 
-def _with_posterior(values: PyTree, params: PyTree) -> PyTree:
+def with_posterior(values: PyTree, params: PyTree) -> PyTree:
     """Take from a pytree like all weights the leaves with the paths of `params`; return anything else as it is."""
     known = dict(zip(leaf_names(values), jax.tree.leaves(values), strict=True))
     names = leaf_names(params)
@@ -215,7 +238,7 @@ def _mean(mean: PyTree, params: PyTree, where: str) -> Float[ArrayLike, ""] | Nu
     if isinstance(mean, (int, float)) and mean == 0:
         return 0.0  # the number, so that no vector of zeros is stored
     try:
-        vector = as_vector(_with_posterior(mean, params), params)
+        vector = as_vector(with_posterior(mean, params), params)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(
             f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "

@@ -8,7 +8,13 @@ from bnnlaplace.structure.dense import DenseStructure
 from bnnlaplace.structure.diagonal import DiagonalStructure
 from bnnlaplace.structure.kronecker import KroneckerStructure
 from bnnlaplace.structure.krylov import KrylovError, KrylovStructure
-from bnnlaplace.structure.protocol import CovarianceStructure, OutputCovariance, SampleStructure, Structure
+from bnnlaplace.structure.protocol import (
+    AdditiveStructure,
+    CovarianceStructure,
+    OutputCovariance,
+    SampleStructure,
+    Structure,
+)
 from bnnlaplace.structure.spectral import SpectralStructure
 
 # The names that `Laplace(hessian_structure=...)` takes, and the classes that each may be fitted as. "lanczos" becomes a
@@ -22,6 +28,7 @@ BY_NAME = {
 
 __all__ = [
     "BY_NAME",
+    "AdditiveStructure",
     "CovarianceStructure",
     "DenseStructure",
     "DiagonalStructure",

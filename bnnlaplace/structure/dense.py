@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +16,7 @@ from bnnlaplace.core.tree import group_sums
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
 from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
-
-
-class Words(NamedTuple):
-    """A matrix S M S as JAX may trace it, also where JAX knows no float64.
-
-    Attributes
-    ----------
-    words
-        The words of 32 bits that the numbers of M consist of, row by row: (P, P) or (P, 2 P), of type uint32.
-    dtype
-        The type of the numbers.
-    scale
-        The diagonal S, (P,); None for the identity.
-    """
-
-    words: Any
-    dtype: Any
-    scale: Any = None
+from bnnlaplace.structure.words import Words
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -130,6 +113,8 @@ class DenseStructure:
 
     def product(self, vector: Float[AnyArray, " P"]) -> Float[AnyArray, " P"]:
         """G v. A NumPy array stays on the host and in float64."""
+        if isinstance(self.matrix, Words):
+            return self.matrix.product(jnp.asarray(vector))
         return self.matrix @ vector if isinstance(vector, np.ndarray) else matmul(jnp.asarray(self.matrix), vector)
 
     def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
@@ -296,8 +281,7 @@ def _traced_root(words: Any, dtype: Any, scale: Float[Array, " P"], delta: Float
     # JAX knows float64 as long as it is switched on, for numbers that neither enter nor leave.
     with jax.enable_x64(True):
         scale, delta = (jnp.asarray(number, jnp.float64) for number in (scale, delta))
-        words = words.reshape(size, size, -1) if words.shape[1] > size else words
-        matrix = jax.lax.bitcast_convert_type(words, dtype).astype(jnp.float64) * scale * scale[:, None]
+        matrix = Words(words, dtype, scale).numbers()
         identity = jnp.eye(size, dtype=jnp.float64)
         lower = jnp.linalg.cholesky(matrix + delta * identity)
 

@@ -44,6 +44,14 @@ class DiagonalStructure(NamedTuple):
         """Return the structure of factor * G."""
         return DiagonalStructure(factor * self.diagonal)
 
+    def plus(self, other: "DiagonalStructure") -> "DiagonalStructure":
+        """Return the structure of G + G_other."""
+        return DiagonalStructure(self.diagonal + other.diagonal)
+
+    def product(self, vector: Float[AnyArray, " P"]) -> Float[AnyArray, " P"]:
+        """G v. A NumPy array stays on the host and in float64."""
+        return (np.asarray(self.diagonal, np.float64) if isinstance(vector, np.ndarray) else self.diagonal) * vector
+
     def log_determinant(self, prior_precision: PriorPrecision) -> Float[np.ndarray, " 1"]:
         """log det(I + diag(G) / delta), in float64."""
         # In float64 on the host, because a sum over all weights loses digits in float32.

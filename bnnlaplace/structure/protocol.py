@@ -101,6 +101,19 @@ class CovarianceStructure(Structure, Protocol):
 
 
 @runtime_checkable
+class AdditiveStructure(CovarianceStructure, Protocol):
+    """A structure that can be added to that of other data: the curvature of one task after another."""
+
+    def plus(self, other: "AdditiveStructure") -> "AdditiveStructure":
+        """Return the structure of G + G_other, for another structure of the same kind and the same weights."""
+        ...
+
+    def product(self, vector: Float[AnyArray, " P"]) -> Float[AnyArray, " P"]:
+        """G v. A NumPy array stays on the host and in float64; another one may be traced."""
+        ...
+
+
+@runtime_checkable
 class SampleStructure(Structure, Protocol):
     """A structure that knows the outputs only through a limited number of samples."""
 

@@ -13,7 +13,8 @@ from bnnlaplace.core.tree import leaf_names, ravel
 from bnnlaplace.curvature import dense, kronecker, tapped
 from bnnlaplace.curvature.jacobian import jacobian
 from bnnlaplace.structure import CovarianceStructure, DenseStructure
-from bnnlaplace.structure.kronecker import FilterBlock, KroneckerBlock, KroneckerStructure
+from bnnlaplace.structure.blocks import FilterBlock, KroneckerBlock
+from bnnlaplace.structure.kronecker import KroneckerStructure
 
 RNG = np.random.default_rng(0)
 DELTA = 0.7
