@@ -27,6 +27,8 @@ def describe(error: BaseException) -> str | None:
 def _disk(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno is None and ";" in str(error):
         return _line(error)  # a sentence already, with advice
+    if isinstance(error, BrokenPipeError):
+        return "what is printed must be read to the end; got Broken pipe; print to a file, or to nothing: > /dev/null"
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         advice = "free the disk, or mend the permissions" if error.errno in _DISK else "check the path and the disk"

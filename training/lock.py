@@ -63,9 +63,11 @@ def _open(path: Path, shared: bool, report: Callable[[str], None]) -> int | None
     if shared and not path.exists() and not os.access(path.parent, os.W_OK):
         return None
     path.parent.mkdir(parents=True, exist_ok=True)
+    # The name of the holder is not written through a link, into a file of somebody else.
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOFOLLOW", 0)
     while True:
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666)
+            descriptor = os.open(path, flags, 0o666)
         except OSError:
             if shared and not os.access(path.parent, os.W_OK):
                 return None

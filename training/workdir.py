@@ -190,8 +190,10 @@ def writing(path: Path) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
     except OSError as error:
+        if error.errno is None:  # a sentence already, of something else that is in the way
+            raise StorageError(" ".join(str(error).split())) from error
         raise StorageError(
-            f"{path} must be writable; got {error.strerror or error}; free the disk, or mend the permissions"
+            f"{path} must be writable; got {error.strerror}; free the disk, or mend the permissions"
         ) from error
 
 

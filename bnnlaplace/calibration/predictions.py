@@ -157,12 +157,17 @@ def numbers(value: Any, where: str) -> np.ndarray:
             f"{where} must be known numbers, as metrics are computed by NumPy; got a traced array; call it outside of "
             "jit, grad and vmap"
         )
+    checks.unmasked(value, where)
     try:
         array = np.asarray(value)
     except Exception:  # ragged lists, and whatever the conversion of a foreign array raises
         array = np.asarray(None)
     if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool) or np.iscomplexobj(array):
-        got = f"{type(value).__name__} of {array.dtype}" if array.dtype != object else f"{value!r:.80}"
+        got = (
+            f"{type(value).__name__} of {array.dtype}"
+            if array.dtype != object
+            else f"{' '.join(repr(value).split()):.80}"
+        )
         raise ValueError(f"{where} must be an array of real numbers; got {got}; try np.asarray of numbers")
     return array
 

@@ -22,9 +22,13 @@ try:
 except ImportError:  # Windows, where writers to one path do not wait for each other
     fcntl = None
 
+from bnnlaplace.checkpoint.errors import shown
+
 _NEW, _REPLACED = "new", "replaced"
 # What a killed save of release 0.1.0 leaves in the hidden directory.
 _EARLIER = ("arrays", "arrays.", "metadata.json", "manifest.json")
+# A killed write of it to one of these left a file in place of the hidden directory.
+_EARLIER_FILES = (".json", ".html", ".png")
 
 
 def holds_something(path: Path) -> str | None:
@@ -126,7 +130,9 @@ def _followed(path: Path) -> Path:
     """The absolute path without symbolic links. Raise FileNotFoundError if a link leads nowhere."""
     target = Path(os.path.realpath(path))
     if path.is_symlink() and not path.exists():
-        raise FileNotFoundError(f"the path to write must not be a link to nowhere; got {path}; create {target}")
+        raise FileNotFoundError(
+            f"the path to write must not be a link to nowhere; got {shown(path)}; create {shown(target)}"
+        )
     return target
 
 
@@ -144,7 +150,7 @@ def _check_replaceable(target: Path, refusal: Callable[[Path], str | None]) -> N
     else:
         found = "neither a file nor a directory"
     if found is not None:
-        raise FileExistsError(f"the path to write must be free; {target} is {found}; choose another path")
+        raise FileExistsError(f"the path to write must be free; {shown(target)} is {found}; choose another path")
 
 
 def _place_of(target: Path) -> str | None:
@@ -221,8 +227,8 @@ def _lock(directory: Path, wait: bool) -> int:
             lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue  # its last holder removed it after we saw it
-        except NotADirectoryError:  # a file that a killed write of release 0.1.0 left
-            directory.unlink()
+        except NotADirectoryError:
+            _remove_earlier_file(directory)
             continue
         try:
             with _without_locks_on_network_files():
@@ -248,11 +254,21 @@ def _without_locks_on_network_files() -> Iterator[None]:
             raise
 
 
+def _remove_earlier_file(workspace: Path) -> None:
+    """Remove what a killed write of release 0.1.0 left. Raise FileExistsError if something else is there."""
+    target = workspace.name.removesuffix(".writing")
+    if workspace.is_symlink() or not workspace.is_file() or not target.endswith(_EARLIER_FILES):
+        raise FileExistsError(f"{shown(workspace)} must be free for an unfinished write; move what is there away")
+    workspace.unlink()
+
+
 def _check_ours(workspace: Path) -> None:
     """Raise FileExistsError if the hidden directory holds what no write of ours makes."""
     for entry in workspace.iterdir():
         if entry.name not in (_NEW, _REPLACED) and not entry.name.startswith(_EARLIER):
-            raise FileExistsError(f"{workspace} must hold an unfinished write; it holds {entry.name!r}; move it away")
+            raise FileExistsError(
+                f"{shown(workspace)} must hold an unfinished write; it holds {entry.name!r}; move it away"
+            )
 
 
 def _put_back(replaced: Path, target: Path) -> None:

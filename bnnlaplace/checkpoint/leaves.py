@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bnnlaplace.checkpoint.errors import CheckpointError, Damage, shown
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import path_entry, path_name
 
 # Deeper trees would end the recursion of Python.
@@ -85,6 +86,7 @@ def describe(tree: Any) -> list[tuple[Leaf, Any]]:
                 f"every leaf of `save_pytree(tree=...)` must be an array; got {type(leaf).__name__} at {name!r}; "
                 "convert it, or put it into the metadata"
             )
+        checks.unmasked(leaf, f"`save_pytree(tree=...)`: {name!r:.200}")
         if name in described:
             raise ValueError(f"leaf paths must differ; got {name!r} twice; rename one of the two keys")
         if len(keys) > _MAX_DEPTH:

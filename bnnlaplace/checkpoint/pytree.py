@@ -91,6 +91,7 @@ def save_pytree(path: Path, tree: Any, metadata: dict[str, Any]) -> None:
             f"leaves, and a million lists; got {in_words(len(text))}; put numbers into the tree as arrays"
         )
     try:
+        _check_outside(Path(os.path.realpath(path)))
         with replacing(path, refusal=_refusal) as directory:
             directory.mkdir()
             leaves, files = write_arrays(directory, described)
@@ -135,6 +136,16 @@ def load_pytree(path: Path, like: Any = None) -> tuple[Any, dict[str, Any]]:
 
 def load_version(path: Path, like: Any = None) -> tuple[Any, dict[str, Any], int]:
     """`load_pytree`, with the format version of the files."""
+    try:
+        return _load_settled(path, like)
+    except OSError as error:  # the path itself: a name too long, or a current directory that was removed
+        raise CheckpointError(
+            f"a checkpoint must be readable; got {why(error)} at {shown(path)}; check the path"
+        ) from None
+
+
+def _load_settled(path: Path, like: Any) -> tuple[Any, dict[str, Any], int]:
+    """Load, and again if another process replaces the checkpoint meanwhile."""
     while True:
         recover(path)
         before = _identity(path)
@@ -219,8 +230,13 @@ def as_path(path: Any, where: str) -> Path:
     """Make a path of what a user gives, or raise TypeError or ValueError."""
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{where} must be a path; got {type(path).__name__}; try a string")
-    if not os.fspath(path) or "\0" in os.fspath(path):
-        raise ValueError(f"{where} must be a path; got {os.fspath(path)!r}; try a name such as 'posterior'")
+    text = os.fspath(path)
+    try:
+        is_name = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a pair of surrogates
+        is_name = False
+    if not is_name:
+        raise ValueError(f"{where} must be a path; got {text!r:.200}; try a name such as 'posterior'")
     return Path(path)
 
 
@@ -301,6 +317,18 @@ def _identity(path: Path) -> tuple[int, int] | None:
 def _refusal(target: Path) -> str | None:
     """Say what is at a path, unless a checkpoint may take its place."""
     return belongs_to_a_checkpoint(target) if target.is_dir() else "a file"
+
+
+def _check_outside(target: Path) -> None:
+    """Raise FileExistsError inside another checkpoint: what the manifest of that one does not list would damage it."""
+    for parent in target.parents:
+        try:
+            read_manifest(parent)
+        except Damage:
+            continue
+        raise FileExistsError(
+            f"{shown(target)} lies in the checkpoint {shown(parent)}, which would be damaged; choose another path"
+        )
 
 
 def _reason(path: Path, error: OSError) -> str:

@@ -31,6 +31,15 @@ _PASSED_OVER = ("bnnlaplace", "jaxtyping")
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
+def unmasked(value: Any, where: str) -> None:
+    """Raise ValueError if entries of an array of NumPy are masked: `np.asarray` drops the mask without a word."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ValueError(
+            f"{where} must not be masked, as the mask would be lost; got {np.ma.count_masked(value)} masked entries; "
+            "fill them, or leave these examples out"
+        )
+
+
 def positive(value: Any, where: str, *, advice: str = "try 1.0") -> None:
     """Raise ValueError unless `value` is one positive, finite number; only the shape of a traced one is checked.
 
@@ -52,6 +61,7 @@ def all_positive(numbers: Any, where: str, *, advice: str = "try 1.0", with_squa
     """
     if isinstance(numbers, jax.core.Tracer):
         return
+    unmasked(numbers, where)
     known = np.asarray(numbers)  # an operation of JAX would be traced inside `jit`
     if not _is_real(known):
         raise ValueError(f"{where} must be positive, finite numbers; got {numbers!r:.80}; {advice}")
@@ -134,6 +144,19 @@ def choice(value: Any, where: str, options: Sequence[str]) -> None:
         names = [repr(option) for option in options]
         listed = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
         raise ValueError(f"{where} must be {listed}; got {value!r:.80}")
+
+
+# --- traces -----------------------------------------------------------------------------------------------------
+
+
+def known(where: str, *values: Any) -> None:
+    """Raise TypeError if a number is traced by JAX, or `jit` would trace what is computed: `where` runs on the host."""
+    is_traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    if is_traced or isinstance(jnp.zeros(()), jax.core.Tracer):
+        raise TypeError(
+            f"{where} must have known numbers, as it computes in float64 on the host; got traced ones; call it outside "
+            "of jit, grad and vmap, or for derivatives of the evidence use bnnlaplace.evidence.log_marginal_likelihood"
+        )
 
 
 # --- processes ---------------------------------------------------------------------------------------------------

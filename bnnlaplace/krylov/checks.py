@@ -26,6 +26,8 @@ def is_traced(tree: PyTree) -> bool:
 
 def check_real(caller: str, argument: str, tree: PyTree) -> PyTree:
     """Return `tree` with arrays for leaves; raise TypeError unless they have one real floating-point dtype."""
+    for leaf in jax.tree.leaves(tree):
+        checks.unmasked(leaf, f"{caller}({argument}=...)")
     tree = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), tree)
     given = {leaf.dtype for leaf in jax.tree.leaves(tree)}
     # Without x64 JAX takes a NumPy array of float64 for one of float32, so the two go together.

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PyTree, Shaped
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import described
 from bnnlaplace.core.types import AnyArray
 
@@ -139,11 +140,7 @@ def _all_finite(array: Shaped[Array, "..."]) -> Bool[Array, ""]:
 
 
 def _converted(value: Any, where: str) -> AnyArray:
-    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
-        raise ValueError(
-            f"{where} must not be masked, as the mask would be lost; got {np.ma.count_masked(value)} masked entries; "
-            "fill them, or leave these examples out"
-        )
+    checks.unmasked(value, where)
     if isinstance(value, np.ndarray):
         return np.asarray(value)  # of a subclass, the plain array
     fault = None

@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.summation import accumulated
-from bnnlaplace.core.tree import described, examples, num_examples
+from bnnlaplace.core.tree import examples, num_examples
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.model import arrays
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.pairs import Pair, as_pair, as_targets, is_pair_of_arrays, not_a_pair, present_first
+from bnnlaplace.model.pairs import Pair, as_pair, is_pair_of_arrays, not_a_pair, present_first
 from bnnlaplace.model.spec import call_refused, check_outputs, output_shape, shapes_in_words, signatures
 
 # Inputs and targets, and perhaps weights of examples: arrays, or batches of such that can be iterated over. An
@@ -337,38 +337,6 @@ def check_inputs(network: Network, inputs: Any, where: str = _INPUTS) -> Inputs:
         raise call_refused(what, inputs, error) from error
     check_outputs(shape, num_examples(inputs))
     return inputs
-
-
-def checked_pairs(network: Network, validation: Any) -> Iterator[tuple[Inputs, AnyArray]]:
-    """Read validation data, (x, y) or batches of such pairs, and check the inputs of each batch with `check_inputs`.
-
-    Raises
-    ------
-    ValueError
-        If a batch is not a pair, or its inputs do not fit the network. Also if JAX runs in several processes.
-    """
-    checks.one_process("a choice by validation data")
-    is_pair = isinstance(validation, (tuple, list)) and len(validation) == 2
-    if is_pair and (is_pair_of_arrays(validation) or not isinstance(validation[0], (tuple, list))):
-        validation = [validation]
-    if hasattr(validation, "shape") or isinstance(validation, (str, bytes, Mapping)):
-        raise _not_validation(validation)
-    try:
-        iterator = iter(validation)
-    except TypeError:
-        raise _not_validation(validation) from None
-    for batch in iterator:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise _not_validation(batch)
-        inputs, targets = batch
-        yield check_inputs(network, inputs), as_targets(targets, "validation=(x, y): y")
-
-
-def _not_validation(value: Any) -> ValueError:
-    return ValueError(
-        "validation=... must be two arrays (x, y), or an iterable of batches, each such a pair; got "
-        f"{described(value)} for a batch; pass (jnp.asarray(x), jnp.asarray(y))"
-    )
 
 
 def _checksum(pair: Pair) -> int:

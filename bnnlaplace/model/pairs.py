@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import described, examples, num_examples
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.model import arrays
@@ -56,6 +57,7 @@ def as_pair(batch: Any, *, is_checked: bool = False) -> Pair:
         return batch
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         raise not_a_pair(batch)
+    checks.known("fit(data=...)", batch)
     x, y = arrays.as_arrays(batch[0], _X), as_targets(batch[1], _Y)
     counts = num_examples(x), len(y)
     if 0 in counts or counts[0] != counts[1]:

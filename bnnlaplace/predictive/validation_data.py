@@ -57,6 +57,7 @@ def checked_batches(network: Network, validation: Any) -> Iterator[Batch]:
     for batch in iterator:
         if not _is_batch(batch):
             raise _not_validation(batch)
+        checks.known("a score on validation data", batch)
         inputs, targets, *rest = batch
         if not rest:
             inputs, targets = check_inputs(network, inputs), as_targets(targets, "validation=(x, y): y")

@@ -167,9 +167,9 @@ def test_remains_of_the_first_release_are_cleared(tmp_path):
     (tmp_path / ".x.writing" / "metadata.json").write_text("half")
     recover(tmp_path / "x")
     assert read(tmp_path / "x") == "old" and os.listdir(tmp_path) == ["x"]
-    (tmp_path / ".y.writing").write_text("half")
-    write_text(tmp_path / "y", "new")
-    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
+    (tmp_path / ".y.json.writing").write_text("half")
+    write_text(tmp_path / "y.json", "new")
+    assert sorted(os.listdir(tmp_path)) == ["x", "y.json"]
 
 
 def test_an_empty_directory_in_the_place_of_the_old_does_not_hide_it(tmp_path):
@@ -187,6 +187,18 @@ def test_a_hidden_directory_of_somebody_else_is_left_alone(tmp_path):
         write_text(tmp_path / "x", "text")
     recover(tmp_path / "x")
     assert read(tmp_path / ".x.writing") == "thesis" and os.listdir(tmp_path) == [".x.writing"]
+
+
+def test_a_file_or_link_in_place_of_the_hidden_directory_is_left_alone(tmp_path):
+    """It was taken for what the first release left, whatever it was."""
+    (tmp_path / ".x.writing").write_text("thesis")
+    (tmp_path / ".y.json.writing").symlink_to(".x.writing")
+    for name in ("x", "y.json"):
+        with pytest.raises(FileExistsError, match="must be free for an unfinished write; move what is there away"):
+            write_text(tmp_path / name, "text")
+        recover(tmp_path / name)
+    assert (tmp_path / ".x.writing").read_text() == "thesis"
+    assert sorted(os.listdir(tmp_path)) == [".x.writing", ".y.json.writing"]
 
 
 def test_a_write_that_fails_after_a_killed_one_leaves_the_old(tmp_path):

@@ -101,7 +101,39 @@ def test_the_current_directory_is_left_alone(tmp_path, monkeypatch, diagonal, pa
     assert os.getcwd() == str(tmp_path / "here") and os.listdir(tmp_path) == ["here"] and os.listdir() == []
 
 
-@pytest.mark.parametrize(("path", "error"), [("", ValueError), ("a\0b", ValueError), (3, TypeError), (None, TypeError)])
+def test_a_checkpoint_inside_another_is_refused(tmp_path):
+    """The outer one could not be read any more, as its manifest lists all files."""
+    save(tmp_path / "x")
+    (tmp_path / "link").symlink_to("x")
+    for inner in ("x/inner", "x/arrays/inner", "link/a/b"):
+        with pytest.raises(CheckpointError, match="lies in the checkpoint .*x, which would be damaged; choose another"):
+            save(tmp_path / inner)
+    assert value_at(tmp_path / "x") == 1.0
+
+
+def test_names_that_do_not_print_are_shown_as_literals(tmp_path):
+    """A message with such a path ended in the middle of a line, or could not be printed."""
+    for name in ("a\nb", os.fsdecode(b"\xff")):
+        thesis(tmp_path / name)
+        with pytest.raises(CheckpointError, match="is a directory that holds 'thesis.tex'") as caught:
+            save(tmp_path / name)
+        assert str(caught.value).isprintable()
+
+
+def test_a_path_that_cannot_be_looked_at(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for path in ("n" * 300, "relative"):
+        for call in (save, load_pytree):
+            with pytest.raises(CheckpointError, match="File name too long|No such file or directory"):
+                call(Path(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [("", ValueError), ("a\0b", ValueError), ("\ud800", ValueError), (3, TypeError), (None, TypeError)],
+)
 def test_what_is_not_a_path(diagonal, path, error, unchecked_annotations):
     with pytest.raises(error, match=r"save\(path=...\) must be a path; got"):
         diagonal.save(path)

@@ -37,6 +37,30 @@ def test_batches_are_pairs(trained, shape):
         bnnlaplace.Laplace(network, hessian_structure="diag").fit(shape(x, y))
 
 
+TRACED = {
+    "inputs": lambda la, d, x, y: la.fit((d * x, y)),
+    "weights": lambda la, d, x, y: la.fit((x, y, d * np.ones(len(y)))),
+    "later batch": lambda la, d, x, y: la.fit([(x, y), (x, y, d * np.ones(len(y)))]),
+    "nothing": lambda la, d, x, y: la.fit((x, y)),
+    "prior": lambda la, d, x, y: bnnlaplace.Laplace(la.network, hessian_structure="full", prior_precision=d).fit(
+        (x, y)
+    ),
+    "temperature": lambda la, d, x, y: bnnlaplace.Laplace(
+        la.network, bnnlaplace.tempered(bnnlaplace.categorical(), d), hessian_structure="kron"
+    ).fit((x, y)),
+    "validation": lambda la, d, x, y: la.validation_curve(d * x, y, [1.0]),
+    "grid search": lambda la, d, x, y: la.optimize_prior_precision("gridsearch", validation=(d * x, y)),
+}
+
+
+@pytest.mark.parametrize("case", TRACED)
+def test_what_computes_on_the_host_is_not_traced(trained, diagonal, case, unchecked_annotations):
+    """JAX raised errors of its own, pages long, from wherever the first number was needed."""
+    _, x, y = trained
+    with pytest.raises(TypeError, match="must have known numbers, as it computes in float64 on the host"):
+        jax.eval_shape(lambda d: TRACED[case](diagonal, d, x[:9], y[:9]), 1.0)
+
+
 def test_compiles_once_per_shape(trained):
     network, x, y = trained
     products = streamed.batch_product._cache_size()

@@ -155,6 +155,7 @@ def test_unusable_arguments_are_one_line(argv: list[str], message: str, capsys: 
         ("config = ", "raised SyntaxError: invalid syntax"),
         ("import nonexistent_module", "raised ModuleNotFoundError: No module named 'nonexistent_module'"),
         ("raise SystemExit(3)", "raised SystemExit: 3"),
+        ("raise GeneratorExit", "raised GeneratorExit"),
         (
             "from training.config import *\nconfig = Config(seed=-1)",
             "broken.py: `seed` must be at least 0; got -1; change it",

@@ -36,6 +36,10 @@ def test_a_full_disk_is_found_behind_other_errors(error: BaseException) -> None:
     assert fault is not None and "No space left on device; free the disk" in fault and "\n" not in fault
 
 
+def test_output_that_nobody_reads_is_not_a_full_disk() -> None:
+    assert "must be read to the end; got Broken pipe" in faults.describe(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+
+
 def test_a_sentence_that_says_all_is_kept() -> None:
     said = "a save must be able to write to x; got No space left on device; free the disk"
     assert faults.describe(OSError(said)) == said

@@ -74,6 +74,15 @@ def test_any_remains_of_a_reboot_are_taken_over(record: str, tmp_path: Path) -> 
     assert not (tmp_path / ".lock").exists()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_lock_is_not_written_through_a_link(shared: bool, tmp_path: Path) -> None:
+    (tmp_path / "thesis").write_text("thesis")
+    (tmp_path / ".lock").symlink_to("thesis")
+    with pytest.raises(OSError, match="symbolic links"), lock.held(tmp_path, shared=shared, report=quiet):
+        pass
+    assert (tmp_path / "thesis").read_text() == "thesis" and (tmp_path / ".lock").is_symlink()
+
+
 @pytest.mark.parametrize("holder", ["shared"], indirect=True)
 def test_readers_share_it_and_keep_a_writer_out(holder: subprocess.Popen, tmp_path: Path) -> None:
     with lock.held(tmp_path, shared=True, report=quiet):

@@ -129,7 +129,9 @@ def load_config(path: Path) -> Config:
         names = runpy.run_path(str(path))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # such as SystemExit
         fault = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"a config file must run without errors; {path} raised {fault}; mend the file") from None
     config = names.get("config")

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +44,13 @@ def stop_if_requested(message: str) -> None:
 
 
 def end_while_loading() -> None:
-    """Until a watch begins, let a signal end the process with a line. Otherwise imports end in pages of traceback."""
+    """Until a watch begins, let a signal end the process with a line. Otherwise imports end in pages of traceback.
+
+    Streams that are closed, as by `>&-`, are opened first: the next file would get their number, and all messages.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (stays open; takes the lowest free number)
 
     def end(number: int, frame: FrameType | None) -> None:
         _end("stopped; nothing was running")

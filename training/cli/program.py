@@ -34,6 +34,8 @@ def run(main: Callable[[Console], None]) -> int:
         follows Ctrl-C or SIGTERM, which stop the program at the next point where it asks for them (see
         `interruption`). Two of them stop it at once.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # A character that the terminal does not have must not end a run.
+        sys.stdout.reconfigure(errors="replace")
     console = make_console()
     stopped = False
     try:
@@ -91,9 +93,17 @@ def continued_by(command: str) -> Iterator[None]:
             raise
 
 
+class _Console(Console):
+    """A console that raises BrokenPipeError if nobody reads on. Rich would end the program without a word."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        raise  # noqa: PLE0704 (called where the error is handled)
+
+
 def make_console() -> Console:
     """Make a console as wide as the terminal. A file or a pipe has no width, so nothing is wrapped there."""
-    return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED)
+    return _Console() if sys.stdout.isatty() else _Console(width=_UNBOUNDED)
 
 
 CACHE_WARNING = "Error (reading|writing) persistent compilation cache entry"

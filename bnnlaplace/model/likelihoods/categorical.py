@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Real
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import described
 from bnnlaplace.model import arrays
 from bnnlaplace.model.likelihoods.record import Likelihood, Outputs, Targets
@@ -71,12 +72,16 @@ def _checked_class_weights(weights: Any) -> Array | None:
     where = "categorical(class_weights=...)"
     if isinstance(weights, jax.core.Tracer):
         return weights
-    numbers = np.asarray(weights)
+    checks.unmasked(weights, where)
+    try:
+        numbers = np.asarray(weights)
+    except ValueError:  # lists of different lengths
+        numbers = np.asarray(None)
     is_real = numbers.dtype.kind in "iuf" or jnp.issubdtype(numbers.dtype, jnp.floating)
     if not is_real or numbers.ndim != 1 or not (numbers >= 0).all() or not (numbers > 0).any():
         raise ValueError(
             f"{where} must be one number for each class (C,), at least 0 and not all 0; got {described(numbers)} "
-            f"{np.asarray(numbers)!s:.60}; try np.ones(C)"
+            f"{' '.join(str(numbers).split())!s:.60}; try np.ones(C)"
         )
     arrays.check_finite(numbers, where)
     return jnp.asarray(numbers, float)

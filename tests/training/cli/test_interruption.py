@@ -38,6 +38,18 @@ def test_a_watch_within_another_asks_the_outer_one(capfd: pytest.CaptureFixture[
     interruption.stop_if_requested("stopped here")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell of Unix")
+def test_streams_that_are_closed_are_opened_before_anything_else_takes_their_place(tmp_path: Path) -> None:
+    """The next file would have number 1 or 2, and what is printed or said at a signal would be written into it."""
+    code = (
+        "import os, sys; from training.cli.interruption import end_while_loading; end_while_loading(); "
+        f"file = open({str(tmp_path / 'x')!r}, 'w'); print('out'); os.write(1, b'out'); os.write(2, b'said'); "
+        "file.write(str(file.fileno() > 2))"
+    )
+    subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert (tmp_path / "x").read_text() == "True"
+
+
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
     def ask() -> tuple[bool, Any]:
         with interruption.watch() as interrupted:

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import signal
 import sys
 import warnings
@@ -60,6 +61,28 @@ def test_a_figure_that_cannot_be_written_is_one_line_and_leaves_nothing_half_don
     with pytest.raises(StorageError, match="evidence.png must be writable; got No space left on device; free the disk"):
         report.write_results(tmp_path, None, Console())
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_what_a_terminal_cannot_show_does_not_end_a_run(monkeypatch):
+    """A table with a dash, or a path in other letters, raised UnicodeEncodeError after the training."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert program.run(lambda console: console.print("1\N{EN DASH}2 \udcff")) == 0
+    assert stream.buffer.getvalue() == b"1?2 ?\n"
+
+
+def test_output_that_nobody_reads_is_one_line(monkeypatch, capsys):
+    """Rich ended the program with status 1 and without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert program.run(lambda console: console.print("word")) == 2
+        monkeypatch.undo()
+    assert capsys.readouterr().err == (
+        "error: what is printed must be read to the end; got Broken pipe; print to a file, or to nothing: > /dev/null, "
+        "and run the same command again\n"
+    )
 
 
 @pytest.fixture
