@@ -54,6 +54,7 @@ def fit(
     """
     if num_data is not None:
         num_data = checks.count(num_data, "fit(num_data=...)", advice="pass the size of the training set")
+    checks.known("fit", state, settings, posterior)
     krylov.check_types()
     checks.choice(mean, "fit(mean=...)", ("network", "linear"))
     checks.choice(shared_weights, "fit(shared_weights=...)", get_args(kronecker.SharedWeights))
