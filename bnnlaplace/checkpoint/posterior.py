@@ -86,7 +86,9 @@ def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
 
 def _arrays(structure: Structure) -> Any:
     """What is written of a structure. As a pytree a matrix is the words of its numbers, which serve `jit` alone."""
-    return {"matrix": structure.matrix} if isinstance(structure, DenseStructure) else structure
+    if isinstance(structure, DenseStructure):
+        return {"matrix": structure.matrix, "rounding": np.float64(structure.rounding)}
+    return structure
 
 
 def load(path: Path | str, network: Network, likelihood: Likelihood | None = None) -> tuple[Fitted, Settings]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Num, PyTree
 
 from bnnlaplace.core import checks
+from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import dense, diagonal, kronecker
 from bnnlaplace.evidence.log_joint import LogJoint
@@ -18,7 +19,7 @@ from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.continual import posterior_as_prior
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
-from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare
+from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare, rounding_of
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
@@ -27,9 +28,9 @@ from bnnlaplace.structure import DenseStructure, DiagonalStructure, KroneckerStr
 from bnnlaplace.structure.finite import are_finite, check_finite, check_in_range, check_products, not_finite
 
 # The structures that need one pass over the data. For each: the function that computes the curvature of a batch, whose
-# results add up over batches, and the function that makes the structure from the sum.
-EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any], Structure]]] = {
-    "diag": (diagonal.ggn_diagonal, DiagonalStructure),
+# results add up over batches, and the function that makes the structure from the sum and the rounding of derivatives.
+EXACT: dict[str, tuple[Callable[..., Any], Callable[[Any, Any], Structure]]] = {
+    "diag": (diagonal.ggn_diagonal, lambda total, rounding: DiagonalStructure(total)),
     "kron": (kronecker.factors, KroneckerStructure.fit),
     "full": (dense.ggn_in_float64, DenseStructure.fit),
 }
@@ -98,7 +99,7 @@ def _fit_exact(
 
     (log_likelihood, curvature), scale = model.accumulate(step)
     log_likelihood = log_likelihood.scaled(scale).check()
-    structure = exact_structure(name, curvature, scale)
+    structure = exact_structure(name, curvature, scale, rounding_of(model))
     if not prior.is_isotropic:
         structure = check_in_range(structure.whitened(prior.relative))
     if prior.curvature is not None:
@@ -135,8 +136,10 @@ def _compiled_curvature(
     return function(network, likelihood, network.params, batch.inputs, **options)
 
 
-def exact_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> Structure:
+def exact_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""], rounding: float = OF_FLOAT32) -> Structure:
     """Make the structure `name` of `EXACT` from the sum of its curvature over batches, multiplied by `scale`.
+
+    `rounding` is the relative error of the derivatives.
 
     Raises
     ------
@@ -144,16 +147,18 @@ def exact_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> 
         If the curvature is not finite.
     """
     if name == "full":  # one matrix on the host, of which a copy would take as much memory
-        return check_in_range(EXACT[name][1](curvature if scale == 1 else scale * curvature))
-    structure, is_finite = _compiled_structure(name, curvature, scale)
+        return check_in_range(EXACT[name][1](curvature if scale == 1 else scale * curvature, rounding))
+    structure, is_finite = _compiled_structure(name, curvature, scale, rounding)
     if not is_finite:
         raise not_finite(jax.tree.leaves(curvature)[0].dtype)
     return check_products(structure)
 
 
 @partial(jax.jit, static_argnames="name")
-def _compiled_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""]) -> tuple[Structure, Bool[Array, ""]]:
-    structure = EXACT[name][1](jax.tree.map(lambda leaf: scale * leaf, curvature))
+def _compiled_structure(
+    name: str, curvature: PyTree, scale: Num[ArrayLike, ""], rounding: Num[ArrayLike, ""]
+) -> tuple[Structure, Bool[Array, ""]]:
+    structure = EXACT[name][1](jax.tree.map(lambda leaf: scale * leaf, curvature), rounding)
     # The sums are checked, too: eigenvalues of a matrix with NaN may be finite.
     return structure, are_finite(jax.tree.leaves((curvature, structure)))
 
@@ -190,7 +195,7 @@ def fit_spectral(model: Model, scale: float) -> SpectralStructure:
     Cost: one backward pass for each output, and the factorisation of N C rows of P numbers. They are in memory twice.
     """
     rows = [_factor_rows(model.head, model.likelihood, batch) for batch in model.data]
-    structure = _spectral(jnp.sqrt(scale) * jnp.concatenate(rows))
+    structure = _spectral(jnp.sqrt(scale) * jnp.concatenate(rows), rounding_of(model))
     check_finite(structure.eigenvalues)
     return structure
 
@@ -205,7 +210,8 @@ def _eigenpairs(model: Model, scale: float, *, microbatch: int) -> SpectralStruc
     with np.errstate(over="ignore"):  # the check below is the better message
         values = np.maximum(values, 0).astype(dtype)
     check_finite(values)
-    return SpectralStructure(jnp.asarray(values), jnp.asarray(vectors.T, dtype))
+    rounding = jnp.asarray(rounding_of(model), dtype)
+    return SpectralStructure(jnp.asarray(values), jnp.asarray(vectors.T, dtype), rounding)
 
 
 @jax.jit

@@ -10,13 +10,14 @@ describe a block of (I O)^2, and every function of G + delta I is a function of 
 Weights that do not form a matrix have exact blocks instead, one for each filter, or an exact diagonal.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Num
 
 from bnnlaplace.core.linalg import eigh, einsum, matmul
+from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.layout import as_matrix, from_matrix
@@ -43,10 +44,10 @@ class KroneckerBlock(NamedTuple):
     column_vectors: Float[Array, "O O"]
 
     @classmethod
-    def fit(cls, sums: kronecker.LayerSums) -> "KroneckerBlock":
+    def fit(cls, sums: kronecker.LayerSums, rounding: Num[ArrayLike, ""]) -> "KroneckerBlock":
         """Decompose both factors of a layer's block (inputs kron outputs) / count."""
-        rows, row_vectors = decomposed(sums.inputs)
-        columns, column_vectors = decomposed(sums.outputs)
+        rows, row_vectors = decomposed(sums.inputs, rounding)
+        columns, column_vectors = decomposed(sums.outputs, rounding)
         row_shape = [size if is_row else 1 for size, is_row in sums.segments]
         column_shape = [1 if is_row else size for size, is_row in sums.segments]
         # A count of zero is the trace of a factor that is zero, and so is the block.
@@ -113,9 +114,9 @@ class FilterBlock(NamedTuple):
     vectors: Float[Array, "C K K"]
 
     @classmethod
-    def fit(cls, sums: kronecker.FilterSums) -> "FilterBlock":
+    def fit(cls, sums: kronecker.FilterSums, rounding: Num[ArrayLike, ""]) -> "FilterBlock":
         """Decompose the block of each filter."""
-        return cls(*decomposed(sums.blocks))
+        return cls(*decomposed(sums.blocks, rounding))
 
     @property
     def eigenvalues(self) -> Float[AnyArray, " p"]:
@@ -158,7 +159,7 @@ class DiagonalBlock(NamedTuple):
     diagonal: Float[Array, " p"]
 
     @classmethod
-    def fit(cls, sums: kronecker.DiagonalSums) -> "DiagonalBlock":
+    def fit(cls, sums: kronecker.DiagonalSums, rounding: Num[ArrayLike, ""]) -> "DiagonalBlock":
         """Take the diagonal as it is: a diagonal needs no decomposition."""
         return cls(sums.diagonal)
 
@@ -195,14 +196,24 @@ class DiagonalBlock(NamedTuple):
         return DiagonalBlock(self.diagonal / number)
 
 
-def decomposed(matrix: Float[AnyArray, "... D D"]) -> tuple[Float[AnyArray, "... D"], Float[AnyArray, "... D D"]]:
+def error_of_values(dtype: Any, rounding: Num[ArrayLike, ""]) -> Num[ArrayLike, ""]:
+    """Error of eigenvalues that should be zero, over the largest one: that of sums in `dtype`, and of derivatives.
+
+    The relative error `rounding` of derivatives enters such eigenvalues by its square.
+    """
+    return ROUNDING * float(jnp.finfo(dtype).eps) + rounding**2
+
+
+def decomposed(
+    matrix: Float[AnyArray, "... D D"], rounding: Num[ArrayLike, ""] = OF_FLOAT32
+) -> tuple[Float[AnyArray, "... D"], Float[AnyArray, "... D D"]]:
     """Eigenvalues and eigenvectors of semidefinite matrices. Values that rounding may have made of zero are zero.
 
-    NumPy arrays stay on the host and in float64.
+    `rounding` is the relative error of the derivatives behind them. NumPy arrays stay on the host and in float64.
     """
     on_host = isinstance(matrix, np.ndarray)
     values, vectors = (np.linalg.eigh if on_host else eigh)((matrix + matrix.swapaxes(-1, -2)) / 2)
-    resolution = ROUNDING * jnp.finfo(values.dtype).eps * values.max(axis=-1, keepdims=True)
+    resolution = error_of_values(values.dtype, rounding) * values.max(axis=-1, keepdims=True)
     return (np if on_host else jnp).where(values <= resolution, 0, values), vectors
 
 

@@ -1,6 +1,6 @@
 """The full GGN as a matrix. It is exact, serves small networks, and is the oracle of the other structures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,11 +12,15 @@ from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian, inner_products
 from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 from bnnlaplace.structure.words import Words
+
+# Error of the eigenvalues of a sum, over eps of its type times the largest one.
+OF_SUMS = 4.0
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -32,9 +36,12 @@ class DenseStructure:
     ----------
     matrix
         G, symmetric, shape (P, P), in float64 on the host. Where JAX traces the structure it is `Words`.
+    rounding
+        Relative error of the derivatives in G.
     """
 
     matrix: Float[AnyArray, "P P"] | Words
+    rounding: float = OF_FLOAT32
 
     rows_for_output, rows_for_column = 1.0, 1.0
 
@@ -43,24 +50,24 @@ class DenseStructure:
             object.__setattr__(self, "matrix", np.ascontiguousarray(self.matrix))
 
     @classmethod
-    def fit(cls, matrix: Float[AnyArray, "P P"]) -> "DenseStructure":
+    def fit(cls, matrix: Float[AnyArray, "P P"], rounding: float = OF_FLOAT32) -> "DenseStructure":
         """Build the structure from G. Of a matrix that rounding made asymmetric one triangle counts."""
-        return cls(matrix)
+        return cls(matrix, rounding)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         """The words of the matrix, because JAX would round a leaf in float64. They are no copy."""
         words = self._as_words()
         keys = map(jax.tree_util.GetAttrKey, ("matrix", "scale"))
-        return tuple(zip(keys, (words.words, words.scale), strict=True)), words.dtype
+        return tuple(zip(keys, (words.words, words.scale), strict=True)), (words.dtype, self.rounding)
 
     @classmethod
-    def tree_unflatten(cls, dtype: Any, leaves: tuple[Any, Any]) -> "DenseStructure":
+    def tree_unflatten(cls, meta: tuple[Any, float], leaves: tuple[Any, Any]) -> "DenseStructure":
         """The structure of such leaves, or of what JAX puts in their place."""
-        words, scale = leaves
+        (words, scale), (dtype, rounding) = leaves, meta
         known = (leaf is None or isinstance(leaf, np.ndarray | jax.Array) for leaf in leaves)
         if not all(known) or words is None or any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-            return cls(Words(words, dtype, scale))
-        structure = cls(np.asarray(words).view(dtype))
+            return cls(Words(words, dtype, scale), rounding)
+        structure = cls(np.asarray(words).view(dtype), rounding)
         return structure if scale is None else structure.whitened(1 / np.asarray(scale, np.float64) ** 2)
 
     def _as_words(self) -> Words:
@@ -70,13 +77,9 @@ class DenseStructure:
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from rounding.
 
-        In a matrix in float64 it is the rounding of the derivatives, which are in float32. Otherwise it is that of the
-        matrix.
+        An error of the derivatives enters the eigenvalues that should be zero by its square, one of the sums as it is.
         """
-        is_float64 = self.matrix.dtype == np.float64
-        relative = (
-            (8 * float(np.finfo(np.float32).eps)) ** 2 if is_float64 else 4 * float(jnp.finfo(self.matrix.dtype).eps)
-        )
+        relative = max(self.rounding**2, OF_SUMS * float(jnp.finfo(self.matrix.dtype).eps))
         # The trace bounds the largest eigenvalue.
         return relative * float(np.asarray(np.diagonal(self.matrix)).sum())
 
@@ -86,30 +89,30 @@ class DenseStructure:
         if "eigenvalues" in arrays:  # written by an earlier release
             values, vectors = (np.asarray(arrays[name], np.float64) for name in ("eigenvalues", "eigenvectors"))
             return cls.fit((vectors * values) @ vectors.T)
-        return cls(np.asarray(arrays["matrix"]))
+        return cls(np.asarray(arrays["matrix"]), float(arrays.get("rounding", OF_FLOAT32)))
 
     def whitened(self, relative: Float[AnyArray, " P"]) -> "DenseStructure":
         """Return the structure of D^-1/2 G D^-1/2."""
         if isinstance(self.matrix, Words) or isinstance(relative, jax.core.Tracer):
             return self._with_scale(relative**-0.5)
         root = np.asarray(relative, np.float64) ** 0.5
-        return DenseStructure(self.matrix / root / root[:, None])
+        return replace(self, matrix=self.matrix / root / root[:, None])
 
     def scaled(self, factor: float) -> "DenseStructure":
         """Return the structure of factor * G."""
         if isinstance(self.matrix, Words) or isinstance(factor, jax.core.Tracer):
             return self._with_scale(jnp.asarray(factor**0.5))
-        return DenseStructure(factor * self.matrix)
+        return replace(self, matrix=factor * self.matrix)
 
     def _with_scale(self, scale: Float[AnyArray, ""] | Float[AnyArray, " P"]) -> "DenseStructure":
         """Return the structure of S G S, of which only S need be known to JAX as numbers."""
         words = self._as_words()
         before = jnp.ones(len(words.words)) if words.scale is None else words.scale
-        return DenseStructure(words._replace(scale=before * scale))
+        return replace(self, matrix=words._replace(scale=before * scale))
 
     def plus(self, other: "DenseStructure") -> "DenseStructure":
         """Return the structure of G + G_other."""
-        return DenseStructure(self.matrix + other.matrix)
+        return DenseStructure(self.matrix + other.matrix, max(self.rounding, other.rounding))
 
     def product(self, vector: Float[AnyArray, " P"]) -> Float[AnyArray, " P"]:
         """G v. A NumPy array stays on the host and in float64."""
@@ -170,7 +173,7 @@ class DenseStructure:
     # `__dict__`, because the dataclass is frozen.
 
     def __getstate__(self) -> dict[str, AnyArray]:
-        return {"matrix": self.matrix}
+        return {"matrix": self.matrix, "rounding": self.rounding}
 
     def _asked_often(self, what: str, times: int = 1) -> bool:
         """Count the requests for `what`, and say whether there have been more than five.

@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int, Num
 
+from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian, inner_products
@@ -22,7 +23,7 @@ from bnnlaplace.structure.block_sum import (
     root_of,
     whitened,
 )
-from bnnlaplace.structure.blocks import ROUNDING, DiagonalBlock, FilterBlock, KroneckerBlock
+from bnnlaplace.structure.blocks import DiagonalBlock, FilterBlock, KroneckerBlock, error_of_values
 from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
 
 Block = KroneckerBlock | FilterBlock | DiagonalBlock | BlockSum
@@ -43,24 +44,31 @@ class KroneckerStructure(NamedTuple):
     ----------
     blocks
         The blocks in the order of `jax.tree.leaves` of the weights, which is also the order of the flat vector.
+    rounding
+        Relative error of the derivatives.
     """
 
     blocks: list[Block]
+    rounding: Num[AnyArray, ""] | np.float64 = np.float64(OF_FLOAT32)
 
     rows_for_output, rows_for_column = 0.0, 0.0
 
     @classmethod
-    def fit(cls, sums: Sequence[kronecker.LeafSums]) -> "KroneckerStructure":
-        """Decompose the sums of `kronecker.factors`. Eigenvalues that rounding made negative become zero."""
-        return cls([_BY_SUMS[type(leaf)].fit(leaf) for leaf in sums])
+    def fit(cls, sums: Sequence[kronecker.LeafSums], rounding: Num[ArrayLike, ""] = OF_FLOAT32) -> "KroneckerStructure":
+        """Decompose the sums of `kronecker.factors`. Eigenvalues that rounding may have made of zero are zero.
+
+        `rounding` is the relative error of the derivatives.
+        """
+        blocks = [_BY_SUMS[type(leaf)].fit(leaf, rounding) for leaf in sums]
+        return cls(blocks, jnp.asarray(rounding, jax.tree.leaves(blocks)[0].dtype))
 
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from the rounding of the factors.
 
         Zero if no eigenvalue is that small.
         """
-        eps = float(jnp.finfo(jax.tree.leaves(self)[0].dtype).eps)
-        limits = [(ROUNDING * eps * largest, smallest) for smallest, largest in (block.range for block in self.blocks)]
+        error = error_of_values(jax.tree.leaves(self)[0].dtype, float(self.rounding))
+        limits = [(error * largest, smallest) for smallest, largest in (block.range for block in self.blocks)]
         return max((limit for limit, smallest in limits if smallest <= limit), default=0.0)
 
     @classmethod
@@ -74,7 +82,7 @@ class KroneckerStructure(NamedTuple):
                 return BlockSum([block(term) for term in fields["terms"]])
             return kinds[frozenset(fields)](**jax.tree.map(jnp.asarray, fields))
 
-        return cls([block(fields) for fields in arrays["blocks"]])
+        return cls([block(fields) for fields in arrays["blocks"]], np.float64(arrays.get("rounding", OF_FLOAT32)))
 
     def whitened(self, relative: Float[AnyArray, " P"]) -> "KroneckerStructure":
         """Return the structure of D^-1/2 G D^-1/2. Nothing is decomposed again.
@@ -94,11 +102,11 @@ class KroneckerStructure(NamedTuple):
             divisors.append(leaf_values[0])
         # If D is d I on a leaf, D^-1/2 G D^-1/2 is G / d there, with the same eigenvectors.
         pairs = zip(self.blocks, divisors, strict=True)
-        return KroneckerStructure([block.divided(divisor) for block, divisor in pairs])
+        return self._replace(blocks=[block.divided(divisor) for block, divisor in pairs])
 
     def scaled(self, factor: float) -> "KroneckerStructure":
         """Return the structure of factor * G."""
-        return KroneckerStructure([block.divided(1 / factor) for block in self.blocks])
+        return self._replace(blocks=[block.divided(1 / factor) for block in self.blocks])
 
     def plus(self, other: "KroneckerStructure") -> "KroneckerStructure":
         """Return the structure of G + G_other, the sum of the blocks of each leaf.
@@ -108,7 +116,8 @@ class KroneckerStructure(NamedTuple):
         ValueError
             If a leaf has blocks of two kinds, as with two values of `shared_weights`.
         """
-        return KroneckerStructure([plus(old, new) for old, new in zip(self.blocks, other.blocks, strict=True)])
+        blocks = [plus(old, new) for old, new in zip(self.blocks, other.blocks, strict=True)]
+        return KroneckerStructure(blocks, np.maximum(self.rounding, other.rounding))
 
     def product(self, vector: Float[AnyArray, " P"]) -> Float[AnyArray, " P"]:
         """G v. A NumPy array stays on the host and in float64."""
