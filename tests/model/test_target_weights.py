@@ -189,7 +189,7 @@ def test_unknown_labels_of_validation_data_are_not_scored(problem):
     found = la.validation_curve(problem.inputs, LABELS, [0.5, 2.0])
     expected = la.validation_curve(problem.inputs[known], LABELS[known], [0.5, 2.0])
     np.testing.assert_allclose(found.negative_log_likelihood, expected.negative_log_likelihood, rtol=1e-10)
-    with pytest.raises(ValueError, match="at least one known label"):
+    with pytest.raises(ValueError, match="at least one known target"):
         la.validation_curve(problem.inputs, np.full(8, -100), [1.0])
 
 
