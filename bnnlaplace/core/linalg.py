@@ -19,19 +19,47 @@ all_products = partial(jax.default_matmul_precision, "highest")
 def eigh(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
     """Eigenvalues of symmetric matrices in ascending order, and their eigenvectors in columns.
 
-    On CPU the matrices of a batch are decomposed one after another, elsewhere all at once. jaxlib on CPU would give
-    them to a pool of threads and wait for them on one of its threads, so a program with several such batches can block
-    for ever: with twenty batches of 16 matrices jaxlib 0.10.2 stands still on two cores.
+    On CPU the matrices of a batch are decomposed one after another, elsewhere all at once. So are those that `jax.vmap`
+    makes a batch of. jaxlib on CPU would give them to a pool of threads and wait for them on one of its threads, so a
+    program with several such batches can block for ever: with three batches of 16 matrices of size 64, jaxlib 0.10.2
+    stands still on two cores.
     """
+    return _differentiable_eigh(matrices)
+
+
+@jax.custom_jvp
+def _differentiable_eigh(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
+    return _eigh(matrices)
+
+
+# What `_eigh` does with a batch is a rule of its own, and JAX does not differentiate such a function in reverse.
+@_differentiable_eigh.defjvp
+def _derivative_of_eigh(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
+    """The derivatives of eigenvalues and of eigenvectors, which are finite where no two eigenvalues are equal."""
+    values, vectors = _differentiable_eigh(*primals)
+    turned = matmul(jnp.swapaxes(vectors, -1, -2), matmul(*tangents, vectors))
+    turned = (turned + jnp.swapaxes(turned, -1, -2)) / 2  # as the matrices are, before they are decomposed
+    gaps = values[..., None, :] - values[..., :, None]
+    mixed = turned * jnp.where(gaps == 0, 0, 1 / jnp.where(gaps == 0, 1, gaps))
+    return (values, vectors), (jnp.diagonal(turned, axis1=-2, axis2=-1), matmul(vectors, mixed))
+
+
+@jax.custom_batching.custom_vmap
+def _eigh(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
     if matrices.ndim == 2:
         return tuple(jnp.linalg.eigh(matrices))
 
     def one_after_another(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
         lead, dimension = matrices.shape[:-2], matrices.shape[-1]
-        values, vectors = jax.lax.map(jnp.linalg.eigh, matrices.reshape(-1, dimension, dimension))
+        values, vectors = jax.lax.map(lambda m: tuple(jnp.linalg.eigh(m)), matrices.reshape(-1, dimension, dimension))
         return values.reshape(*lead, dimension), vectors.reshape(matrices.shape)
 
     def all_at_once(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
         return tuple(jnp.linalg.eigh(matrices))
 
     return jax.lax.platform_dependent(matrices, cpu=one_after_another, default=all_at_once)
+
+
+@_eigh.def_vmap
+def _eigh_of_batch(axis_size: int, in_batched: list[bool], matrices: Array) -> tuple[tuple, tuple]:
+    return _eigh(matrices), (True, True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.linalg import eigh, matmul
 from bnnlaplace.core.tree import concatenated
 from bnnlaplace.krylov import finite
 from bnnlaplace.krylov.checks import check_count, check_decomposable, check_number, check_real, is_traced
@@ -104,7 +104,7 @@ def leading_eigenpairs(
     result = lanczos_forward(operator.matvec, settings, first, arguments)
     cause = partial(finite.cause_of_products, first.dtype)
     finite.warn_unless_finite(caller, "a decomposition", (result.diagonal, result.residual), cause)
-    values, coordinates = jnp.linalg.eigh(tridiagonal_matrix(result.diagonal, result.off_diagonal))
+    values, coordinates = eigh(tridiagonal_matrix(result.diagonal, result.off_diagonal))
     order = jnp.argsort(-jnp.abs(values))[:num_pairs]
     values, coordinates = values[order], coordinates[:, order]
     # A (Q u) - theta (Q u) = r e_K' u, which needs no further product.

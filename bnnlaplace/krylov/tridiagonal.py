@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bnnlaplace.core.linalg import matmul
+from bnnlaplace.core.linalg import eigh, matmul
 from bnnlaplace.krylov import breakdown
 from bnnlaplace.krylov.functions import convert
 
@@ -62,7 +62,7 @@ def reached_eigenpairs(
     # The part after a breakdown gets an eigenvalue away from all others, so that eigh does not mix eigenvectors of the
     # two parts.
     apart = 2 * jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
-    values, vectors = jnp.linalg.eigh(matrix + jnp.diag(jnp.where(reached, 0, apart)))
+    values, vectors = eigh(matrix + jnp.diag(jnp.where(reached, 0, apart)))
     is_reached = jnp.sum(jnp.where(reached[:, None], vectors**2, 0), axis=0) > 0.5
     return jnp.where(is_reached, values, values[jnp.argmax(jnp.abs(vectors[0]))]), vectors
 
