@@ -6,7 +6,7 @@ layers.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from jaxtyping import PyTree
 from bnnlaplace.core import rounding
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec
+from bnnlaplace.model.wide_sums import functions_of
 
 # Calls that are replaced by the equations of the function they call. All others stay, such as loops and functions with
 # a derivative rule of their own.
@@ -127,23 +128,13 @@ def _spacings_inside(equation: JaxprEqn) -> list[float]:
     """The relative spacings of the numbers that an equation computes on the way, in functions that it calls."""
     if equation.primitive.name == "reduce_precision":
         return [2.0 ** -equation.params["mantissa_bits"]]
-    inner = [step for function in _functions(equation.params) for step in function.eqns]
+    inner = [step for function in functions_of(equation) for step in function.eqns]
     results = [variable for step in inner for variable in step.outvars if _is_smooth(variable)]
     return _spacings(results) + [spacing for step in inner for spacing in _spacings_inside(step)]
 
 
 def _spacings(variables: Iterable[Var]) -> list[float]:
     return [float(jnp.finfo(variable.aval.dtype).eps) for variable in variables]
-
-
-def _functions(params: dict[str, Any]) -> Iterator[Jaxpr]:
-    """The functions among the parameters of an equation."""
-    for value in params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if isinstance(each, ClosedJaxpr):
-                yield each.jaxpr
-            elif isinstance(each, Jaxpr):
-                yield each
 
 
 def _variables(atoms: Sequence[Var | Literal]) -> list[Var]:

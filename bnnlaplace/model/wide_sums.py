@@ -18,12 +18,15 @@ from jaxtyping import PyTree
 # Equations that copy entries of an operand, so that their transpose adds. The others do so if operands differ in shape.
 _COPYING = ("broadcast_in_dim", "gather")
 _ENTRYWISE = ("add", "add_any", "atan2", "div", "max", "min", "mul", "pow", "rem", "sub")
+# Calls and loops. Functions with a derivative rule of their own, and kernels, stay as they are.
+_CALLING = ("checkpoint", "closed_call", "cond", "core_call", "jit", "pjit", "remat2", "scan", "while")
 
 
 def with_wide_sums(function: Callable[..., Any], *arguments: PyTree) -> Any:
     """Call a hashable function with the sums of its transpose in float32. The result is the same but for rounding."""
     leaves, structure = jax.tree.flatten(arguments)
-    findings = _remembered(function, structure, tuple((jnp.result_type(leaf), jnp.ndim(leaf)) for leaf in leaves))
+    kinds = tuple((getattr(leaf, "dtype", type(leaf)), jnp.ndim(leaf)) for leaf in leaves)
+    findings = _remembered(function, structure, kinds)
     if findings == [False]:  # without numbers of 16 bits there is nothing to do, and no need to trace twice
         return function(*arguments)
     closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
@@ -42,12 +45,12 @@ def _remembered(function: Callable[..., Any], structure: Any, kinds: tuple[Any, 
 
 
 def _has_short(jaxpr: Jaxpr) -> bool:
-    inside = (_has_short(function) for equation in jaxpr.eqns for function in _functions(equation))
+    inside = (_has_short(function) for equation in jaxpr.eqns for function in functions_of(equation))
     return any(_is_short(variable.aval) for equation in jaxpr.eqns for variable in equation.outvars) or any(inside)
 
 
-def _functions(equation: JaxprEqn) -> list[Jaxpr]:
-    """The functions that an equation calls."""
+def functions_of(equation: JaxprEqn) -> list[Jaxpr]:
+    """The functions that an equation calls, such as the body of a loop."""
     values = [each if isinstance(each, (tuple, list)) else [each] for each in equation.params.values()]
     return [getattr(each, "jaxpr", each) for each in chain(*values) if isinstance(each, (Jaxpr, ClosedJaxpr))]
 
@@ -88,8 +91,8 @@ def _through_float32(equation: JaxprEqn) -> list[JaxprEqn]:
 
 
 def _with_widened_functions(equation: JaxprEqn) -> JaxprEqn:
-    """The same for the functions that an equation calls, unless they have a derivative rule of their own."""
-    if equation.primitive.name.startswith("custom"):
+    """The same for the functions that an equation calls, if that is all it does."""
+    if equation.primitive.name not in _CALLING:
         return equation
 
     def widened(value: Any) -> Any:
@@ -99,8 +102,6 @@ def _with_widened_functions(equation: JaxprEqn) -> JaxprEqn:
             return _widened(value)
         return tuple(map(widened, value)) if type(value) is tuple else value
 
-    if not _functions(equation):
-        return equation
     return equation.replace(params={name: widened(value) for name, value in equation.params.items()})
 
 

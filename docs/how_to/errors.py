@@ -63,7 +63,8 @@ print(f"mode decrement {la.mode_decrement():.2g}, effective parameters {error.ef
 # `sem` does not include the truncation error of the recurrence. Truncation lowers the evidence by at most
 # `krylov_error().truncation / 2`. Nor does it include rounding: curvature below `structure.resolution()` counts as
 # zero, which raises the evidence by about `krylov_error().rounding / 2` at most. A prior precision below the resolution
-# gets a warning.
+# gets a warning. The resolution is that of the type in which the network computes: a network in bfloat16 can have an
+# evidence at much larger precisions only.
 
 estimate = la.log_marginal_likelihood()
 print(f"exact {exact.log_marginal_likelihood().mean:.2f}, estimate {estimate.mean:.2f} +- {estimate.sem:.2f} nats")
