@@ -1,6 +1,6 @@
 """What do a last layer of many outputs, and its predictions, cost beside their closed forms?
 
-    python benchmarks/many_outputs.py [--features 128] [--outputs 10 100 1000] [--small]
+    python benchmarks/many_outputs.py [--features 128] [--outputs 10 100 1000 5000] [--small]
 
 The Jacobian of a dense layer in its weights is phi kron I, with the features phi that enter it. So with the curvature
 Lambda_n of the likelihood in the outputs, the exact diagonal is sum_n phi_n^2 kron diag(Lambda_n), the Kronecker
@@ -188,7 +188,7 @@ def compare(cases: dict[str, Case], repetitions: int) -> dict[str, Results]:
 
 def main(
     features: int = 128,
-    outputs: tuple[int, ...] = (10, 100, 1000),
+    outputs: tuple[int, ...] = (10, 100, 1000, 5000),
     examples: int = 2000,
     repetitions: int = 5,
     small: bool = False,

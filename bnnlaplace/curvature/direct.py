@@ -22,8 +22,10 @@ from bnnlaplace.model.spec import NetworkSpec
 
 # Equations that leave the numbers of a bias in their order.
 _KEEP_ORDER = ("reshape", "broadcast_in_dim", "convert_element_type", "squeeze", "expand_dims", "copy", "copy_p")
-# Numbers of features and outputs of a microbatch in which nothing else is in memory.
-_MOST_NUMBERS = 2**22
+# Numbers of all arrays of a microbatch in which there is no backward pass: few enough for a cache. But the sum over
+# microbatches of a matrix as wide as the outputs takes as long as the products of hundreds of examples, so that there
+# are more of them if they need not more than _MOST_NUMBERS.
+_CACHED_NUMBERS, _MOST_NUMBERS, _MANY_EXAMPLES = 2**20, 2**23, 512
 
 
 def direct_leaves(weights: Weights) -> frozenset[int]:
@@ -50,18 +52,22 @@ def direct_leaves(weights: Weights) -> frozenset[int]:
     return frozenset(layers | biases)
 
 
-def examples_at_once(network: Network, inputs: PyTree, microbatch: int) -> int:
-    """How many examples to take at a time: more than `microbatch` if all weights are direct, as then there is no pass.
+def examples_at_once(network: Network, inputs: PyTree, microbatch: int, copies: int = 1) -> int:
+    """How many examples to take at a time: more than `microbatch` if all weights are direct and need little memory.
 
-    `inputs` are all examples.
+    `inputs` are all examples, and `copies` says how many times the numbers of their forward pass are in memory.
     """
     numbers = _numbers_of_direct(NetworkSpec.of(network, inputs))
-    return microbatch if numbers is None else max(microbatch, min(num_examples(inputs), _MOST_NUMBERS // numbers))
+    if numbers is None:
+        return microbatch
+    numbers *= copies
+    at_once = max(_CACHED_NUMBERS // numbers, min(_MANY_EXAMPLES, _MOST_NUMBERS // numbers))
+    return max(microbatch, min(num_examples(inputs), at_once))
 
 
 @lru_cache(maxsize=64)
 def _numbers_of_direct(spec: NetworkSpec) -> int | None:
-    """How many features and outputs an example has; None unless all weights are direct."""
+    """How many numbers the forward pass of an example has; None unless all weights are direct."""
     weights = find(spec.network(), spec.example.batch(2))
     if len(direct_leaves(weights)) < len(weights.jaxpr.params):
         return None

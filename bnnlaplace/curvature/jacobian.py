@@ -52,10 +52,11 @@ class Factors(NamedTuple):
         Cost: with inputs I O multiplications for each example, and C O for each output. Nothing is multiplied with unit
         vectors. Shared derivatives without inputs give one result, (1, U, C, C), for all examples.
         """
-        of_columns = weights.reshape(1, -1) if self.inputs is None else matmul(self.inputs**2, weights)
         if self.places is not None:
-            picked = _picked(of_columns, self.places, axis=1)
+            picked = _picked(weights, self.places, axis=-1)
+            picked = picked[None] if self.inputs is None else einsum("mi,iuc->muc", self.inputs**2, picked)
             return picked[..., None] * jnp.eye(picked.shape[-1], dtype=picked.dtype)
+        of_columns = weights.reshape(1, -1) if self.inputs is None else matmul(self.inputs**2, weights)
         if len(self.derivatives) == 1:
             return _shared_inner_products(self.derivatives[0], of_columns)
         return inner_products(self.derivatives, of_columns[:, None, None])

@@ -59,6 +59,14 @@ def test_kronecker_benchmark_runs_small():
     assert results["delta 1, partial_traces"]["evidence"] < 0
 
 
+def test_many_outputs_benchmark_runs_small():
+    """Its closed forms are an oracle of their own: both sides agree to the rounding of float32."""
+    record, _ = run("many_outputs", "--small")
+    (cases,) = record["results"].values()
+    differences = [sides["bnnlaplace"]["difference"] for name, sides in cases.items() if not name.startswith("full")]
+    assert len(differences) == 5 and max(differences) < 1e-5
+
+
 def test_walks_are_counted():
     record, _ = run("walks")
     for name, walk in record["walks"].items():
