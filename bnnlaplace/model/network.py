@@ -255,9 +255,11 @@ class Network:
     def linearised(self) -> "Network":
         """Return the first-order expansion f(params) + J(params) (theta - params), as a network with weights theta.
 
-        Its Jacobian is J(params) at every theta.
+        Its Jacobian is J(params) at every theta. Theta is float32 or wider: rounded to 16 bits, small steps would be
+        lost.
         """
-        return Network(_LinearisedForward(self.forward), self.params, {"frozen": self.frozen, "centre": self.params})
+        wide = jax.tree.map(lambda leaf: leaf.astype(summed_type(leaf.dtype)), self.params)
+        return Network(_LinearisedForward(self.forward), wide, {"frozen": self.frozen, "centre": self.params})
 
     def unlinearised(self) -> "Network":
         """Return the network that was linearised, at the point of the expansion. Any other network returns itself.
@@ -337,7 +339,7 @@ class _LinearisedForward:
 
     def __call__(self, frozen: PyTree, params: PyTree, x: Any) -> Any:
         # `jax.jvp` needs no Jacobian. It is linear in the step, so derivatives in `params` are those at the centre.
-        step = jax.tree.map(jnp.subtract, params, frozen["centre"])
+        step = jax.tree.map(lambda to, centre: (to - centre).astype(centre.dtype), params, frozen["centre"])
         outputs, change = jax.jvp(lambda p: self.forward(frozen["frozen"], p, x), (frozen["centre"],), (step,))
         return outputs + change
 

@@ -56,8 +56,13 @@ class SpectralStructure(NamedTuple):
         return cls(values**2, matmul(left.T, columns.T), jnp.asarray(rounding, values.dtype))
 
     def resolution(self) -> float:
-        """The prior precision below which curvature of its size cannot be told from the rounding of derivatives."""
-        return float(_error(self.eigenvalues, self.rounding)) ** 2 * float(np.asarray(self.eigenvalues).max())
+        """The prior precision below which curvature of its size cannot be told from the rounding of derivatives.
+
+        Zero if there is larger curvature in every direction.
+        """
+        values = np.asarray(self.eigenvalues)
+        is_complete = np.count_nonzero(values) == self.eigenvectors.shape[1]
+        return 0.0 if is_complete else float(_error(self.eigenvalues, self.rounding)) ** 2 * float(values.max())
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "SpectralStructure":

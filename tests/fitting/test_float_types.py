@@ -98,3 +98,17 @@ def test_a_prior_of_several_precisions_does_not_move_weights_of_half_precision()
         )
         la = la.fit((x, y))
         np.testing.assert_array_equal(la.predictive(x)[0], network(params, x))
+
+
+def test_the_mode_of_a_linearised_network_in_16_bits_keeps_its_digits():
+    """The best weights of a regression lie between numbers that bfloat16 can hold: before, they were rounded."""
+    rng = np.random.default_rng(2)
+    x = rng.integers(-2, 3, (40, 3)).astype(np.float32)
+    y = (x @ [[1.003], [-1.001], [0.998]]).astype(np.float32)
+    weights = jnp.asarray([[1], [-1], [1]], jnp.bfloat16)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w.astype(x.dtype), weights)
+    la = bnnlaplace.Laplace(network, "regression", sigma_noise=0.1, prior_precision=1e-3)
+    la = la.fit((x, y), mean="linear", key=jax.random.key(0))
+    best = np.linalg.solve(x.T @ x.astype(float) + 1e-5 * np.eye(3), x.T @ y.astype(float))
+    np.testing.assert_allclose(la.network.params, best, atol=3e-5)
+    np.testing.assert_allclose(la.predictive(x)[0], x @ best, atol=2e-4)
