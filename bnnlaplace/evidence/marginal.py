@@ -16,10 +16,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Num, PyTree
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import as_vector, described, num_examples, ravel
+from bnnlaplace.core.tree import as_vector, num_examples, ravel
 from bnnlaplace.core.types import AnyArray, Estimate, Inputs
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.linearisation import Linearisation, linearise
+from bnnlaplace.evidence.arguments import check_numbers, checked_batch, curvature_weights
 from bnnlaplace.evidence.log_determinant import (
     Probes,
     Problem,
@@ -33,11 +34,9 @@ from bnnlaplace.evidence.log_determinant import (
 )
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.krylov.derivative_modes import once
-from bnnlaplace.model.data import check_inputs
+from bnnlaplace.krylov.tridiagonal import rounding_of_zero
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.pairs import example_weights
-from bnnlaplace.model.spec import output_shape
 
 
 class EvidenceCurve(NamedTuple):
@@ -132,9 +131,11 @@ def log_marginal_likelihood(
     scalar prior precision at fixed weights, use `isotropic`, which computes the products once for all of them.
     Memory: residuals of the linearisation for the batch, or for a microbatch with `remat`; and K vectors for each of
     `probe_batch_size` probes.
-    Rounding: products have errors of about eps lambda_max, and eigenvalues below 4 eps times the largest one count as
-    zero. This is not small against delta in float32 with little noise and a small prior precision. The primal side is
-    then off by some nats: use the dual side, or float64.
+    Rounding: products have errors of about eps lambda_max, and eigenvalues below 4 eps lambda_max count as zero. The
+    value is too high by sum log(1 + lambda / delta) / 2 over these; see `IsotropicEvidence.rounding`. In float32 this
+    may be nats as soon as 4 eps lambda_max exceeds delta, as with little noise, or with a bias beside features of size
+    1e3. The dual side has no null space if there are fewer outputs than weights. Otherwise use float64, or `Laplace`,
+    whose "full" sums in float64.
     Reference: Krämer et al. 2024, arXiv 2405.17277, section 5. `bnnlaplace/evidence/log_determinant.py` derives
     "forward".
 
@@ -149,13 +150,13 @@ def log_marginal_likelihood(
     caller = "log_marginal_likelihood"
     checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "forward", "quadrature", "autodiff"))
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
-    batch = _checked(caller, network, batch)
-    weights = _weights(network, likelihood, batch)
+    batch = checked_batch(caller, network, batch)
+    weights = curvature_weights(network, likelihood, batch)
     linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
     # The outputs of the linearisation also give the log likelihood: the network runs once.
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
-    _check_numbers(prior_precision, f"{caller}(prior_precision=...)")
-    _check_numbers(prior_mean, f"{caller}(prior_mean=...)")
+    check_numbers(prior_precision, f"{caller}(prior_precision=...)")
+    check_numbers(prior_mean, f"{caller}(prior_mean=...)")
     vector = as_vector(prior_precision, params)
     if not jnp.issubdtype(vector.dtype, jnp.floating):  # whole numbers are precisions too
         vector = vector.astype(linearised.outputs.dtype)
@@ -205,6 +206,17 @@ class IsotropicEvidence(NamedTuple):
         mean = self.log_likelihood - 0.5 * delta * self.squared_norm - 0.5 * log_determinant.mean
         return Estimate(mean, 0.5 * log_determinant.sem)
 
+    def rounding(self, prior_precision: Num[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+        """Return by how many nats the mean may be too high, as curvature that may be rounding counts as zero.
+
+        Eigenvalues of G below 4 eps times the largest one are not told from zero. The bound puts all of them at that
+        size. It is loose if G has a null space, and it does not contain the rounding of the other eigenvalues.
+        """
+        delta = jnp.asarray(prior_precision, self.squared_norm.dtype)
+        largest = jax.vmap(rounding_of_zero)(self.rules.nodes)  # of the eigenvalues that are hidden from each probe
+        hidden = jnp.sum(jnp.where(self.rules.nodes == 0, self.rules.weights, 0), axis=-1)
+        return 0.5 * jnp.mean(hidden * jnp.log1p(largest / delta[..., None]), axis=-1)
+
 
 def isotropic(
     params: PyTree,
@@ -242,7 +254,8 @@ def isotropic(
 
     Notes
     -----
-    Cost: one linearisation and S K products. Memory: as for `log_marginal_likelihood`; the result is small.
+    Cost: one linearisation and S K products. Memory: as for `log_marginal_likelihood`; the result is small. Rounding as
+    there; `rounding` of the result bounds it.
 
     Raises
     ------
@@ -262,11 +275,11 @@ def isotropic(
     (3,)
     """
     caller = "isotropic"
-    batch = _checked(caller, network, batch)
-    weights = _weights(network, likelihood, batch)
+    batch = checked_batch(caller, network, batch)
+    weights = curvature_weights(network, likelihood, batch)
     linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
-    _check_numbers(prior_mean, f"{caller}(prior_mean=...)")
+    check_numbers(prior_mean, f"{caller}(prior_mean=...)")
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     deviation = ravel(params) - as_vector(prior_mean, params)
     log_likelihood = _log_likelihood(linearised, likelihood, batch, scale)
@@ -300,17 +313,6 @@ def _problem(
     return Problem(linearised, likelihood, scale, side), rows
 
 
-def _check_numbers(values: Any, where: str) -> None:
-    """Raise ValueError unless there are leaves and all of them are real numbers, or arrays of such."""
-    leaves = jax.tree.leaves(values)
-    for leaf in leaves:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-            raise ValueError(f"{where} must be real numbers; got {dtype} {leaf!r:.80}; try 1.0")
-    if not leaves:
-        raise ValueError(f"{where} must be real numbers; got {values!r:.80}; try 1.0")
-
-
 def _fixed_rules(caller: str, *arguments: Any, **options: Any) -> Rules:
     """Compute the Gauss rules, which raise TypeError if they are differentiated."""
     message = f"{caller}(gradient='forward') has derivatives in prior_precision and prior_mean only; use 'adjoint'"
@@ -322,31 +324,6 @@ def _log_determinant(rules: Rules, prior_precision: Float[Array, "*shape"]) -> E
     # Eigenvalues of G / delta are nodes / delta, with the same weights.
     forms = jnp.sum(rules.weights * jnp.log1p(rules.nodes / prior_precision[..., None, None]), axis=-1)
     return mean_and_sem(forms)
-
-
-def _checked(caller: str, network: Network, batch: Any) -> tuple[Inputs, AnyArray, Num[AnyArray, " N"] | None]:
-    """Check the inputs and the weights of a batch; return inputs, targets and weights, or None where there are none."""
-    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-        raise ValueError(
-            f"{caller}(batch=...) must be (inputs, targets), or (inputs, targets, weights); got {described(batch)}; "
-            "pass (x, y)"
-        )
-    inputs, targets, *rest = batch
-    inputs = check_inputs(network, inputs, f"{caller}(batch=(x, y)): x")
-    weights = rest[0] if rest else None
-    if weights is not None and not isinstance(weights, jax.core.Tracer):
-        weights = example_weights(weights, num_examples(inputs), f"{caller}(batch=(x, y, w)): w")
-    return inputs, targets, weights
-
-
-def _weights(network: Network, likelihood: Likelihood, batch: tuple[Any, Any, Any]) -> Num[AnyArray, "N ..."] | None:
-    """How many times the curvature of each example or position counts; None if each counts once."""
-    inputs, targets, weights = batch
-    if likelihood.target_weights is None:
-        return weights
-    check_targets(likelihood, output_shape(network, inputs), targets, "log_marginal_likelihood(batch=(x, y))")
-    targets = jnp.asarray(targets)
-    return likelihood.weights_of(targets, jnp.ones(num_examples(inputs)) if weights is None else jnp.asarray(weights))
 
 
 def _log_likelihood(

@@ -356,3 +356,32 @@ def test_precisions_of_weights_in_one_array_that_a_trace_closes_over(precision):
 
     la = bnnlaplace.Laplace(network, hessian_structure="full", prior_precision=precision).fit((x, y))
     np.testing.assert_allclose(jax.jit(ours)(network.params), la.log_marginal_likelihood().mean, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_curvature_that_is_hidden_by_rounding_is_bounded(size):
+    """Features of size 1e4 hide the curvature of a bias in float32: ten nats, of which nothing said a word."""
+    rng, noise = np.random.default_rng(0), 0.3
+    x, weights = size * rng.normal(size=(60, 6)), rng.normal(size=(6, 3)) / size
+    y = x @ weights + noise * rng.normal(size=(60, 3))
+    arrays = tuple(jnp.asarray(array, jnp.float32) for array in (x, y, weights))
+    network = bnnlaplace.Network.from_function(lambda p, x: x @ p["w"] + p["b"], {"b": jnp.zeros(3), "w": arrays[2]})
+    model = {"network": network, "likelihood": bnnlaplace.gaussian(noise), "num_matvecs": 21, "microbatch": 60}
+    probes = jnp.asarray(np.sqrt(21) * np.eye(21), jnp.float32)
+    found = jax.jit(lambda: evidence.isotropic(network.params, arrays[:2], probes, side="primal", **model))()
+    inputs = np.concatenate([np.ones((60, 1)), np.asarray(arrays[0], float)], axis=1)
+    grid = np.array([0.1, 1.0, 1e3])
+    values = np.linalg.eigvalsh(inputs.T @ inputs / noise**2)
+    determinants = 3 * np.log1p(values / grid[:, None]).sum(axis=1)
+    residuals = np.asarray(y - inputs[:, 1:] @ np.asarray(arrays[2], float), float) / noise
+    log_likelihood = -0.5 * (residuals**2).sum() - residuals.size * np.log(noise * np.sqrt(2 * np.pi))
+    exact = log_likelihood - 0.5 * grid * (np.asarray(arrays[2], float) ** 2).sum() - 0.5 * determinants
+    excess, bound = np.asarray(found(grid).mean, float) - exact, np.asarray(found.rounding(grid))
+    assert bound.shape == (3,) and ((excess > -0.01) & (excess < bound + 0.01)).all()
+    if size == 1:
+        assert (bound == 0).all()
+    else:  # the three eigenvalues of the bias, and no other
+        hidden = 1.5 * np.log1p(values[0] / grid)
+        np.testing.assert_allclose(excess, hidden, atol=0.02)
+        cut = 4 * np.finfo(np.float32).eps * values.max()
+        np.testing.assert_allclose(bound, 1.5 * np.log1p(cut / grid), rtol=1e-3)
