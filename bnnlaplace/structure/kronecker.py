@@ -51,7 +51,13 @@ class KroneckerStructure(NamedTuple):
     blocks: list[Block]
     rounding: Num[AnyArray, ""] | np.float64 = np.float64(OF_FLOAT32)
 
-    rows_for_output, rows_for_column = 0.0, 0.0
+    rows_for_column = 0.0
+
+    @property
+    def rows_for_output(self) -> float:
+        """Derivatives in the weights of a sum, as they are and whitened, by the share of its weights."""
+        in_sums = sum(block.size for block in self.blocks if isinstance(block, BlockSum))
+        return 3.0 * in_sums / sum(block.size for block in self.blocks)
 
     @classmethod
     def fit(cls, sums: Sequence[kronecker.LeafSums], rounding: Num[ArrayLike, ""] = OF_FLOAT32) -> "KroneckerStructure":

@@ -59,6 +59,15 @@ def test_kronecker_benchmark_runs_small():
     assert results["delta 1, partial_traces"]["evidence"] < 0
 
 
+def test_continual_benchmark_runs_small():
+    """Two tasks: whitening errs less than adding factors, and the diagonal in some eigenvectors never below the sum."""
+    record, _ = run("continual", "--small")
+    for cases in record["tasks"].values():
+        for errors in cases.values():
+            assert abs(errors["whitened"]["error"]) < abs(errors["added factors"]["error"])
+            assert errors["corrected"]["error"] > -1e-6
+
+
 def test_many_outputs_benchmark_runs_small():
     """Its closed forms are an oracle of their own: both sides agree to the rounding of float32."""
     record, _ = run("many_outputs", "--small")
