@@ -52,11 +52,9 @@ def design(x):
 
 
 def dense(la):
-    """The posterior precision as a matrix, from its quadratic forms alone."""
-    count, centre = ravel(la.network.params).size, ravel(la.network.params)
-    hessian = jax.hessian(lambda flat: -la.log_density(jax.flatten_util.ravel_pytree(la.network.params)[1](flat)))
-    assert hessian(centre).shape == (count, count)
-    return np.asarray(hessian(centre))
+    """The posterior precision as a matrix, from its products alone."""
+    identity = np.eye(ravel(la.network.params).size)
+    return np.stack([la.structure.product(row) for row in identity]) + PRECISION * identity
 
 
 # --- the whole curvature ----------------------------------------------------------------------------------------
