@@ -32,7 +32,7 @@ test-peers: .venv/installed-peers
 	$(VENV)/python -m pytest tests/peers $(ARGS)
 
 test-campaign: .venv/installed-test
-	$(PYTEST) tests/campaign $(ARGS)
+	$(PYTEST) --override-ini faulthandler_timeout=1200 tests/campaign $(ARGS)
 
 docs: .venv/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/python -m mkdocs build --strict

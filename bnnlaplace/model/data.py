@@ -19,7 +19,8 @@ from bnnlaplace.core.summation import accumulated
 from bnnlaplace.core.tree import examples, num_examples
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.model import arrays
-from bnnlaplace.model.likelihood import Likelihood, check_targets
+from bnnlaplace.model.likelihood import Likelihood, check_targets, is_ours
+from bnnlaplace.model.likelihoods.own import check_functions
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.pairs import Pair, as_pair, is_pair_of_arrays, not_a_pair, present_first
 from bnnlaplace.model.spec import call_refused, check_outputs, output_shape, shapes_in_words, signatures
@@ -306,7 +307,8 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
     Raises
     ------
     ValueError
-        If outputs are not (N, ..., C), or the targets do not fit them; see `likelihood.check_targets`.
+        If outputs are not (N, ..., C), the targets do not fit them (see `likelihood.check_targets`), or a likelihood
+        of the user's own has wrong functions.
     """
     count = num_examples(inputs)
     try:
@@ -315,6 +317,8 @@ def check_fits_model(network: Network, likelihood: Likelihood, inputs: Inputs, t
         raise call_refused("fit(data=(x, y)): x must be what the network takes", inputs, error) from error
     check_outputs(shape, count)
     check_targets(likelihood, shape, targets, "fit(data=(x, y))")
+    if not is_ours(likelihood):
+        check_functions(likelihood, shape, targets)
 
 
 def check_inputs(network: Network, inputs: Any, where: str = _INPUTS) -> Inputs:

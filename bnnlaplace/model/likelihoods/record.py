@@ -28,9 +28,8 @@ Targets = Shaped[ArrayLike, "..."]
 class Likelihood:
     """The probability p(y | f) of targets given outputs, and products with its curvature in output space.
 
-    Every function takes outputs of shape (..., C) and works along the last axis. Write the functions as
-    `jax.tree_util.Partial`s, so that parameters such as a noise scale are leaves of this pytree and can be
-    differentiated.
+    Every function takes outputs of shape (..., C) and works along the last axis. Write functions with parameters, such
+    as a noise scale, as `jax.tree_util.Partial`s: then these are leaves of this pytree and can be differentiated.
 
     Attributes
     ----------
@@ -61,7 +60,7 @@ class Likelihood:
     Raises
     ------
     ValueError
-        If `target_kind` or `target_shape` is something else.
+        If `name`, `target_kind` or `target_shape` is something else. Functions are checked when data are fitted.
     """
 
     name: str
@@ -75,6 +74,8 @@ class Likelihood:
     target_weights: Callable[[Any], Array] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"Likelihood(name=...) must be a string; got {self.name!r:.80}; try 'poisson'")
         checks.choice(self.target_kind, "Likelihood(target_kind=...)", ("array", "label"))
         shape = self.target_shape
         is_shape = isinstance(shape, tuple) and all(isinstance(length, int) and length > 0 for length in shape)
@@ -83,6 +84,10 @@ class Likelihood:
                 "Likelihood(target_shape=...) must be a tuple of positive lengths, or a function from the number of "
                 f"outputs to one; got {shape!r:.80}; try (1,)"
             )
+        for field in ("log_prob", "factor_mv", "mean", "hessian_mv", "factor_transpose_mv", "target_weights"):
+            function = getattr(self, field)
+            if callable(function) and jax.tree_util.all_leaves([function]):  # no pytree, which JAX would not take
+                object.__setattr__(self, field, Partial(function))
         if self.factor_transpose_mv is None:
             object.__setattr__(self, "factor_transpose_mv", Partial(_transposed, self.factor_mv))
         if self.hessian_mv is None:
