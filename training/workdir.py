@@ -205,6 +205,8 @@ def why_not_writable(directory: Path) -> str | None:
     place = directory.absolute()
     try:
         while not place.exists():
+            if place.is_symlink():
+                return f"{place}: a link to nowhere"
             place = place.parent
         with tempfile.TemporaryFile(dir=place):
             return None

@@ -241,7 +241,8 @@ def as_data(data: Any) -> Data:
     if isinstance(data, Data):
         return data
     checks.one_process("fit(data=...)")
-    if is_pair_of_arrays(data):
+    is_weighted = isinstance(data, (tuple, list)) and len(data) == 3 and is_pair_of_arrays(data[:2])
+    if is_pair_of_arrays(data) or is_weighted:  # whatever the weights are: a fault of theirs is named
         pair = _first([data])
         length = len(pair.targets) if pair.weights is None else int(np.count_nonzero(pair.weights))
         return Data([pair], pair, length=length)

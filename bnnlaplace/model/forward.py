@@ -134,7 +134,10 @@ def _key_of_unhashable(value: Any) -> Hashable:
     if hasattr(value, "items"):  # a dictionary, or a configuration that is like one
         return kind, tuple((key_of(name), key_of(entry)) for name, entry in sorted(value.items(), key=_repr_of_first))
     if hasattr(value, "__array__"):
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except Exception:  # random keys, for one
+            return _Identity(value)
         if array.dtype != object:
             return kind, array.shape, array.dtype.name, array.tobytes()
     if dataclasses.is_dataclass(value):

@@ -205,7 +205,7 @@ def options_of_answers() -> Table:
         "refit is a number": lambda: lanczos.optimize_prior_precision(prior_structure="diag", refit=3),
         **each(
             "validation",
-            {"None": None, "a number": 1, "a string": "x", "an array": X, "nothing": [], "a triple": (X, Y, Y)},
+            {"None": None, "a number": 1, "a string": "x", "an array": X, "nothing": [], "four": (X, Y, Y, Y)},
             lambda value: validate(validation=value),
         ),
         **each(

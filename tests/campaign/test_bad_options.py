@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from campaign.bad_values import BAD_KEYS, BAD_X, BAD_Y, KEY, NOT_COUNTS, NOT_POSITIVE, TARGETS, X, Y, changed, masked
 from campaign.test_bad_inputs import NETWORK, PARAMS, affine, fit, fitted, outcome_of
 
-from bnnlaplace import Laplace, Network, calibration, categorical, evidence, heteroscedastic, tempered
+from bnnlaplace import Laplace, Likelihood, Network, calibration, categorical, evidence, heteroscedastic, tempered
 
 Table = Iterator[tuple[str, Callable[[], Any]]]
 
@@ -99,6 +100,8 @@ def example_weights() -> Table:
     # Weights that count nothing are no fault behind a batch that counts.
     some = {kind: weights for kind, weights in BAD_WEIGHTS.items() if not kind.startswith("all ")}
     yield from each("in a later batch", some, lambda w: fit([(X, Y), (X, Y, w)]))
+    score = partial(fitted().optimize_prior_precision, "gridsearch", precisions=[0.1, 1.0, 10.0])
+    yield from each("of validation data", BAD_WEIGHTS, lambda w: score(validation=(X, Y, w)))
     yield "kept examples have NaN", lambda: fit((changed(X, np.nan), Y, np.ones(12)))
     yield "targets do not count", lambda: fit((X, 0 * Y, WEIGHTS), categorical(class_weights=[0, 1, 1]))
 
@@ -187,6 +190,78 @@ def pair_fit(network: Network, y: Any) -> Laplace:
     return Laplace(network, "heteroscedastic", hessian_structure="diag").fit((X, y))
 
 
+def own_likelihoods() -> Table:
+    """Functions of a likelihood of the user's own that return something else."""
+    good = {"log_prob": lambda f, y: -jnp.sum((f - y) ** 2, axis=-1), "factor_mv": lambda f, u: u, "mean": lambda f: f}
+    both = {"factor_transpose_mv": lambda f, v: v, "hessian_mv": lambda f, v: v}
+    # For each function with these arguments: what returns another shape, another type, or nothing of use.
+    wrong = {
+        "too few arguments": lambda: 1.0,
+        "a number": lambda *a: 1.0,
+        "an integer": lambda *a: 1,
+        "nothing": lambda *a: None,
+        "a tuple": lambda *a: (a[0], a[0]),
+        "integers": lambda *a: jnp.zeros(a[0].shape, int),
+        "another shape": lambda *a: a[0][..., None],
+        "a fault": lambda *a: 1 / 0,
+        "a branch": lambda *a: a[0] if a[0].sum() > 0 else a[0],
+        "on the host": lambda *a: np.asarray(a[0]),
+        "a string": lambda *a: "log",
+    }
+    for name in ("log_prob", "factor_mv", "hessian_mv", "factor_transpose_mv", "target_weights"):
+        yield from each(
+            name, wrong, lambda v, name=name: fit((X, TARGETS), Likelihood("own", "array", **good | {name: v}))
+        )
+    some = {kind: wrong[kind] for kind in ("too few arguments", "a fault", "a branch", "on the host")}
+    yield from each("mean", some, lambda v: fit((X, TARGETS), Likelihood("own", "array", **good | {"mean": v})))
+    curvature = {
+        "affine": {"factor_mv": lambda f, u: u + 1},
+        "squared": {"factor_mv": lambda f, u: u**2},
+        "not transposed": {"factor_mv": lambda f, u: jnp.roll(u, 1, axis=-1)},
+        "another factor": {"hessian_mv": lambda f, v: 2 * v},
+        "another sign": {"hessian_mv": lambda f, v: -v},
+    }
+    for structure in STRUCTURES:
+        options = {"structure": structure, "key": KEY, "num_probes": 4}
+        yield from each(
+            structure,
+            curvature,
+            lambda v, o=options: fit((X, TARGETS), Likelihood("own", "array", **good | both | v), **o),
+        )
+    names = {"None": None, "a number": 3, "bytes": b"own"}
+    yield from each("name", names, lambda value: Likelihood(value, "array", **good))
+
+
+def earlier_posteriors() -> Table:
+    """`fit(prior=...)`."""
+    others = {
+        "None of it": False,
+        "a number": 1.0,
+        "a posterior": fitted().fitted,
+        "a network": NETWORK,
+        "a name": "diag",
+    }
+    yield from each("prior", others, lambda value: fit((X, Y), prior=value))
+    yield "not fitted", lambda: fit((X, Y), prior=Laplace(NETWORK, hessian_structure="diag"))
+    for structure in STRUCTURES:
+        for earlier in STRUCTURES:
+            if structure != earlier or structure == "lanczos":
+                options = {"structure": structure, "key": KEY, "prior": fitted(earlier)}
+                yield f"{structure} after {earlier}", partial(fit, (X, Y), **options)
+    stated = {"precision": {"prior_precision": 2.0}, "mean": {"prior_mean": PARAMS}}
+    yield from each(
+        "stated", stated, lambda v: Laplace(NETWORK, hessian_structure="diag", **v).fit((X, Y), prior=fitted())
+    )
+    narrow = {name: weight[..., :2] for name, weight in PARAMS.items()}
+    others = Network.from_function(lambda p, x: x @ p["w1"] @ p["w2"][:2], narrow)
+    yield (
+        "other weights",
+        lambda: Laplace(others, "regression", hessian_structure="diag").fit(
+            (X, TARGETS[:, :2]), prior=fitted("diag", "regression")
+        ),
+    )
+
+
 def binary_metrics() -> Table:
     probs, labels = np.linspace(0.1, 0.9, 12).astype(np.float32), np.arange(12) % 2
     metrics = {
@@ -245,7 +320,16 @@ def binary_metrics() -> Table:
     yield from each("temperature labels", bad_labels, lambda y: calibration.fit_temperature(4 * probs - 2, y))
 
 
-GROUPS = [joint_posteriors, calls, shared_weights, example_weights, likelihoods, binary_metrics]
+GROUPS = [
+    joint_posteriors,
+    calls,
+    shared_weights,
+    example_weights,
+    likelihoods,
+    own_likelihoods,
+    earlier_posteriors,
+    binary_metrics,
+]
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group.__name__)

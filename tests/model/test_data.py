@@ -280,6 +280,14 @@ def test_networks_that_cannot_be_fitted(problem, case, unchecked_annotations):
         bnnlaplace.Laplace(network, hessian_structure="diag").fit((problem.inputs, problem.targets))
 
 
+@pytest.mark.parametrize("weights", [None, 1.0, "balanced"])
+def test_what_are_no_weights_is_named(problem, weights, unchecked_annotations):
+    """The message spoke of batches that are no pairs, as three things were taken for three batches."""
+    la = bnnlaplace.Laplace(problem.network, hessian_structure="diag")
+    with pytest.raises(ValueError, match=r"fit\(data=\(x, y, w\)\): w must be"):
+        la.fit((problem.inputs, problem.targets, weights))
+
+
 @pytest.mark.parametrize("data", ["abc", b"abc", {"x": 1}, np.ones((2, 2, 4)), np.ones(3), None, 1.0, (1, 2), [[1, 2]]])
 def test_what_is_not_data(problem, data, unchecked_annotations):
     with pytest.raises(ValueError, match="must be two arrays|must be arrays"):

@@ -96,6 +96,8 @@ def test_keys_are_equal_for_equal_values():
     assert key_of(np.arange(3)) != key_of(np.arange(3.0)) != key_of(np.arange(3.0, dtype=np.float32))
     opaque = Opaque()
     assert key_of(opaque) == key_of(opaque) != key_of(Opaque())
+    random_key = jax.random.key(0)  # no array of NumPy can be made of it
+    assert key_of([random_key]) == key_of([random_key])
     assert key_of("relu") == "relu"
 
 

@@ -544,6 +544,14 @@ def test_a_workdir_that_cannot_be_written(resume: bool, tmp_path: Path, monkeypa
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("target", ["nowhere", "link"])
+def test_a_workdir_that_is_a_link_to_nowhere(target: str, tmp_path: Path) -> None:
+    """It was found when the directory was to be made: for an evaluation, after minutes."""
+    (tmp_path / "link").symlink_to(target)
+    with pytest.raises(UserError, match="must be writable; got .*link: a link to nowhere; use another --workdir"):
+        open_workdir(tmp_path / "link", Config(), resume=False)
+
+
 def test_a_workdir_that_does_not_hold_a_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match="must be new, empty, or hold a run; .*holds thesis.tex"):

@@ -5,7 +5,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -62,7 +62,8 @@ def run(main: Callable[[Console], None]) -> int:
 
 
 def _end(message: str, status: int) -> int:
-    print(message, file=sys.stderr)
+    with suppress(OSError):  # of a full disk, for one
+        print(message, file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # Python would try once more at its end, and print a traceback.
