@@ -1,9 +1,12 @@
 """Linear algebra in the full precision of its arguments: products, and eigenvectors of batches of matrices."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 # Accelerators multiply float32 matrices in fewer bits unless told otherwise: TensorFloat-32 keeps 11 of 24. In a
@@ -24,42 +27,47 @@ def eigh(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Floa
     program with several such batches can block for ever: with three batches of 16 matrices of size 64, jaxlib 0.10.2
     stands still on two cores.
     """
-    return _differentiable_eigh(matrices)
+    return tuple(_eigh.bind(matrices))
 
 
-@jax.custom_jvp
-def _differentiable_eigh(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
-    return _eigh(matrices)
+# A primitive, because a function with a rule for `vmap` alone has no derivatives in reverse mode.
+_eigh = Primitive("eigh_one_after_another")
+_eigh.multiple_results = True
 
 
-# What `_eigh` does with a batch is a rule of its own, and JAX does not differentiate such a function in reverse.
-@_differentiable_eigh.defjvp
-def _derivative_of_eigh(primals: tuple[Array], tangents: tuple[Array]) -> tuple[tuple, tuple]:
+@_eigh.def_abstract_eval
+def _types_of_eigh(matrices: Any) -> list[Any]:
+    return [matrices.update(shape=matrices.shape[:-1]), matrices]
+
+
+@_eigh.def_impl
+def _all_at_once(matrices: Float[Array, "... D D"]) -> list[Array]:
+    return list(jnp.linalg.eigh(matrices))
+
+
+def _one_after_another(matrices: Float[Array, "... D D"]) -> list[Array]:
+    if matrices.ndim == 2:
+        return list(jnp.linalg.eigh(matrices))
+    lead, dimension = matrices.shape[:-2], matrices.shape[-1]
+    values, vectors = jax.lax.map(lambda m: tuple(jnp.linalg.eigh(m)), matrices.reshape(-1, dimension, dimension))
+    return [values.reshape(*lead, dimension), vectors.reshape(matrices.shape)]
+
+
+def _of_batch(matrices: tuple[Array], axes: tuple[int]) -> tuple[list[Array], list[int]]:
+    return _eigh.bind(jnp.moveaxis(*matrices, *axes, 0)), [0, 0]
+
+
+def _derivative_of_eigh(matrices: tuple[Array], tangents: tuple[Array]) -> tuple[list[Array], list[Array]]:
     """The derivatives of eigenvalues and of eigenvectors, which are finite where no two eigenvalues are equal."""
-    values, vectors = _differentiable_eigh(*primals)
-    turned = matmul(jnp.swapaxes(vectors, -1, -2), matmul(*tangents, vectors))
+    values, vectors = _eigh.bind(*matrices)
+    turned = matmul(jnp.swapaxes(vectors, -1, -2), matmul(ad.instantiate_zeros(*tangents), vectors))
     turned = (turned + jnp.swapaxes(turned, -1, -2)) / 2  # as the matrices are, before they are decomposed
     gaps = values[..., None, :] - values[..., :, None]
     mixed = turned * jnp.where(gaps == 0, 0, 1 / jnp.where(gaps == 0, 1, gaps))
-    return (values, vectors), (jnp.diagonal(turned, axis1=-2, axis2=-1), matmul(vectors, mixed))
+    return [values, vectors], [jnp.diagonal(turned, axis1=-2, axis2=-1), matmul(vectors, mixed)]
 
 
-@jax.custom_batching.custom_vmap
-def _eigh(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
-    if matrices.ndim == 2:
-        return tuple(jnp.linalg.eigh(matrices))
-
-    def one_after_another(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
-        lead, dimension = matrices.shape[:-2], matrices.shape[-1]
-        values, vectors = jax.lax.map(lambda m: tuple(jnp.linalg.eigh(m)), matrices.reshape(-1, dimension, dimension))
-        return values.reshape(*lead, dimension), vectors.reshape(matrices.shape)
-
-    def all_at_once(matrices: Float[Array, "... D D"]) -> tuple[Float[Array, "... D"], Float[Array, "... D D"]]:
-        return tuple(jnp.linalg.eigh(matrices))
-
-    return jax.lax.platform_dependent(matrices, cpu=one_after_another, default=all_at_once)
-
-
-@_eigh.def_vmap
-def _eigh_of_batch(axis_size: int, in_batched: list[bool], matrices: Array) -> tuple[tuple, tuple]:
-    return _eigh(matrices), (True, True)
+mlir.register_lowering(_eigh, mlir.lower_fun(_all_at_once, multiple_results=True))
+mlir.register_lowering(_eigh, mlir.lower_fun(_one_after_another, multiple_results=True), platform="cpu")
+batching.primitive_batchers[_eigh] = _of_batch
+ad.primitive_jvps[_eigh] = _derivative_of_eigh
