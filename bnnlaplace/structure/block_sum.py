@@ -3,7 +3,7 @@
 A sum of Kronecker products K = A_1 kron B_1 + ... + A_T kron B_T is none itself. `BlockSum` keeps the terms, so K v is
 exact. What needs an inverse comes from a root L of K + delta I with
 
-    L = Q_1 D_1^1/2 Q_2 D_2^1/2 ...,    K + delta I ~ L L'.
+    L = Q_1 D_1^1/2 Q_1' Q_2 D_2^1/2 Q_2' ...,    K + delta I ~ L L'.
 
 The first term alone is exact: A_1 kron B_1 + delta I = Q_1 D_1 Q_1' with Kronecker eigenvectors Q_1. In the coordinates
 D_1^-1/2 Q_1' this is the identity, and the second term has the entries
@@ -43,7 +43,9 @@ PlainBlock = KroneckerBlock | FilterBlock | DiagonalBlock
 
 
 class Step(NamedTuple):
-    """One factor Q D^1/2 of a root.
+    """One factor Q D^1/2 Q' of a root.
+
+    It is symmetric, so that samples do not depend on the signs of eigenvectors, which are not the same inside `jit`.
 
     Attributes
     ----------
@@ -76,7 +78,9 @@ def root_of(block: "PlainBlock | BlockSum", delta: Num[ArrayLike, ""]) -> Root:
             rows, columns = _whitened_factors(rows, columns, step)
         row_values, row_vectors = decomposed(rows)
         column_values, column_vectors = decomposed(columns)
-        root.append(Step(KroneckerBlock(row_values[:, None], row_vectors, column_values[None], column_vectors), 1.0))
+        row_values = row_values.reshape(term.row_values.shape)
+        column_values = column_values.reshape(term.column_values.shape)
+        root.append(Step(KroneckerBlock(row_values, row_vectors, column_values, column_vectors), 1.0))
     return root
 
 
@@ -99,15 +103,23 @@ def effective_parameters(root: Root, delta: float, size: int) -> float:
 
 
 def whitened(root: Root, vectors: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
-    """L^-1 v: the squared norm is v' (K + delta I)^-1 v."""
+    """L^-1 v: the squared norm is v' (K + delta I)^-1 v. For a plain block it is rotated by Q'."""
     for step in root:
         vectors = step.block.rotated(vectors) * step.values**-0.5
+        if len(root) > 1:
+            vectors = step.block.rotated_back(vectors)
     return vectors
 
 
 def coloured(root: Root, noise: Float[AnyArray, "... p"]) -> Float[AnyArray, "... p"]:
-    """L'^-1 eps: it has the covariance (K + delta I)^-1 if that of eps is the identity."""
+    """L'^-1 eps: it has the covariance (K + delta I)^-1 if that of eps is the identity.
+
+    For a plain block the noise is not rotated first: its distribution is the same in all orthonormal bases, and the
+    eigenvectors of the block are always the same.
+    """
     for step in reversed(root):
+        if len(root) > 1:
+            noise = step.block.rotated(noise)
         noise = step.block.rotated_back(noise * step.values**-0.5)
     return noise
 
@@ -210,7 +222,7 @@ def _from_eigenvectors(values: Float[AnyArray, " D"], vectors: Float[AnyArray, "
 def _whitened_factors(
     rows: Float[AnyArray, "I I"], columns: Float[AnyArray, "O O"], step: Step
 ) -> tuple[Float[AnyArray, "I I"], Float[AnyArray, "O O"]]:
-    """Partial traces of D^-1/2 Q' (A kron B) Q D^-1/2, the second divided by the trace."""
+    """Partial traces of Q D^-1/2 Q' (A kron B) Q D^-1/2 Q', the second divided by the trace."""
     (_, row_vectors), (_, column_vectors) = _sides(step.block)
     rows = _product(_product(row_vectors.T, rows), row_vectors)
     columns = _product(_product(column_vectors.T, columns), column_vectors)
@@ -219,7 +231,9 @@ def _whitened_factors(
     of_columns = columns * _product(roots.T * rows.diagonal(), roots)
     trace = of_rows.trace()
     # A trace of zero is that of a term that is zero.
-    return of_rows, of_columns / (trace + (trace == 0))
+    of_columns = of_columns / (trace + (trace == 0))
+    back = (_product(_product(v, m), v.T) for v, m in ((row_vectors, of_rows), (column_vectors, of_columns)))
+    return tuple(back)
 
 
 def _product(left: Float[AnyArray, "I J"], right: Float[AnyArray, "J K"]) -> Float[AnyArray, "I K"]:

@@ -72,6 +72,9 @@ def test_a_sum_of_three_tasks(monkeypatch, max_exact):
     parts = jnp.split(jnp.asarray(rows), [2, 8], axis=-1)
     found = structure.output_covariance([0.1, delta])(Jacobian([LeafJacobian(None, part, None) for part in parts]))
     np.testing.assert_allclose(found[1], rows @ covariance @ rows.swapaxes(-1, -2), rtol=1e-8, atol=1e-12)
+    # Signs of eigenvectors are not the same inside `jit`, samples are.
+    inside = jax.jit(lambda: structure.samples(jax.random.key(1), 3, delta))()
+    np.testing.assert_allclose(inside, structure.samples(jax.random.key(1), 3, delta), rtol=1e-8)
     noise = np.asarray(structure.samples(jax.random.key(0), 20_000, delta))
     deviation = (noise.T @ noise / 20_000 - covariance) / np.sqrt(
         np.outer(covariance.diagonal(), covariance.diagonal())
