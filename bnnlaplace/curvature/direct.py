@@ -52,15 +52,14 @@ def direct_leaves(weights: Weights) -> frozenset[int]:
     return frozenset(layers | biases)
 
 
-def examples_at_once(network: Network, inputs: PyTree, microbatch: int, copies: int = 1) -> int:
+def examples_at_once(network: Network, inputs: PyTree, microbatch: int) -> int:
     """How many examples to take at a time: more than `microbatch` if all weights are direct and need little memory.
 
-    `inputs` are all examples, and `copies` says how many times the numbers of their forward pass are in memory.
+    `inputs` are all examples.
     """
     numbers = _numbers_of_direct(NetworkSpec.of(network, inputs))
     if numbers is None:
         return microbatch
-    numbers *= copies
     at_once = max(_CACHED_NUMBERS // numbers, min(_MANY_EXAMPLES, _MOST_NUMBERS // numbers))
     return max(microbatch, min(num_examples(inputs), at_once))
 

@@ -19,7 +19,6 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 from bnnlaplace.core.tree import number_type, ravel, unraveler
 from bnnlaplace.core.types import LinearOperator
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.curvature.direct import examples_at_once
 from bnnlaplace.curvature.linearisation import Linearisation
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
@@ -130,10 +129,9 @@ def block_product(
         (all training examples) / N.
     microbatch, vectors_at_once
         How many examples are linearised at a time, and how many vectors go through a microbatch at a time. They bound
-        the memory. A single dense layer takes more examples, as it has no activations.
+        the memory.
     """
     unravel = unraveler(params)
-    microbatch = examples_at_once(network, inputs, microbatch, vectors_at_once)
     batches = mb.split(inputs, microbatch, number_type(params), weights)
 
     def product(vectors: Float[ArrayLike, "S P"]) -> Float[Array, "S P"]:

@@ -280,23 +280,26 @@ class _Factor:
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _traced_root(words: Any, dtype: Any, scale: Float[Array, " P"], delta: Float[Array, ""]) -> Float[Array, "P P"]:
     """Return the upper triangular R with R R' = (S M S + delta I)^-1, rounded after it was computed in float64."""
+    # One after another under `vmap`: see `core.linalg.eigh`.
+    return jax.custom_batching.sequential_vmap(partial(_root_in_float64, dtype))(words, scale, delta)
+
+
+def _root_in_float64(dtype: Any, words: Any, scale: Float[Array, " P"], delta: Float[Array, ""]) -> Float[Array, "P P"]:
     rounded, size = delta.dtype, len(words)
     # JAX knows float64 as long as it is switched on, for numbers that neither enter nor leave.
     with jax.enable_x64(True):
         scale, delta = (jnp.asarray(number, jnp.float64) for number in (scale, delta))
         matrix = Words(words, dtype, scale).numbers()
         identity = jnp.eye(size, dtype=jnp.float64)
-        lower = jnp.linalg.cholesky(matrix + delta * identity)
 
-        def from_cholesky() -> Float[Array, "P P"]:
-            return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).T
-
-        def from_eigenvectors() -> Float[Array, "P P"]:
+        def definite() -> Float[Array, "P P"]:
             values, vectors = jnp.linalg.eigh(matrix)
-            return _triangular(vectors * jax.lax.rsqrt(jnp.maximum(values, 0) + delta))
+            return jnp.linalg.cholesky(matmul(vectors * jnp.maximum(values, 0), vectors.T) + delta * identity)
 
         # Rounding can make a semidefinite G slightly indefinite. The Cholesky factor then holds NaN.
-        return jax.lax.cond(jnp.isfinite(lower).all(), from_cholesky, from_eigenvectors).astype(rounded)
+        lower = jnp.linalg.cholesky(matrix + delta * identity)
+        lower = jax.lax.cond(jnp.isfinite(lower).all(), lambda: lower, definite)
+        return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).T.astype(rounded)
 
 
 @_traced_root.defjvp

@@ -32,10 +32,12 @@ def curvature_sum(
     if _is_diagonal(likelihood):
         return jnp.diag(einsum("m,mc->c", weights, curvature_diagonal(likelihood, outputs)))
     if _is_softmax(likelihood):
-        probs, variances = _softmax_variances(likelihood, outputs)
+        probs, _ = _softmax_variances(likelihood, outputs)
         between = einsum("mc,md->cd", (weights / likelihood.temperature)[:, None] * probs, probs)
-        # The diagonal on its own: sum w p - sum w p^2 would lose its digits where the network is sure.
-        return jnp.where(jnp.eye(len(between), dtype=bool), einsum("m,mc->c", weights, variances), -between)
+        # Rows of Lambda sum to zero. Like this they do so to rounding of their own numbers: sum w p - sum w p^2 would
+        # lose its digits where the network is sure, and the direction (1, ..., 1) would get curvature.
+        between = jnp.where(jnp.eye(len(between), dtype=bool), 0, between)
+        return jnp.diag(between.sum(axis=1)) - between
     return _by_columns(lambda number: einsum("m,mc->c", weights, _column(likelihood, outputs, number)), outputs)
 
 
