@@ -38,7 +38,7 @@ class Laplace:
 
     A `Laplace` is immutable: every method returns a new object, so assign the result. It is also a pytree. With "diag",
     "kron" and "full" it can be an argument of jitted functions that call `predictive`, `functional_variance`, `sample`
-    or `mode_gradient`; the matrix of "full" is rounded to float32 then, which closing over the object avoids. With
+    or `mode_gradient`; "full" then factorises its matrix at every call, which closing over the object avoids. With
     "lanczos" small matrices are on the host: close over the object, or call it outside `jit`. Fitting, the evidence,
     the choice of the prior precision and saving belong outside; `evidence.log_marginal_likelihood` can be traced.
 
@@ -296,8 +296,8 @@ class Laplace:
             "lanczos" has to be fitted again if ratios change: a function such as lambda la: la.fit(data, key=key), and
             how often it is called at most, once for each step of MacKay's fixed point.
         validation, precisions, link_approx, key, num_samples
-            For "gridsearch": arrays (x, y), or batches of such pairs, which are read once; the rest as for
-            `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.
+            For "gridsearch": arrays (x, y), or (x, y, w) with weights of examples, or batches of such, which are read
+            once; the rest as for `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.
         """
         fitted = self.fitted.check_prior_is_stated("optimize_prior_precision")
         chosen = Chosen(fitted, self.settings, refit, Laplace._of)

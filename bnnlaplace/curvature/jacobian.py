@@ -53,9 +53,9 @@ class Factors(NamedTuple):
         vectors. Shared derivatives without inputs give one result, (1, U, C, C), for all examples.
         """
         if self.places is not None:
-            picked = _picked(weights, self.places, axis=-1)
-            picked = picked[None] if self.inputs is None else einsum("mi,iuc->muc", self.inputs**2, picked)
-            return picked[..., None] * jnp.eye(picked.shape[-1], dtype=picked.dtype)
+            diagonal = picked(weights, self.places, axis=-1)
+            diagonal = diagonal[None] if self.inputs is None else einsum("mi,iuc->muc", self.inputs**2, diagonal)
+            return diagonal[..., None] * jnp.eye(diagonal.shape[-1], dtype=diagonal.dtype)
         of_columns = weights.reshape(1, -1) if self.inputs is None else matmul(self.inputs**2, weights)
         if len(self.derivatives) == 1:
             return _shared_inner_products(self.derivatives[0], of_columns)
@@ -119,8 +119,8 @@ class LeafJacobian(NamedTuple):
         inputs = matmul(self.inputs, rows)
         if self.places is None:
             return self._replace(inputs=inputs, derivatives=matmul(self.derivatives, columns))
-        picked = _picked(columns, self.places, axis=0)
-        return LeafJacobian(inputs, picked[None, :, :, None], self.layout)
+        derivatives = picked(columns, self.places, axis=0)
+        return LeafJacobian(inputs, derivatives[None, :, :, None], self.layout)
 
     def times_inputs(self, block: Float[Array, "p R"]) -> Float[Array, "m O R"]:
         """Multiply the inputs of a layer with one position by R columns of weights; a bias has the inputs one."""
@@ -176,7 +176,7 @@ class Jacobian(NamedTuple):
             start += leaf.size
             block = jnp.pad(block, ((0, leaf.size - len(block)), (0, 0)))
             if leaf.places is not None:
-                products.append(_picked(leaf.times_inputs(block), leaf.places, axis=1))
+                products.append(picked(leaf.times_inputs(block), leaf.places, axis=1))
             elif leaf.is_single and _inputs_first(math.prod(leaf.derivatives.shape[1:3]), leaf.inputs.shape[-1]):
                 derivatives.append(leaf.derivatives[..., 0, :])
                 input_products.append(leaf.times_inputs(block))
@@ -315,7 +315,7 @@ def _size(spec: NetworkSpec) -> JacobianSize:
     return JacobianSize(example, output, shared, tuple(layers))
 
 
-def _picked(array: Float[Array, "..."], places: Int[ArrayLike, "U C"], *, axis: int) -> Float[Array, "..."]:
+def picked(array: Float[Array, "..."], places: Int[ArrayLike, "U C"], *, axis: int) -> Float[Array, "..."]:
     """Take the numbers at the places of unit vectors along an axis; zero past the end, where vectors are zero."""
     return jnp.take(array, jnp.asarray(places), axis=axis, mode="fill", fill_value=0)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Num
 from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature import kronecker
-from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian, inner_products
+from bnnlaplace.curvature.jacobian import Factors, Jacobian, LeafJacobian, inner_products, picked
 from bnnlaplace.structure.block_sum import (
     BlockSum,
     Root,
@@ -255,6 +255,8 @@ def _in_eigenvectors(leaf: LeafJacobian, block: Block) -> Factors:
     if isinstance(block, KroneckerBlock) and leaf.inputs is not None:
         # A row of J is a kron g, which the factors rotate to U' a kron V' g: the product is never formed.
         return leaf.rotated(block.row_vectors, block.column_vectors).factors()
+    if isinstance(block, FilterBlock) and leaf.places is not None and len(block.vectors) == 1:
+        return Factors(None, picked(block.vectors[0], leaf.places, axis=0)[None])
     return Factors(None, block.rotated(leaf.rows()))
 
 

@@ -51,7 +51,8 @@ class SpectralStructure(NamedTuple):
         columns, upper = jnp.linalg.qr(rows.T)
         left, values, _ = jnp.linalg.svd(upper)
         # Rounding makes singular values of this size where there are none.
-        values = jnp.where(values <= _error(values, rounding) * values.max(), 0, values)
+        error = jnp.maximum(_error_of_decomposition(values), rounding)
+        values = jnp.where(values <= error * values.max(), 0, values)
         values = jnp.zeros(left.shape[1], values.dtype).at[: len(values)].set(values)
         return cls(values**2, matmul(left.T, columns.T), jnp.asarray(rounding, values.dtype))
 
@@ -62,7 +63,9 @@ class SpectralStructure(NamedTuple):
         """
         values = np.asarray(self.eigenvalues)
         is_complete = np.count_nonzero(values) == self.eigenvectors.shape[1]
-        return 0.0 if is_complete else float(_error(self.eigenvalues, self.rounding)) ** 2 * float(values.max())
+        # NumPy, because a traced function that closes over the structure may ask, too.
+        error = max(_error_of_decomposition(values), float(np.asarray(self.rounding)))
+        return 0.0 if is_complete else error**2 * float(values.max())
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, AnyArray]) -> "SpectralStructure":
@@ -121,9 +124,9 @@ class SpectralStructure(NamedTuple):
         return Partial(_covariances, self, jnp.asarray(precisions, self.eigenvalues.dtype), relative)
 
 
-def _error(values: Float[Array, " r"], rounding: Num[ArrayLike, ""]) -> Num[ArrayLike, ""]:
-    """Error of singular values over the largest one: that of the derivatives, or of the decomposition."""
-    return jnp.maximum(OF_DECOMPOSITION * jnp.finfo(values.dtype).eps, rounding)
+def _error_of_decomposition(values: Float[AnyArray, " r"]) -> float:
+    """Error of singular values over the largest one."""
+    return OF_DECOMPOSITION * float(jnp.finfo(values.dtype).eps)
 
 
 def _covariances(
