@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, ArrayLike, Float, PyTree, Real
 
 from bnnlaplace.checkpoint import posterior as on_disk
 from bnnlaplace.core.memory import MemoryEstimate
@@ -100,14 +100,12 @@ class Laplace:
     ) -> None:
         settings = Settings.checked(subset_of_weights, hessian_structure, prior_precision, prior_mean, prior_groups)
         state = Unfitted.of(network, resolve(likelihood, sigma_noise), settings)
-        object.__setattr__(self, "state", state)
-        object.__setattr__(self, "settings", settings)
+        self.__dict__.update(state=state, settings=settings)  # the dataclass is frozen
 
     @classmethod
     def _of(cls, state: Unfitted | Fitted, settings: Settings) -> "Laplace":
         la = object.__new__(cls)
-        object.__setattr__(la, "state", state)
-        object.__setattr__(la, "settings", settings)
+        la.__dict__.update(state=state, settings=settings)
         return la
 
     def __repr__(self) -> str:
@@ -318,6 +316,7 @@ class Laplace:
         y: AnyArray,
         precisions: Iterable[float],
         *,
+        weights: Real[ArrayLike, " B"] | None = None,
         link_approx: Literal["probit", "mc", "bridge"] | None = None,
         key: Array | None = None,
         num_samples: int | None = None,
@@ -327,13 +326,14 @@ class Laplace:
 
         Parameters
         ----------
-        x, y, precisions, microbatch
-            Validation data, the grid as for `evidence_curve`, and how many inputs are differentiated at a time.
+        x, y, precisions, weights, microbatch
+            Validation data, the grid as for `evidence_curve`, how many times each example counts (once by default), and
+            how many inputs are differentiated at a time.
         link_approx, key, num_samples
             The link, by default that of `predictive`. For "mc": the seed and the number of samples, by default 32.
         """
         how = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
-        return validation_curve(self.fitted, (x, y), precisions, **how)
+        return validation_curve(self.fitted, (x, y) if weights is None else (x, y, weights), precisions, **how)
 
     def with_prior_precision(self, prior_precision: Precision) -> "Laplace":
         """The same posterior at another prior precision. "lanczos" must be fitted again if ratios change: an error."""

@@ -36,7 +36,10 @@ def curves(la, labels, weights, **options):
     for data in ((spoilt, labels, weights), [(spoilt[part], labels[part], weights[part]) for part in PARTS]):
         with pytest.warns(UserWarning, match="lowest at an end"):  # of the two prior precisions
             la.optimize_prior_precision("gridsearch", validation=data, precisions=GRID, **options)
-        yield bnnlaplace.predictive.validation.validation_curve(la.fitted, data, GRID, **options)
+        if isinstance(data, tuple):
+            yield la.validation_curve(*data[:2], GRID, weights=data[2], **options)
+        else:
+            yield bnnlaplace.predictive.validation.validation_curve(la.fitted, data, GRID, **options)
 
 
 def ece(confidence, is_right, weights):
