@@ -133,7 +133,7 @@ def check_method(method: str, evidence_options: dict[str, Any], grid_options: di
             )
     if method == "gridsearch" and grid_options["validation"] is None:
         raise ValueError(
-            "optimize_prior_precision('gridsearch') must be given validation=(x, y) or batches of such pairs"
+            "optimize_prior_precision('gridsearch') must be given validation=(x, y), or batches of such, with weights of examples or without"
         )
 
 
