@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.linalg import eigh, einsum
+from bnnlaplace.core.linalg import einsum
+from bnnlaplace.core.roots import symmetric_root
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.curvature import tapped
@@ -284,10 +285,9 @@ def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_sample
     num_samples
         S, the number of samples.
     """
-    values, vectors = eigh(variance)
-    # The symmetric root depends continuously on the variance. Eigenvectors alone may change their signs between two
-    # prior precisions, and the curve over precisions would not be smooth.
-    root = einsum("...ck,...k,...dk->...cd", vectors, jnp.sqrt(jnp.maximum(values, 0)), vectors)
+    # The symmetric root depends smoothly on the variance. Eigenvectors alone may change their signs between two prior
+    # precisions, and the curve over precisions would not be smooth.
+    root = symmetric_root(variance)
     noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)
     return einsum("...cd,s...d->s...c", root, noise)
 

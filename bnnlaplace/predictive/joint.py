@@ -50,7 +50,8 @@ class FunctionalGaussian(NamedTuple):
         """Draw outputs from the Gaussian, any number of them.
 
         If it is joint, each draw is a function, correlated over inputs as the covariance says. Otherwise draws at
-        different inputs and output positions are independent. Cost: an eigendecomposition of the covariance.
+        different inputs and output positions are independent. Draws are the symmetric root of the covariance times
+        noise. They can be differentiated, also where it has a null space. Cost: an eigendecomposition of it.
 
         Parameters
         ----------

@@ -306,7 +306,9 @@ def _joint_covariance(
     outside = rows - matmul(along_basis, basis)
     inside = matmul(along_basis, vectors)
     known = inside * jax.lax.rsqrt(values + delta)
-    scale = jnp.sqrt(_outside_scale(known, jnp.sum(outside**2, axis=(1, 2)) / delta, values, weights, sampled, delta))
+    share = _outside_scale(known, jnp.sum(outside**2, axis=(1, 2)) / delta, values, weights, sampled, delta)
+    # A share that is cut at zero stays there; the derivative of its root alone would be infinite.
+    scale = jnp.where(share > 0, jnp.sqrt(jnp.where(share > 0, share, 1)), 0)
     outside = outside * (scale[:, None, None] / jnp.sqrt(delta))
     joint = sum(matmul(part, part.T) for part in (_joined(known), _joined(outside)))
     return (joint + joint.T) / 2

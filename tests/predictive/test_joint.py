@@ -252,3 +252,33 @@ def test_a_laplace_is_called_for_its_predictions(posteriors, problem):
     np.testing.assert_array_equal(la(x), la.predictive(x))
     options = {"link_approx": "mc", "key": jax.random.key(0), "num_samples": 3}
     np.testing.assert_array_equal(la(x, "glm", **options), la.predictive(x, "glm", **options))
+
+
+@pytest.mark.parametrize("name", ["full", "krylov"])
+def test_draws_can_be_differentiated_in_the_inputs(name, problem, x64):
+    """Also where they are more than the weights, so that the covariance has a null space: NaN before, silently."""
+    structure = "lanczos" if name in ("spectral", "krylov") else name
+    network = problem.network.with_params(jax.tree.map(lambda w: w.astype(jnp.float64), problem.network.params))
+    la = bnnlaplace.Laplace(network, hessian_structure=structure, prior_precision=2.0)
+    la = la.fit((problem.inputs, problem.targets), **(OPTIONS if name == "krylov" else {}))
+    x = jnp.asarray(problem.inputs[:16]).at[1].set(problem.inputs[0])
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 3)))
+
+    def answers(factor):
+        together, apart = (la.functional_posterior(factor * x, joint=joint) for joint in (True, False))
+        draws = [jnp.sum(weight * each.sample(jax.random.key(0), 2)) for each in (together, apart)]
+        return jnp.stack([*draws, jnp.einsum("nc,ncmd,md", weight[0], together.covariance, weight[1])])
+
+    # Differences are off by the roots of the rounding of zeros, about 1e-8 / step.
+    step = 1e-5
+    expected = (answers(1 + step) - answers(1 - step)) / (2 * step)
+    np.testing.assert_allclose(jax.jacrev(answers)(1.0), expected, rtol=5e-3)
+
+
+def test_draws_can_be_differentiated_in_float32(posteriors, problem):
+    def value(factor):
+        posterior = posteriors["krylov"].functional_posterior(factor * problem.inputs[:16])
+        return posterior.sample(jax.random.key(0), 2).sum() + posterior.covariance.sum()
+
+    slope = jax.grad(value)(1.0)
+    assert np.isfinite(slope) and abs(slope) > 0
