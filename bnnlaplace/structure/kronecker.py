@@ -255,7 +255,9 @@ def _in_eigenvectors(leaf: LeafJacobian, block: Block) -> Factors:
     if isinstance(block, KroneckerBlock) and leaf.inputs is not None:
         # A row of J is a kron g, which the factors rotate to U' a kron V' g: the product is never formed.
         return leaf.rotated(block.row_vectors, block.column_vectors).factors()
-    if isinstance(block, FilterBlock) and leaf.places is not None and len(block.vectors) == 1:
+    # Of a layer the block is a matrix, too, if it is the sum of those of several tasks.
+    is_bias = leaf.places is not None and leaf.inputs is None
+    if isinstance(block, FilterBlock) and is_bias and len(block.vectors) == 1:
         return Factors(None, picked(block.vectors[0], leaf.places, axis=0)[None])
     return Factors(None, block.rotated(leaf.rows()))
 

@@ -151,6 +151,16 @@ def test_log_density_is_that_of_a_normal_distribution(structure, three_tasks):
     np.testing.assert_allclose(moved.prior.quadratic_form(point), form, rtol=1e-6)
 
 
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_variances_are_those_of_the_products(structure, three_tasks):
+    """A sum of small blocks of a last layer is a matrix, of which the rows of a bias were taken."""
+    data, found = three_tasks
+    rows = design(data[0][0])
+    expected = (rows @ np.linalg.solve(dense(found[structure][1]), rows.T)).reshape(6, 2, 6, 2)
+    variance = found[structure][1].functional_variance(data[0][0])
+    np.testing.assert_allclose(variance, np.einsum("ncnd->ncd", expected), rtol=1e-6, atol=1e-9)
+
+
 def test_log_density_takes_all_weights_of_a_model_with_a_subset():
     weights = {"body": jnp.ones((3, 3)), "head": jnp.ones((3, 2))}
     whole = bnnlaplace.Network.from_function(lambda w, x: jnp.tanh(x @ w["body"]) @ w["head"], weights)
