@@ -15,6 +15,7 @@ from bnnlaplace.core import checks
 Statistics = Callable[..., dict[str, Float[np.ndarray, " R"]]]
 
 _LEVELS = (0.025, 0.975)
+_MOST_RESAMPLES = 1_000_000  # 8 MB of replicates for each metric; all of them are kept
 _CHUNK_ELEMENTS = 2**21  # weights in memory at a time: 16 MiB an array, about 100 MiB with a metric's temporaries
 
 
@@ -73,7 +74,7 @@ def resample(
         Seeds the resamples, which depend on nothing but this and `sizes`. Two methods that are evaluated on the same
         examples with the same seed see the same resamples, so `paired_differences` can pair them.
     resamples
-        How many resamples R.
+        How many resamples R, at most a million: all replicates are kept.
     biased_upwards
         Names of metrics such as |mean difference|, which sampling noise inflates; see `intervals`.
 
@@ -86,7 +87,7 @@ def resample(
     ------
     ValueError
         If `statistics` is not a function, there are no sizes or one is not a positive integer, `seed` is negative, or
-        `resamples` is below 1.
+        `resamples` is below 1 or above a million.
     """
     if not callable(statistics):
         raise ValueError(f"statistics must be a function of weights; got {type(statistics).__name__}; see `resample`")
@@ -96,7 +97,9 @@ def resample(
     if isinstance(biased_upwards, str):
         raise ValueError(f"biased_upwards must be several names; got {biased_upwards!r}; try ({biased_upwards!r},)")
     seed = checks.count(seed, "seed=...", least=0)
-    resamples = checks.count(resamples, "resamples=...", advice="1000 is usual for 95 % intervals")
+    resamples = checks.count(
+        resamples, "resamples=...", most=_MOST_RESAMPLES, advice="1000 is usual for 95 % intervals"
+    )
     generators = [np.random.default_rng(child) for child in np.random.SeedSequence(seed).spawn(len(sizes))]
     rows_per_chunk = max(1, _CHUNK_ELEMENTS // sum(sizes))
     chunks = []

@@ -28,6 +28,8 @@ ProbsOutside = Float[AnyArray, "M D"] | Float[AnyArray, " M"]
 # Both are sums of |mean gap| over bins, which sampling noise makes larger.
 _BIASED_UPWARDS = ("ece", "ece_equal_mass")
 
+_MOST_BINS = 1_000_000  # the arrays of a reliability diagram are then 32 MB
+
 
 class ReliabilityBins(NamedTuple):
     """Examples grouped by confidence.
@@ -142,7 +144,7 @@ def expected_calibration_error(
     probs, labels
         (N, C) class probabilities and (N,) integer classes. For a binary classifier also P(class 1), (N,) or (N, 1).
     num_bins
-        How many bins of confidence.
+        How many bins of confidence, at most a million.
     binning
         "equal_width": bins (k/B, (k+1)/B]. A confidence exactly on an edge belongs to the bin below, and the last bin
         holds 1. "equal_mass": bins [lower, upper) between quantiles of the confidences, the last one closed. Examples
@@ -239,13 +241,13 @@ def bootstrap(
     num_bins
         Bins of the calibration errors. Resamples use the equal-mass bins of the whole sample.
     resamples
-        How many resamples R.
+        How many resamples R, at most a million.
 
     Returns
     -------
     Bootstrap
         Values and replicates of accuracy, nll, ece, ece_equal_mass, brier, confidence and, with `probs_ood`, auroc and
-        fpr95, for `intervals` and `paired_differences`. Time O(R (N B + M)).
+        fpr95, for `intervals` and `paired_differences`. Time O(R (N + M)).
 
     Raises
     ------
@@ -307,8 +309,10 @@ def _mean(name: str, checked: Labelled) -> float:
 
 def _summed_gaps(checked: Labelled, num_bins: int, binning: Binning) -> Float[np.ndarray, " {num_bins}"]:
     """Sum the gaps of the examples of each bin."""
-    gaps = _binned_gaps(_per_example(checked.probs, checked.labels), num_bins, binning)
-    return gaps.sum(axis=0) if checked.weights is None else checked.weights @ gaps
+    columns = _per_example(checked.probs, checked.labels)
+    _, index = _binned(columns["confidence"], num_bins, binning)
+    gaps = columns["confidence"] - columns["accuracy"]
+    return np.bincount(index, gaps if checked.weights is None else checked.weights * gaps, num_bins)
 
 
 def _check_binning(caller: str, binning: Binning, weights: Weights | None) -> None:
@@ -336,7 +340,7 @@ def _binned(
     confidence: Float[np.ndarray, " N"], num_bins: int, binning: Binning
 ) -> tuple[Float[np.ndarray, " {num_bins}+1"], Int[np.ndarray, " N"]]:
     """Edges of the bins, and the number of each example's bin."""
-    num_bins = checks.count(num_bins, "num_bins=...", advice="15 is usual")
+    num_bins = checks.count(num_bins, "num_bins=...", most=_MOST_BINS, advice="15 is usual")
     checks.choice(binning, "binning=...", get_args(Binning))
     levels = np.linspace(0, 1, num_bins + 1)
     # Only inner edges are compared, so a confidence of 1 + rounding has a bin.
@@ -347,14 +351,16 @@ def _binned(
     return edges, np.searchsorted(edges[1:-1], confidence, side="right")
 
 
-def _binned_gaps(
+def _weighted_error(
     columns: dict[str, Float[np.ndarray, " N"]], num_bins: int, binning: Binning
-) -> Float[np.ndarray, "N {num_bins}"]:
-    """Put confidence - correctness of each example into the column of its bin."""
+) -> Callable[[Float[np.ndarray, "R N"]], Float[np.ndarray, " R"]]:
+    """Return the map from weights to N times the calibration error: the sum over bins of |sum of weighted gaps|."""
     _, index = _binned(columns["confidence"], num_bins, binning)
-    gaps = np.zeros((len(index), num_bins))
-    gaps[np.arange(len(index)), index] = columns["confidence"] - columns["accuracy"]
-    return gaps
+    gaps = columns["confidence"] - columns["accuracy"]
+    # Examples are sorted by bins, so that a bin is a slice, and an empty one is none.
+    order = np.argsort(index, kind="stable")
+    starts = np.flatnonzero(np.diff(index[order], prepend=-1))
+    return lambda weights: np.abs(np.add.reduceat(weights[:, order] * gaps[order], starts, axis=1)).sum(axis=1)
 
 
 def _weighted_metrics(
@@ -364,15 +370,15 @@ def _weighted_metrics(
     columns = _per_example(probs, labels)
     impossible = np.isinf(columns["nll"])
     columns["nll"] = np.where(impossible, 0.0, columns["nll"])  # 0 * inf would be NaN; set to inf below
-    gaps = {
-        name: _binned_gaps(columns, num_bins, binning)
+    sums = {
+        name: _weighted_error(columns, num_bins, binning)
         for name, binning in (("ece", "equal_width"), ("ece_equal_mass", "equal_mass"))
     }
 
     def metrics(weights: Float[np.ndarray, "R N"]) -> dict[str, Float[np.ndarray, " R"]]:
         means = {name: weights @ column / len(labels) for name, column in columns.items()}
         means["nll"] = np.where(weights[:, impossible].any(axis=1), np.inf, means["nll"])
-        errors = {name: np.abs(weights @ gap).sum(axis=1) / len(labels) for name, gap in gaps.items()}
+        errors = {name: summed(weights) / len(labels) for name, summed in sums.items()}
         scores = means | errors
         return {name: scores[name] for name in ("accuracy", "nll", "ece", "ece_equal_mass", "brier", "confidence")}
 

@@ -196,7 +196,7 @@ def test_bad_arguments_are_refused(case):
     } | {
         "bins": (
             partial(calibration.expected_calibration_error, probs, labels, 0),
-            r"num_bins=\.\.\. must be an integer of at least 1; got 0; 15 is usual",
+            r"num_bins=\.\.\. must be an integer from 1 to 1000000; got 0; 15 is usual",
         ),
         "binning": (
             partial(calibration.reliability_bins, probs, labels, binning="quantile"),
@@ -204,7 +204,7 @@ def test_bad_arguments_are_refused(case):
         ),
         "resamples": (
             partial(calibration.evaluate, probs, labels, seed=0, resamples=0),
-            r"resamples=\.\.\. must be an integer of at least 1; got 0; 1000 is usual",
+            r"resamples=\.\.\. must be an integer from 1 to 1000000; got 0; 1000 is usual",
         ),
         "seed": (
             partial(calibration.evaluate, probs, labels, seed=-1),
@@ -216,7 +216,7 @@ def test_bad_arguments_are_refused(case):
         ),
         "half a resample": (
             partial(calibration.evaluate, probs, labels, seed=0, resamples=6.5),
-            r"resamples=\.\.\. must be an integer of at least 1; got 6\.5",
+            r"resamples=\.\.\. must be an integer from 1 to 1000000; got 6\.5",
         ),
         "traced": (
             partial(jax.jit(calibration.mean_confidence), jnp.asarray(GOOD)),
@@ -278,3 +278,20 @@ def test_equal_mass_has_no_weights(case):
     for metric in (calibration.expected_calibration_error, calibration.reliability_bins):
         with pytest.raises(ValueError, match=r"\(weights=\.\.\.\) must be left out with binning='equal_mass'"):
             metric(probs, labels, binning="equal_mass", weights=np.ones(len(labels)))
+
+
+def test_more_bins_than_examples_take_the_memory_of_the_examples():
+    """Each bin had a column for all examples: a million bins asked for gigabytes."""
+    probs, labels = np.random.default_rng(0).dirichlet(np.ones(3), size=400), np.arange(400) % 3
+    alone = np.abs(probs.max(axis=1) - (probs.argmax(axis=1) == labels)).mean()  # every example has a bin of its own
+    for num_bins in (100_000_000, 10**12):
+        with pytest.raises(
+            ValueError, match=r"num_bins=... must be an integer from 1 to 1000000; got 10+; 15 is usual"
+        ):
+            calibration.expected_calibration_error(probs, labels, num_bins)
+    assert calibration.expected_calibration_error(probs, labels, 1_000_000) == pytest.approx(alone, rel=1e-3)
+    assert calibration.calibration_gaps(probs, labels, 1_000_000).shape == (1_000_000,)
+    found = calibration.bootstrap(probs, labels, seed=0, num_bins=1_000_000, resamples=3)
+    assert found.values["ece"] == pytest.approx(alone, rel=1e-3)
+    with pytest.raises(ValueError, match="resamples=... must be an integer from 1 to 1000000; got 1000000000000"):
+        calibration.bootstrap(probs, labels, seed=0, resamples=10**12)
