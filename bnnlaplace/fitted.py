@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import matmul
-from bnnlaplace.core.tree import described, leaf_names, ravel, register_unchecked, size, unraveler
+from bnnlaplace.core.tree import ravel, register_unchecked, size, unraveler
 from bnnlaplace.core.types import Estimate, Inputs
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
@@ -22,6 +22,7 @@ from bnnlaplace.model.likelihood import resolve as resolve_likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
 from bnnlaplace.model.subset import check as check_subset
+from bnnlaplace.model.weights import like_weights
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, is_scalar, resolve, with_posterior
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid, optimum, range_above
 from bnnlaplace.structure import (
@@ -172,6 +173,7 @@ class Fitted(NamedTuple):
         ValueError
             If the likelihood has no noise, or the ratios of the noise between outputs change.
         """
+        checks.known("with_sigma_noise", self, sigma_noise)
         self.check_prior_is_stated("another noise")
         before = self.likelihood.sigma_noise
         if before is None:
@@ -275,12 +277,8 @@ class Fitted(NamedTuple):
             )
         centre, precision = self.network.params, float(self.prior.precision)
         posterior = Prior(precision, self.prior.relative, ravel(centre), self.structure)
-        weights = with_posterior(params, centre)
-        if jax.tree.map(jnp.shape, weights) != jax.tree.map(jnp.shape, centre):
-            raise ValueError(
-                f"log_density(params=...) must be weights like la.network.params, with the arrays {leaf_names(centre)} "
-                f"of the same shapes; got {described(params)}"
-            )
+        options = {"finite": True, "like": "la.network.params"}
+        weights = like_weights(with_posterior(params, centre), centre, "log_density(params=...)", **options)
         with jax.ensure_compile_time_eval():  # the weights may be traced, the posterior is not
             relative = np.broadcast_to(np.asarray(self.prior.relative, np.float64), (size(centre),))
             log_determinant = posterior.log_determinant().item() + np.log(precision * relative).sum()

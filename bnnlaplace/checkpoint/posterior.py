@@ -11,6 +11,7 @@ import numpy as np
 from bnnlaplace.checkpoint import declared
 from bnnlaplace.checkpoint.errors import CheckpointError, Damage, shown
 from bnnlaplace.checkpoint.pytree import as_path, damaged, load_version, restructure, save_pytree
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import leaf_names, size
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings
@@ -51,6 +52,7 @@ class StoredGroups:
 def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
     """Write a fitted Laplace: of the network its arrays, not the user's module. See `save_pytree`."""
     path = as_path(path, "save(path=...)")
+    checks.known("save", fitted, settings)
     network, likelihood, prior = fitted.network, fitted.likelihood, fitted.prior
     precision, groups = settings.prior_precision, settings.prior_groups
     names = leaf_names(network.params)

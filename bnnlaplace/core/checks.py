@@ -48,7 +48,7 @@ def positive(value: Any, where: str, *, advice: str = "try 1.0") -> None:
     is_one_number = _is_real(value) and np.shape(value) == ()
     if is_one_number and (isinstance(value, jax.core.Tracer) or _in_range(value)):
         return
-    got = f"shape {np.shape(value)}" if hasattr(value, "shape") and value.shape != () else f"{value!r:.80}"
+    got = f"shape {np.shape(value)}" if hasattr(value, "shape") and value.shape != () else _on_one_line(value)
     raise ValueError(
         f"{where} must be one positive, finite number; got {got}{_of_type(value) if is_one_number else ''}; {advice}"
     )
@@ -64,10 +64,47 @@ def all_positive(numbers: Any, where: str, *, advice: str = "try 1.0", with_squa
     unmasked(numbers, where)
     known = np.asarray(numbers)  # an operation of JAX would be traced inside `jit`
     if not _is_real(known):
-        raise ValueError(f"{where} must be positive, finite numbers; got {numbers!r:.80}; {advice}")
+        raise ValueError(f"{where} must be positive, finite numbers; got {_on_one_line(numbers)}; {advice}")
     if not known.size or not np.all(_in_range(known, power=2 if with_squares else 1)):
         got = f"{known}" if known.size <= 8 else f"numbers from {known.min():.3g} to {known.max():.3g}"
         raise ValueError(f"{where} must be positive and finite; got {got}{_of_type(known)}; {advice}")
+
+
+def real_numbers(values: Any, where: str, *, finite: bool = False) -> None:
+    """Raise ValueError unless there are leaves and all of them are real numbers, or arrays of such, not masked.
+
+    With `finite` they must be so in the type in which JAX uses them; traced ones pass.
+    """
+    leaves = jax.tree.leaves(values)
+    for leaf in leaves:
+        unmasked(leaf, where)
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        # NumPy counts spans of time among the integers.
+        is_integer = jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(dtype, np.timedelta64)
+        if not (is_integer or is_usable_float(dtype)):
+            raise ValueError(f"{where} must be real numbers; got {dtype} {_on_one_line(leaf)}; try 1.0")
+        if finite and not isinstance(leaf, jax.core.Tracer) and not is_finite(leaf):
+            used = jax.dtypes.canonicalize_dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
+            raise ValueError(f"{where} must be finite; got NaN or infinite values in {used}; mend or rescale them")
+    if not leaves:
+        raise ValueError(f"{where} must be real numbers; got {_on_one_line(values)}; try 1.0")
+
+
+def is_usable_float(dtype: Any) -> bool:
+    """Whether numbers of a type are floating-point and JAX takes them: those of NumPy may have more than 64 bits."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and jnp.finfo(dtype).bits <= 64
+
+
+def is_finite(value: Any) -> bool:
+    """Whether all numbers of an array, which is not traced, are finite in the type in which JAX uses them."""
+    # Checked where the array is. A traced function may close over one, whose check must not be traced.
+    with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
+        return bool(jnp.isfinite(jnp.asarray(value)).all())
+
+
+def _on_one_line(value: Any) -> str:
+    """The beginning of what Python prints of a value."""
+    return f"{' '.join(repr(value).split()):.80}"
 
 
 def _in_range(value: Any, *, power: int = 1) -> Any:
@@ -108,7 +145,7 @@ def count(value: Any, where: str, *, least: int = 1, most: int | None = None, ad
         return number
     nearest = most if number is not None and most is not None and number > most else least
     got = value if number is None or isinstance(value, int) else number
-    raise ValueError(f"{where} must be {allowed}; got {got!r:.80}; {advice or f'try {nearest}'}")
+    raise ValueError(f"{where} must be {allowed}; got {_on_one_line(got)}; {advice or f'try {nearest}'}")
 
 
 def _is_real(value: Any) -> bool:
@@ -134,7 +171,7 @@ def is_key(value: Any) -> bool:
 def key(value: Any, where: str) -> None:
     """Raise ValueError unless `value` is one random key."""
     if not is_key(value):
-        got = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else f"{value!r:.80}"
+        got = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else _on_one_line(value)
         raise ValueError(f"{where} must be one random key; got {got}; try jax.random.key(0)")
 
 
@@ -143,7 +180,7 @@ def choice(value: Any, where: str, options: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in options:
         names = [repr(option) for option in options]
         listed = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-        raise ValueError(f"{where} must be {listed}; got {value!r:.80}")
+        raise ValueError(f"{where} must be {listed}; got {_on_one_line(value)}")
 
 
 # --- traces -----------------------------------------------------------------------------------------------------

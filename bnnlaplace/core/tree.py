@@ -107,8 +107,11 @@ def group_sums(
 
 
 def described(value: Any) -> str:
-    """Describe an argument in a message: an array by its shape, anything else by its type and itself."""
-    return f"shape {value.shape}" if hasattr(value, "shape") else f"{type(value).__name__} {value!r:.80}"
+    """Describe an argument in a message, on one line: an array by its shape, anything else by its type and itself."""
+    if hasattr(value, "shape"):
+        return f"shape {value.shape}"
+    words = " ".join(repr(value).split())
+    return f"{type(value).__name__} {words:.80}"
 
 
 # --- examples along the leading axis ----------------------------------------------------------------------------

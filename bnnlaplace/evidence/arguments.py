@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Num
 
 from bnnlaplace.core.tree import described, num_examples
@@ -14,17 +13,6 @@ from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.pairs import example_weights
 from bnnlaplace.model.spec import output_shape
-
-
-def check_numbers(values: Any, where: str) -> None:
-    """Raise ValueError unless there are leaves and all of them are real numbers, or arrays of such."""
-    leaves = jax.tree.leaves(values)
-    for leaf in leaves:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not (jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)):
-            raise ValueError(f"{where} must be real numbers; got {dtype} {leaf!r:.80}; try 1.0")
-    if not leaves:
-        raise ValueError(f"{where} must be real numbers; got {values!r:.80}; try 1.0")
 
 
 def checked_batch(caller: str, network: Network, batch: Any) -> tuple[Inputs, AnyArray, Num[AnyArray, " N"] | None]:

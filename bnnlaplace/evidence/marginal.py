@@ -20,7 +20,7 @@ from bnnlaplace.core.tree import as_vector, num_examples, ravel
 from bnnlaplace.core.types import AnyArray, Estimate, Inputs
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.linearisation import Linearisation, linearise
-from bnnlaplace.evidence.arguments import check_numbers, checked_batch, curvature_weights
+from bnnlaplace.evidence.arguments import checked_batch, curvature_weights
 from bnnlaplace.evidence.log_determinant import (
     Probes,
     Problem,
@@ -37,6 +37,7 @@ from bnnlaplace.krylov.derivative_modes import once
 from bnnlaplace.krylov.tridiagonal import rounding_of_zero
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.network import Network
+from bnnlaplace.model.weights import like_weights
 
 
 class EvidenceCurve(NamedTuple):
@@ -142,8 +143,9 @@ def log_marginal_likelihood(
     Raises
     ------
     ValueError
-        If an option is unknown, probes fit no side, targets do not fit the likelihood, `prior_precision` or
-        `prior_mean` does not fit the weights, or a precision outside `jit` is not positive.
+        If an option is unknown, `params` are not like `network.params`, probes fit no side, targets do not fit the
+        likelihood, `prior_precision` or `prior_mean` does not fit the weights, or outside `jit` a precision is not
+        positive or another number not finite.
     TypeError
         If "forward" is differentiated in something else.
     """
@@ -151,12 +153,13 @@ def log_marginal_likelihood(
     checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "forward", "quadrature", "autodiff"))
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     batch = checked_batch(caller, network, batch)
+    params = like_weights(params, network.params, f"{caller}(params=...)", finite=True)
     weights = curvature_weights(network, likelihood, batch)
     linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
     # The outputs of the linearisation also give the log likelihood: the network runs once.
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
-    check_numbers(prior_precision, f"{caller}(prior_precision=...)")
-    check_numbers(prior_mean, f"{caller}(prior_mean=...)")
+    checks.real_numbers(prior_precision, f"{caller}(prior_precision=...)")
+    checks.real_numbers(prior_mean, f"{caller}(prior_mean=...)", finite=True)
     vector = as_vector(prior_precision, params)
     if not jnp.issubdtype(vector.dtype, jnp.floating):  # whole numbers are precisions too
         vector = vector.astype(linearised.outputs.dtype)
@@ -276,10 +279,11 @@ def isotropic(
     """
     caller = "isotropic"
     batch = checked_batch(caller, network, batch)
+    params = like_weights(params, network.params, f"{caller}(params=...)", finite=True)
     weights = curvature_weights(network, likelihood, batch)
     linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
     problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
-    check_numbers(prior_mean, f"{caller}(prior_mean=...)")
+    checks.real_numbers(prior_mean, f"{caller}(prior_mean=...)", finite=True)
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     deviation = ravel(params) - as_vector(prior_mean, params)
     log_likelihood = _log_likelihood(linearised, likelihood, batch, scale)

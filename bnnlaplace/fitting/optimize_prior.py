@@ -21,6 +21,8 @@ PriorStructure = Literal["scalar", "layerwise", "diag"]
 
 # Steps of the fixed point end if the largest one changes a precision by less than this factor, or than its error.
 NEGLIGIBLE_FACTOR = 1.1
+# Log likelihoods at the same weights and data agree to this, in 16 bits and in other microbatches too.
+_SAME_VALUE = 1e-2
 
 
 class Chosen(NamedTuple):
@@ -73,11 +75,12 @@ class Chosen(NamedTuple):
             # The user asked to move the prior precision at fixed weights, and knows that they leave the mode.
             warnings.simplefilter("ignore", NotAModeWarning)
             refitted = self.refit(self.wrap(unfitted, settings))
-        if getattr(refitted, "structure", None) is None:
+        if not isinstance(getattr(refitted, "state", None), Fitted):
             raise ValueError(
                 "optimize_prior_precision(refit=...) must return the fitted Laplace; got "
                 f"{type(refitted).__name__}; pass refit=lambda la: la.fit(data, key=key)"
             )
+        _check_refitted(self._replace(settings=settings), refitted.fitted, refitted.settings)
         return self._replace(fitted=refitted.fitted, settings=refitted.settings)
 
     def at_best_noise(self, log_joint: LogJoint, q: float) -> tuple["Chosen", float]:
@@ -87,6 +90,48 @@ class Chosen(NamedTuple):
             return self, factor
         sigma_noise = self.fitted.likelihood.sigma_noise * np.sqrt(factor)
         return self._replace(fitted=self.fitted.with_sigma_noise(sigma_noise)), factor
+
+
+def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
+    """Raise ValueError if another model, or data that differ visibly, were fitted than in the fit before.
+
+    Data of the same size are told apart by the log likelihood, which is that of the same weights.
+    """
+    before, now = asked.fitted, fitted.log_likelihood
+    centre, weights = before.network.unlinearised().params, fitted.network.unlinearised().params
+    ratios = np.asarray(asked.settings.prior(before.network).relative, np.float64)
+
+    def differ(a: Any, b: Any, rtol: float, atol: float = 0.0) -> bool:
+        pair = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        # Checkpoints of the first format do not hold all numbers, which are NaN then.
+        return not np.isnan(pair[0]).any() and not np.allclose(*pair, rtol=rtol, atol=atol)
+
+    got = None
+    if settings.hessian_structure != asked.settings.hessian_structure:
+        got = f"hessian_structure={settings.hessian_structure!r}"
+    elif fitted.likelihood.name != before.likelihood.name:
+        got = f"the likelihood {fitted.likelihood.name!r:.80} for {before.likelihood.name!r:.80}"
+    elif jax.tree.map(np.shape, weights) != jax.tree.map(np.shape, centre):
+        got = "weights of other paths or shapes"
+    elif not all(map(np.array_equal, jax.tree.leaves(weights), jax.tree.leaves(centre))):
+        got = "other weights"
+    elif differ(before.log_likelihood.num_targets, now.num_targets, 1e-4):
+        got = f"{now.num_targets:.6g} targets for {before.log_likelihood.num_targets:.6g}"
+    elif fitted.likelihood.sigma_noise is not None and differ(
+        before.likelihood.sigma_noise, fitted.likelihood.sigma_noise, 1e-4
+    ):
+        got = f"sigma_noise={fitted.likelihood.sigma_noise} for {before.likelihood.sigma_noise}"
+    elif differ(ratios, fitted.prior.relative, 1e-3):
+        got = "prior precisions with other ratios than those of the Laplace that it is given"
+    elif not fitted.network.is_linearised and differ(
+        before.log_likelihood.value, now.value, _SAME_VALUE, 1e-6 * float(now.num_targets)
+    ):
+        got = f"data with log likelihood {now.value:.6g} for {before.log_likelihood.value:.6g}"
+    if got is not None:
+        raise ValueError(
+            "optimize_prior_precision(refit=...) must fit the Laplace that it is given, to the data of the first fit; "
+            f"got {got}; pass refit=lambda la: la.fit(data, key=key)"
+        )
 
 
 class _Grouping(NamedTuple):
@@ -133,7 +178,8 @@ def check_method(method: str, evidence_options: dict[str, Any], grid_options: di
             )
     if method == "gridsearch" and grid_options["validation"] is None:
         raise ValueError(
-            "optimize_prior_precision('gridsearch') must be given validation=(x, y), or batches of such, with weights of examples or without"
+            "optimize_prior_precision('gridsearch') must be given validation=(x, y), or batches of such, with weights "
+            "of examples or without"
         )
 
 

@@ -7,13 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, PyTree, Shaped
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import all_products
 from bnnlaplace.core.tree import leaf_names, ravel, size, summed_type, unraveler
 from bnnlaplace.model.arrays import used_type
 from bnnlaplace.model.boxes import unboxed
 from bnnlaplace.model.forward import LinenForward, NNXForward, PlainForward, key_of
+from bnnlaplace.model.weights import like_weights
 from bnnlaplace.model.wide_sums import with_wide_sums
 
 
@@ -198,9 +201,10 @@ class Network:
         Parameters
         ----------
         params
-            Weights of the same structure.
+            Weights with the same paths and shapes, of any floating-point type. ValueError if they are none.
         """
-        return Network(self.forward, params, self.frozen)
+        weights = like_weights(params, self.params, "with_params(params=...)")
+        return Network(self.forward, jax.tree.map(jnp.asarray, weights), self.frozen)
 
     def subset(self, selected: Callable[[str], bool]) -> "Network":
         """Freeze all weights but some: return the same network as a function of these alone.
@@ -285,7 +289,7 @@ class Network:
         forward, frozen = self.forward, self.frozen
         while isinstance(forward, (_SubsetForward, _LinearisedForward)):
             forward, frozen = forward.forward, frozen["frozen"]
-        return Network(forward, self.full_params(self.params), frozen)
+        return Network(forward, self._filled(self.params), frozen)
 
     @property
     def is_linearised(self) -> bool:
@@ -298,8 +302,11 @@ class Network:
         Parameters
         ----------
         params
-            A pytree like `self.params`, such as one posterior sample.
+            A pytree like `self.params`, such as one posterior sample. ValueError if it has other paths or shapes.
         """
+        return self._filled(like_weights(params, self.params, "full_params(params=...)"))
+
+    def _filled(self, params: PyTree) -> PyTree:
         forward, frozen = self.forward, self.frozen
         while isinstance(forward, (_SubsetForward, _LinearisedForward)):
             if isinstance(forward, _SubsetForward):
@@ -363,6 +370,8 @@ def _as_weights(tree: PyTree, where: str) -> PyTree:
 def _as_arrays(tree: PyTree, where: str) -> PyTree:
     """Convert the leaves to arrays of JAX, outside of the boxes of Flax."""
     tree = unboxed(tree)
+    for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True):
+        checks.unmasked(leaf, f"{where}: {name!r:.80}")
     wrong = [
         f"{name} ({type(leaf).__name__})"
         for name, leaf in zip(leaf_names(tree), jax.tree.leaves(tree), strict=True)
@@ -372,7 +381,7 @@ def _as_arrays(tree: PyTree, where: str) -> PyTree:
         raise ValueError(
             f"{where} must hold arrays of numbers; got {', '.join(wrong[:5])}; a pytree must be registered with JAX"
         )
-    return jax.tree.map(jnp.asarray, tree)
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) if np.ma.isMaskedArray(leaf) else leaf), tree)
 
 
 def _is_numeric(leaf: Any) -> bool:

@@ -237,13 +237,11 @@ def _mean(mean: PyTree, params: PyTree, where: str) -> Float[ArrayLike, ""] | Nu
     """Return the prior mean as the number 0.0 or as one number for each weight."""
     if isinstance(mean, (int, float)) and mean == 0:
         return 0.0  # the number, so that no vector of zeros is stored
+    checks.real_numbers(mean, f"{where}(prior_mean=...)", finite=True)
     try:
-        vector = as_vector(with_posterior(mean, params), params)
+        return as_vector(with_posterior(mean, params), params)
     except (ValueError, TypeError, OverflowError):
         raise ValueError(
             f"{where}(prior_mean=...) must be one number, {size(params)} numbers, or a pytree like the weights; got "
             f"{described(mean)}"
         ) from None
-    if not isinstance(vector, jax.core.Tracer) and not np.isfinite(np.asarray(vector)).all():
-        raise ValueError(f"{where}(prior_mean=...) must be finite; got NaN or infinite values")
-    return vector

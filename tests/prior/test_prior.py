@@ -338,6 +338,24 @@ def test_refit_returns_a_fitted_laplace(problem):
             la.optimize_prior_precision(prior_structure="layerwise", refit=refit)
 
 
+def test_refit_fits_the_same_model_to_the_same_data(problem):
+    """Another fit gave precisions that are no maximum of anything, silently."""
+    data, options = (problem.inputs, problem.targets), {"num_probes": 4, "max_vectors": 12, "tolerance": 1.0}
+    options["key"] = jax.random.key(0)
+    first = bnnlaplace.Laplace(problem.network).fit(data, **options)
+    moved = problem.network.with_params(jax.tree.map(lambda weight: 2 * weight, problem.network.params))
+    wrong = {
+        "hessian_structure='diag'": lambda la: bnnlaplace.Laplace(la.network, hessian_structure="diag").fit(data),
+        "other weights": lambda la: bnnlaplace.Laplace(moved).fit(data, **options),
+        "24 targets for 33": lambda la: la.fit((problem.inputs[:8], problem.targets[:8]), **options),
+        "data with log likelihood": lambda la: la.fit((problem.inputs, 2 - problem.targets), **options),
+        "prior precisions with other ratios": lambda la: first,
+    }
+    for words, refit in wrong.items():
+        with pytest.raises(ValueError, match=rf"\(refit=...\) must fit the Laplace that it is given, .*; got {words}"):
+            first.optimize_prior_precision(prior_structure="layerwise", refit=refit)
+
+
 def test_the_prior_that_refit_returns_is_the_one_that_is_stated(problem, tmp_path):
     """A user's refit may move the prior again. What is saved states the prior that the evidence was computed with."""
     options = {"key": jax.random.key(0), "num_probes": 8, "max_vectors": 24, "tolerance": 0.5}
