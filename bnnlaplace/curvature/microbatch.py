@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core.summation import Sum
 from bnnlaplace.core.tree import examples, num_examples
+from bnnlaplace.core.types import AnyArray
 from bnnlaplace.model.batched import check_microbatch
 
 
@@ -97,11 +98,11 @@ def summed(
 _LONGEST_RUN = 8
 
 
-def _in_runs(leaf: Shaped[ArrayLike, "num ..."]) -> Shaped[Array, "runs length ..."]:
+def _in_runs(leaf: Shaped[AnyArray, "num ..."]) -> Shaped[AnyArray, "runs length ..."]:
     """Divide the leading axis into runs of equal length, as long as they may be."""
-    number = jnp.shape(leaf)[0]
+    number = len(leaf)
     length = max(length for length in range(1, _LONGEST_RUN + 1) if number % length == 0)
-    return jnp.reshape(leaf, (number // length, length, *jnp.shape(leaf)[1:]))
+    return leaf.reshape(number // length, length, *leaf.shape[1:])
 
 
 def _joining(shapes: PyTree[jax.ShapeDtypeStruct]) -> tuple[Callable[[PyTree], Any], Callable[[Any], PyTree]]:

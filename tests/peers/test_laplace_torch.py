@@ -105,6 +105,7 @@ def noise_variance(pair):
     return SIGMA_NOISE**2 if pair.likelihood == "regression" else 1.0
 
 
+@pytest.mark.filterwarnings("ignore:the Laplace bridge is outside of its domain")
 def test_bridge_of_the_peer_depends_on_a_shift_of_all_logits():
     """Softmax does not, and neither does the bridge here: see `bnnlaplace.link.bridge`."""
     pair = build("mlp", "classification")
