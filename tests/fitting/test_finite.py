@@ -58,8 +58,8 @@ def test_a_curvature_that_overflows_later_is_an_error(structure):
     fitted = la.fit((x, y))
     with pytest.raises(ValueError, match="curvature must be finite"):
         fitted.with_sigma_noise(1e-5)
-    other = bnnlaplace.Network.from_function(lambda p, x: x[:, :1] * p["a"] + x[:, 1:] * p["b"], {"a": 0.0, "b": 0.0})
-    other = other.with_params(jax.tree.map(lambda _: jnp.zeros(1), other.params))
+    weights = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
+    other = bnnlaplace.Network.from_function(lambda p, x: x[:, :1] * p["a"] + x[:, 1:] * p["b"], weights)
     fitted = bnnlaplace.Laplace(other, "regression", **options).fit((x, y))
     with pytest.raises(ValueError, match="curvature must be finite"):
         fitted.with_prior_precision({"a": 1e-8, "b": 1e8})
