@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
+from bnnlaplace.core.tree import on_one_line
+
 Probs = Float[np.ndarray, "N C"] | Float[Array, "N C"]
 Labels = Integer[np.ndarray, " N"] | Integer[Array, " N"]
 
@@ -48,7 +50,7 @@ def positive(value: Any, where: str, *, advice: str = "try 1.0") -> None:
     is_one_number = _is_real(value) and np.shape(value) == ()
     if is_one_number and (isinstance(value, jax.core.Tracer) or _in_range(value)):
         return
-    got = f"shape {np.shape(value)}" if hasattr(value, "shape") and value.shape != () else _on_one_line(value)
+    got = f"shape {np.shape(value)}" if hasattr(value, "shape") and value.shape != () else on_one_line(value)
     raise ValueError(
         f"{where} must be one positive, finite number; got {got}{_of_type(value) if is_one_number else ''}; {advice}"
     )
@@ -64,7 +66,7 @@ def all_positive(numbers: Any, where: str, *, advice: str = "try 1.0", with_squa
     unmasked(numbers, where)
     known = np.asarray(numbers)  # an operation of JAX would be traced inside `jit`
     if not _is_real(known):
-        raise ValueError(f"{where} must be positive, finite numbers; got {_on_one_line(numbers)}; {advice}")
+        raise ValueError(f"{where} must be positive, finite numbers; got {on_one_line(numbers)}; {advice}")
     if not known.size or not np.all(_in_range(known, power=2 if with_squares else 1)):
         got = f"{known}" if known.size <= 8 else f"numbers from {known.min():.3g} to {known.max():.3g}"
         raise ValueError(f"{where} must be positive and finite; got {got}{_of_type(known)}; {advice}")
@@ -82,12 +84,12 @@ def real_numbers(values: Any, where: str, *, finite: bool = False) -> None:
         # NumPy counts spans of time among the integers.
         is_integer = jnp.issubdtype(dtype, jnp.integer) and not jnp.issubdtype(dtype, np.timedelta64)
         if not (is_integer or is_usable_float(dtype)):
-            raise ValueError(f"{where} must be real numbers; got {dtype} {_on_one_line(leaf)}; try 1.0")
+            raise ValueError(f"{where} must be real numbers; got {dtype} {on_one_line(leaf)}; try 1.0")
         if finite and not isinstance(leaf, jax.core.Tracer) and not is_finite(leaf):
             used = jax.dtypes.canonicalize_dtype(dtype if jnp.issubdtype(dtype, jnp.floating) else float)
             raise ValueError(f"{where} must be finite; got NaN or infinite values in {used}; mend or rescale them")
     if not leaves:
-        raise ValueError(f"{where} must be real numbers; got {_on_one_line(values)}; try 1.0")
+        raise ValueError(f"{where} must be real numbers; got {on_one_line(values)}; try 1.0")
 
 
 def is_usable_float(dtype: Any) -> bool:
@@ -100,11 +102,6 @@ def is_finite(value: Any) -> bool:
     # Checked where the array is. A traced function may close over one, whose check must not be traced.
     with jax.ensure_compile_time_eval(), np.errstate(over="ignore"):
         return bool(jnp.isfinite(jnp.asarray(value)).all())
-
-
-def _on_one_line(value: Any) -> str:
-    """The beginning of what Python prints of a value."""
-    return f"{' '.join(repr(value).split()):.80}"
 
 
 def _in_range(value: Any, *, power: int = 1) -> Any:
@@ -145,7 +142,7 @@ def count(value: Any, where: str, *, least: int = 1, most: int | None = None, ad
         return number
     nearest = most if number is not None and most is not None and number > most else least
     got = value if number is None or isinstance(value, int) else number
-    raise ValueError(f"{where} must be {allowed}; got {_on_one_line(got)}; {advice or f'try {nearest}'}")
+    raise ValueError(f"{where} must be {allowed}; got {on_one_line(got)}; {advice or f'try {nearest}'}")
 
 
 def _is_real(value: Any) -> bool:
@@ -171,7 +168,7 @@ def is_key(value: Any) -> bool:
 def key(value: Any, where: str) -> None:
     """Raise ValueError unless `value` is one random key."""
     if not is_key(value):
-        got = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else _on_one_line(value)
+        got = f"{value.dtype} of shape {value.shape}" if hasattr(value, "shape") else on_one_line(value)
         raise ValueError(f"{where} must be one random key; got {got}; try jax.random.key(0)")
 
 
@@ -180,7 +177,7 @@ def choice(value: Any, where: str, options: Sequence[str]) -> None:
     if not isinstance(value, str) or value not in options:
         names = [repr(option) for option in options]
         listed = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-        raise ValueError(f"{where} must be {listed}; got {_on_one_line(value)}")
+        raise ValueError(f"{where} must be {listed}; got {on_one_line(value)}")
 
 
 # --- traces -----------------------------------------------------------------------------------------------------

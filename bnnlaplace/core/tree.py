@@ -110,8 +110,12 @@ def described(value: Any) -> str:
     """Describe an argument in a message, on one line: an array by its shape, anything else by its type and itself."""
     if hasattr(value, "shape"):
         return f"shape {value.shape}"
-    words = " ".join(repr(value).split())
-    return f"{type(value).__name__} {words:.80}"
+    return f"{type(value).__name__} {on_one_line(value)}"
+
+
+def on_one_line(value: Any) -> str:
+    """The beginning of what Python prints of a value."""
+    return f"{' '.join(repr(value).split()):.80}"
 
 
 # --- examples along the leading axis ----------------------------------------------------------------------------

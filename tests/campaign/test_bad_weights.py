@@ -1,6 +1,6 @@
 """Bad weights, prior means, refits and traces wherever one is taken: each has a clear error."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from campaign.bad_values import KEY, TARGETS, X, Y, changed, masked
-from campaign.test_bad_inputs import NETWORK, PARAMS, affine, fit, fitted, outcome_of
+from campaign.test_bad_inputs import NETWORK, PARAMS, affine, check, fit, fitted
+from campaign.test_bad_options import Table, each
 
 from bnnlaplace import Laplace, Network, categorical, evidence
-
-Table = Iterator[tuple[str, Callable[[], Any]]]
 
 OPTIONS = {"network": NETWORK, "likelihood": categorical(), "num_matvecs": 3, "num_probes": 2}
 
@@ -57,11 +56,6 @@ NOT_FINITE = {
     "beyond float32": {**PARAMS, "w1": changed(PARAMS["w1"], 1e39)},
     "NaN on the device": {**PARAMS, "w1": jnp.asarray(changed(PARAMS["w1"], np.nan))},
 }
-
-
-def each(name: str, values: dict[str, Any], entry: Callable[[Any], Any]) -> Table:
-    """One case for each value."""
-    yield from ((f"{name}: {kind}", partial(entry, value)) for kind, value in values.items())
 
 
 def weights() -> Table:
@@ -117,10 +111,4 @@ def traces() -> Table:
 
 @pytest.mark.parametrize("group", [weights, prior_means, refits, traces], ids=lambda group: group.__name__)
 def test_bad_weights(group, tally, unchecked_annotations):
-    faults = []
-    for name, case in group():
-        outcome, words = outcome_of(case)
-        tally(group.__name__.replace("_", " "), outcome)
-        if outcome != "error":
-            faults.append(f"{name}: {outcome}: {words}")
-    assert not faults, "\n".join(faults)
+    check(group, group(), tally)
