@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core.linalg import einsum
-from bnnlaplace.core.tree import examples, number_type, summed_type
+from bnnlaplace.core.tree import number_type, summed_type
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.direct import examples_at_once
@@ -81,8 +81,7 @@ def ggn_diagonal(
             sums[leaf] = passed.weights.layers[leaf].layout.flat(matrix)
         return [sums[leaf].astype(summed_type(value.dtype)) for leaf, value in enumerate(leaves)]
 
-    sums = batch_sums(examples(batches, 0)) if len(batches.weights) == 1 else mb.summed(batch_sums, batches)
-    return scale * jnp.concatenate(sums)
+    return scale * jnp.concatenate(mb.summed(batch_sums, batches))
 
 
 def _squared(

@@ -16,7 +16,7 @@ from jaxtyping import Array, ArrayLike, Float, PyTree, Real, Shaped
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.linalg import einsum
-from bnnlaplace.core.tree import examples, number_type, register_unchecked
+from bnnlaplace.core.tree import number_type, register_unchecked
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.direct import examples_at_once
@@ -193,7 +193,7 @@ def factors(
             sums |= _direct_sums(passed, likelihood, weights, scale)
         return [sums[leaf] for leaf in range(len(leaves))]
 
-    return batch_sums(examples(batches, 0)) if len(batches.weights) == 1 else mb.summed(batch_sums, batches)
+    return mb.summed(batch_sums, batches)
 
 
 # --- which sums a leaf has --------------------------------------------------------------------------------------
