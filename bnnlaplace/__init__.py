@@ -3,24 +3,27 @@
 The stages, in the order data pass through them: a `Network` and a `Likelihood`; the curvature (`curvature`), its Krylov
 decomposition (`krylov`) and what is fitted from it (`structure`); the evidence and the choice of the prior (`evidence`,
 `prior`, `validation`); predictions (`predictive`, `link`) and how good they are (`calibration`, `detection`,
-`temperature`). `Laplace` assembles them.
+`temperature`); the Gaussian that maximises the evidence lower bound (`Variational`). `Laplace` assembles them.
 """
 
 from bnnlaplace import calibration, curvature, evidence, krylov, predictive, prior, structure
 from bnnlaplace.calibration import detection, temperature
-from bnnlaplace.core.types import Estimate, LinearOperator, NotAModeWarning
+from bnnlaplace.core.types import Estimate, LinearOperator, LowerBound, NotAModeWarning
 from bnnlaplace.laplace import Laplace
 from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian, heteroscedastic, tempered
 from bnnlaplace.model.network import Network
 from bnnlaplace.predictive import link, validation
+from bnnlaplace.variational import Variational
 
 __all__ = [
     "Estimate",
     "Laplace",
     "Likelihood",
     "LinearOperator",
+    "LowerBound",
     "Network",
     "NotAModeWarning",
+    "Variational",
     "bernoulli",
     "calibration",
     "categorical",

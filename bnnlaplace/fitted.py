@@ -15,6 +15,7 @@ from bnnlaplace.core.tree import ravel, register_unchecked, size, unraveler
 from bnnlaplace.core.types import Estimate, Inputs
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
+from bnnlaplace.evidence.lower_bound import Bound
 from bnnlaplace.evidence.marginal import EvidenceCurve, curve, estimate_of_forms
 from bnnlaplace.model.batched import at_features
 from bnnlaplace.model.likelihood import Likelihood, with_noise
@@ -125,7 +126,7 @@ class Unfitted(NamedTuple):
 class Fitted(NamedTuple):
     """The Laplace posterior N(theta*, D^-1/2 (G + tau I)^-1 D^-1/2), and what its evidence needs.
 
-    Everything that a fitted `Laplace` answers is answered from these five fields. The prior is resolved once, when it
+    Everything that a fitted `Laplace` answers is answered from these fields. The prior is resolved once, when it
     is given: no method reads it again from what the user wrote.
 
     Attributes
@@ -140,7 +141,10 @@ class Fitted(NamedTuple):
         The curvature G of all data so far, in the weights times sqrt(D). In those coordinates a prior without a
         curvature is isotropic, so one structure serves every tau.
     log_likelihood
-        The log likelihood of the data at theta*, and its gradient.
+        The log likelihood of the data at theta*, and its gradient. For a variational posterior with mean m: its average
+        plus half of the effective parameters, and the average of its gradient; see `bnnlaplace.variational.fit`.
+    bound
+        For a variational posterior; None for a Laplace approximation.
     """
 
     network: Network
@@ -148,6 +152,7 @@ class Fitted(NamedTuple):
     prior: Prior
     structure: Structure
     log_likelihood: LogLikelihood
+    bound: Bound | None = None
 
     # --- the same curvature at another prior or noise ---------------------------------------------------------------
 
@@ -209,12 +214,17 @@ class Fitted(NamedTuple):
         return LogJoint(float(self.log_likelihood.value))
 
     def log_marginal_likelihood(self) -> Estimate:
-        """The log evidence at the prior; if that is a posterior of earlier data, given those."""
+        """The log evidence at the prior; if that is a posterior of earlier data, given those.
+
+        Of a variational posterior it is the evidence lower bound. At another prior than that of the fit it is the bound
+        with the mean and the averaged curvature as they are, to second order in the change of the covariance.
+        """
         self.check_known("the evidence")
         others = self.log_joint()(self.prior.quadratic_form(self.network.params))
         # G holds the curvature of earlier data, too. What it adds to the precision of the prior counts.
         forms = self.structure.log_determinant(float(self.prior.precision)) - self.prior.log_determinant()
-        return estimate_of_forms(others, forms)
+        estimate = estimate_of_forms(others, forms)
+        return estimate if self.bound is None else self.bound.of(estimate)
 
     def evidence_curve(self, precisions: Iterable[float] | None) -> EvidenceCurve:
         """The log evidence at each tau, with D as it is; by default at 61 over six decades around the maximum."""

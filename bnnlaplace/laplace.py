@@ -14,7 +14,6 @@ from bnnlaplace.core.types import AnyArray, Estimate, Inputs
 from bnnlaplace.evidence.marginal import EvidenceCurve
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.continual import earlier_posterior
-from bnnlaplace.fitting.fit import fit
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.optimize_prior import Chosen, by_evidence, check_method
 from bnnlaplace.fitting.prepare import memory_estimate
@@ -29,6 +28,7 @@ from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid
 from bnnlaplace.structure import KrylovError, KrylovStructure, Structure
+from bnnlaplace.variational import Variational, fit_posterior
 
 
 @register_unchecked(("state", "settings"), ())
@@ -176,6 +176,7 @@ class Laplace:
         self,
         data: PairOrBatches,
         *,
+        approximation: Literal["laplace", "variational"] | Variational = "laplace",
         prior: "Laplace | None" = None,
         key: Array | None = None,
         mean: Literal["network", "linear"] = "network",
@@ -188,25 +189,28 @@ class Laplace:
         shared_weights: Literal["partial_traces", "expand", "reduce"] = "partial_traces",
         on_block: Callable[[KrylovStructure, KrylovError], None] | None = None,
     ) -> "Laplace":
-        """Compute the curvature at the network's weights.
+        """Compute the posterior.
 
         Parameters
         ----------
         data
             (x, y), without augmentation; x may be a pytree. Or (x, y, w): example n counts w_n >= 0 times.
             Or batches of such that can be read again: they need not fit in memory. The data are not kept.
+        approximation
+            "laplace": the curvature at the weights. "variational", or `bnnlaplace.Variational` with options: the
+            Gaussian of the largest evidence lower bound for the linearised network. It needs a key. Where training
+            saturates the softmax its evidence can be acted on, and that of Laplace cannot. Equal for "regression".
         prior
             Continual learning: the `Laplace` of earlier data, with "diag", "kron" or "full", whose posterior takes the
             place of the prior. Curvatures add up, and the evidence is that of the new data given the earlier ones.
             Train with the penalty -prior.log_density. Prior precision and noise are chosen in the first task alone.
         key
-            Seeds the probes; needed for "lanczos" alone.
+            Seeds the probes of "lanczos", and the samples of "variational".
         mean
             "network": expand around the weights of the network. "linear": replace the network by its linearisation
             there, and expand around the mode of the log joint of that, which exists whatever training did.
         num_data
-            The size of the whole training set, if `data` is a random subset of it. Log likelihood and curvature are
-            multiplied by num_data / (examples in `data`, or the sum of their weights).
+            Size of the training set if `data` is a random subset: all sums count num_data / (weight of `data`) times.
         num_probes
             Lanczos: normal probes in a block, which is also the number of posterior samples.
         max_vectors
@@ -236,7 +240,8 @@ class Laplace:
         options = KrylovOptions(key, num_probes, max_vectors, tolerance, target_precision, on_block)
         how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "shared_weights": shared_weights}
         how["posterior"], settings = earlier_posterior(prior, self.state, self.settings)
-        return Laplace._of(fit(self.state, settings, as_data(data), krylov=options, **how), settings)
+        fitted = fit_posterior(self.state, settings, as_data(data), approximation, krylov=options, **how)
+        return Laplace._of(fitted, settings)
 
     def memory_estimate(self, data: PairOrBatches, *, max_vectors: int = 512, microbatch: int = 64) -> MemoryEstimate:
         """How much memory `fit` takes at its peak, beside activations. Data that can be read once only are refused.
@@ -387,13 +392,8 @@ class Laplace:
     def functional_posterior(self, x: Inputs, *, joint: bool = True, microbatch: int = 64) -> FunctionalGaussian:
         """Mean and covariance of the linearised outputs at inputs (B, ...) together; its `sample` draws functions.
 
-        Parameters
-        ----------
-        x, microbatch
-            Inputs, and how many at most are differentiated at a time.
-        joint
-            True: the covariance (B, ..., C, B, ..., C) between all inputs, exact but for "lanczos" outside its basis.
-            MemoryError if it does not fit. False: that within each input, with draws independent over inputs.
+        With `joint` the covariance (B, ..., C, B, ..., C) is that between all inputs, exact but for "lanczos" outside
+        its basis; MemoryError if it does not fit. Without, it is that within each input, and draws are independent.
         """
         fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)

@@ -11,7 +11,7 @@ PACKAGE = ROOT / "bnnlaplace"
 # The rooms in the order in which data pass: each imports only from those before it.
 ROOMS = [
     *("core", "model", "curvature", "krylov", "structure", "evidence", "prior", "fitted", "fitting"),
-    *("calibration", "predictive", "checkpoint", "plots", "laplace"),
+    *("calibration", "predictive", "variational", "checkpoint", "plots", "laplace"),
 ]
 # What two rooms may import at most, whatever comes before them.
 LEAVES = {"krylov": {"core"}, "calibration": {"core"}, "plots": {"core", "calibration"}}

@@ -37,6 +37,7 @@ _OPTIONAL_PARTS = {
     "relative_precision": np.ndarray,
     "prior_mean": np.ndarray,
     "prior_curvature": dict,  # of a prior that is the posterior of earlier data
+    "bound": dict,  # of a variational posterior
 }
 
 

@@ -14,6 +14,7 @@ from bnnlaplace.checkpoint.pytree import as_path, damaged, load_version, restruc
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import leaf_names, size
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
+from bnnlaplace.evidence.lower_bound import Bound
 from bnnlaplace.fitted import Fitted, Settings
 from bnnlaplace.model.likelihood import (
     Likelihood,
@@ -69,6 +70,8 @@ def save(path: Path | str, fitted: Fitted, settings: Settings) -> None:
         tree["relative_precision"] = prior.relative
     if np.ndim(prior.mean):
         tree["prior_mean"] = prior.mean
+    if fitted.bound is not None:
+        tree["bound"] = fitted.bound._asdict()
     if prior.curvature is not None:
         tree["prior_curvature"] = _arrays(prior.curvature)
     metadata = {
@@ -165,6 +168,7 @@ def _posterior(
         prior=_prior(stored, settings, network)._replace(curvature=curvature),
         structure=structure(stored["structure"]),
         log_likelihood=_log_likelihood(stored["fitted"], size(network.params), version),
+        bound=_bound(stored["bound"]) if "bound" in stored else None,
     )
     return fitted, settings
 
@@ -190,6 +194,19 @@ def _log_likelihood(stored: dict[str, Any], num_weights: int, version: int) -> L
     declared.number(numbers["num_outputs"], "number of targets", least=0, may_be_unknown=True)
     declared.number(numbers["squared_residuals"], "sum of squared residuals", least=0, may_be_unknown=True)
     return LogLikelihood.from_arrays(**{name: numbers[_LOG_LIKELIHOOD[name]] for name in LogLikelihood._fields})
+
+
+def _bound(stored: dict[str, Any]) -> Bound:
+    if set(stored) != set(Bound._fields):
+        raise Damage("it has not the numbers of an evidence lower bound")
+    iterations = np.asarray(stored["iterations"])
+    if iterations.shape != () or iterations.dtype.kind not in "iu" or iterations < 1:
+        raise Damage(f"its number of iterations is {iterations!r:.80}")
+    return Bound(
+        np.float64(declared.number(stored["expected_log_likelihood"], "expected log likelihood")),
+        np.float64(declared.number(stored["sem"], "standard error of the bound", least=0)),
+        np.int64(iterations),
+    )
 
 
 def _likelihood(

@@ -27,6 +27,12 @@ class Estimate(NamedTuple):
     sem: Float[ArrayLike, "*shape"]
 
 
+class LowerBound(Estimate):
+    """An `Estimate` of a lower bound on the evidence, with the standard error of the estimate of the bound."""
+
+    __slots__ = ()
+
+
 class LinearOperator(NamedTuple):
     """A square linear map on flat vectors, known by its products.
 

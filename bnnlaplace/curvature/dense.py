@@ -29,6 +29,7 @@ def factor_rows(
     params: PyTree,
     inputs: PyTree[Shaped[ArrayLike, "m ..."]],
     weights: Real[ArrayLike, "m ..."],
+    points: Float[ArrayLike, "m ..."] | None = None,
 ) -> Float[Array, "R P"]:
     """Return a matrix R with R' R = sum_n w_n J_n' Lambda_n J_n. Its rows are sqrt(w_n) (J_n' B_n e_c)'.
 
@@ -45,15 +46,19 @@ def factor_rows(
         m examples.
     weights
         How many times each example counts, or each position of its outputs.
+    points
+        Where the curvature of the likelihood is evaluated, (m, ...): by default at the outputs. Only likelihoods that
+        say so have other points, such as `sites.by_factors`.
     """
 
-    def rows_of_example(x: PyTree, weight: Array) -> Float[Array, "K P"]:
+    def rows_of_example(x: PyTree, weight: Array, point: Array | None) -> Float[Array, "K P"]:
         outputs, pullback = jax.vjp(lambda p: network(p, examples(x, None))[0], params)
         root = jnp.sqrt(weight).astype(outputs.dtype)[..., None]
         columns = root * jnp.eye(outputs.size, dtype=outputs.dtype).reshape(-1, *outputs.shape)
-        return jax.vmap(lambda column: ravel(pullback(likelihood.factor_mv(outputs, column))[0]))(columns)
+        at = outputs if point is None else point
+        return jax.vmap(lambda column: ravel(pullback(likelihood.factor_mv(at, column))[0]))(columns)
 
-    return jax.vmap(rows_of_example)(inputs, weights).reshape(-1, size(params))
+    return jax.vmap(rows_of_example)(inputs, weights, points).reshape(-1, size(params))
 
 
 def ggn(
@@ -64,6 +69,7 @@ def ggn(
     *,
     scale: Real[ArrayLike, ""] = 1.0,
     weights: Real[ArrayLike, "N ..."] | None = None,
+    points: Float[ArrayLike, "N ..."] | None = None,
     microbatch: int = 32,
 ) -> Float[Array, "P P"]:
     """Compute G = scale * sum_n w_n J_n' Lambda_n J_n as a matrix, in the type of the weights. Call it inside `jit`.
@@ -85,6 +91,9 @@ def ggn(
         (all training examples) / N.
     weights
         How many times each example counts, by default once: w_n, or a number for each position of its outputs.
+    points
+        Where the curvature of the likelihood is evaluated, (N, ...): by default at the outputs. Only likelihoods that
+        say so have other points, such as `sites.by_factors`.
     microbatch
         How many examples are in one step of the inner loop.
 
@@ -95,11 +104,11 @@ def ggn(
     example of a microbatch and each output the derivatives with respect to the outputs of layers and to all other
     weights. If there are many outputs, they are taken some at a time.
     """
-    batches = mb.split(inputs, microbatch, number_type(params), weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights, points)
 
     def batch_sums(batch: mb.Microbatches) -> list[Array]:
         passed = tapped.forward(network, params, batch.inputs)
-        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
+        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv, batch.points)
 
         def sums_of_columns(numbers: Int[ArrayLike, " k"]) -> list[Array]:
             groups = _groups(passed, factor_mv, numbers)
@@ -118,6 +127,7 @@ def ggn_in_float64(
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     weights: Real[ArrayLike, "N ..."],
     *,
+    points: Float[ArrayLike, "N ..."] | None = None,
     microbatch: int,
 ) -> Float[np.ndarray, "P P"]:
     """Compute the matrix of `ggn` at the network's weights, with products and sums in float64. Call it outside `jit`.
@@ -143,7 +153,7 @@ def ggn_in_float64(
     sums = None
     for parts, of_parts in zip(inside, present, strict=True):
         for numbers in columns:
-            groups = _groups_at(network, likelihood, inputs, weights, parts, numbers)
+            groups = _groups_at(network, likelihood, inputs, weights, points, parts, numbers)
             with jax.enable_x64(True):
                 if sums is None:
                     # From the host: each shape that JAX made zeros of would be compiled.
@@ -161,6 +171,7 @@ def _groups_at(
     likelihood: Likelihood,
     inputs: PyTree,
     weights: Float[Array, "N ..."],
+    points: Float[Array, "N ..."] | None,
     index: Int[Array, "num m"],
     numbers: Int[Array, " k"],
 ) -> list[Factors]:
@@ -168,7 +179,8 @@ def _groups_at(
 
     def of_part(index: Int[Array, " m"]) -> list[Factors]:
         passed = tapped.forward(network, network.params, examples(inputs, index))
-        _, factor_mv = mb.within_factor(weights[index], likelihood.factor_mv)
+        there = None if points is None else points[index]
+        _, factor_mv = mb.within_factor(weights[index], likelihood.factor_mv, there)
         return _groups(passed, factor_mv, numbers)
 
     by_part = jax.lax.map(of_part, index)

@@ -21,6 +21,7 @@ def ggn_diagonal(
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
     weights: Real[ArrayLike, "N ..."] | None = None,
+    points: Float[ArrayLike, "N ..."] | None = None,
     scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 32,
 ) -> Float[Array, " P"]:
@@ -42,6 +43,9 @@ def ggn_diagonal(
         All N examples.
     weights
         How many times each example counts, by default once: w_n, or a number for each position of its outputs.
+    points
+        Where the curvature of the likelihood is evaluated, (N, ...): by default at the outputs. Only likelihoods that
+        say so have other points, such as `sites.by_factors`.
     scale
         (all training examples) / (examples in `inputs`).
     microbatch
@@ -53,12 +57,12 @@ def ggn_diagonal(
     for a last layer. Memory: the activations of `microbatch` examples and their gradients of all other weights.
     """
     microbatch = examples_at_once(network, inputs, microbatch)
-    batches = mb.split(inputs, microbatch, number_type(params), weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights, points)
     leaves = jax.tree.leaves(params)
 
     def batch_sums(batch: mb.Microbatches) -> list[Array]:
         passed = tapped.forward(network, params, batch.inputs)
-        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
+        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv, batch.points)
         single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
         others = [leaf for leaf in range(len(leaves)) if leaf not in passed.direct]
 
@@ -71,7 +75,7 @@ def ggn_diagonal(
 
         sums = tapped.over_columns(squares, passed.outputs) if others else {}
         if passed.direct:
-            of_outputs = curvature_diagonal(likelihood, passed.outputs)
+            of_outputs = curvature_diagonal(likelihood, batch.at(passed.outputs))
             for leaf in passed.direct:
                 sums[leaf] = of_outputs if leaf in single else einsum("m,mc->c", weights, of_outputs)
         for leaf in single:

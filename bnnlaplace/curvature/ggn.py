@@ -106,6 +106,7 @@ def block_product(
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
     weights: Real[ArrayLike, "N ..."] | None = None,
+    points: Float[ArrayLike, "N ..."] | None = None,
     scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 64,
     vectors_at_once: int = 8,
@@ -125,6 +126,9 @@ def block_product(
         All N examples.
     weights
         How many times each example counts, or each position of its outputs; by default once.
+    points
+        Where the curvature of the likelihood is evaluated, (N, ...): by default at the outputs. Only likelihoods that
+        say so have other points, such as `sites.by_factors`.
     scale
         (all training examples) / N.
     microbatch, vectors_at_once
@@ -132,7 +136,7 @@ def block_product(
         the memory.
     """
     unravel = unraveler(params)
-    batches = mb.split(inputs, microbatch, number_type(params), weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights, points)
 
     def product(vectors: Float[ArrayLike, "S P"]) -> Float[Array, "S P"]:
         def product_of(batch: mb.Microbatches) -> Float[Array, "S P"]:
@@ -141,7 +145,7 @@ def block_product(
             pullback = jax.linear_transpose(pushforward, params)
 
             def product_with(vector: Float[Array, " P"]) -> Float[Array, " P"]:
-                curved = likelihood.hessian_mv(outputs, pushforward(unravel(vector)))
+                curved = likelihood.hessian_mv(batch.at(outputs), pushforward(unravel(vector)))
                 return ravel(pullback(scale * mb.over_outputs(batch.weights, curved) * curved)[0])
 
             return jax.lax.map(product_with, vectors, batch_size=min(vectors_at_once, len(vectors)))

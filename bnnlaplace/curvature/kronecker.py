@@ -92,6 +92,7 @@ def factors(
     inputs: PyTree[Shaped[ArrayLike, "N ..."]],
     *,
     weights: Real[ArrayLike, "N ..."] | None = None,
+    points: Float[ArrayLike, "N ..."] | None = None,
     scale: Real[ArrayLike, ""] = 1.0,
     microbatch: int = 32,
     shared_weights: SharedWeights = "partial_traces",
@@ -128,6 +129,9 @@ def factors(
     weights
         How many times each example counts, by default once; or each position of its outputs. Then the factor of a
         layer's inputs counts an example as many times as its position that counts most.
+    points
+        Where the curvature of the likelihood is evaluated, (N, ...): by default at the outputs. Only likelihoods that
+        say so have other points, such as `sites.by_factors`.
     scale
         (all training examples) / (examples in `inputs`).
     microbatch
@@ -171,11 +175,11 @@ def factors(
     """
     checks.choice(shared_weights, "kronecker_factors(shared_weights=...)", get_args(SharedWeights))
     microbatch = examples_at_once(network, inputs, microbatch)
-    batches = mb.split(inputs, microbatch, number_type(params), weights)
+    batches = mb.split(inputs, microbatch, number_type(params), weights, points)
 
     def batch_sums(batch: mb.Microbatches) -> list[LeafSums]:
         passed = tapped.forward(network, params, batch.inputs)
-        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv)
+        weights, factor_mv = mb.within_factor(batch.weights, likelihood.factor_mv, batch.points)
         leaves = jax.tree.leaves(params)
         rules = {
             leaf: _rule(passed, leaf, value.shape, weights, shared_weights)
@@ -190,7 +194,7 @@ def factors(
         totals = tapped.over_columns(squares, passed.outputs) if rules else {}
         sums = {leaf: rule.sums(totals[leaf], scale) for leaf, rule in rules.items()}
         if passed.direct:
-            sums |= _direct_sums(passed, likelihood, weights, scale)
+            sums |= _direct_sums(passed, likelihood, batch.at(passed.outputs), weights, scale)
         return [sums[leaf] for leaf in range(len(leaves))]
 
     return mb.summed(batch_sums, batches)
@@ -200,10 +204,14 @@ def factors(
 
 
 def _direct_sums(
-    passed: tapped.Pass, likelihood: Likelihood, weights: Float[Array, " M"], scale: Real[ArrayLike, ""]
+    passed: tapped.Pass,
+    likelihood: Likelihood,
+    points: Float[Array, "M ..."],
+    weights: Float[Array, " M"],
+    scale: Real[ArrayLike, ""],
 ) -> dict[int, LeafSums]:
     """The sums of a layer, and of its bias, whose outputs are those of the network: the columns are those of Lambda."""
-    total = scale * curvature_sum(likelihood, passed.outputs, weights)
+    total = scale * curvature_sum(likelihood, points, weights)
 
     def sums(leaf: int) -> LeafSums:
         layer = passed.weights.layers.get(leaf)
@@ -212,7 +220,7 @@ def _direct_sums(
             return LayerSums(moments, total.astype(moments.dtype), jnp.sum(weights), layer.layout.segments)
         if len(total) <= MAX_VECTOR:
             return FilterSums(total[None])
-        of_outputs = curvature_diagonal(likelihood, passed.outputs)
+        of_outputs = curvature_diagonal(likelihood, points)
         return DiagonalSums(scale * einsum("m,mc->c", weights, of_outputs))
 
     return {leaf: sums(leaf) for leaf in passed.direct}

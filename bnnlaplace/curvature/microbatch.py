@@ -24,10 +24,17 @@ class Microbatches(NamedTuple):
         An array (num, size, ...), or a pytree of such arrays.
     weights
         One weight for each example, or for each position of its outputs; zero for padding.
+    points
+        Where the likelihood's curvature is evaluated, if that is not at the outputs of the network.
     """
 
     inputs: PyTree[Shaped[Array, "num size ..."]]
     weights: Float[Array, "num size ..."]
+    points: Float[Array, "num size ..."] | None = None
+
+    def at(self, outputs: Float[Array, "size ..."]) -> Float[Array, "size ..."]:
+        """Return the points of one microbatch, by default its outputs."""
+        return outputs if self.points is None else self.points
 
 
 def over_outputs(weights: Float[Array, "M ..."], outputs: Shaped[Array, "M ..."]) -> Float[Array, "M ..."]:
@@ -39,13 +46,20 @@ def over_outputs(weights: Float[Array, "M ..."], outputs: Shaped[Array, "M ..."]
 
 
 def within_factor(
-    weights: Float[Array, "M ..."], factor_mv: Callable[[Array, Array], Array]
+    weights: Float[Array, "M ..."],
+    factor_mv: Callable[[Array, Array], Array],
+    points: Float[Array, "M ..."] | None = None,
 ) -> tuple[Float[Array, " M"], Callable[[Array, Array], Array]]:
     """Move weights of positions into the likelihood's factor, so that what is left are weights of examples.
+
+    The factor is taken at `points`, if there are any, and not at the outputs that it is called with.
 
     An example has the largest weight of its positions, and so none if none of them counts. Weights of examples stay as
     they are.
     """
+    if points is not None:
+        at_outputs = factor_mv
+        factor_mv = lambda outputs, column: at_outputs(points, column)  # noqa: E731
     if weights.ndim == 1:
         return weights, factor_mv
     of_examples = jnp.max(weights.reshape(len(weights), -1), axis=1)
@@ -136,6 +150,7 @@ def split(
     size: int,
     dtype: Any,
     weights: Real[ArrayLike, "N ..."] | None = None,
+    points: Float[ArrayLike, "N ..."] | None = None,
 ) -> Microbatches:
     """Cut `inputs` into microbatches of at most `size` examples, as equal as possible.
 
@@ -153,6 +168,8 @@ def split(
         The type of the weights.
     weights
         How many times each example counts, or each position of its outputs. By default all count once.
+    points
+        Where the curvature of the likelihood is evaluated; by default at the outputs.
 
     Raises
     ------
@@ -172,4 +189,5 @@ def split(
     if weights is not None:
         weights = jnp.asarray(weights, dtype)[index]
         padded_weights = padded_weights.reshape(*index.shape, *[1] * (weights.ndim - 2)) * weights
-    return Microbatches(jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), inputs), padded_weights)
+    inputs, points = jax.tree.map(lambda leaf: jnp.take(leaf, index, axis=0), (inputs, points))
+    return Microbatches(inputs, padded_weights, points)

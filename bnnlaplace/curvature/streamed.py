@@ -189,7 +189,8 @@ def batch_product(
     vectors
         S rows of P numbers.
     """
-    options = {"weights": likelihood.weights_of(batch.targets, batch.weights), "scale": scale, "microbatch": microbatch}
+    weights = likelihood.weights_of(batch.targets, batch.weights)
+    options = {"weights": weights, "points": batch.points, "scale": scale, "microbatch": microbatch}
     return ggn.block_product(network, likelihood, network.params, batch.inputs, **options)(vectors)
 
 

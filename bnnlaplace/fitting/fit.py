@@ -1,6 +1,7 @@
 """Fit the posterior: from a network, data and a prior to its curvature and log likelihood."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -88,23 +89,56 @@ def _fit_exact(
     model: Model, prior: Prior, name: str, *, microbatch: int, shared_weights: kronecker.SharedWeights
 ) -> Fitted:
     """Fit a structure of `EXACT` in one pass over the data, which need not be readable a second time."""
-    # The derivatives of single examples are in memory here. Half as many examples as in other passes keep the memory
-    # level, unless the matrix is larger than they are.
-    at_once = microbatch if name == "full" else max(1, microbatch // 2)
+    curvature_of = _curvature_of_batch(model, name, microbatch=microbatch, shared_weights=shared_weights)
 
     def step(batch: Batch) -> tuple[LogLikelihood, Any]:
-        options = {"microbatch": at_once, "shared_weights": shared_weights}
-        curvature = batch_curvature(name, model.head, model.likelihood, batch, **options)
-        return model.batch_log_likelihood(batch, microbatch=microbatch), curvature
+        return model.batch_log_likelihood(batch, microbatch=microbatch), curvature_of(batch)
 
     (log_likelihood, curvature), scale = model.accumulate(step)
     log_likelihood = log_likelihood.scaled(scale).check()
-    structure = exact_structure(name, curvature, scale, rounding_of(model))
+    structure = _in_coordinates(prior, exact_structure(name, curvature, scale, rounding_of(model)))
+    return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
+
+
+def fit_structure(
+    model: Model,
+    prior: Prior,
+    name: str,
+    krylov: KrylovOptions,
+    *,
+    microbatch: int,
+    shared_weights: kronecker.SharedWeights = "partial_traces",
+) -> Structure:
+    """Compute the curvature alone, at the points of the data, for a likelihood of `model.likelihoods.sites`.
+
+    "lanczos" converges at the prior precision. Cost: that of `fit` without the log likelihood.
+    """
+    if name in EXACT:
+        step = _curvature_of_batch(model, name, microbatch=microbatch, shared_weights=shared_weights)
+        curvature, scale = model.accumulate(step)
+        return _in_coordinates(prior, exact_structure(name, curvature, scale, rounding_of(model)))
+    krylov = replace(krylov, target_precision=float(prior.precision))
+    return _structure_of_products(model.whitened(prior), model.scale(), krylov, microbatch=microbatch)
+
+
+def _curvature_of_batch(
+    model: Model, name: str, *, microbatch: int, shared_weights: kronecker.SharedWeights
+) -> Callable[[Batch], Any]:
+    """Return the function from a batch to its curvature for a structure of `EXACT`."""
+    # The derivatives of single examples are in memory here. Half as many examples as in other passes keep the memory
+    # level, unless the matrix is larger than they are.
+    at_once = microbatch if name == "full" else max(1, microbatch // 2)
+    options = {"microbatch": at_once, "shared_weights": shared_weights}
+    return partial(batch_curvature, name, model.head, model.likelihood, **options)
+
+
+def _in_coordinates(prior: Prior, structure: Structure) -> Structure:
+    """The structure in the weights times sqrt(D), with the curvature of earlier data if the prior has one."""
     if not prior.is_isotropic:
         structure = check_in_range(structure.whitened(prior.relative))
     if prior.curvature is not None:
         structure = check_in_range(prior.curvature.plus(structure))
-    return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
+    return structure
 
 
 def batch_curvature(
@@ -122,7 +156,8 @@ def batch_curvature(
     """
     if name == "full":  # float64 is not known to JAX by default, so the function compiles its parts itself
         weights = likelihood.weights_of(batch.targets, batch.weights)
-        return dense.ggn_in_float64(network, likelihood, batch.inputs, weights, microbatch=microbatch)
+        options = {"points": batch.points, "microbatch": microbatch}
+        return dense.ggn_in_float64(network, likelihood, batch.inputs, weights, **options)
     chosen = {"shared_weights": shared_weights} if name == "kron" else {}
     return _compiled_curvature(name, network, likelihood, batch, microbatch=microbatch, **chosen)
 
@@ -132,8 +167,8 @@ def _compiled_curvature(
     name: str, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int, **chosen: str
 ) -> PyTree:
     function, _ = EXACT[name]
-    options = {"weights": likelihood.weights_of(batch.targets, batch.weights), "microbatch": microbatch, **chosen}
-    return function(network, likelihood, network.params, batch.inputs, **options)
+    options = {"weights": likelihood.weights_of(batch.targets, batch.weights), "points": batch.points, **chosen}
+    return function(network, likelihood, network.params, batch.inputs, microbatch=microbatch, **options)
 
 
 def exact_structure(name: str, curvature: PyTree, scale: Num[ArrayLike, ""], rounding: float = OF_FLOAT32) -> Structure:
@@ -164,29 +199,36 @@ def _compiled_structure(
 
 
 def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microbatch: int) -> Fitted:
-    """Fit all eigenpairs if there are few outputs or few weights, otherwise a Krylov decomposition by products."""
+    """Fit the log likelihood, and a structure that needs several passes over the data."""
     count, num_weights = num_outputs(model), size(model.network.params)
     # A fault of the options is reported before a pass over the data if the number of outputs is known by then.
     if count is not None and count > options.max_vectors:
         options.check(num_weights)
     log_likelihood, scale = model.log_likelihood(microbatch=microbatch)
     log_likelihood.check()
-    white = model.whitened(prior)
-    # Not the number of targets, in which the weights of examples are.
-    if model.data.num_examples * outputs_of_example(model) <= options.max_vectors:
-        structure = fit_spectral(white, scale)
-    elif num_weights <= min(options.num_probes, options.max_vectors):  # one block would span all weights
-        structure = _eigenpairs(white, scale, microbatch=microbatch)
-    else:
-        structure = fit_krylov(
-            white,
-            scale,
-            options,
-            log_joint=LogJoint(float(log_likelihood.value)),
-            squared_norm=prior.squared_distance(model.network.params),
-            microbatch=microbatch,
-        )
+    target = LogJoint(float(log_likelihood.value)), prior.squared_distance(model.network.params)
+    structure = _structure_of_products(model.whitened(prior), scale, options, target, microbatch=microbatch)
     return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
+
+
+def _structure_of_products(
+    white: Model,
+    scale: float,
+    options: KrylovOptions,
+    evidence: tuple[LogJoint, float] | None = None,
+    *,
+    microbatch: int,
+) -> Structure:
+    """Fit all eigenpairs if there are few outputs or few weights, otherwise a Krylov decomposition by products.
+
+    `evidence` is as for `fit_krylov`. The number of examples must be known.
+    """
+    # Not the number of targets, in which the weights of examples are.
+    if white.data.num_examples * outputs_of_example(white) <= options.max_vectors:
+        return fit_spectral(white, scale)
+    if size(white.head.params) <= min(options.num_probes, options.max_vectors):  # one block would span all weights
+        return _eigenpairs(white, scale, microbatch=microbatch)
+    return fit_krylov(white, scale, options, evidence, microbatch=microbatch)
 
 
 def fit_spectral(model: Model, scale: float) -> SpectralStructure:
@@ -218,7 +260,7 @@ def _eigenpairs(model: Model, scale: float, *, microbatch: int) -> SpectralStruc
 def _factor_rows(network: Network, likelihood: Likelihood, batch: Batch) -> Float[Array, "R P"]:
     """Compute the rows of B' J for one batch."""
     weights = likelihood.weights_of(batch.targets, batch.weights)
-    return dense.factor_rows(network, likelihood, network.params, batch.inputs, weights)
+    return dense.factor_rows(network, likelihood, network.params, batch.inputs, weights, batch.points)
 
 
 _spectral = jax.jit(SpectralStructure.fit)

@@ -61,16 +61,16 @@ def fit_krylov(
     model: Model,
     scale: float,
     options: KrylovOptions,
+    evidence: tuple[LogJoint, float] | None,
     *,
-    log_joint: LogJoint,
-    squared_norm: float,
     microbatch: int,
 ) -> KrylovStructure:
     """Grow the decomposition of a whitened model's GGN until it has converged, or `max_vectors` is reached.
 
-    It has to converge at `target_precision`, by default at the maximum of the evidence, which `log_joint` and
-    `squared_norm` place. Converged means two things: the bound on the relative error of a posterior sample is below
-    `tolerance`, and truncation moves the log-determinant by less than its standard error or 0.1 nat.
+    It has to converge at `target_precision`, by default at the maximum of the evidence. That is placed by `evidence`,
+    the log joint and the squared distance of the weights to the prior mean. Converged means two things: the bound on
+    the relative error of a posterior sample is below `tolerance`, and truncation moves the log-determinant by less than
+    its standard error or 0.1 nat.
 
     Cost: at most `max_vectors` GGN products, as many at a time as there are probes; each block is a pass over the data.
     Memory: the basis, m P numbers, and 2 m P while a block is appended to it.
@@ -84,7 +84,7 @@ def fit_krylov(
         structure = KrylovStructure.from_decomposition(decomposition, options.tolerance, rounding_of(model))
         target = options.target_precision
         if target is None:
-            target = _hardest_optimum(structure, log_joint, squared_norm)
+            target = _hardest_optimum(structure, *evidence)
         error = structure.error(target)
         if options.on_block is not None:
             options.on_block(structure, error)

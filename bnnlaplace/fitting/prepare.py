@@ -67,17 +67,23 @@ class Model(NamedTuple):
         An example counts as many times as its weight says.
         """
         total, _ = accumulate(self.data, step)
+        return total, self.scale()
+
+    def scale(self) -> float:
+        """(all training examples) / (examples in `data`), known after a pass."""
         count = self.data.total_weight
         if self.num_data is not None and self.num_data < count:
             raise ValueError(
                 f"fit(num_data=...) must be the size of the whole training set, so at least that of data, "
                 f"{count:.15g}; got {self.num_data}"
             )
-        return total, 1.0 if self.num_data is None else self.num_data / count
+        return 1.0 if self.num_data is None else self.num_data / count
 
     def batch_log_likelihood(self, batch: Batch, *, microbatch: int) -> LogLikelihood:
         """The log likelihood of one batch, and its gradient."""
-        return batch_log_likelihood(self.head, self.likelihood, self.head.params, *batch, microbatch=microbatch)
+        inputs, targets, weights, _ = batch
+        arguments = self.head, self.likelihood, self.head.params, inputs, targets, weights
+        return batch_log_likelihood(*arguments, microbatch=microbatch)
 
     def log_likelihood(self, *, microbatch: int) -> tuple[LogLikelihood, float]:
         """The log likelihood of all training examples, estimated from `data` in one pass, and the scale of `data`."""

@@ -6,7 +6,7 @@ Arrays are one batch. An iterable is read again in every pass, so that the data 
 import copy
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,11 +44,14 @@ class Batch(NamedTuple):
         What the likelihood compares the outputs with.
     weights
         How many times each example counts, by default once; zero for padding, which comes last.
+    points
+        Where the curvature of the likelihood is evaluated, if that is not at the outputs.
     """
 
     inputs: Inputs
     targets: AnyArray
     weights: Float[Array, " B"]
+    points: Float[AnyArray, "B ..."] | None = None
 
 
 class Data:
@@ -88,6 +91,7 @@ class Data:
         self._total_weight = 0.0
         self._ordered = False
         self._checksums: list[int] | None = None
+        self._points: Sequence[Float[AnyArray, "B ..."]] | None = None
 
     def checked(self, check: Callable[[Inputs, AnyArray], None]) -> "Data":
         """Return the same data, with a check of each batch in the first pass."""
@@ -102,6 +106,15 @@ class Data:
         data._ordered, data._checksums = is_iterable, None
         return data
 
+    def with_points(self, points: Sequence[Float[AnyArray, "B ..."]]) -> "Data":
+        """Return the same data with the points of each batch, in the order of the batches.
+
+        Data of which an earlier pass was `in_order` are checked against that pass.
+        """
+        data = copy.copy(self)
+        data._points = points
+        return data
+
     def few(self) -> "Data":
         """Return the first batch alone, with the `length` of all data. No pass is used up."""
         return Data([self._head], self._head, length=self.length)
@@ -114,7 +127,7 @@ class Data:
         ValueError
             If batches differ in structure, or this pass gives more or fewer examples than the first one.
         """
-        expected, count, total_weight, checksums = None, 0, 0.0, []
+        expected, count, total_weight, checksums, points = None, 0, 0.0, [], iter(self._points or ())
         for pair in self._pairs:
             # Later passes give the same numbers again, or an error.
             pair = as_pair(pair, is_checked=self._count is not None)
@@ -135,7 +148,8 @@ class Data:
             if self._ordered:
                 checksums.append(_checksum(pair))
                 self._check_order(checksums)
-            yield _padded(pair, len(self._head.targets))
+            batch = _padded(pair, len(self._head.targets))
+            yield batch if self._points is None else batch._replace(points=next(points))
         if self._count not in (None, count):
             raise ValueError(
                 f"fit(data=...) must give the same batches in every pass; the first gave {self._count} examples, a "

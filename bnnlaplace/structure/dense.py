@@ -150,6 +150,12 @@ class DenseStructure:
         whitened = self._factor_at(float(prior_precision)).whitened(vector)
         return float(whitened @ whitened)
 
+    def inverse_product(
+        self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision
+    ) -> Float[np.ndarray, " P"]:
+        """(G + delta I)^-1 v, in float64."""
+        return self._factor_at(float(prior_precision)).solved(vector)
+
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows L'^-1 eps with the Cholesky factor L of G + delta I."""
         root = self._root_at(prior_precision)
@@ -266,6 +272,11 @@ class _Factor:
         if is_inverse:
             return matrix @ vector
         return scipy.linalg.solve_triangular(matrix, vector, lower=True, check_finite=False)
+
+    def solved(self, vector: Float[np.ndarray, " P"]) -> Float[np.ndarray, " P"]:
+        """(L L')^-1 v."""
+        is_inverse, matrix = self._is_inverse_and_matrix
+        return matrix.T @ (matrix @ vector) if is_inverse else scipy.linalg.cho_solve((matrix, True), vector)
 
     @cached_property
     def root(self) -> Float[Array, "P P"]:

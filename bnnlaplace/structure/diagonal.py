@@ -72,6 +72,12 @@ class DiagonalStructure(NamedTuple):
         """v' diag(1 / (diag(G) + delta)) v."""
         return float(np.sum(vector**2 / (np.asarray(self.diagonal, np.float64) + prior_precision)))
 
+    def inverse_product(
+        self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision
+    ) -> Float[np.ndarray, " P"]:
+        """diag(1 / (diag(G) + delta)) v, in float64."""
+        return vector / (np.asarray(self.diagonal, np.float64) + prior_precision)
+
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows eps / sqrt(diag(G) + delta)."""
         noise = jax.random.normal(key, (num_samples, self.diagonal.size), self.diagonal.dtype)

@@ -169,6 +169,14 @@ class KroneckerStructure(NamedTuple):
         delta = float(prior_precision)
         return float(sum(np.sum(whitened(root_of(block, delta), leaf_values) ** 2) for block, leaf_values in parts))
 
+    def inverse_product(
+        self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision
+    ) -> Float[np.ndarray, " P"]:
+        """(G + delta I)^-1 v, in float64."""
+        parts = _on_host(self)._parts(np.asarray(vector, np.float64))
+        roots = ((root_of(block, float(prior_precision)), leaf_values) for block, leaf_values in parts)
+        return np.concatenate([coloured(root, whitened(root, leaf_values)) for root, leaf_values in roots])
+
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows Q diag((lambda + delta)^-1/2) eps, with the eigenvectors Q and eigenvalues lambda of each block."""
         dtype = jax.tree.leaves(self)[0].dtype

@@ -232,6 +232,16 @@ class KrylovStructure(NamedTuple):
         outside = max(vector @ vector - inside @ inside, 0.0)
         return float(np.sum(along**2 / (self.ritz.values + prior_precision)) + outside / prior_precision)
 
+    def inverse_product(
+        self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision
+    ) -> Float[np.ndarray, " P"]:
+        """Multiply v by the inverse of the Ritz pairs, and what is outside of the basis by 1 / delta."""
+        basis, delta = self.decomposition.basis, float(prior_precision)
+        along = self.ritz.vectors.T @ np.asarray(matmul(basis, jnp.asarray(vector, basis.dtype)), np.float64)
+        # 1 / (theta + delta) - 1 / delta without the difference.
+        change = self.ritz.vectors @ (along * -self.ritz.values / (self.ritz.values + delta))
+        return (vector + np.asarray(matmul(jnp.asarray(change, basis.dtype), basis), np.float64)) / delta
+
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows (G + delta I)^-1/2 z, for probes z chosen without replacement and with random signs.
 

@@ -67,6 +67,12 @@ class Structure(Protocol):
         """v' (G + delta I)^-1 v."""
         ...
 
+    def inverse_product(
+        self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision
+    ) -> Float[np.ndarray, " P"]:
+        """(G + delta I)^-1 v on the host. Outside a truncated basis the prior alone counts."""
+        ...
+
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows from N(0, (G + delta I)^-1)."""
         ...

@@ -105,6 +105,14 @@ class SpectralStructure(NamedTuple):
         values = np.asarray(self.eigenvalues, np.float64)
         return float(np.sum(along**2 / (values + prior_precision)) + outside / prior_precision)
 
+    def inverse_product(
+        self, vector: Float[np.ndarray, " P"], prior_precision: PriorPrecision
+    ) -> Float[np.ndarray, " P"]:
+        """V' (lambda + delta)^-1 V v + (v - V' V v) / delta."""
+        inside, outside = _inside_and_outside(self.eigenvectors, jnp.asarray(vector, self.eigenvectors.dtype))
+        inside = matmul(inside / (self.eigenvalues + prior_precision), self.eigenvectors)
+        return np.asarray(inside + outside / prior_precision, np.float64)
+
     def samples(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S P"]:
         """Draw rows V' (lambda + delta)^-1/2 V eps + (eps - V' V eps) / sqrt(delta).
 

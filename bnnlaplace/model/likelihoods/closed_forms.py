@@ -1,12 +1,14 @@
 """The curvature Lambda of outputs as numbers: in closed form for likelihoods of the package, by columns for others."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int
 
 from bnnlaplace.core.linalg import einsum
-from bnnlaplace.model.likelihoods import bernoulli, categorical, gaussian, heteroscedastic
+from bnnlaplace.model.likelihoods import bernoulli, categorical, gaussian, heteroscedastic, sites
 from bnnlaplace.model.likelihoods.record import Likelihood
 from bnnlaplace.model.likelihoods.tempered import untempered
 
@@ -16,8 +18,15 @@ _OF_DIAGONALS = (gaussian._gaussian_hessian_mv, bernoulli._bernoulli_hessian_mv,
 _MOST_NUMBERS = 2**20
 
 
-def curvature_diagonal(likelihood: Likelihood, outputs: Float[Array, "M C"]) -> Float[Array, "M C"]:
-    """Compute the diagonal of Lambda at each example. Cost: M C numbers in closed form, otherwise M C^2."""
+def curvature_diagonal(likelihood: Likelihood, outputs: Float[Array, "M ... C"]) -> Float[Array, "M C"]:
+    """Compute the diagonal of Lambda at each example. Cost: M C numbers in closed form, otherwise M C^2.
+
+    The outputs of the likelihoods in `sites` are their points.
+    """
+    if (factors := sites.factors_of(likelihood, outputs)) is not None:
+        return jnp.sum(factors**2, axis=-1)
+    if (of_sample := sites.of_sample(likelihood)) is not None:
+        return jnp.mean(jax.vmap(partial(curvature_diagonal, of_sample), 1)(outputs), axis=0)
     if _is_diagonal(likelihood):
         return likelihood.hessian_mv(outputs, jnp.ones_like(outputs))
     if _is_softmax(likelihood):
@@ -26,9 +35,17 @@ def curvature_diagonal(likelihood: Likelihood, outputs: Float[Array, "M C"]) -> 
 
 
 def curvature_sum(
-    likelihood: Likelihood, outputs: Float[Array, "M C"], weights: Float[Array, " M"]
+    likelihood: Likelihood, outputs: Float[Array, "M ... C"], weights: Float[Array, " M"]
 ) -> Float[Array, "C C"]:
-    """Compute sum_n w_n Lambda_n. Cost: M C numbers for a diagonal, a product of matrices for a softmax, else M C^2."""
+    """Compute sum_n w_n Lambda_n. Cost: M C numbers for a diagonal, a product of matrices for a softmax, else M C^2.
+
+    The outputs of the likelihoods in `sites` are their points.
+    """
+    if (factors := sites.factors_of(likelihood, outputs)) is not None:
+        return einsum("m,mck,mdk->cd", weights, factors, factors)
+    if (of_sample := sites.of_sample(likelihood)) is not None:
+        by_sample = jax.lax.map(lambda f: curvature_sum(of_sample, f, weights), jnp.moveaxis(outputs, 1, 0))
+        return jnp.mean(by_sample, axis=0)
     if _is_diagonal(likelihood):
         return jnp.diag(einsum("m,mc->c", weights, curvature_diagonal(likelihood, outputs)))
     if _is_softmax(likelihood):

@@ -1,0 +1,98 @@
+"""The options of the variational posterior, and what it reports after each iteration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from bnnlaplace.core import checks
+
+
+class Progress(NamedTuple):
+    """One iteration of the variational fit.
+
+    Attributes
+    ----------
+    iteration
+        Its number, from 1.
+    elbo
+        The evidence lower bound in nats.
+    expected_log_likelihood
+        E_q log p(D | f) in nats; divided by the number of examples it is minus their mean NLL under q's logarithms.
+    damping
+        How far the sites went towards their averages, between 0 and 1. It is halved where the bound would fall.
+    newton_steps, products
+        Newton steps in the mean, and the GGN products of their conjugate gradients.
+    """
+
+    iteration: int
+    elbo: float
+    expected_log_likelihood: float
+    damping: float
+    newton_steps: int
+    products: int
+
+
+@dataclass(frozen=True)
+class Variational:
+    """The options of `Laplace.fit(approximation=Variational(...))`.
+
+    Parameters
+    ----------
+    num_samples
+        Samples of the outputs at each training input, an even number: expectations are averages over these. "lanczos"
+        uses two for each probe instead.
+    tolerance
+        The iteration ends if the evidence lower bound changes by less than this, in nats.
+    max_iterations
+        The largest number of iterations. Each computes the curvature once.
+    max_newton_steps
+        The largest number of Newton steps in the mean within an iteration.
+    on_iteration
+        Called with the `Progress` of each iteration, such as `print`.
+
+    Raises
+    ------
+    ValueError
+        If an option has another type or range.
+    """
+
+    num_samples: int = 64
+    tolerance: float = 0.5
+    max_iterations: int = 20
+    max_newton_steps: int = 8
+    on_iteration: Callable[[Progress], None] | None = None
+
+    def __post_init__(self) -> None:
+        count = checks.count(self.num_samples, "Variational(num_samples=...)", least=2, advice="try 64")
+        if count % 2:
+            raise ValueError(
+                f"Variational(num_samples=...) must be even, as samples come in pairs; got {count}; try {count + 1}"
+            )
+        is_number = isinstance(self.tolerance, (int, float, np.number)) and not isinstance(self.tolerance, bool)
+        if not (is_number and 0 < self.tolerance < np.inf):
+            raise ValueError(
+                f"Variational(tolerance=...) must be a positive number of nats; got {self.tolerance!r:.80}; try 0.5"
+            )
+        checks.count(self.max_iterations, "Variational(max_iterations=...)", advice="try 20")
+        checks.count(self.max_newton_steps, "Variational(max_newton_steps=...)", advice="try 8")
+        if self.on_iteration is not None and not callable(self.on_iteration):
+            raise ValueError(
+                "Variational(on_iteration=...) must be a function of a Progress; got "
+                f"{self.on_iteration!r:.80}; try print"
+            )
+
+
+def resolve(approximation: object) -> Variational | None:
+    """Turn what a user gives as `fit(approximation=...)` into options; None stands for "laplace".
+
+    Raises
+    ------
+    ValueError
+        If it is neither a known name nor a `Variational`.
+    """
+    if isinstance(approximation, Variational):
+        return approximation
+    checks.choice(approximation, "fit(approximation=...)", ("laplace", "variational"))
+    return Variational() if approximation == "variational" else None

@@ -1,0 +1,80 @@
+"""The sites of all examples, and the model whose curvature they are."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from bnnlaplace.core.types import AnyArray
+from bnnlaplace.fitting.prepare import Model
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.likelihoods import sites
+from bnnlaplace.variational.draws import Draws
+from bnnlaplace.variational.expectations import site_curvature
+
+
+class Sites(NamedTuple):
+    """The averaged curvature W_n of each example, batch by batch.
+
+    Attributes
+    ----------
+    batches
+        Matrices W (B, ..., C, C) in float64; or, if there are more outputs than samples, samples of the outputs
+        (B, ..., S, C), of which W is the average.
+    by_samples
+        Whether they are samples.
+    """
+
+    batches: list[Float[np.ndarray, "B ..."]]
+    by_samples: bool
+
+    def towards(self, other: "Sites", share: float) -> "Sites":
+        """Go a part of the way to other sites.
+
+        Matrices are averaged. Of samples that part is replaced, the same of each example.
+        """
+        if share == 1:
+            return other
+        pairs = zip(self.batches, other.batches, strict=True)
+        if not self.by_samples:
+            return Sites([(1 - share) * old + share * new for old, new in pairs], False)
+        return Sites([_replaced(old, new, share) for old, new in pairs], True)
+
+
+def _replaced(old: Float[np.ndarray, "... S C"], new: Float[np.ndarray, "... S C"], share: float) -> np.ndarray:
+    count = new.shape[-2]
+    kept = np.resize(np.arange(old.shape[-2]), count)  # a fit begins with a single sample
+    is_new = np.floor(share * np.arange(1, count + 1)) > np.floor(share * np.arange(count))
+    return np.where(is_new[:, None], new, old[..., kept, :])
+
+
+def are_by_samples(num_outputs: int, num_pairs: int) -> bool:
+    """Whether samples of the outputs at one position are fewer numbers than a matrix."""
+    return num_outputs > 2 * num_pairs
+
+
+def sites_of(likelihood: Likelihood, draws: Sequence[Draws], by_samples: bool | None = None) -> Sites:
+    """Average the curvature of the likelihood over the samples of each batch."""
+    if by_samples is None:
+        by_samples = are_by_samples(draws[0].mean.shape[-1], len(draws[0].deviations))
+    if not by_samples:
+        return Sites([site_curvature(likelihood, each) for each in draws], False)
+    return Sites([_in_random_order(np.asarray(each.samples())) for each in draws], True)
+
+
+def _in_random_order(samples: Float[AnyArray, "S B ... C"]) -> Float[np.ndarray, "B ... S C"]:
+    """Put the samples of each example and position in an order of its own, the same at every call."""
+    by_example = np.moveaxis(samples, 0, -2)
+    order = np.random.default_rng(0).random(by_example.shape[:-1]).argsort(axis=-1)
+    return np.take_along_axis(by_example, order[..., None], axis=-2)
+
+
+def at_sites(model: Model, where: Sites) -> Model:
+    """The model with the curvature of the sites in place of that of the likelihood."""
+    if where.by_samples:
+        points, likelihood = where.batches, sites.by_samples(model.likelihood)
+    else:
+        points, likelihood = [sites.roots(each) for each in where.batches], sites.by_factors(model.likelihood)
+    return model._replace(likelihood=likelihood, data=model.data.with_points([jnp.asarray(each) for each in points]))
