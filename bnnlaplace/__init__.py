@@ -8,7 +8,7 @@ decomposition (`krylov`) and what is fitted from it (`structure`); the evidence 
 
 from bnnlaplace import calibration, curvature, evidence, krylov, predictive, prior, structure
 from bnnlaplace.calibration import detection, temperature
-from bnnlaplace.core.types import Estimate, LinearOperator, LowerBound, NotAModeWarning
+from bnnlaplace.core.types import Estimate, LinearOperator, LowerBound, NotAModeWarning, SaturatedPosteriorWarning
 from bnnlaplace.laplace import Laplace
 from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian, heteroscedastic, tempered
 from bnnlaplace.model.network import Network
@@ -23,6 +23,7 @@ __all__ = [
     "LowerBound",
     "Network",
     "NotAModeWarning",
+    "SaturatedPosteriorWarning",
     "Variational",
     "bernoulli",
     "calibration",

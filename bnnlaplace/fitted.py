@@ -21,6 +21,7 @@ from bnnlaplace.model.batched import at_features
 from bnnlaplace.model.likelihood import Likelihood, with_noise
 from bnnlaplace.model.likelihood import resolve as resolve_likelihood
 from bnnlaplace.model.network import Network
+from bnnlaplace.model.sample import Sample
 from bnnlaplace.model.subset import Subset
 from bnnlaplace.model.subset import check as check_subset
 from bnnlaplace.model.weights import like_weights
@@ -145,6 +146,8 @@ class Fitted(NamedTuple):
         plus half of the effective parameters, and the average of its gradient; see `bnnlaplace.variational.fit`.
     bound
         For a variational posterior; None for a Laplace approximation.
+    sample
+        A few training examples.
     """
 
     network: Network
@@ -153,6 +156,7 @@ class Fitted(NamedTuple):
     structure: Structure
     log_likelihood: LogLikelihood
     bound: Bound | None = None
+    sample: Sample = Sample()
 
     # --- the same curvature at another prior or noise ---------------------------------------------------------------
 

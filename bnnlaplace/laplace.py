@@ -15,7 +15,7 @@ from bnnlaplace.evidence.marginal import EvidenceCurve
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.continual import earlier_posterior
 from bnnlaplace.fitting.krylov import KrylovOptions
-from bnnlaplace.fitting.optimize_prior import Chosen, by_evidence, check_method
+from bnnlaplace.fitting.optimize_prior import Chosen, check_method
 from bnnlaplace.fitting.prepare import memory_estimate
 from bnnlaplace.model.data import PairOrBatches, as_data, check_inputs
 from bnnlaplace.model.likelihood import Likelihood, resolve
@@ -28,7 +28,7 @@ from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid
 from bnnlaplace.structure import KrylovError, KrylovStructure, Structure
-from bnnlaplace.variational import Variational, fit_posterior
+from bnnlaplace.variational import Variational, choose_prior, fit_posterior
 
 
 @register_unchecked(("state", "settings"), ())
@@ -309,7 +309,7 @@ class Laplace:
         grid_options = {"validation": validation, "precisions": precisions, **how}
         check_method(method, {**evidence_options, "refit": refit}, grid_options)
         if method == "marglik":
-            best = by_evidence(chosen, **evidence_options, max_refits=max_refits)
+            best = choose_prior(chosen, **evidence_options, max_refits=max_refits)
         else:
             curve = validation_curve(self.fitted, validation, precisions, **how)
             best = chosen.times(curve.choose() / self.prior.precision)

@@ -48,5 +48,9 @@ class LinearOperator(NamedTuple):
     size: int
 
 
+class SaturatedPosteriorWarning(UserWarning):
+    """The posterior does not fit the training data whose evidence chose its prior."""
+
+
 class NotAModeWarning(UserWarning):
     """The weights are far from a mode of the log joint."""

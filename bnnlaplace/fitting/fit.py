@@ -24,9 +24,13 @@ from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
+from bnnlaplace.model.sample import Sample
 from bnnlaplace.prior import Prior
 from bnnlaplace.structure import DenseStructure, DiagonalStructure, KroneckerStructure, SpectralStructure, Structure
 from bnnlaplace.structure.finite import are_finite, check_finite, check_in_range, check_products, not_finite
+
+# Training examples that a posterior keeps.
+NUM_KEPT = 64
 
 # The structures that need one pass over the data. For each: the function that computes the curvature of a batch, whose
 # results add up over batches, and the function that makes the structure from the sum and the rounding of derivatives.
@@ -82,7 +86,7 @@ def fit(
     else:
         fitted = _fit_products(model, prior, krylov, microbatch=microbatch)
     warn_unless_mode(fitted)
-    return fitted
+    return fitted._replace(sample=Sample(data.sample(NUM_KEPT)))
 
 
 def _fit_exact(

@@ -44,7 +44,7 @@ class Chosen(NamedTuple):
     fitted: Fitted
     settings: Settings
     refit: Callable[[Any], Any] | None = None
-    wrap: Callable[[Unfitted, Settings], Any] | None = None
+    wrap: Callable[[Unfitted | Fitted, Settings], Any] | None = None
 
     def at(self, precision: Precision) -> "Chosen":
         """The same curvature at another precision. Raises ValueError if it depends on ratios that change."""
@@ -70,11 +70,18 @@ class Chosen(NamedTuple):
                 "or 'full'"
             )
         settings = self.settings.at(precision)
-        unfitted = Unfitted.of(self.fitted.network, self.fitted.likelihood, settings)
+        return self._refitted(Unfitted.of(self.fitted.network, self.fitted.likelihood, settings), settings)
+
+    def fitted_again(self) -> "Chosen":
+        """Fit the posterior again, from where it is now."""
+        return self._refitted(self.fitted, self.settings)
+
+    def _refitted(self, state: Unfitted | Fitted, settings: Settings) -> "Chosen":
+        """Call the user's function, and check what it returns."""
         with warnings.catch_warnings():
             # The user asked to move the prior precision at fixed weights, and knows that they leave the mode.
             warnings.simplefilter("ignore", NotAModeWarning)
-            refitted = self.refit(self.wrap(unfitted, settings))
+            refitted = self.refit(self.wrap(state, settings))
         if not isinstance(getattr(refitted, "state", None), Fitted):
             raise ValueError(
                 "optimize_prior_precision(refit=...) must return the fitted Laplace; got "
@@ -107,7 +114,9 @@ def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
         return not np.isnan(pair[0]).any() and not np.allclose(*pair, rtol=rtol, atol=atol)
 
     got = None
-    if settings.hessian_structure != asked.settings.hessian_structure:
+    if (fitted.bound is None) != (before.bound is None):
+        got = "a variational posterior" if before.bound is None else "a Laplace approximation"
+    elif settings.hessian_structure != asked.settings.hessian_structure:
         got = f"hessian_structure={settings.hessian_structure!r}"
     elif fitted.likelihood.name != before.likelihood.name:
         got = f"the likelihood {fitted.likelihood.name!r:.80} for {before.likelihood.name!r:.80}"

@@ -115,6 +115,14 @@ class Data:
         data._points = points
         return data
 
+    def sample(self, count: int) -> "Data":
+        """Return up to `count` examples of the first batch, evenly spaced. No pass is used up."""
+        inputs, targets, weights = self._head
+        present = len(targets) if weights is None else int(np.count_nonzero(weights))
+        index = np.unique(np.linspace(0, present - 1, count).astype(int))
+        pair = Pair(examples(inputs, index), targets[index], None if weights is None else weights[index])
+        return Data([pair], pair, length=len(index))
+
     def few(self) -> "Data":
         """Return the first batch alone, with the `length` of all data. No pass is used up."""
         return Data([self._head], self._head, length=self.length)

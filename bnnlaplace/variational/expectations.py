@@ -77,6 +77,16 @@ def _mean_log_probs(likelihood: Likelihood, draws: Draws) -> Float[Array, " B"]:
     return _log_probs(likelihood, draws.samples(), draws).mean(axis=0)
 
 
+@jax.jit
+def log_mean_probs(likelihood: Likelihood, draws: Draws) -> Float[Array, " B"]:
+    """log E p(y | f) of each example, over all of its positions; each position has an average of its own."""
+    samples = draws.samples()
+    by_sample = jax.vmap(lambda outputs: likelihood.log_prob(outputs, draws.targets))(samples)
+    by_position = jax.nn.logsumexp(by_sample, axis=0) - jnp.log(len(samples))
+    counted = over_outputs(draws.weights, by_position)
+    return jnp.where(counted > 0, counted * by_position, 0).reshape(len(by_position), -1).sum(axis=-1)
+
+
 def site_curvature(likelihood: Likelihood, draws: Draws) -> Float[np.ndarray, "B ... C C"]:
     """W = E Lambda(f) of each example and position, as matrices in float64 on the host."""
     return np.asarray(_dense(likelihood, draws), np.float64)

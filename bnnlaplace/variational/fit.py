@@ -43,8 +43,9 @@ from bnnlaplace.variational.mean import MeanStep, settle, with_mean
 from bnnlaplace.variational.options import Progress, Variational, resolve
 from bnnlaplace.variational.sites import Sites, are_by_samples, at_sites, sites_of
 
-# The first step of the sites, and the smallest one before the fit gives up.
-FIRST_DAMPING, LEAST_DAMPING = 0.7, 1 / 64
+# The first step of the sites, by how much it grows after one that was accepted, and the smallest one before the fit
+# gives up.
+FIRST_DAMPING, GROWTH, LEAST_DAMPING = 0.7, 1.25, 1 / 64
 # Newton's method ends if it gains less than this part of the tolerance.
 OF_TOLERANCE = 0.1
 
@@ -197,8 +198,9 @@ def _iterate(context: _Context, structure: Structure | None) -> tuple[_Iterate, 
         progress.append(record)
         if options.on_iteration is not None:
             options.on_iteration(record)
-        if best is None or change > -options.tolerance:
-            best = new
+        # The sites maximise the bound itself, and not its average over samples: at a finite number of these it may fall.
+        if best is None or change > -max(options.tolerance, new.bound.sem):
+            best, damping = new, min(1.0, GROWTH * damping) if best is not None else damping
         else:
             damping /= 2
         if abs(change) < options.tolerance or damping < LEAST_DAMPING:

@@ -97,7 +97,7 @@ def settle(
     pass over the data.
     """
     relative = np.asarray(prior.relative, np.float64)
-    precision = float(prior.precision) * relative
+    precision = np.asarray(float(prior.precision) * relative)
     centre = np.asarray(prior.mean, np.float64)
     draws, products, decrement = list(draws), 0, np.inf
     for step in range(max_steps + 1):  # noqa: B007

@@ -1,0 +1,68 @@
+"""Choose the prior precision by the evidence, or by the lower bound of a variational posterior."""
+
+import warnings
+
+import numpy as np
+from jaxtyping import Float
+
+from bnnlaplace.core import checks
+from bnnlaplace.fitted import Fitted
+from bnnlaplace.fitting.optimize_prior import NEGLIGIBLE_FACTOR, Chosen, PriorStructure, by_evidence
+from bnnlaplace.variational.saturation import training_fit, warn_if_saturated
+
+
+def choose_prior(
+    chosen: Chosen, prior_structure: PriorStructure | None, *, optimize_sigma_noise: bool, max_refits: int
+) -> Chosen:
+    """Maximise the evidence or the lower bound. Parameters are those of `fitting.optimize_prior.by_evidence`.
+
+    A Laplace approximation is compared with a few training examples afterwards, and a warning says if it does not fit
+    them.
+    """
+    if chosen.fitted.bound is not None:
+        return _by_bound(chosen, prior_structure, max_refits)
+    best = by_evidence(chosen, prior_structure, optimize_sigma_noise=optimize_sigma_noise, max_refits=max_refits)
+    sample, is_gaussian = best.fitted.sample.data, best.fitted.likelihood.sigma_noise is not None
+    if sample is not None and not is_gaussian:  # the posterior of a regression is the Gaussian at the mode
+        warn_if_saturated(training_fit(best.fitted, sample))
+    return best
+
+
+def _by_bound(chosen: Chosen, prior_structure: PriorStructure | None, max_refits: int) -> Chosen:
+    """Maximise the bound at the present sites and mean, and fit again, until the precisions have settled.
+
+    While the sites stay, the bound depends on the prior as the evidence of a Laplace approximation does. So each step
+    is that of `by_evidence`.
+    """
+    checks.count(max_refits, "optimize_prior_precision(max_refits=...)", advice="try 10")
+    for _ in range(max_refits):
+        now = _precisions(chosen.fitted)
+        with warnings.catch_warnings():
+            # If ratios change, "lanczos" is fitted again within the step, too.
+            warnings.filterwarnings("ignore", "the prior precisions have not settled")
+            proposed = by_evidence(chosen, prior_structure, max_refits=1)
+        change = float(np.abs(np.log(_precisions(proposed.fitted) / now)).max())
+        if chosen.refit is None:
+            _warn_of_old_sites(change)
+            return proposed
+        chosen = proposed.fitted_again()
+        if change <= np.log(NEGLIGIBLE_FACTOR):
+            return chosen
+    checks.warn(
+        f"the prior precisions have not settled after {max_refits} fits: the last step changed one by a factor of "
+        f"{np.exp(change):.2g}; raise max_refits"
+    )
+    return chosen
+
+
+def _precisions(fitted: Fitted) -> Float[np.ndarray, "..."]:
+    return float(fitted.prior.precision) * np.atleast_1d(np.asarray(fitted.prior.relative, np.float64))
+
+
+def _warn_of_old_sites(change: float) -> None:
+    if change > np.log(NEGLIGIBLE_FACTOR):
+        checks.warn(
+            f"the prior precision has moved by a factor of {np.exp(change):.2g}, and the averaged curvature is still "
+            "that of the former one; pass optimize_prior_precision(refit=lambda la: la.fit(data, key=key, "
+            "approximation='variational')) to settle both"
+        )
