@@ -198,7 +198,7 @@ def _iterate(context: _Context, structure: Structure | None) -> tuple[_Iterate, 
         progress.append(record)
         if options.on_iteration is not None:
             options.on_iteration(record)
-        # The sites maximise the bound itself, and not its average over samples: at a finite number of these it may fall.
+        # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
         if best is None or change > -max(options.tolerance, new.bound.sem):
             best, damping = new, min(1.0, GROWTH * damping) if best is not None else damping
         else:

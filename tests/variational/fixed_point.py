@@ -63,7 +63,7 @@ def solve(network, params, inputs, targets, precision, key, num_samples, *, keep
     offsets = np.asarray(network(params, inputs)) - jacobians @ flat
     noise = standard_noise(key, len(inputs), jacobians.shape[1], num_samples)
     identity = np.eye(len(flat))
-    mean, variances = flat, None
+    mean = flat
     _, residuals, curvatures = averages((offsets + jacobians @ mean)[None], targets)
     for _ in range(200):
         ggn = keep(oracles.ggn(jacobians, curvatures))
