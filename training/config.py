@@ -121,6 +121,9 @@ class Data:
     """Use only this many training images (stratified by class); default: all."""
     validation_examples: Count | None = None
     """If the set has no validation split: how many training images to hold out (stratified); default: a tenth."""
+    wrong_labels: Fraction = 0.0
+    """Replace this fraction of the training labels by other classes, at random but alike in every run. Labels for
+    validation and test stay as they are. An experiment: how does a method do when some labels are wrong?"""
     augment: bool = False
     """Random pad-crop and horizontal flip of the training images. For natural colour images."""
 

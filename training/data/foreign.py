@@ -1,5 +1,6 @@
 """Images that a network was not trained for: inverted images, noise, or the images of another data set."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 
 from training.data.reading import Split, load_split
 from training.data.shuffle import permutation
+from training.errors import UserError
 
 # Streams of the run's seed. The epochs use the streams 0, 1, ...
 _NOISE_STREAM, _FOREIGN_STREAM = 2**63 + 1, 2**63 + 2
@@ -47,6 +49,33 @@ def out_of_distribution(name: str, split: Split, data_dir: Path | None, seed: in
     chosen = np.sort(permutation(seed, _FOREIGN_STREAM, len(foreign.images))[: len(split.images)])
     _, height, width, channels = split.images.shape
     return _resize(_to_channels(foreign.images[chosen], channels), height, width)
+
+
+def foreign_sets(names: Sequence[str], split: Split, data_dir: Path | None, seed: int) -> dict[str, np.ndarray]:
+    """Return several sets of foreign images, each as `out_of_distribution` returns it.
+
+    Parameters
+    ----------
+    names : sequence of str
+        What `out_of_distribution` takes as its name, each once.
+    split, data_dir, seed
+        As for `out_of_distribution`. A set is the same whatever others there are.
+
+    Returns
+    -------
+    dict of str to ndarray of uint8, shape (M, H, W, C)
+        By name, in the order of `names`. All are loaded before the first is used, because one may be missing.
+
+    Raises
+    ------
+    UserError
+        A name is there twice, or there is none, or see `out_of_distribution`.
+    """
+    if isinstance(names, str) or not names or len(set(names)) < len(names):
+        raise UserError(
+            f"the foreign images must be a list of different names; got {names!r}; try ('inverted', 'noise')"
+        )
+    return {name: out_of_distribution(name, split, data_dir, seed) for name in names}
 
 
 def _to_channels(images: np.ndarray, channels: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from training.data.shuffle import permutation, stratified_indices
 from training.errors import UserError
 
 # All runs share these seeds, and so their splits. They are large, so that no run's own seed draws the same numbers.
-_HOLD_OUT_SEED, _SUBSET_SEED = 2**63 + 1, 2**63 + 2
+_HOLD_OUT_SEED, _SUBSET_SEED, _WRONG_SEED = 2**63 + 1, 2**63 + 2, 2**63 + 3
 
 
 class ImageData(NamedTuple):
@@ -30,6 +30,7 @@ def load(config: Data) -> ImageData:
 
     If the set has a validation split, it is used. Otherwise a stratified part of the training split is held out, the
     same part in every run. `train_examples` then chooses among the rest, so it never changes the validation examples.
+    `wrong_labels` comes last: validation and test labels are always those of the set.
 
     Parameters
     ----------
@@ -67,7 +68,47 @@ def load(config: Data) -> ImageData:
         _check_count("data.train_examples", config.train_examples, len(train.labels))
         train = _take(train, stratified_indices(train.labels, config.train_examples, _SUBSET_SEED))
     _check_shapes(config, train, validation, test)
+    if config.wrong_labels:
+        train = Split(train.images, with_wrong_labels(train.labels, config.wrong_labels, len(class_names)))
     return ImageData(config.name, class_names, train, validation, test)
+
+
+def with_wrong_labels(labels: np.ndarray, fraction: float, num_classes: int) -> np.ndarray:
+    """Replace a fraction of the labels by other classes, the same ones in every run.
+
+    Parameters
+    ----------
+    labels : ndarray of int32, shape (N,)
+        Classes from 0 to `num_classes` - 1.
+    fraction : float
+        In [0, 1): rounded to a number of examples. They are chosen uniformly, whatever their class. A larger fraction
+        replaces the same labels as a smaller one, by the same classes, and some more.
+    num_classes : int
+        A new label is any of the other classes with equal probability.
+
+    Returns
+    -------
+    ndarray of int32, shape (N,)
+        `labels` is left as it is.
+
+    Raises
+    ------
+    UserError
+        The fraction is less than half an example, or there is one class alone.
+    """
+    count = round(fraction * labels.size)
+    if fraction and (not count or num_classes < 2):
+        raise UserError(
+            f"`data.wrong_labels` must be 0, or replace at least one label by another of two or more classes; got "
+            f"{fraction} for {labels.size} training images of {num_classes} classes; use a larger fraction, or 0"
+        )
+    chosen = permutation(_WRONG_SEED, 0, labels.size)[:count]
+    # The raw stream is fixed for ever; a word modulo the number of classes is uniform to 1 in 2**60.
+    words = np.random.Philox(key=np.array([_WRONG_SEED, 1], dtype=np.uint64)).random_raw(labels.size)[chosen]
+    steps = 1 + (words % np.uint64(max(num_classes - 1, 1))).astype(np.int64)
+    replaced = labels.copy()
+    replaced[chosen] = (labels[chosen] + steps) % num_classes
+    return replaced
 
 
 def with_statistics(config: Data, images: np.ndarray) -> Data:

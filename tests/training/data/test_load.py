@@ -1,5 +1,6 @@
 """The images of a run: splits, hold-out, statistics of the pixels, order of the epochs, foreign images."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 from PIL import Image
 
 from training.config import Data
-from training.data.foreign import out_of_distribution
-from training.data.load import epoch_order, load, with_statistics
+from training.data.foreign import foreign_sets, out_of_distribution
+from training.data.load import epoch_order, load, with_statistics, with_wrong_labels
 from training.data.reading import Split, load_split
 from training.errors import UserError
 
@@ -72,6 +73,44 @@ def test_train_examples_are_stratified_and_leave_validation_alone(colour_set):
     assert np.array_equal(part.test.images, full.test.images)
     measured = statistics_of(Data(name="tiny", dir=colour_set, train_examples=9))
     np.testing.assert_allclose(measured.mean, part.train.images.mean(axis=(0, 1, 2)) / 255, rtol=1e-13)
+
+
+def test_wrong_labels_come_after_the_subset_and_leave_everything_else_alone(colour_set):
+    clean = load(Data(name="tiny", dir=colour_set, train_examples=30))
+    noisy = load(Data(name="tiny", dir=colour_set, train_examples=30, wrong_labels=0.2))
+    assert np.array_equal(noisy.train.images, clean.train.images)
+    assert np.sum(noisy.train.labels != clean.train.labels) == 6
+    assert noisy.train.labels.dtype == np.int32
+    for before, after in ((clean.validation, noisy.validation), (clean.test, noisy.test)):
+        assert np.array_equal(before.images, after.images) and np.array_equal(before.labels, after.labels)
+    again = load(Data(name="tiny", dir=colour_set, train_examples=30, wrong_labels=0.2))
+    assert np.array_equal(again.train.labels, noisy.train.labels)
+
+
+def test_wrong_labels_are_uniform_over_the_other_classes_and_nested():
+    labels = (np.arange(20_000) % 5).astype(np.int32)
+    before = labels.copy()
+    few, many = (with_wrong_labels(labels, fraction, 5) for fraction in (0.2, 0.4))
+    assert np.array_equal(labels, before)
+    assert (np.sum(few != labels), np.sum(many != labels)) == (4000, 8000)
+    assert np.array_equal(few[few != labels], many[few != labels])
+    table = np.zeros((5, 5), int)
+    np.add.at(table, (labels, many), 1)
+    others = table[~np.eye(5, dtype=bool)]  # 20 cells, of which each expects 400
+    assert others.sum() == 8000
+    assert np.abs(others - 400).max() < 4 * 20
+    assert np.array_equal(with_wrong_labels(labels, 0.0, 5), labels)
+    assert np.array_equal(
+        with_wrong_labels(labels % 2, 0.5, 2) != labels % 2, with_wrong_labels(labels, 0.5, 5) != labels
+    )
+
+
+@pytest.mark.parametrize(("fraction", "classes"), [(0.01, 3), (0.5, 1)])
+def test_wrong_labels_that_there_cannot_be(fraction, classes):
+    with pytest.raises(
+        UserError, match=f"`data.wrong_labels` must be 0, .*; got {fraction} for 9 .* of {classes} clas"
+    ):
+        with_wrong_labels(np.zeros(9, np.int32), fraction, classes)
 
 
 def test_statistics_are_those_of_the_config_where_it_has_them(colour_set):
@@ -172,6 +211,35 @@ def test_no_more_foreign_images_than_the_split_has(write_set, examples):
     for images in chosen.values():
         assert len({image.tobytes() for image in images} & {image.tobytes() for image, _ in written}) == 12
     assert not np.array_equal(chosen[0], chosen[1])
+
+
+def test_several_foreign_sets_are_each_what_it_is_alone(write_set, examples):
+    directory = write_set("foreign", {"test": examples(30, (12, 12, 3))})
+    images = np.stack([image for image, _ in examples(9, (8, 8, 1))])
+    split = Split(images, np.zeros(9, np.int32))
+    sets = foreign_sets(("foreign", "noise", "inverted"), split, directory, seed=2)
+    assert list(sets) == ["foreign", "noise", "inverted"]
+    for name, result in sets.items():
+        assert (result.shape, result.dtype) == ((9, 8, 8, 1), np.uint8)
+        assert np.array_equal(result, out_of_distribution(name, split, directory, seed=2))
+
+
+@pytest.mark.parametrize("names", ["noise", (), ("noise", "inverted", "noise")])
+def test_foreign_sets_are_different_names(names):
+    with pytest.raises(UserError, match="must be a list of different names"):
+        foreign_sets(names, Split(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32)), None, seed=0)
+
+
+real_sets = os.environ.get("BNNLAPLACE_TEST_DATA")
+
+
+@pytest.mark.skipif(not real_sets, reason="BNNLAPLACE_TEST_DATA names no directory of prepared sets")
+@pytest.mark.parametrize("shape", [(8, 8, 1), (28, 28, 1), (32, 32, 3)])
+def test_real_foreign_sets_take_the_shape_of_the_images(shape):
+    split = Split(np.zeros((50, *shape), np.uint8), np.zeros(50, np.int32))
+    for images in foreign_sets(("cifar100", "notmnist"), split, Path(real_sets), seed=0).values():
+        assert images.shape == (50, *shape)
+        assert len({image.tobytes() for image in images}) > 45
 
 
 def test_unknown_foreign_set(tmp_path):
