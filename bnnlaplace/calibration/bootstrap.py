@@ -34,6 +34,11 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether zero lies outside the interval: only then does a difference say which of two methods is better."""
+        return self.low > 0 or self.high < 0
+
 
 class Bootstrap(NamedTuple):
     """Metrics on the data and on R resamples of it.

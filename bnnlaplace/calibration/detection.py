@@ -4,15 +4,39 @@ Everything is float64 NumPy on one score per image. A higher score means more li
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported at their first use
 from jaxtyping import Float
 
 from bnnlaplace.calibration import predictions
+from bnnlaplace.calibration.predictions import Probs
 from bnnlaplace.core.types import AnyArray
 
 ScoresIn = Float[AnyArray, " N"] | Float[AnyArray, "N 1"]
 ScoresOut = Float[AnyArray, " M"] | Float[AnyArray, "M 1"]
+
+
+class RocCurve(NamedTuple):
+    """Shares of examples that are accepted at each threshold of a score.
+
+    Attributes
+    ----------
+    false_positive_rate
+        Share of the out-of-distribution examples whose score is at least the threshold, from 0 to 1.
+    true_positive_rate
+        The same share of the in-distribution examples.
+    thresholds
+        Infinity, which stands for accepting nothing, and then every distinct score, descending.
+    area
+        The area under the curve that joins the points by straight lines: `auroc`.
+    """
+
+    false_positive_rate: Float[np.ndarray, " T"]
+    true_positive_rate: Float[np.ndarray, " T"]
+    thresholds: Float[np.ndarray, " T"]
+    area: float
 
 
 def auroc(scores_in: ScoresIn, scores_out: ScoresOut) -> float:
@@ -41,6 +65,64 @@ def fpr_at_95_tpr(scores_in: ScoresIn, scores_out: ScoresOut) -> float:
         As for `auroc`.
     """
     return _detection_of_all(scores_in, scores_out)["fpr95"]
+
+
+def roc_curve(scores_in: ScoresIn, scores_out: ScoresOut) -> RocCurve:
+    """Return the ROC curve of detection: what is accepted of both sets, threshold by threshold.
+
+    Equal scores are accepted together, so ties between the sets are one oblique step, whose half is what `auroc`
+    counts.
+
+    Parameters
+    ----------
+    scores_in, scores_out
+        As for `auroc`: the largest class probability, or `-entropy(probs)`.
+
+    Returns
+    -------
+    RocCurve
+        From (0, 0) to (1, 1), with one point for each distinct score. O((N + M) log(N + M)).
+
+    Raises
+    ------
+    ValueError
+        If scores are not a non-empty vector or column, or NaN.
+
+    Examples
+    --------
+    >>> curve = roc_curve(np.array([0.9, 0.8, 0.5]), np.array([0.8, 0.3]))
+    >>> curve.true_positive_rate.round(2), curve.false_positive_rate, curve.area
+    (array([0.  , 0.33, 0.67, 1.  , 1.  ]), array([0. , 0. , 0.5, 0.5, 1. ]), 0.75)
+    """
+    scores_in = predictions.scores(scores_in, "scores_in")
+    scores_out = predictions.scores(scores_out, "scores_out")
+    levels = np.unique(np.concatenate([scores_in, scores_out]))[::-1]
+    accepted_in, accepted_out = (
+        len(scores) - np.r_[len(scores), np.searchsorted(np.sort(scores), levels, side="left")]
+        for scores in (scores_in, scores_out)
+    )
+    # Twice the area in whole pairs of examples, which is exact.
+    pairs = np.sum(np.diff(accepted_out) * (accepted_in[1:] + accepted_in[:-1]))
+    area = float(pairs / (2 * len(scores_in) * len(scores_out)))
+    return RocCurve(accepted_out / len(scores_out), accepted_in / len(scores_in), np.r_[np.inf, levels], area)
+
+
+def entropy(probs: Probs) -> Float[np.ndarray, " N"]:
+    """Entropy of each predicted distribution, -sum_c p_c log p_c in nats, from 0 (certain) to log C (uniform).
+
+    Its negative is a score of confidence for `auroc`, `roc_curve` and `rejection_curve`.
+
+    Parameters
+    ----------
+    probs
+        (N, C) class probabilities, or P(class 1) of a binary classifier, (N,) or (N, 1).
+
+    Raises
+    ------
+    ValueError
+        If the shape is wrong or a row is not a distribution.
+    """
+    return scipy.special.entr(predictions.rows(probs, "probs")).sum(axis=1)
 
 
 def weighted_detection(

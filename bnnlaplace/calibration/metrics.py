@@ -201,7 +201,7 @@ def reliability_bins(
     """
     _check_binning("reliability_bins", binning, weights)
     checked = predictions.labelled(probs, labels, weights)
-    columns, weights = _per_example(checked.probs, checked.labels), checked.weights
+    columns, weights = per_example(checked.probs, checked.labels), checked.weights
     edges, index = _binned(columns["confidence"], num_bins, binning)
     counts = np.bincount(index, weights, num_bins)
     once = 1 if weights is None else weights
@@ -303,13 +303,13 @@ def evaluate(
 
 
 def _mean(name: str, checked: Labelled) -> float:
-    """The mean over examples of one of the metrics of `_per_example`."""
-    return checked.mean(_per_example(checked.probs, checked.labels)[name])
+    """The mean over examples of one of the metrics of `per_example`."""
+    return checked.mean(per_example(checked.probs, checked.labels)[name])
 
 
 def _summed_gaps(checked: Labelled, num_bins: int, binning: Binning) -> Float[np.ndarray, " {num_bins}"]:
     """Sum the gaps of the examples of each bin."""
-    columns = _per_example(checked.probs, checked.labels)
+    columns = per_example(checked.probs, checked.labels)
     _, index = _binned(columns["confidence"], num_bins, binning)
     gaps = columns["confidence"] - columns["accuracy"]
     return np.bincount(index, gaps if checked.weights is None else checked.weights * gaps, num_bins)
@@ -323,7 +323,7 @@ def _check_binning(caller: str, binning: Binning, weights: Weights | None) -> No
         )
 
 
-def _per_example(probs: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> dict[str, Float[np.ndarray, " N"]]:
+def per_example(probs: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"]) -> dict[str, Float[np.ndarray, " N"]]:
     """Metrics that are means over examples, before the mean is taken."""
     at_label = np.take_along_axis(probs, labels[:, None], axis=1)[:, 0]
     with np.errstate(divide="ignore"):  # -log 0 = inf is the documented value
@@ -367,7 +367,7 @@ def _weighted_metrics(
     probs: Float[np.ndarray, "N C"], labels: Int[np.ndarray, " N"], num_bins: int
 ) -> Callable[[Float[np.ndarray, "R N"]], dict[str, Float[np.ndarray, " R"]]]:
     """Return the map from weights (R, N), whose rows sum to N, to the R values of each metric of labelled examples."""
-    columns = _per_example(probs, labels)
+    columns = per_example(probs, labels)
     impossible = np.isinf(columns["nll"])
     columns["nll"] = np.where(impossible, 0.0, columns["nll"])  # 0 * inf would be NaN; set to inf below
     sums = {

@@ -1,12 +1,28 @@
-"""Figures of evidence, calibration, training and spectrum. Nothing else in the package imports matplotlib.
+"""Figures of evidence, calibration, detection, training and spectrum. Nothing else in the package imports matplotlib.
 
 Every function takes plain arrays and returns a new `Figure`. No pyplot state and no global setting changes. Save a
 figure with `figure.savefig(path)`.
 """
 
+from bnnlaplace.plots.detection import Confidences, detection_figure
 from bnnlaplace.plots.eigenvalues import spectrum
 from bnnlaplace.plots.precision import PrecisionCurve, evidence_curve
+from bnnlaplace.plots.rejection import rejection_curves
 from bnnlaplace.plots.reliability import reliability_diagram
+from bnnlaplace.plots.severity import severity_curves
+from bnnlaplace.plots.style import Look, looks
 from bnnlaplace.plots.training import training_curve
 
-__all__ = ["PrecisionCurve", "evidence_curve", "reliability_diagram", "spectrum", "training_curve"]
+__all__ = [
+    "Confidences",
+    "Look",
+    "PrecisionCurve",
+    "detection_figure",
+    "evidence_curve",
+    "looks",
+    "rejection_curves",
+    "reliability_diagram",
+    "severity_curves",
+    "spectrum",
+    "training_curve",
+]

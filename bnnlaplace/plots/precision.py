@@ -1,7 +1,6 @@
 """Figure of the evidence and of validation scores against the prior precision, for several structures."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from bnnlaplace.plots.style import FONT, LINE_STYLES, PALETTE, finish, log_axis, new_figure, number, tick
+from bnnlaplace.plots.style import FONT, Look, finish, log_axis, looks_of, new_figure, number, tick
 
 # The log evidence is drawn down to this multiple of the lowest peak among the structures. Further down lie prior
 # precisions that nobody considers. Their evidence is thousands of times larger in size and would flatten the peaks.
@@ -55,7 +54,7 @@ class PrecisionCurve(NamedTuple):
     nll_at_bound: bool
 
 
-def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
+def evidence_curve(curves: Mapping[str, PrecisionCurve], looks: Mapping[str, Look] | None = None) -> Figure:
     """Draw log evidence, validation NLL and validation ECE against prior precision.
 
     The band around the evidence is 2 standard errors, and upwards also the truncation. NLL and ECE are thin and faint
@@ -65,6 +64,8 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
     ----------
     curves
         By name of the curvature structure, in the order of the legend.
+    looks
+        Colour and line style of each structure; by default by their order. See `bnnlaplace.plots.looks`.
 
     Returns
     -------
@@ -75,16 +76,13 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
     Raises
     ------
     ValueError
-        If there are no curves.
+        If there are no curves, or looks are given and one has none.
     """
     if not curves:
         raise ValueError("curves must hold at least one structure; got none; pass {'diagonal': PrecisionCurve(...)}")
     figure = new_figure(6.6, 7.4)
     evidence, nll, ece = axes = list(figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1, 1)))
-    legend_columns = [
-        _draw_structure(axes, name, curve, colour, style)
-        for (name, curve), colour, style in zip(curves.items(), cycle(PALETTE), cycle(LINE_STYLES), strict=False)
-    ]
+    legend_columns = [_draw_structure(axes, name, curves[name], look) for name, look in looks_of(curves, looks).items()]
     _legend(figure, legend_columns)
     finish(evidence, "log evidence (nats)")
     _evidence_axis(evidence, list(curves.values()))
@@ -101,8 +99,9 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve]) -> Figure:
     return figure
 
 
-def _draw_structure(axes: Sequence[Axes], name: str, curve: PrecisionCurve, colour: str, style: Any) -> list[Line2D]:
+def _draw_structure(axes: Sequence[Axes], name: str, curve: PrecisionCurve, look: Look) -> list[Line2D]:
     """Draw one structure into the three panels, and return its entries of the legend."""
+    colour, style = look
     evidence, nll, ece = axes
     band = 2 * np.asarray(curve.log_evidence_sem)
     upper = curve.log_evidence + band + np.asarray(curve.log_evidence_truncation)

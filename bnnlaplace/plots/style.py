@@ -4,6 +4,9 @@ The colours are those of Okabe and Ito, which readers with colour vision deficie
 the same distinctions for print in grey.
 """
 
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,6 +18,51 @@ PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE)
 LINE_STYLES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 1, 1, 1)), (0, (3, 1)))
 GREY = "#555555"
 FONT = 9.0
+
+
+NARROW = 4.4  # inches: on a phone, where a figure is scaled to the width of the screen, 9 points are then readable
+
+
+class Look(NamedTuple):
+    """Colour and line style of a method in all figures.
+
+    Attributes
+    ----------
+    colour
+        As matplotlib names it.
+    line_style
+        The same distinction, for print in grey.
+    """
+
+    colour: str
+    line_style: Any
+
+
+def looks(names: Iterable[str]) -> dict[str, Look]:
+    """Give each method a look of its own, in order. Figures that get the same looks show a method in one colour.
+
+    Parameters
+    ----------
+    names
+        All methods of a report. From the seventh on, colours come again with other line styles.
+    """
+    count = len(PALETTE)
+    return {
+        name: Look(PALETTE[n % count], LINE_STYLES[(n + n // count) % count])
+        for n, name in enumerate(dict.fromkeys(names))
+    }
+
+
+def looks_of(methods: Iterable[str], given: Mapping[str, Look] | None) -> dict[str, Look]:
+    """Return the look of each method to be drawn, or raise ValueError if looks are given and one has none."""
+    methods = list(methods)
+    if given is None:
+        return looks(methods)
+    if missing := [name for name in methods if name not in given]:
+        raise ValueError(
+            f"looks must have every method; got none for {missing}; call plots.looks with all names of the report"
+        )
+    return {name: given[name] for name in methods}
 
 
 def new_figure(width: float, height: float, layout: str = "constrained") -> Figure:

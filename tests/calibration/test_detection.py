@@ -31,6 +31,40 @@ def test_auroc_against_sklearn_and_loop():
         assert detection.fpr_at_95_tpr(scores_in, scores_out) == fpr95_by_loop(scores_in, scores_out)
 
 
+@pytest.mark.parametrize("levels", [1, 2, 7, None])
+def test_roc_curve_against_sklearn_and_auroc(levels):
+    rng = np.random.default_rng(levels or 0)
+    scores_in, scores_out = rng.beta(4, 2, 60), rng.beta(3, 3, 45)
+    if levels:  # many ties
+        scores_in, scores_out = (np.ceil(scores * levels) / levels for scores in (scores_in, scores_out))
+    curve = detection.roc_curve(scores_in, scores_out)
+    truth = np.repeat([1, 0], [60, 45])
+    expected = sklearn.metrics.roc_curve(truth, np.r_[scores_in, scores_out], drop_intermediate=False)
+    for ours, theirs in zip(curve, expected, strict=False):
+        np.testing.assert_array_equal(ours, theirs)
+    assert curve.area == pytest.approx(detection.auroc(scores_in, scores_out), abs=1e-15)
+    assert curve.area == pytest.approx(np.trapezoid(curve.true_positive_rate, curve.false_positive_rate), abs=1e-14)
+    accepts_95 = np.argmax(20 * np.rint(60 * curve.true_positive_rate) >= 19 * 60)
+    assert curve.false_positive_rate[accepts_95] == detection.fpr_at_95_tpr(scores_in, scores_out)
+
+
+def test_roc_curve_of_columns_and_infinite_scores():
+    curve = detection.roc_curve(np.array([[np.inf], [1.0]]), np.array([[1.0], [-np.inf]]))
+    assert curve.thresholds.tolist() == [np.inf, np.inf, 1.0, -np.inf]
+    assert curve.true_positive_rate.tolist() == [0, 0.5, 1, 1]
+    assert curve.false_positive_rate.tolist() == [0, 0, 0.5, 1]
+    assert curve.area == 0.875
+
+
+def test_entropy_by_hand():
+    probs = np.array([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3], [0.5, 0.25, 0.25]])
+    np.testing.assert_allclose(detection.entropy(probs), [0, np.log(3), 1.5 * np.log(2)], atol=1e-15)
+    binary = detection.entropy(np.array([0.5, 0.0, 0.1]))
+    np.testing.assert_allclose(binary, [np.log(2), 0, -0.1 * np.log(0.1) - 0.9 * np.log(0.9)], rtol=1e-14)
+    with pytest.raises(ValueError, match="probs must have rows that sum to 1"):
+        detection.entropy(np.ones((2, 2)))
+
+
 def test_detection_limits():
     high, low = np.linspace(2, 3, 20), np.linspace(0, 1, 10)
     assert (detection.auroc(high, low), detection.fpr_at_95_tpr(high, low)) == (1, 0)
@@ -53,3 +87,5 @@ def test_detection_limits():
 def test_bad_scores_are_refused(scores_in, scores_out, message):
     with pytest.raises(ValueError, match=message):
         detection.auroc(scores_in, scores_out)
+    with pytest.raises(ValueError, match=message):
+        detection.roc_curve(scores_in, scores_out)

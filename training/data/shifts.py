@@ -27,9 +27,9 @@ SEVERITIES = (1, 2, 3, 4, 5)
 
 STRENGTHS: dict[str, dict[str, tuple[float, ...]]] = {
     "rotation": {"grey": (5, 10, 15, 22, 30), "colour": (5, 10, 16, 24, 35)},
-    "noise": {"grey": (0.08, 0.16, 0.24, 0.34, 0.45), "colour": (0.02, 0.04, 0.07, 0.1, 0.15)},
+    "noise": {"grey": (0.08, 0.16, 0.24, 0.34, 0.45), "colour": (0.02, 0.035, 0.055, 0.08, 0.12)},
     "blur": {"grey": (0.05, 0.07, 0.09, 0.11, 0.14), "colour": (0.013, 0.018, 0.025, 0.035, 0.05)},
-    "contrast": {"grey": (0.8, 0.6, 0.45, 0.32, 0.2), "colour": (0.75, 0.5, 0.35, 0.25, 0.15)},
+    "contrast": {"grey": (0.8, 0.6, 0.45, 0.32, 0.2), "colour": (0.8, 0.6, 0.45, 0.32, 0.2)},
     "brightness": {"grey": (0.1, 0.2, 0.3, 0.4, 0.5), "colour": (0.08, 0.16, 0.25, 0.35, 0.45)},
 }
 """By shift and kind of image, the strengths at severities 1 to 5."""
