@@ -22,8 +22,8 @@ def calibrated_log_likelihood(probs: Probs, labels: Labels, *, seed: int, splits
     one, is fitted by maximum likelihood, and the other half is scored with it. So every example is scored once in each
     division, with a temperature that has not seen it. The result is the mean over examples and over `splits` divisions.
 
-    Source: Ashukha et al., "Pitfalls of in-domain uncertainty estimation and ensembling in deep learning", ICLR 2020,
-    section 4 ("test-time cross-validation").
+    Source: Ashukha et al., "Pitfalls of in-domain uncertainty estimation and ensembling in deep learning", ICLR 2020
+    (arXiv 2002.06470), "test-time cross-validation".
 
     Parameters
     ----------

@@ -47,7 +47,7 @@ def paired_interval(scores: Scores, reference: Scores, *, seed: int, resamples: 
     and the ends are the 2.5 % and 97.5 % quantiles of the replicates. Two factors make them honest for few seeds. The
     bootstrap of S seeds has (S - 1) / S of the variance, and normal quantiles, where Student's t has longer ones:
     k = sqrt(S / (S - 1)) t(.975, S - 1) / 1.96 (after Hesterberg, "What teachers should know about the bootstrap",
-    American Statistician 2015, section 4.3). And the residual e = d - mean - a - b, which differs by seed and example,
+    American Statistician 2015). And the residual e = d - mean - a - b, which differs by seed and example,
     is in a and in b, so it would count twice: h**2 = 1 - MS(e) / MS(b), at least 0, with the mean squares of the
     two-way analysis of variance, leaves it in the seeds alone.
 

@@ -119,7 +119,8 @@ print(
 # `calibration.evaluate` gives a bootstrap interval for each metric: the uncertainty of a finite test set. Two methods
 # on one test set can be told apart better than their intervals suggest, because they share its examples. For the
 # interval of the difference, pass two results of `calibration.bootstrap` with one seed to
-# `calibration.paired_differences`.
+# `calibration.paired_differences`. If both were trained with several seeds, `calibration.paired_interval` compares them
+# over seeds and examples.
 
 assert la.mode_decrement() < 0.05 * error.effective_parameters
 assert abs(estimate.mean - exact.log_marginal_likelihood().mean) < 4 * estimate.sem + error.log_determinant / 2
