@@ -29,7 +29,7 @@ def example_scores(probs: Probs, labels: Labels) -> dict[str, Float[np.ndarray, 
     -------
     dict
         By name (N,): accuracy (0 or 1), nll (in nats), brier and confidence (the largest probability). Calibration
-        errors and AUROC are no means over examples.
+        errors and AUROC are not means over examples.
     """
     checked = predictions.labelled(probs, labels)
     return metrics.per_example(checked.probs, checked.labels)
