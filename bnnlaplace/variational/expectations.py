@@ -88,8 +88,8 @@ def log_mean_probs(likelihood: Likelihood, draws: Draws) -> Float[Array, " B"]:
 
 
 def site_curvature(likelihood: Likelihood, draws: Draws) -> Float[np.ndarray, "B ... C C"]:
-    """W = E Lambda(f) of each example and position, as matrices in float64 on the host."""
-    return np.asarray(_dense(likelihood, draws), np.float64)
+    """W = E Lambda(f) of each example and position, as matrices on the host."""
+    return np.asarray(_dense(likelihood, draws))
 
 
 @jax.jit

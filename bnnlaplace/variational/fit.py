@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bnnlaplace.core import checks
+from bnnlaplace.core.memory import MemoryEstimate
 from bnnlaplace.core.tree import number_type, ravel, size
 from bnnlaplace.curvature.kronecker import SharedWeights
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
@@ -156,17 +157,31 @@ def _begin(
     """Prepare the model; return also the structure to begin with, if the state has one."""
     model = prepare(state, settings, data, linear=True, microbatch=microbatch, num_data=num_data)
     model = model._replace(data=model.data.in_order())
-    memory_of(model, settings.hessian_structure, krylov.max_vectors).check()
+    num_pairs = krylov.num_probes if settings.hessian_structure == "lanczos" else options.num_samples // 2
+    shape = output_shape(model.head, model.data.first)[1:]
+    by_samples = are_by_samples(shape[-1], num_pairs)
+    _memory(model, settings.hessian_structure, krylov.max_vectors, shape, num_pairs, by_samples).check()
     prior = settings.prior(model.network) if state.prior is None else state.prior
     for _ in model.data:  # the first pass checks the data, and counts them
         pass
-    num_pairs = krylov.num_probes if settings.hessian_structure == "lanczos" else options.num_samples // 2
-    by_samples = are_by_samples(output_shape(model.head, model.data.first)[-1], num_pairs)
     context = _Context(
         model, prior, settings.hessian_structure, options, krylov, shared_weights, microbatch, model.scale(), by_samples
     )
     is_start = isinstance(state, Fitted) and state.bound is not None
     return context, state.structure if is_start else None
+
+
+def _memory(
+    model: Model, structure: str, max_vectors: int, shape: tuple[int, ...], num_pairs: int, by_samples: bool
+) -> MemoryEstimate:
+    """Memory of the structure, and of the outputs and the sites of all examples if their number is known."""
+    estimate = memory_of(model, structure, max_vectors)
+    outputs, number_bytes = math.prod(shape), number_type(model.head.params).itemsize
+    # Present, proposed and mixed sites, and their factors.
+    sites = 4 * outputs * (2 * num_pairs if by_samples else shape[-1])
+    per_example = number_bytes * (outputs * num_pairs + sites)
+    shrink = f"{estimate.shrink}; or use fewer samples, Variational(num_samples=...), or num_probes for 'lanczos'"
+    return estimate._replace(needed=estimate.needed + (model.data.length or 0) * per_example, shrink=shrink)
 
 
 # --- the iteration ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Sites(NamedTuple):
     Attributes
     ----------
     batches
-        Matrices W (B, ..., C, C) in float64; or, if there are more outputs than samples, samples of the outputs
+        Matrices W (B, ..., C, C); or, if there are more outputs than samples, samples of the outputs
         (B, ..., S, C), of which W is the average.
     by_samples
         Whether they are samples.
@@ -76,5 +76,5 @@ def at_sites(model: Model, where: Sites) -> Model:
     if where.by_samples:
         points, likelihood = where.batches, sites.by_samples(model.likelihood)
     else:
-        points, likelihood = [sites.roots(each) for each in where.batches], sites.by_factors(model.likelihood)
+        points, likelihood = map(sites.roots, where.batches), sites.by_factors(model.likelihood)
     return model._replace(likelihood=likelihood, data=model.data.with_points([jnp.asarray(each) for each in points]))

@@ -103,9 +103,10 @@ def _picked_factor_transpose_mv(factor_transpose_mv: Any, samples: Any, v: Float
 
 
 def roots(curvatures: Float[np.ndarray, "... C C"]) -> Float[np.ndarray, "... C C"]:
-    """Symmetric square roots of W, in float64 on the host. Rounding makes negative eigenvalues of zero."""
-    values, vectors = np.linalg.eigh(curvatures)
-    return (vectors * np.sqrt(np.maximum(values, 0))[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+    """Symmetric square roots of W, computed in float64 on the host. Rounding makes negative eigenvalues of zero."""
+    values, vectors = np.linalg.eigh(np.asarray(curvatures, np.float64))
+    found = (vectors * np.sqrt(np.maximum(values, 0))[..., None, :]) @ np.swapaxes(vectors, -1, -2)
+    return found.astype(curvatures.dtype)
 
 
 def dense(likelihood: Likelihood, samples: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
