@@ -240,8 +240,7 @@ class Laplace:
         options = KrylovOptions(key, num_probes, max_vectors, tolerance, target_precision, on_block)
         how = {"mean": mean, "num_data": num_data, "microbatch": microbatch, "shared_weights": shared_weights}
         how["posterior"], settings = earlier_posterior(prior, self.state, self.settings)
-        fitted = fit_posterior(self.state, settings, as_data(data), approximation, krylov=options, **how)
-        return Laplace._of(fitted, settings)
+        return Laplace._of(*fit_posterior(self.state, settings, as_data(data), approximation, krylov=options, **how))
 
     def memory_estimate(self, data: PairOrBatches, *, max_vectors: int = 512, microbatch: int = 64) -> MemoryEstimate:
         """How much memory `fit` takes at its peak, beside activations. Data that can be read once only are refused.

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 
 from bnnlaplace.core import checks
+from bnnlaplace.fitting.optimize_prior import PriorStructure
 
 
 class Progress(NamedTuple):
@@ -20,6 +21,8 @@ class Progress(NamedTuple):
         The evidence lower bound in nats.
     expected_log_likelihood
         E_q log p(D | f) in nats; divided by the number of examples it is minus their mean NLL under q's logarithms.
+    prior_precision
+        The prior precision, or its geometric mean over the weights.
     damping
         How far the sites went towards their averages, between 0 and 1. It is halved where the bound would fall.
     newton_steps, products
@@ -29,6 +32,7 @@ class Progress(NamedTuple):
     iteration: int
     elbo: float
     expected_log_likelihood: float
+    prior_precision: float
     damping: float
     newton_steps: int
     products: int
@@ -45,6 +49,9 @@ class Variational:
         uses two for each probe instead.
     tolerance
         The iteration ends if the evidence lower bound changes by less than this, in nats.
+    prior_structure
+        Also maximise over the prior precision, a step in each iteration: one for all weights ("scalar"), one for each
+        group of `prior_groups` ("layerwise"), or one for each weight ("diag"). By default it stays as it is.
     max_iterations
         The largest number of iterations. Each computes the curvature once.
     max_newton_steps
@@ -60,6 +67,7 @@ class Variational:
 
     num_samples: int = 64
     tolerance: float = 0.5
+    prior_structure: PriorStructure | None = None
     max_iterations: int = 20
     max_newton_steps: int = 8
     on_iteration: Callable[[Progress], None] | None = None
@@ -75,6 +83,8 @@ class Variational:
             raise ValueError(
                 f"Variational(tolerance=...) must be a positive number of nats; got {self.tolerance!r:.80}; try 0.5"
             )
+        if self.prior_structure is not None:
+            checks.choice(self.prior_structure, "Variational(prior_structure=...)", get_args(PriorStructure))
         checks.count(self.max_iterations, "Variational(max_iterations=...)", advice="try 20")
         checks.count(self.max_newton_steps, "Variational(max_newton_steps=...)", advice="try 8")
         if self.on_iteration is not None and not callable(self.on_iteration):

@@ -1,0 +1,254 @@
+"""The iteration of the variational fit: draw the outputs, settle the mean, average the curvature, fit its structure."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from bnnlaplace.core import checks
+from bnnlaplace.core.tree import ravel, size
+from bnnlaplace.curvature.kronecker import SharedWeights
+from bnnlaplace.fitted import Fitted
+from bnnlaplace.fitting.fit import fit_structure
+from bnnlaplace.fitting.krylov import KrylovOptions
+from bnnlaplace.fitting.prepare import Model
+from bnnlaplace.prior import Prior, range_above
+from bnnlaplace.structure import SampleStructure, Structure
+from bnnlaplace.variational import prior_step
+from bnnlaplace.variational.draws import draw, without_spread
+from bnnlaplace.variational.mean import MeanStep, settle, with_mean
+from bnnlaplace.variational.options import Progress, Variational
+from bnnlaplace.variational.sites import Sites, at_sites, sites_of
+
+# The first step of the sites, by how much it grows after one that was accepted, and the smallest one before the fit
+# gives up.
+FIRST_DAMPING, GROWTH, LEAST_DAMPING = 0.7, 1.25, 1 / 64
+# Newton's method ends if it gains less than this part of the tolerance.
+OF_TOLERANCE = 0.1
+# A prior precision has settled if it moves by less than this factor.
+SETTLED_FACTOR = 1.1
+
+
+class Context(NamedTuple):
+    """All that stays the same from the first iteration to the last.
+
+    Attributes
+    ----------
+    model
+        The linearised network and its data, which are checked to come in one order.
+    structure_name
+        The structure that the curvature gets.
+    options, krylov, shared_weights, microbatch
+        As for `Laplace.fit`.
+    scale
+        (all training examples) / (examples in the data).
+    by_samples
+        Whether sites are samples of the outputs rather than matrices.
+    grouping
+        Which weights share a prior precision that is to be chosen; None if the prior stays.
+    """
+
+    model: Model
+    structure_name: str
+    options: Variational
+    krylov: KrylovOptions
+    shared_weights: SharedWeights
+    microbatch: int
+    scale: float
+    by_samples: bool
+    grouping: prior_step.Grouping | None
+
+    @property
+    def key(self) -> Array:
+        """The key of the samples of the outputs."""
+        return self.krylov.key
+
+
+class Terms(NamedTuple):
+    """The evidence lower bound and its parts, in nats.
+
+    Attributes
+    ----------
+    elbo
+        The bound.
+    expected
+        E log p(D | f).
+    sem
+        The standard error of that over the samples of the outputs.
+    effective
+        gamma = tr G (G + P0)^-1.
+    """
+
+    elbo: float
+    expected: float
+    sem: float
+    effective: float
+
+
+class Iterate(NamedTuple):
+    """A posterior on the way.
+
+    Attributes
+    ----------
+    settled
+        Its mean, and the outputs under it.
+    structure, prior
+        Its curvature, and the prior in whose coordinates that is.
+    sites
+        What the structure was fitted to; None at the beginning if that is not known.
+    proposed
+        The sites that its own outputs have.
+    terms
+        Its bound.
+    """
+
+    settled: MeanStep
+    structure: Structure
+    prior: Prior
+    sites: Sites | None
+    proposed: Sites
+    terms: Terms
+
+
+def iterate(context: Context, prior: Prior, structure: Structure | None) -> tuple[Iterate, list[Progress]]:
+    """Improve the sites until the bound changes by less than the tolerance; return the last iterate that was accepted.
+
+    Parameters
+    ----------
+    context
+        The model and the options.
+    prior, structure
+        The prior and the structure to begin with. Without one it begins at the curvature of the weights as they are.
+    """
+    options, damping = context.options, FIRST_DAMPING
+    mean, sites = np.asarray(ravel(context.model.network.params), np.float64), None
+    if structure is None:
+        posterior = _posterior(context, mean, prior, None)
+        start = without_spread(posterior, context.model.data, microbatch=context.microbatch)
+        sites = sites_of(context.model.likelihood, list(start), context.by_samples)
+        structure = _structure_at(context, sites, prior)
+    best, progress, change, move, ratio = None, [], math.inf, None, 1.0
+    for iteration in range(1, options.max_iterations + 1):
+        new = _settled(context, mean, prior, structure, sites)
+        change = math.inf if best is None else new.terms.elbo - best.terms.elbo
+        if not math.isfinite(new.terms.elbo):
+            change = -math.inf
+        steps = new.settled.steps, new.settled.products
+        share = 1.0 if best is None else damping
+        elbo, expected, precision = new.terms.elbo, new.terms.expected, float(prior.precision)
+        progress.append(Progress(iteration, elbo, expected, precision, share, *steps))
+        if options.on_iteration is not None:
+            options.on_iteration(progress[-1])
+        # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
+        accepted = best is None or change > -max(options.tolerance, new.terms.sem)
+        if best is not None:  # a fall, even one within the error, is the sign of a step that was too long
+            damping = min(1.0, GROWTH * damping) if change > 0 else damping / 2
+        best = new if accepted else best
+        if (accepted and abs(change) < options.tolerance and ratio < SETTLED_FACTOR) or damping < LEAST_DAMPING:
+            break
+        if iteration == options.max_iterations:
+            break
+        mean, prior = best.settled.mean, best.prior
+        if context.grouping is not None and accepted:
+            prior, ratio, move = _moved(context, best, move)
+        sites = best.proposed if best.sites is None else best.sites.towards(best.proposed, damping)
+        structure = _structure_at(context, sites, prior)
+    _warn_unless_settled(options, change, ratio, damping, len(progress))
+    if context.grouping is not None:
+        _warn_of_bounds(context.grouping, best)
+    return best, progress
+
+
+def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tuple[Prior, float, prior_step.Move]:
+    """The prior after a step towards the maximum of the bound, and by which factor it has moved."""
+    grouping = context.grouping
+    before = grouping.precisions(best.prior)
+    after, move = prior_step.step(grouping, best.prior, best.structure, best.settled.mean, move)
+    ratio = float(np.exp(np.abs(np.log(after / before)).max()))
+    return grouping.prior(after, best.prior.mean, context.model.network.params), ratio, move
+
+
+def _warn_unless_settled(options: Variational, change: float, ratio: float, damping: float, iterations: int) -> None:
+    if abs(change) < options.tolerance and ratio < SETTLED_FACTOR:
+        return
+    if damping < LEAST_DAMPING:
+        checks.warn(
+            f"the variational posterior stopped after {iterations} iterations, as every further step lowered the "
+            "evidence lower bound: use more samples (Variational(num_samples=...), or num_probes for 'lanczos'), more "
+            "max_vectors, or a larger prior precision"
+        )
+        return
+    of_prior = f", and a prior precision by a factor of {ratio:.2g}" if ratio >= SETTLED_FACTOR else ""
+    checks.warn(
+        f"the variational posterior has not converged in {iterations} iterations: the evidence lower bound still "
+        f"changed by {change:.3g} nats{of_prior}; raise Variational(max_iterations=...), or fit the result again"
+    )
+
+
+def _warn_of_bounds(grouping: prior_step.Grouping, best: Iterate) -> None:
+    """Warn of groups whose precision the bound does not determine."""
+    limits = np.log(range_above(best.structure.resolution()))
+    precisions = grouping.precisions(best.prior)
+    stuck = np.flatnonzero(np.abs(np.log(precisions)[:, None] - limits).min(axis=1) < 1e-2)
+    if len(stuck):
+        listed = ", ".join(f"{grouping.names[i]} at {precisions[i]:.3g}" for i in stuck[:5])
+        others = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
+        checks.warn(
+            f"the lower bound does not determine the prior precision of {listed}{others}: it was stopped at an end of "
+            "the search range; look for weights that are zero or that outputs do not depend on"
+        )
+
+
+def _settled(
+    context: Context, mean: Float[np.ndarray, " P"], prior: Prior, structure: Structure, sites: Sites | None
+) -> Iterate:
+    """Draw the outputs, find the best mean for the structure, and compute the bound and the sites there."""
+    model, options = context.model, context.options
+    posterior, num_pairs = _posterior(context, mean, prior, structure), options.num_samples // 2
+    draws = draw(posterior, model.data, key=context.key, num_pairs=num_pairs, microbatch=context.microbatch)
+    settled = settle(
+        model,
+        prior,
+        structure,
+        list(draws),
+        mean,
+        scale=context.scale,
+        tolerance=OF_TOLERANCE * options.tolerance,
+        max_steps=options.max_newton_steps,
+        microbatch=context.microbatch,
+    )
+    proposed = sites_of(model.likelihood, settled.draws, context.by_samples)
+    return Iterate(settled, structure, prior, sites, proposed, _terms(context, settled, prior, structure))
+
+
+def _structure_at(context: Context, sites: Sites, prior: Prior) -> Structure:
+    options = {"microbatch": context.microbatch, "shared_weights": context.shared_weights}
+    return fit_structure(at_sites(context.model, sites), prior, context.structure_name, context.krylov, **options)
+
+
+def _posterior(context: Context, mean: Float[np.ndarray, " P"], prior: Prior, structure: Structure | None) -> Fitted:
+    """The posterior as predictions see it; its log likelihood is not known yet."""
+    there = with_mean(context.model, mean)
+    return Fitted(there.head, there.likelihood, prior, structure, None)
+
+
+def _terms(context: Context, settled: MeanStep, prior: Prior, structure: Structure) -> Terms:
+    """The bound with the divergence that the structure knows."""
+    precision = float(prior.precision)
+    expected = context.scale * math.fsum(each.log_likelihood.sum() for each in settled.expected)
+    forms = structure.log_determinant(precision)
+    groups = np.zeros(size(context.model.network.params), int)
+    effective = float(structure.effective_parameters(precision, groups).mean())
+    deviation = settled.mean - np.asarray(prior.mean, np.float64)
+    quadratic = precision * float(deviation @ (np.asarray(prior.relative, np.float64) * deviation))
+    elbo = expected - 0.5 * (quadratic - effective + forms.mean())
+    return Terms(float(elbo), float(expected), context.scale * _standard_error(settled, structure), effective)
+
+
+def _standard_error(settled: MeanStep, structure: Structure) -> float:
+    """Standard error of E log p over the samples."""
+    if not isinstance(structure, SampleStructure):  # the samples of all examples are independent
+        return math.sqrt(sum(each.squared_error for each in settled.expected))
+    totals = sum(each.by_pair for each in settled.expected)
+    return float(totals.std(ddof=1) / math.sqrt(len(totals))) if len(totals) > 1 else 0.0
