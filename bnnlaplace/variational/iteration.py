@@ -21,9 +21,9 @@ from bnnlaplace.variational.mean import MeanStep, settle, with_mean
 from bnnlaplace.variational.options import Progress, Variational
 from bnnlaplace.variational.sites import Sites, at_sites, sites_of
 
-# The first step of the sites, by how much it grows after one that was accepted, and the smallest one before the fit
-# gives up.
-FIRST_DAMPING, GROWTH, LEAST_DAMPING = 0.7, 1.25, 1 / 64
+# The first step of the sites, by how much it grows after one that raised the bound, how far it shrinks where the bound
+# falls within its error, and the smallest one before the fit gives up.
+FIRST_DAMPING, GROWTH, CAUTIOUS_DAMPING, LEAST_DAMPING = 0.7, 1.25, 0.35, 1 / 64
 # Newton's method ends if it gains less than this part of the tolerance.
 OF_TOLERANCE = 0.1
 # A prior precision has settled if it moves by less than this factor.
@@ -142,8 +142,10 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
             options.on_iteration(progress[-1])
         # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
         accepted = best is None or change > -max(options.tolerance, new.terms.sem)
-        if best is not None:  # a fall, even one within the error, is the sign of a step that was too long
-            damping = min(1.0, GROWTH * damping) if change > 0 else damping / 2
+        if not accepted:
+            damping /= 2
+        elif best is not None:  # a fall within the error may be the sign of a step that was too long
+            damping = min(1.0, GROWTH * damping) if change > 0 else max(damping / 2, min(damping, CAUTIOUS_DAMPING))
         best = new if accepted else best
         if (accepted and abs(change) < options.tolerance and ratio < SETTLED_FACTOR) or damping < LEAST_DAMPING:
             break
