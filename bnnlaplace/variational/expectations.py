@@ -21,16 +21,14 @@ class Expectations(NamedTuple):
     log_likelihood
         E log p(y | f), of each example (B,), in float64 on the host.
     squared_error
-        The squared standard error of the sum over examples, if their samples are independent.
-    by_pair
-        The sum over examples for each pair of samples (H,).
+        The squared standard error of the sum over examples, as if all pairs of samples were independent: quasi-random
+        ones are better.
     residuals
         r = E d log p(y | f) / d f, times the weights of the examples, (B, ..., C).
     """
 
     log_likelihood: Float[np.ndarray, " B"]
     squared_error: float
-    by_pair: Float[np.ndarray, " H"]
     residuals: Float[Array, "B ... C"]
 
 
@@ -40,7 +38,7 @@ def expectations(likelihood: Likelihood, draws: Draws) -> Expectations:
     log_probs = np.asarray(log_probs, np.float64)
     pairs = 0.5 * (log_probs[: len(log_probs) // 2] + log_probs[len(log_probs) // 2 :])
     spread = pairs.var(axis=0, ddof=1).sum() / len(pairs) if len(pairs) > 1 else 0.0
-    return Expectations(pairs.mean(axis=0), float(spread), pairs.sum(axis=1), residuals)
+    return Expectations(pairs.mean(axis=0), float(spread), residuals)
 
 
 @jax.jit

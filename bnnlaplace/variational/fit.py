@@ -132,15 +132,16 @@ def _context(
 ) -> Context:
     """Check the memory and read the data once, which checks and counts them."""
     name = settings.hessian_structure
-    num_pairs = krylov.num_probes if name == "lanczos" else options.num_samples // 2
     shape = output_shape(model.head, model.data.first)[1:]
+    num_pairs = options.pairs_for(shape[-1])
     by_samples = are_by_samples(shape[-1], num_pairs)
     _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples).check()
     for _ in model.data:
         pass
     chosen = options.prior_structure
     grouping = None if chosen is None else Grouping.of(chosen, model.network, settings)
-    return Context(model, name, options, krylov, shared_weights, microbatch, model.scale(), by_samples, grouping)
+    sizes = {"num_pairs": num_pairs, "by_samples": by_samples, "scale": model.scale()}
+    return Context(model, name, options, krylov, shared_weights, microbatch, grouping=grouping, **sizes)
 
 
 def _start(state: Unfitted | Fitted, settings: Settings, context: Context) -> tuple[Prior, Structure | None]:
@@ -161,7 +162,7 @@ def _memory(
     # Present, proposed and mixed sites, and their factors.
     sites = 4 * outputs * (2 * num_pairs if by_samples else shape[-1])
     per_example = number_bytes * (outputs * num_pairs + sites)
-    shrink = f"{estimate.shrink}; or use fewer samples, Variational(num_samples=...), or num_probes for 'lanczos'"
+    shrink = f"{estimate.shrink}; or use fewer samples, Variational(num_samples=...)"
     return estimate._replace(needed=estimate.needed + (model.data.length or 0) * per_example, shrink=shrink)
 
 

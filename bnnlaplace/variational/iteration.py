@@ -3,6 +3,7 @@
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -14,9 +15,10 @@ from bnnlaplace.fitting.fit import fit_structure
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.prior import Prior, range_above
-from bnnlaplace.structure import SampleStructure, Structure
+from bnnlaplace.structure import Structure
 from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.draws import draw, without_spread
+from bnnlaplace.variational.expectations import Expectations, expectations
 from bnnlaplace.variational.mean import MeanStep, settle, with_mean
 from bnnlaplace.variational.options import Progress, Variational
 from bnnlaplace.variational.sites import Sites, at_sites, sites_of
@@ -43,6 +45,8 @@ class Context(NamedTuple):
         As for `Laplace.fit`.
     scale
         (all training examples) / (examples in the data).
+    num_pairs
+        Half of the samples of the outputs.
     by_samples
         Whether sites are samples of the outputs rather than matrices.
     grouping
@@ -56,13 +60,14 @@ class Context(NamedTuple):
     shared_weights: SharedWeights
     microbatch: int
     scale: float
+    num_pairs: int
     by_samples: bool
     grouping: prior_step.Grouping | None
 
     @property
-    def key(self) -> Array:
-        """The key of the samples of the outputs."""
-        return self.krylov.key
+    def keys(self) -> tuple[Array, Array]:
+        """The keys of the samples of the outputs: those of the fit, and those that its bound is averaged over."""
+        return tuple(jax.random.split(self.krylov.key))
 
 
 class Terms(NamedTuple):
@@ -112,7 +117,7 @@ class Iterate(NamedTuple):
 
 
 def iterate(context: Context, prior: Prior, structure: Structure | None) -> tuple[Iterate, list[Progress]]:
-    """Improve the sites until the bound changes by less than the tolerance; return the last iterate that was accepted.
+    """Improve the sites until the bound changes by less than the tolerance; return the posterior at its end.
 
     Parameters
     ----------
@@ -128,38 +133,46 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
         start = without_spread(posterior, context.model.data, microbatch=context.microbatch)
         sites = sites_of(context.model.likelihood, list(start), context.by_samples)
         structure = _structure_at(context, sites, prior)
-    best, progress, change, move, ratio = None, [], math.inf, None, 1.0
+    current = best = None
+    progress, change, move, ratio = [], math.inf, None, 1.0
     for iteration in range(1, options.max_iterations + 1):
         new = _settled(context, mean, prior, structure, sites)
-        change = math.inf if best is None else new.terms.elbo - best.terms.elbo
-        if not math.isfinite(new.terms.elbo):
-            change = -math.inf
-        steps = new.settled.steps, new.settled.products
-        share = 1.0 if best is None else damping
-        elbo, expected, precision = new.terms.elbo, new.terms.expected, float(prior.precision)
-        progress.append(Progress(iteration, elbo, expected, precision, share, *steps))
+        elbo = new.terms.elbo if math.isfinite(new.terms.elbo) else -math.inf
+        change = math.inf if current is None else elbo - current.terms.elbo
+        progress.append(_progress(iteration, new, 1.0 if current is None else damping))
         if options.on_iteration is not None:
             options.on_iteration(progress[-1])
         # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
-        accepted = best is None or change > -max(options.tolerance, new.terms.sem)
+        accepted = current is None or elbo > best.terms.elbo - max(options.tolerance, new.terms.sem)
         if not accepted:
             damping /= 2
-        elif best is not None:  # a fall within the error may be the sign of a step that was too long
+        elif current is not None:  # a fall within the error may be the sign of a step that was too long
             damping = min(1.0, GROWTH * damping) if change > 0 else max(damping / 2, min(damping, CAUTIOUS_DAMPING))
-        best = new if accepted else best
-        if (accepted and abs(change) < options.tolerance and ratio < SETTLED_FACTOR) or damping < LEAST_DAMPING:
+        current = new if accepted else current
+        best = new if best is None or elbo > best.terms.elbo else best
+        has_settled = accepted and abs(change) < options.tolerance and ratio < SETTLED_FACTOR
+        gives_up = damping < LEAST_DAMPING
+        if has_settled or gives_up or iteration == options.max_iterations:
             break
-        if iteration == options.max_iterations:
-            break
-        mean, prior = best.settled.mean, best.prior
+        mean, prior = current.settled.mean, current.prior
         if context.grouping is not None and accepted:
-            prior, ratio, move = _moved(context, best, move)
-        sites = best.proposed if best.sites is None else best.sites.towards(best.proposed, damping)
+            prior, ratio, move = _moved(context, current, move)
+        sites = current.proposed
+        if current.sites is not None:
+            sites = current.sites.towards(sites, damping)
         structure = _structure_at(context, sites, prior)
-    _warn_unless_settled(options, change, ratio, damping, len(progress))
+    if not has_settled:
+        _warn_unless_settled(change, ratio, gives_up, len(progress))
+    best = current if has_settled else best
     if context.grouping is not None:
         _warn_of_bounds(context.grouping, best)
-    return best, progress
+    return _with_fresh_samples(context, best), progress
+
+
+def _progress(iteration: int, new: Iterate, damping: float) -> Progress:
+    settled, terms = new.settled, new.terms
+    precision = float(new.prior.precision)
+    return Progress(iteration, terms.elbo, terms.expected, precision, damping, settled.steps, settled.products)
 
 
 def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tuple[Prior, float, prior_step.Move]:
@@ -171,14 +184,13 @@ def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tup
     return grouping.prior(after, best.prior.mean, context.model.network.params), ratio, move
 
 
-def _warn_unless_settled(options: Variational, change: float, ratio: float, damping: float, iterations: int) -> None:
-    if abs(change) < options.tolerance and ratio < SETTLED_FACTOR:
-        return
-    if damping < LEAST_DAMPING:
+def _warn_unless_settled(change: float, ratio: float, gives_up: bool, iterations: int) -> None:
+    """Say why the iteration ended before the bound had settled, and what to change."""
+    if gives_up:
         checks.warn(
-            f"the variational posterior stopped after {iterations} iterations, as every further step lowered the "
-            "evidence lower bound: use more samples (Variational(num_samples=...), or num_probes for 'lanczos'), more "
-            "max_vectors, or a larger prior precision"
+            f"the variational posterior stopped after {iterations} iterations, as further steps lowered the evidence "
+            "lower bound; its best one is kept. Use more samples (Variational(num_samples=...)), more probes and "
+            "max_vectors for 'lanczos', or a larger prior precision"
         )
         return
     of_prior = f", and a prior precision by a factor of {ratio:.2g}" if ratio >= SETTLED_FACTOR else ""
@@ -207,8 +219,8 @@ def _settled(
 ) -> Iterate:
     """Draw the outputs, find the best mean for the structure, and compute the bound and the sites there."""
     model, options = context.model, context.options
-    posterior, num_pairs = _posterior(context, mean, prior, structure), options.num_samples // 2
-    draws = draw(posterior, model.data, key=context.key, num_pairs=num_pairs, microbatch=context.microbatch)
+    posterior = _posterior(context, mean, prior, structure)
+    draws = draw(posterior, model.data, key=context.keys[0], num_pairs=context.num_pairs, microbatch=context.microbatch)
     settled = settle(
         model,
         prior,
@@ -221,7 +233,8 @@ def _settled(
         microbatch=context.microbatch,
     )
     proposed = sites_of(model.likelihood, settled.draws, context.by_samples)
-    return Iterate(settled, structure, prior, sites, proposed, _terms(context, settled, prior, structure))
+    terms = _terms(context, settled.expected, settled.mean, prior, structure)
+    return Iterate(settled, structure, prior, sites, proposed, terms)
 
 
 def _structure_at(context: Context, sites: Sites, prior: Prior) -> Structure:
@@ -235,22 +248,31 @@ def _posterior(context: Context, mean: Float[np.ndarray, " P"], prior: Prior, st
     return Fitted(there.head, there.likelihood, prior, structure, None)
 
 
-def _terms(context: Context, settled: MeanStep, prior: Prior, structure: Structure) -> Terms:
+def _with_fresh_samples(context: Context, best: Iterate) -> Iterate:
+    """The same posterior with its bound averaged over other samples than those that mean and sites were fitted to."""
+    posterior = _posterior(context, best.settled.mean, best.prior, best.structure)
+    options = {"num_pairs": context.num_pairs, "microbatch": context.microbatch}
+    draws = draw(posterior, context.model.data, key=context.keys[1], **options)
+    averages = [expectations(context.model.likelihood, each) for each in draws]
+    return best._replace(terms=_terms(context, averages, best.settled.mean, best.prior, best.structure))
+
+
+def _terms(
+    context: Context,
+    averages: list[Expectations],
+    mean: Float[np.ndarray, " P"],
+    prior: Prior,
+    structure: Structure,
+) -> Terms:
     """The bound with the divergence that the structure knows."""
     precision = float(prior.precision)
-    expected = context.scale * math.fsum(each.log_likelihood.sum() for each in settled.expected)
+    expected = context.scale * math.fsum(each.log_likelihood.sum() for each in averages)
     forms = structure.log_determinant(precision)
     groups = np.zeros(size(context.model.network.params), int)
     effective = float(structure.effective_parameters(precision, groups).mean())
-    deviation = settled.mean - np.asarray(prior.mean, np.float64)
+    deviation = mean - np.asarray(prior.mean, np.float64)
     quadratic = precision * float(deviation @ (np.asarray(prior.relative, np.float64) * deviation))
     elbo = expected - 0.5 * (quadratic - effective + forms.mean())
-    return Terms(float(elbo), float(expected), context.scale * _standard_error(settled, structure), effective)
-
-
-def _standard_error(settled: MeanStep, structure: Structure) -> float:
-    """Standard error of E log p over the samples."""
-    if not isinstance(structure, SampleStructure):  # the samples of all examples are independent
-        return math.sqrt(sum(each.squared_error for each in settled.expected))
-    totals = sum(each.by_pair for each in settled.expected)
-    return float(totals.std(ddof=1) / math.sqrt(len(totals))) if len(totals) > 1 else 0.0
+    # The noise of covariances that probes estimate is not in it: to first order gamma has the same, and it cancels.
+    sem = context.scale * math.sqrt(sum(each.squared_error for each in averages))
+    return Terms(float(elbo), float(expected), sem, effective)

@@ -1,5 +1,6 @@
 """The options of the variational posterior, and what it reports after each iteration."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
@@ -8,6 +9,9 @@ import numpy as np
 
 from bnnlaplace.core import checks
 from bnnlaplace.fitting.optimize_prior import PriorStructure
+
+# Samples of an example have about this many numbers by default, and are not fewer or more than these.
+NUMBERS, FEWEST_AND_MOST = 8192, (32, 512)
 
 
 class Progress(NamedTuple):
@@ -45,8 +49,8 @@ class Variational:
     Parameters
     ----------
     num_samples
-        Samples of the outputs at each training input, an even number: expectations are averages over these. "lanczos"
-        uses two for each probe instead.
+        Samples of the outputs at each training input, an even number: expectations are averages over these. By default
+        512 for up to 16 outputs, and fewer for more of them, down to 32.
     tolerance
         The iteration ends if the evidence lower bound changes by less than this, in nats.
     prior_structure
@@ -65,7 +69,7 @@ class Variational:
         If an option has another type or range.
     """
 
-    num_samples: int = 64
+    num_samples: int | None = None
     tolerance: float = 0.5
     prior_structure: PriorStructure | None = None
     max_iterations: int = 20
@@ -73,11 +77,12 @@ class Variational:
     on_iteration: Callable[[Progress], None] | None = None
 
     def __post_init__(self) -> None:
-        count = checks.count(self.num_samples, "Variational(num_samples=...)", least=2, advice="try 64")
-        if count % 2:
-            raise ValueError(
-                f"Variational(num_samples=...) must be even, as samples come in pairs; got {count}; try {count + 1}"
-            )
+        if self.num_samples is not None:
+            count = checks.count(self.num_samples, "Variational(num_samples=...)", least=2, advice="try 256")
+            if count % 2:
+                raise ValueError(
+                    f"Variational(num_samples=...) must be even, as samples come in pairs; got {count}; try {count + 1}"
+                )
         is_number = isinstance(self.tolerance, (int, float, np.number)) and not isinstance(self.tolerance, bool)
         if not (is_number and 0 < self.tolerance < np.inf):
             raise ValueError(
@@ -92,6 +97,12 @@ class Variational:
                 "Variational(on_iteration=...) must be a function of a Progress; got "
                 f"{self.on_iteration!r:.80}; try print"
             )
+
+    def pairs_for(self, num_outputs: int) -> int:
+        """Half of the samples, for that many outputs at one position."""
+        if self.num_samples is not None:
+            return self.num_samples // 2
+        return int(np.clip(2 ** math.floor(math.log2(NUMBERS / num_outputs)), *FEWEST_AND_MOST)) // 2
 
 
 def resolve(approximation: object) -> Variational | None:

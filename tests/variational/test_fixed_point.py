@@ -66,9 +66,10 @@ def test_kron_has_the_bound_of_its_own_covariance(problem):
     network = problem.network
     jacobians = fixed_point.oracles.jacobian(network, network.params, problem.inputs)
     offsets = np.asarray(network(network.params, problem.inputs)) - jacobians @ flat(network.params)
-    noise = fixed_point.standard_noise(KEY, 9, 3, SAMPLES)
+    of_fit, of_bound = (fixed_point.standard_noise(key, 9, 3, SAMPLES) for key in jax.random.split(KEY))
     mean, one_hot = flat(la.network.params), np.eye(3)[problem.targets]
-    elbo, residuals, _ = fixed_point.bound(mean, covariance, jacobians, offsets, one_hot, PRECISION, noise)
+    given = mean, covariance, jacobians, offsets, one_hot, PRECISION
+    (elbo, _, _), (_, residuals, _) = (fixed_point.bound(*given, noise) for noise in (of_bound, of_fit))
     np.testing.assert_allclose(la.log_marginal_likelihood().mean, elbo, atol=1e-8)
     # At the end the gradient in the mean is zero.
     gradient = np.einsum("ncp,nc->p", jacobians, residuals) - PRECISION * mean
