@@ -149,6 +149,11 @@ def _shifted_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dil
     rows = min(height, ROWS_PER_SUM)
     blocks = -(-height // rows)
     below = blocks * rows - height
+    is_single = x.shape[4] == 1
+    if is_single:
+        # One gradient for each image, as for Jacobians: multiply-adds run along the groups, which take the place of the
+        # images. A group of one that is shared broadcasts there as well.
+        x, y = (jnp.swapaxes(operand, 1, 4) for operand in (x, y))
     padded, top, left = _pad_for(taps, x, below)
     y = jnp.pad(y, ((0, 0), (0, 0), (0, below), (0, 0), (0, 0)))
     sums = {}
@@ -160,7 +165,8 @@ def _shifted_kernel_gradient(x: Array, y: Array, *, window: tuple[int, int], dil
             for i in range(rows)
         ]
         sums[u, v] = sum(terms[1:], terms[0])
-    reduced = jnp.sum(lax.optimization_barrier(jnp.stack(list(sums.values()))), (3, 4, 5))
+    stacked = lax.optimization_barrier(jnp.stack(list(sums.values())))
+    reduced = jnp.sum(stacked, (2, 3, 4) if is_single else (3, 4, 5))
     us, vs = (np.array(axis) for axis in zip(*sums, strict=True))
     return jnp.zeros((*window, *reduced.shape[1:]), reduced.dtype).at[us, vs].set(reduced, unique_indices=True)
 
@@ -293,11 +299,16 @@ def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Call
 
 
 def _lowering(rules: dict[str, Callable[..., Array]], pixels: int, platform: str) -> Callable[..., list[Array]]:
-    """Make the lowering rule for a platform. On CPU "auto" takes Toeplitz products up to `pixels`."""
+    """Make the lowering rule for a platform. On CPU "auto" takes Toeplitz products up to `pixels`.
+
+    The kernel gradient of single images has none: a product over one image would be as large as the Toeplitz matrix.
+    """
 
     def lower(x: Array, other: Array, *, method: Method, precision: str | None, **params: Any) -> list[Array]:
         if method == "auto" and platform == "cpu":
-            method = "toeplitz" if x.shape[2] * x.shape[3] <= pixels else "shifted"
+            is_small = x.shape[2] * x.shape[3] <= pixels
+            is_single_gradient = "window" in params and x.shape[4] == 1
+            method = "toeplitz" if is_small and not is_single_gradient else "shifted"
         elif method == "auto":
             method = "grouped"
         if method == "grouped":
