@@ -6,10 +6,12 @@ from bnnlaplace.predictive.functional import (
     functional_variances,
     marginal_samples,
     sample_variance,
+    shared_posteriors,
 )
 from bnnlaplace.predictive.joint import FunctionalGaussian, functional_posterior
 from bnnlaplace.predictive.predictions import predictions
-from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
+from bnnlaplace.predictive.search import searched_curves
+from bnnlaplace.predictive.validation import ValidationCurve, validation_curve, validation_curves
 
 __all__ = [
     "FunctionalGaussian",
@@ -21,5 +23,8 @@ __all__ = [
     "marginal_samples",
     "predictions",
     "sample_variance",
+    "searched_curves",
+    "shared_posteriors",
     "validation_curve",
+    "validation_curves",
 ]

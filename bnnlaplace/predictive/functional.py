@@ -1,7 +1,7 @@
 """The posterior of the linearised outputs f(x; theta*) + J(x) (theta - theta*)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,18 +11,27 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.linalg import einsum
-from bnnlaplace.core.roots import symmetric_root
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
 from bnnlaplace.fitted import Fitted
+from bnnlaplace.model.arrays import as_arrays
 from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs, pushforward
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, output_shape
-from bnnlaplace.structure import CovarianceStructure, OutputCovariance, SampleStructure
+from bnnlaplace.predictive import rows
+from bnnlaplace.predictive.reading import (
+    FunctionalPosterior,
+    covariance_reader,
+    marginal_samples,
+    read_all,
+    reading_of,
+    sample_variance,
+    whitening,
+)
+from bnnlaplace.structure import CovarianceStructure, OutputCovariance, RowStructure, SampleStructure
 from bnnlaplace.structure.protocol import PriorPrecisions
 
 # How many bytes of derivatives, and of what a structure makes of them, are in memory at a time. The activations of
@@ -31,26 +40,6 @@ from bnnlaplace.structure.protocol import PriorPrecisions
 JACOBIAN_BYTES, CPU_JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**25, 2**23
 # A program takes this many inputs before it takes several outputs of each.
 FEW_INPUTS = 8
-
-
-class FunctionalPosterior(NamedTuple):
-    """The posterior of the linearised outputs at a batch of inputs.
-
-    Attributes
-    ----------
-    mean
-        f(x; theta*), (B, ..., C).
-    variance
-        J Sigma J' within each output position, (B, ..., C, C). A `SampleStructure` estimates it from the samples.
-    deviations
-        Samples of J (theta - theta*), (S, B, ..., C). They are samples of functions, which belong together over inputs,
-        for a `SampleStructure` and with `functional_posteriors(joint=True)`. Otherwise those of one input and output
-        position are independent of those of all others.
-    """
-
-    mean: Float[Array, "B ... C"]
-    variance: Float[Array, "B ... C C"]
-    deviations: Float[Array, "S B ... C"]
 
 
 def functional_posteriors(
@@ -111,6 +100,9 @@ def _one_after_another(
 ) -> Iterator[FunctionalPosterior]:
     """Yield what `functional_posteriors` promises."""
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
+    if not joint and (reading := reading_of(fitted, inputs, precisions, key, num_samples, microbatch)) is not None:
+        yield from read_all(fitted.network, inputs, [reading], microbatch)[0]
+        return
     mean = outputs(fitted.network, inputs, microbatch=microbatch)
     if isinstance(fitted.structure, SampleStructure):
         for deviations in _sampled(fitted, inputs, key, num_samples, precisions, microbatch=microbatch):
@@ -125,6 +117,48 @@ def _one_after_another(
         else:
             deviations = marginal_samples(key, variance, num_samples)
         yield FunctionalPosterior(mean, variance, deviations)
+
+
+def shared_posteriors(
+    posteriors: Sequence[Fitted],
+    inputs: Inputs,
+    precisions: Sequence[PriorPrecisions],
+    *,
+    keys: Sequence[Array],
+    num_samples: int,
+    microbatch: int = 64,
+) -> list[Iterator[FunctionalPosterior]]:
+    """Do what `functional_posteriors` does for several posteriors. Those of one convolutional network share a Jacobian.
+
+    Parameters
+    ----------
+    posteriors, precisions, keys
+        The posteriors, and for each of them its prior precisions and the random key of its samples.
+    inputs, num_samples, microbatch
+        As for `functional_posteriors`.
+
+    Returns
+    -------
+    list of iterators
+        One for each posterior, in their order. Those that share a Jacobian are computed at the call.
+    """
+    results: list[Iterator[FunctionalPosterior] | None] = [None] * len(posteriors)
+    network, shared = posteriors[0].network, []
+    inputs = as_arrays(inputs, "inputs to predict at")
+    for number, (fitted, grid, key) in enumerate(zip(posteriors, precisions, keys, strict=True)):
+        reading = None
+        if fitted.network is network and not network.is_subset:
+            reading = reading_of(fitted, inputs, grid, key, num_samples, microbatch)
+        if reading is None:
+            options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
+            results[number] = functional_posteriors(fitted, inputs, grid, **options)
+        else:
+            shared.append((number, reading))
+    if shared:
+        read = read_all(network, inputs, [reading for _, reading in shared], microbatch)
+        for (number, _), result in zip(shared, read, strict=True):
+            results[number] = result
+    return results
 
 
 def functional_variances(
@@ -173,10 +207,20 @@ def _sampled(
 def _push(
     fitted: Fitted, inputs: Inputs, *, microbatch: int
 ) -> Callable[[Float[Array, "R P"]], Float[Array, "R B ... C"]]:
-    """Return V -> J D^-1/2 V, from rows in the coordinates of the structure to derivatives of outputs."""
-    # `pushforward` whitens the directions a few rows at a time, so that a whole basis is never copied.
-    factors = None if fitted.prior.is_isotropic else 1 / jnp.sqrt(fitted.prior.relative)
-    return partial(pushforward, fitted.network.unlinearised(), inputs, factors=factors, microbatch=microbatch)
+    """Return V -> J D^-1/2 V, from rows in the coordinates of the structure to derivatives of outputs.
+
+    It goes forward, or reads rows of J if the directions are many and outputs few.
+    """
+    network, factors = fitted.network.unlinearised(), whitening(fitted)
+    sizes = rows.row_sizes(network, inputs, microbatch)
+
+    def push(directions: Float[Array, "R P"]) -> Float[Array, "R B ... C"]:
+        if sizes is None or not rows.directions_pay(sizes, len(directions)):
+            return pushforward(network, inputs, directions, factors=factors, microbatch=microbatch)
+        (images,) = rows.read(network, inputs, sizes, [partial(rows.products, directions, factors)])
+        return images.reshape(*images.shape[:2], *output_shape(network, inputs)[1:])
+
+    return push
 
 
 def _covariances(
@@ -197,6 +241,9 @@ def _covariances(
     network, structure = fitted.network.unlinearised(), fitted.structure
     shape = output_shape(network, inputs)[1:]
     unit = 1 if marginal else shape[-1]
+    if isinstance(structure, RowStructure) and (few := rows.row_sizes(network, inputs, microbatch, unit=unit)):
+        (read,) = rows.read(network, inputs, few, [covariance_reader(fitted, precisions)])
+        return read[: len(precisions)].reshape(len(precisions), -1, *shape, *([] if marginal else [unit]))
     sizes = _sizes(network, inputs, structure, math.prod(shape) // unit, unit, len(precisions), microbatch)
     covariance = structure.output_covariance(precisions, fitted.prior.relative)
     by_input = by_microbatch(partial(_microbatch_covariances, network, covariance, sizes), inputs, sizes.inputs)
@@ -269,35 +316,3 @@ def _microbatch_covariances(
     by_step = step(indices[0])[None] if num_steps == 1 else jax.lax.map(step, jnp.asarray(indices))
     by_group = jnp.moveaxis(by_step, 0, 1).reshape(by_step.shape[1], -1, *by_step.shape[3:])[:, :num_groups]
     return jnp.moveaxis(by_group, 2, 1)
-
-
-def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:
-    """Draw samples of N(0, variance) at each input and output position, independent between positions.
-
-    An average over the samples at one position does not depend on that independence.
-
-    Parameters
-    ----------
-    key
-        The random key of the noise. The same key gives the same noise.
-    variance
-        A covariance at each input and position.
-    num_samples
-        S, the number of samples.
-    """
-    # The symmetric root depends smoothly on the variance. Eigenvectors alone may change their signs between two prior
-    # precisions, and the curve over precisions would not be smooth.
-    root = symmetric_root(variance)
-    noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)
-    return einsum("...cd,s...d->s...c", root, noise)
-
-
-def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
-    """Estimate the functional variance from samples with known mean zero. Its relative standard error is sqrt(2 / S).
-
-    Parameters
-    ----------
-    deviations
-        Samples of J (theta - theta*).
-    """
-    return einsum("s...c,s...d->...cd", deviations, deviations) / len(deviations)

@@ -1,7 +1,7 @@
 """Score the predictive on validation data, as a function of the prior precision."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from bnnlaplace.model.data import PairOrBatches
 from bnnlaplace.model.likelihood import Likelihood, check_targets
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive import link
-from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
+from bnnlaplace.predictive.functional import FunctionalPosterior, functional_variances, shared_posteriors
 from bnnlaplace.predictive.link import LinkApproximation
 from bnnlaplace.predictive.validation_data import Batch, checked_batches
 from bnnlaplace.prior.scalar import checked_grid, lowest
@@ -154,30 +154,55 @@ def validation_curve(
     each input and precision, "bridge" C^2, "mc" as many and the samples. Memory: these numbers at all precisions, for
     the inputs of a microbatch or for more inputs if they are few.
     """
-    caller = "validation_curve"
-    link_approx = default_link(fitted.likelihood) if link_approx is None else link_approx
-    link.check_link(fitted.likelihood, link_approx, caller)
-    is_sampled = link_approx == "mc" or not has_classes(fitted.likelihood)
-    if key is not None or (is_sampled and fitted.likelihood.sigma_noise is None):
+    options = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
+    return validation_curves([fitted], data, precisions, **options)[0]
+
+
+def validation_curves(
+    posteriors: Sequence[Fitted],
+    data: PairOrBatches,
+    precisions: Iterable[float] | None,
+    *,
+    link_approx: LinkApproximation | None = None,
+    key: Array | None = None,
+    num_samples: int | None = None,
+    microbatch: int = 64,
+) -> list[ValidationCurve]:
+    """Compute the `validation_curve` of each of several posteriors of one network and likelihood, on the same grid.
+
+    With samples, those of a convolutional network share a Jacobian; see `shared_posteriors`.
+    """
+    caller, likelihood, network = "validation_curve", posteriors[0].likelihood, posteriors[0].network
+    link_approx = default_link(likelihood) if link_approx is None else link_approx
+    link.check_link(likelihood, link_approx, caller)
+    is_sampled = link_approx == "mc" or not has_classes(likelihood)
+    if key is not None or (is_sampled and likelihood.sigma_noise is None):
         checks.key(key, f"{caller}(key=...), which seeds the samples of link_approx='mc',")
     if num_samples is None:
-        num_samples = min(32, fitted.structure.num_probes) if isinstance(fitted.structure, SampleStructure) else 32
+        structures = [fitted.structure for fitted in posteriors]
+        most = [structure.num_probes for structure in structures if isinstance(structure, SampleStructure)]
+        num_samples = min([32, *most])
     checks.count(num_samples, "validation_curve(num_samples=...)", advice="try 32")
-    batches = checked_batches(fitted.network, data)
+    batches = checked_batches(network, data)
     grid = checked_grid(DEFAULT_GRID if precisions is None else precisions, "validation_curve(precisions=...)")
     check_microbatch(microbatch)
     options = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
     sums = [
-        _scores(fitted, batch, grid, number, **options)
-        for number, batch in enumerate(_slices(fitted, batches, len(grid), num_samples, microbatch))
+        _scores(posteriors, batch, grid, number, **options)
+        for number, batch in enumerate(_slices(posteriors[0], batches, len(grid), num_samples, microbatch))
     ]
     if not sums:
         raise ValueError(
             "validation data must hold at least one example; got none; an iterator may be used up already, or all "
             "weights are 0"
         )
+    return [_curve(fitted, grid, total) for fitted, total in zip(posteriors, np.sum(sums, axis=0), strict=True)]
+
+
+def _curve(fitted: Fitted, grid: Float[np.ndarray, " D"], sums: Float[np.ndarray, "D k"]) -> ValidationCurve:
+    """Turn the sums of `_scores` over all slices into means."""
     # The gaps of the bins keep their signs until all slices are summed: the ECE is the sum of their absolute values.
-    total, count, *gaps = np.sum(sums, axis=0).T
+    total, count, *gaps = sums.T
     if not count.all():
         raise ValueError(
             "validation data must hold at least one known target; got ignore_index, or a weight of 0, everywhere; pass "
@@ -203,7 +228,7 @@ def _slices(
 
 
 def _scores(
-    fitted: Fitted,
+    posteriors: Sequence[Fitted],
     batch: Batch,
     grid: Float[np.ndarray, " D"],
     number: int,
@@ -212,35 +237,50 @@ def _scores(
     key: Array | None,
     num_samples: int,
     microbatch: int,
-) -> Float[np.ndarray, "D k"]:
-    """Score one slice: for each precision the sum of the NLL, how many terms it has, and the gap of each ECE bin.
+) -> Float[np.ndarray, "F D k"]:
+    """Score one slice: for each posterior and precision the sum of the NLL, how many terms it has, the gaps of bins.
 
     All are weighted. `number` is the position of the slice among all slices.
     """
-    likelihood, targets = fitted.likelihood, (batch.targets, batch.weights)
-    fitted, inputs = fitted.at_features(batch.inputs, microbatch=microbatch)
+    likelihood, targets = posteriors[0].likelihood, (batch.targets, batch.weights)
     is_regression = likelihood.sigma_noise is not None
     if is_regression or (has_classes(likelihood) and link_approx != "mc"):
-        mean = outputs(fitted.network, inputs, microbatch=microbatch)
-        # Only the bridge needs covariances between outputs. Their diagonal alone is much cheaper.
-        options = {"microbatch": microbatch, "marginal": is_regression or link_approx == "probit"}
-        variances = functional_variances(fitted, inputs, grid, **options)
-        if is_regression:
-            return np.array([_gaussian_score(likelihood, mean, variance, *targets) for variance in variances])
-        expected = partial(link.probit, likelihood) if link_approx == "probit" else link.bridge_mean
-        return np.array([_class_score(likelihood, expected, mean, variance, *targets) for variance in variances])
+        options = {"link_approx": link_approx, "microbatch": microbatch}
+        return np.array([_scores_of_variances(fitted, batch, grid, **options) for fitted in posteriors])
+    if has_classes(likelihood):
+        expected = partial(link.monte_carlo, likelihood)
+
+        def score(posterior: FunctionalPosterior) -> list[float]:
+            return _class_score(likelihood, expected, posterior.mean, posterior.deviations, *targets)
+    else:
+
+        def score(posterior: FunctionalPosterior) -> list[float]:
+            return _number_score(likelihood, posterior, *targets)
+
     # A sample of a `SampleStructure` is a function, which must be the same one in all slices. Samples from covariances
     # are drawn at each input, so every slice gets noise of its own.
-    if number and not isinstance(fitted.structure, SampleStructure):
-        key = jax.random.fold_in(key, number)
-    options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-    posteriors = functional_posteriors(fitted, inputs, grid, **options)
-    if not has_classes(likelihood):
-        return np.array([_number_score(likelihood, posterior, *targets) for posterior in posteriors])
-    expected = partial(link.monte_carlo, likelihood)
-    return np.array(
-        [_class_score(likelihood, expected, posterior.mean, posterior.deviations, *targets) for posterior in posteriors]
-    )
+    is_function = [isinstance(fitted.structure, SampleStructure) for fitted in posteriors]
+    keys = [key if fixed or not number else jax.random.fold_in(key, number) for fixed in is_function]
+    options = {"keys": keys, "num_samples": num_samples, "microbatch": microbatch}
+    shared = shared_posteriors(posteriors, batch.inputs, [grid] * len(posteriors), **options)
+    return np.array([[score(posterior) for posterior in of_one] for of_one in shared])
+
+
+def _scores_of_variances(
+    fitted: Fitted, batch: Batch, grid: Float[np.ndarray, " D"], *, link_approx: LinkApproximation, microbatch: int
+) -> Float[np.ndarray, "D k"]:
+    """Score one slice by predictions that need variances and no samples."""
+    likelihood, targets = fitted.likelihood, (batch.targets, batch.weights)
+    is_regression = likelihood.sigma_noise is not None
+    fitted, inputs = fitted.at_features(batch.inputs, microbatch=microbatch)
+    mean = outputs(fitted.network, inputs, microbatch=microbatch)
+    # Only the bridge needs covariances between outputs. Their diagonal alone is much cheaper.
+    options = {"microbatch": microbatch, "marginal": is_regression or link_approx == "probit"}
+    variances = functional_variances(fitted, inputs, grid, **options)
+    if is_regression:
+        return np.array([_gaussian_score(likelihood, mean, variance, *targets) for variance in variances])
+    expected = partial(link.probit, likelihood) if link_approx == "probit" else link.bridge_mean
+    return np.array([_class_score(likelihood, expected, mean, variance, *targets) for variance in variances])
 
 
 def _class_score(

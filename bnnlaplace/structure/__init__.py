@@ -12,6 +12,7 @@ from bnnlaplace.structure.protocol import (
     AdditiveStructure,
     CovarianceStructure,
     OutputCovariance,
+    RowStructure,
     SampleStructure,
     Structure,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "KrylovError",
     "KrylovStructure",
     "OutputCovariance",
+    "RowStructure",
     "SampleStructure",
     "SpectralStructure",
     "Structure",

@@ -6,12 +6,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
+from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.curvature.jacobian import Jacobian
-from bnnlaplace.structure.protocol import OutputCovariance, PriorPrecision, PriorPrecisions, RelativePrecisions
+from bnnlaplace.structure.protocol import (
+    OutputCovariance,
+    PriorPrecision,
+    PriorPrecisions,
+    RelativePrecisions,
+    RowCovariance,
+)
+
+# How many products of pairs of rows are in memory at a time: few enough for a cache.
+PAIR_NUMBERS = 2**18
 
 
 class DiagonalStructure(NamedTuple):
@@ -87,6 +97,11 @@ class DiagonalStructure(NamedTuple):
         """Return the function J -> J diag(1 / (D (diag(G) + delta))) J', evaluated at each delta."""
         return Partial(_covariances, self.diagonal, jnp.asarray(precisions, self.diagonal.dtype), relative)
 
+    def row_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> RowCovariance:
+        """Return the same function of the rows of J. Rows are multiplied pair by pair once for all precisions."""
+        relative = jnp.broadcast_to(jnp.asarray(relative, self.diagonal.dtype), self.diagonal.shape)
+        return Partial(_row_covariances, self.diagonal, jnp.asarray(precisions, self.diagonal.dtype), relative)
+
 
 def _covariances(
     diagonal: Float[Array, " P"],
@@ -106,3 +121,36 @@ def _covariances(
 
     # One precision after another, because all at once would hold D times the weighted derivatives in memory.
     return jax.lax.map(at, precisions)
+
+
+def _row_covariances(
+    diagonal: Float[Array, " P"],
+    precisions: Float[Array, " D"],
+    relative: Float[Array, " P"],
+    rows: Float[Array, "U C M P"],
+) -> Float[Array, "D M U C C"]:
+    """Multiply rows pair by pair of a group's outputs, and all pairs by the matrix of variances at all precisions.
+
+    Each of the C (C + 1) / 2 pairs costs P multiplications, and P D in one product of matrices. One precision after
+    another would cost C^2 P each in products of matrices as small as C x C. Weights are taken a few at a time, so that
+    neither pairs nor variances are in memory as a whole.
+    """
+    groups, outputs, count, width = rows.shape
+    first, second = np.triu_indices(outputs)
+    chunk = max(1, min(width, PAIR_NUMBERS // max(1, count * groups * len(first))))
+
+    def part(start: Int[ArrayLike, ""], size: int) -> Float[Array, "U K M D"]:
+        some, curvature, ratio = (
+            jax.lax.dynamic_slice_in_dim(array, start, size, axis=-1) for array in (rows, diagonal, relative)
+        )
+        pairs = some[:, first] * some[:, second]
+        return einsum("ukmp,pd->ukmd", pairs, 1 / (curvature[:, None] + precisions) / ratio[:, None])
+
+    num_whole = width // chunk
+    # What is left after whole chunks comes first, because no copy of the rows is padded.
+    total = part(num_whole * chunk, width - num_whole * chunk)
+    starts = chunk * jnp.arange(num_whole)
+    total = jax.lax.scan(lambda total, start: (total + part(start, chunk), None), total, starts)[0]
+    place = np.zeros((outputs, outputs), np.int32)
+    place[first, second] = place[second, first] = np.arange(len(first))
+    return jnp.transpose(total[:, place], (4, 3, 0, 1, 2))

@@ -1,6 +1,6 @@
 """The GGN as a block Krylov decomposition, for any network: products are enough, and no matrix is formed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -135,6 +135,11 @@ class KrylovStructure(NamedTuple):
         """The number of probes, and of posterior samples."""
         return len(self.decomposition.start)
 
+    @property
+    def num_vectors(self) -> int:
+        """The number of basis vectors."""
+        return len(self.decomposition.basis)
+
     def resolution(self) -> float:
         """The prior precision below which curvature of its size cannot be told from the rounding of products.
 
@@ -265,9 +270,25 @@ class KrylovStructure(NamedTuple):
             for precision in precisions:
                 yield pushforward(self.samples(key, num_samples, precision))
             return
-        images = pushforward(self.decomposition.basis)
-        for precision in precisions:
-            yield einsum("sm,m...->s...", self._coefficients(key, num_samples, precision), images)
+        basis, combined = self.sample_directions(key, num_samples, precisions)
+        yield from combined(pushforward(basis))
+
+    def sample_directions(
+        self, key: Array, num_samples: int, precisions: PriorPrecisions
+    ) -> tuple[Float[Array, "R P"], Callable[[Float[Array, "R B ... C"]], Iterable[Float[Array, "S B ... C"]]]]:
+        """Return V, the basis or all samples if they are fewer, and how `function_samples` follow from J V.
+
+        Memory: R P numbers if V is made of samples, which are fewer than the basis holds.
+        """
+        if len(precisions) * num_samples < len(self.decomposition.basis):
+            samples = [self.samples(key, num_samples, precision) for precision in precisions]
+            return jnp.concatenate(samples), lambda images: jnp.split(images, len(precisions))
+
+        def combined(images: Float[Array, "m B ... C"]) -> Iterator[Float[Array, "S B ... C"]]:
+            for precision in precisions:
+                yield einsum("sm,m...->s...", self._coefficients(key, num_samples, precision), images)
+
+        return self.decomposition.basis, combined
 
     def joint_covariance(self, rows: Float[Array, "B K P"], prior_precision: PriorPrecision) -> Float[Array, "B*K B*K"]:
         """Covariance of the K outputs at B inputs jointly, from their Jacobian J. It is positive semidefinite.

@@ -1,6 +1,6 @@
 """The questions that a Laplace posterior asks of a fitted curvature."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -78,6 +78,8 @@ class Structure(Protocol):
         ...
 
 
+# A function from rows of J, in U groups of C outputs, to the covariances; a pytree, too.
+RowCovariance = Callable[[Float[Array, "U C M P"]], Float[Array, "D M U C C"]]
 # A function from the Jacobian of groups of outputs to their covariances at each of D prior precisions. It is a pytree,
 # so that it can be an argument of compiled functions.
 OutputCovariance = Callable[[Jacobian], Float[Array, "D M U C C"]]
@@ -107,6 +109,15 @@ class CovarianceStructure(Structure, Protocol):
 
 
 @runtime_checkable
+class RowStructure(CovarianceStructure, Protocol):
+    """A structure that computes covariances of outputs from rows of J as well, at a cost that many precisions share."""
+
+    def row_covariance(self, precisions: PriorPrecisions, relative: RelativePrecisions = 1.0) -> RowCovariance:
+        """Return what `output_covariance` returns, as a function of the rows of J."""
+        ...
+
+
+@runtime_checkable
 class AdditiveStructure(CovarianceStructure, Protocol):
     """A structure that can be added to that of other data: the curvature of one task after another."""
 
@@ -128,6 +139,11 @@ class SampleStructure(Structure, Protocol):
         """The largest number of samples."""
         ...
 
+    @property
+    def num_vectors(self) -> int:
+        """How many derivatives of the outputs serve all prior precisions."""
+        ...
+
     def reservation(self, prior_precision: PriorPrecision) -> str | None:
         """Describe what a user should know before using the structure at a prior precision; None if all is well."""
         ...
@@ -140,6 +156,12 @@ class SampleStructure(Structure, Protocol):
         precisions: PriorPrecisions,
     ) -> Iterator[Float[Array, "S B ... C"]]:
         """Yield J times samples of the weights for each prior precision. `pushforward` is V -> J V."""
+        ...
+
+    def sample_directions(
+        self, key: Array, num_samples: int, precisions: PriorPrecisions
+    ) -> tuple[Float[Array, "R P"], Callable[[Float[Array, "R B ... C"]], Iterable[Float[Array, "S B ... C"]]]]:
+        """Return V and a function that makes `function_samples` of J V, for whoever multiplies all of V at once."""
         ...
 
     def joint_covariance(self, rows: Float[Array, "B K P"], prior_precision: PriorPrecision) -> Float[Array, "B*K B*K"]:

@@ -1,0 +1,135 @@
+"""What a posterior reads from rows of the Jacobian, and its predictions, which follow from that."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from bnnlaplace.core.linalg import einsum
+from bnnlaplace.core.roots import symmetric_root
+from bnnlaplace.core.types import Inputs
+from bnnlaplace.fitted import Fitted
+from bnnlaplace.model.batched import outputs
+from bnnlaplace.model.network import Network
+from bnnlaplace.predictive import rows
+from bnnlaplace.structure import RowStructure, SampleStructure
+from bnnlaplace.structure.protocol import PriorPrecisions
+
+
+class FunctionalPosterior(NamedTuple):
+    """The posterior of the linearised outputs at a batch of inputs.
+
+    Attributes
+    ----------
+    mean
+        f(x; theta*), (B, ..., C).
+    variance
+        J Sigma J' within each output position, (B, ..., C, C). A `SampleStructure` estimates it from the samples.
+    deviations
+        Samples of J (theta - theta*), (S, B, ..., C). They are samples of functions, which belong together over inputs,
+        for a `SampleStructure` and with `functional_posteriors(joint=True)`. Otherwise those of one input and output
+        position are independent of those of all others.
+    """
+
+    mean: Float[Array, "B ... C"]
+    variance: Float[Array, "B ... C C"]
+    deviations: Float[Array, "S B ... C"]
+
+
+class Reading(NamedTuple):
+    """What a posterior reads from rows of the Jacobian, and how its predictions follow from that and the mean."""
+
+    reader: rows.Reader
+    finish: Callable[[Float[Array, "B ... C"], Float[Array, "k B U ..."]], Iterator[FunctionalPosterior]]
+
+
+def reading_of(
+    fitted: Fitted, inputs: Inputs, precisions: PriorPrecisions, key: Array, num_samples: int, microbatch: int
+) -> Reading | None:
+    """Prepare to read a posterior from rows; None if that would not pay."""
+    structure, sizes = fitted.structure, rows.row_sizes(fitted.network.unlinearised(), inputs, microbatch)
+    if sizes is None:
+        return None
+    if isinstance(structure, SampleStructure):
+        directions, combined = structure.sample_directions(key, num_samples, precisions)
+        if not rows.directions_pay(sizes, len(directions)):
+            return None
+
+        def of_samples(mean: Float[Array, "B ... C"], images: Float[Array, "R B U C"]) -> Iterator[FunctionalPosterior]:
+            for deviations in combined(images.reshape(len(images), *mean.shape)):
+                yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
+
+        return Reading(partial(rows.products, directions, whitening(fitted)), of_samples)
+    if not isinstance(structure, RowStructure):
+        return None
+
+    def of_covariances(mean: Float[Array, "B ... C"], read: Float[Array, "D B U C C"]) -> Iterator[FunctionalPosterior]:
+        for variance in read[: len(precisions)].reshape(len(precisions), *mean.shape, mean.shape[-1]):
+            yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
+
+    return Reading(covariance_reader(fitted, precisions), of_covariances)
+
+
+def read_all(
+    network: Network, inputs: Inputs, readings: Sequence[Reading], microbatch: int
+) -> list[Iterator[FunctionalPosterior]]:
+    """Read several posteriors from the same rows."""
+    mean, expansion = outputs(network, inputs, microbatch=microbatch), network.unlinearised()
+    sizes = rows.row_sizes(expansion, inputs, microbatch)
+    results = rows.read(expansion, inputs, sizes, [reading.reader for reading in readings])
+    return [reading.finish(mean, result) for reading, result in zip(readings, results, strict=True)]
+
+
+def covariance_reader(fitted: Fitted, precisions: PriorPrecisions) -> rows.Reader:
+    """Return a reader of covariances at the precisions, and at copies of the last one.
+
+    Their number is rounded up, so that one program serves many numbers of precisions.
+    """
+    count = len(precisions)
+    padded = [precisions[min(number, count - 1)] for number in range(_rounded_up(count))]
+    return partial(rows.covariances, fitted.structure.row_covariance(padded, fitted.prior.relative))
+
+
+def _rounded_up(count: int) -> int:
+    """The next power of two up to eight, then the next multiple of eight."""
+    return 1 << (count - 1).bit_length() if count <= 8 else -(-count // 8) * 8
+
+
+def whitening(fitted: Fitted) -> Float[Array, " P"] | None:
+    """D^-1/2, None for the identity. It is applied a few rows at a time, so that a whole basis is never copied."""
+    return None if fitted.prior.is_isotropic else 1 / jnp.sqrt(fitted.prior.relative)
+
+
+def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_samples: int) -> Float[Array, "S B ... C"]:
+    """Draw samples of N(0, variance) at each input and output position, independent between positions.
+
+    An average over the samples at one position does not depend on that independence.
+
+    Parameters
+    ----------
+    key
+        The random key of the noise. The same key gives the same noise.
+    variance
+        A covariance at each input and position.
+    num_samples
+        S, the number of samples.
+    """
+    # The symmetric root depends smoothly on the variance. Eigenvectors alone may change their signs between two prior
+    # precisions, and the curve over precisions would not be smooth.
+    root = symmetric_root(variance)
+    noise = jax.random.normal(key, (num_samples, *variance.shape[:-1]), variance.dtype)
+    return einsum("...cd,s...d->s...c", root, noise)
+
+
+def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
+    """Estimate the functional variance from samples with known mean zero. Its relative standard error is sqrt(2 / S).
+
+    Parameters
+    ----------
+    deviations
+        Samples of J (theta - theta*).
+    """
+    return einsum("s...c,s...d->...cd", deviations, deviations) / len(deviations)

@@ -1,0 +1,147 @@
+"""The Jacobian of convolutional networks, formed once for a few inputs and read by all that ask for it.
+
+Weights that multiply at many positions have no factors of a Jacobian worth keeping: its rows, sums over positions, are
+smaller. They cost a backward pass for each output, about as much as two forward derivatives. Then a derivative along a
+direction is an inner product, where a forward derivative costs all positions again. So covariances, samples of several
+posteriors and whole Krylov bases are read from one set of rows, if there are enough of them and rows fit in memory.
+
+Rows are the result of a program of their own. What reads them is another, which compiles in a second. So any number of
+precisions, of directions or of posteriors shares the program that takes long to compile.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PyTree, Shaped
+
+from bnnlaplace.core.linalg import einsum
+from bnnlaplace.core.tree import num_examples, number_type, size
+from bnnlaplace.core.types import AnyArray, Inputs
+from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature.layers import find
+from bnnlaplace.model.jaxpr import numbers_of_example
+from bnnlaplace.model.network import Network
+from bnnlaplace.model.spec import NetworkSpec, Shapes, output_shape
+from bnnlaplace.structure.protocol import RowCovariance
+
+# Bytes of rows in memory.
+ROW_BYTES = 2**29
+# Activations of the passes that run together. If there are more outputs, the others follow one after another.
+PASS_BYTES = 2**23
+# Fewer inputs leave the lanes of a vector empty where examples are the innermost axis, more only need more memory.
+FEW_ROW_INPUTS, MOST_ROW_INPUTS = 4, 16
+# A backward pass with the derivatives in all weights takes about as long as this many forward derivatives.
+FORWARD_DERIVATIVES = 2
+
+# A function of the rows of all K outputs of m inputs, in U groups of C outputs.
+Reader = Callable[[Float[Array, "U C m P"]], Float[Array, "k m ..."]]
+
+
+class RowSizes(NamedTuple):
+    """How many inputs are differentiated at a time, at how many outputs, in how many passes together."""
+
+    inputs: int
+    outputs: int
+    unit: int
+    passes: int
+
+
+def row_sizes(network: Network, inputs: Inputs, microbatch: int, *, unit: int | None = None) -> RowSizes | None:
+    """Choose the sizes for reading rows. None if the network has no convolution, or rows need too much memory.
+
+    Parameters
+    ----------
+    network, inputs
+        The network, and inputs of which only shape and type are used.
+    microbatch
+        The largest number of inputs at a time.
+    unit
+        The number of outputs in a group, by default those of one position.
+    """
+    spec, shape = NetworkSpec.of(network, inputs), output_shape(network, inputs)[1:]
+    if not _rows_are_smaller(spec):
+        return None
+    number_bytes, num_outputs = number_type(network.params).itemsize, math.prod(shape)
+    pass_bytes = number_bytes * numbers_of_example(spec)
+    input_bytes = number_bytes * num_outputs * size(network.params) + pass_bytes
+    most = min(microbatch, MOST_ROW_INPUTS)
+    count = min(most, ROW_BYTES // input_bytes)
+    if count < min(most, FEW_ROW_INPUTS):
+        return None
+    passes = max(1, min(num_outputs, PASS_BYTES // (count * pass_bytes)))
+    return RowSizes(count, num_outputs, shape[-1] if unit is None else unit, passes)
+
+
+@lru_cache(maxsize=64)
+def _rows_are_smaller(spec: NetworkSpec) -> bool:
+    """Whether some layer has several positions, and most weights belong to no layer that has a single one."""
+    weights = find(spec.network(), spec.example.batch(2))
+    counts = [math.prod(variable.aval.shape) for variable in weights.jaxpr.params]
+    single = sum(counts[leaf] for leaf, layer in weights.layers.items() if layer.positions == 1)
+    return any(layer.positions > 1 for layer in weights.layers.values()) and 2 * single <= sum(counts)
+
+
+def directions_pay(sizes: RowSizes, num_directions: int) -> bool:
+    """Whether rows cost less than forward derivatives along so many directions."""
+    return num_directions > FORWARD_DERIVATIVES * sizes.outputs
+
+
+def read(network: Network, inputs: Inputs, sizes: RowSizes, readers: Sequence[Reader]) -> list[Float[Array, "k B ..."]]:
+    """Form the rows of all outputs, `sizes.inputs` inputs at a time, and give them to each reader.
+
+    Readers get groups of `sizes.unit` outputs. Cost: a backward pass for each input and output, whatever the number of
+    readers.
+    """
+    total = num_examples(inputs)
+    if total == 0:
+        one = jax.eval_shape(partial(_rows, network, sizes), Shapes.of_example(inputs).batch(1))
+        abstract = [jax.eval_shape(reader, one) for reader in readers]
+        return [jnp.zeros((result.shape[0], 0, *result.shape[2:]), result.dtype) for result in abstract]
+    count = min(sizes.inputs, total)
+    results = [[] for _ in readers]
+    for start in range(0, total, count):
+        index = np.minimum(np.arange(start, start + count), total - 1)
+        rows = _rows(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
+        for parts, reader in zip(results, readers, strict=True):
+            parts.append(reader(rows))
+    return [jnp.concatenate(parts, axis=1)[:, :total] for parts in results]
+
+
+@jax.jit
+def covariances(covariance: RowCovariance, rows: Float[Array, "U C m P"]) -> Float[Array, "D m U C C"]:
+    """Compute the covariances of the outputs at each precision of `covariance`; a `Reader` of its second argument."""
+    return covariance(rows)
+
+
+@jax.jit
+def products(
+    directions: Float[Array, "R P"], factors: Float[Array, " P"] | None, rows: Float[Array, "U C m P"]
+) -> Float[Array, "R m U C"]:
+    """Differentiate along directions times `factors`, as `pushforward` does; a `Reader` of its last argument."""
+    rows = rows if factors is None else rows * factors
+    flat = einsum("kp,rp->kr", rows.reshape(-1, rows.shape[-1]), directions)
+    return jnp.transpose(flat.reshape(*rows.shape[:-1], -1), (3, 2, 0, 1))
+
+
+@partial(jax.jit, static_argnums=1)
+def _rows(network: Network, sizes: RowSizes, x: PyTree[Shaped[AnyArray, "m ..."]]) -> Float[Array, "U C m P"]:
+    """Differentiate all outputs of m inputs in all weights, in the order of the flat vector of weights."""
+    passed = tapped.forward(network, network.params, x)
+    layers = passed.weights.layers
+
+    def joined(column: Float[Array, "m ... C"]) -> Float[Array, "m P"]:
+        derivatives = passed.gradients(column)
+        # The sum over positions is taken within the pass: one product of matrices for each input and layer.
+        for leaf, layer in layers.items():
+            matrices = einsum("mti,mto->mio", passed.layer_inputs[leaf], derivatives[leaf])
+            derivatives[leaf] = layer.layout.flat(matrices)
+        flat = [derivatives[leaf].reshape(len(column), -1) for leaf in sorted(derivatives)]
+        return jnp.concatenate(flat, axis=-1)
+
+    by_output = tapped.at_columns(joined, passed.outputs, np.arange(sizes.outputs), sizes.passes)
+    return by_output.reshape(-1, sizes.unit, *by_output.shape[1:])
