@@ -215,6 +215,9 @@ class Evaluation:
     ood: Text = "inverted"
     """Out-of-distribution images: inverted (the split's own images, intensities reversed), noise, or the name of a
     prepared TFDS set (resized and converted to the model's image shape)."""
+    examples: Count | None = None
+    """Evaluate on at most this many images of the split (stratified by class), and as many out-of-distribution ones,
+    the same for every method; default: all. `data.validation_examples` bounds the validation images."""
     grid_size: Annotated[int, Field(ge=2)] = 29
     """Prior precisions on the curves of evidence, validation NLL and ECE."""
     grid_low: Positive = 1e-2

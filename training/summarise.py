@@ -123,7 +123,7 @@ def _parsed(content: dict[str, Any]) -> Run:
         split=split,
         ood=content["ood"],
         labels=tuple(method["label"] for method in methods),
-        num_images=content["num_images"][split],
+        num_images=content.get("num_evaluated", content["num_images"][split]),  # all, in earlier releases
         seed=content["seed"],
         seconds=sum(content["seconds"].values()),
         precisions=tuple(_number(method["prior_precision"]) for method in methods),

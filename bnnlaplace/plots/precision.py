@@ -28,7 +28,7 @@ class PrecisionCurve(NamedTuple):
     log_evidence, log_evidence_sem, log_evidence_truncation
         The log evidence in nats, its standard error, and how much too low it can be because the recurrence was stopped.
     validation_nll, validation_ece
-        Scores of a predictive on validation images; the NLL in nats per image.
+        Scores of a predictive on validation images; the NLL in nats per image. NaN where a search left them out.
     converged
         Whether the samples behind that predictive have converged.
     evidence_optimum, evidence_optimum_low, evidence_optimum_high
@@ -111,8 +111,13 @@ def _draw_structure(axes: Sequence[Axes], name: str, curve: PrecisionCurve, look
     everywhere = np.ones(len(curve.precision), bool)
     converged = np.asarray(curve.converged, bool)
     _line(evidence, curve.precision, curve.log_evidence, everywhere, bold, faint)
-    _line(nll, curve.precision, curve.validation_nll, converged, bold, faint)
-    _line(ece, curve.precision, np.maximum(curve.validation_ece, _LEAST_ECE), converged, bold, faint)
+    # A search leaves out precisions, whose scores are NaN. The line connects the others.
+    known = ~np.isnan(curve.validation_nll)
+    precision, validation_nll, validation_ece = (
+        np.asarray(values)[known] for values in (curve.precision, curve.validation_nll, curve.validation_ece)
+    )
+    _line(nll, precision, validation_nll, converged[known], bold, faint)
+    _line(ece, precision, np.maximum(validation_ece, _LEAST_ECE), converged[known], bold, faint)
     for panel in axes:
         panel.axvspan(curve.evidence_optimum_low, curve.evidence_optimum_high, color=colour, alpha=0.15, lw=0)
         panel.axvline(curve.evidence_optimum, color=colour, lw=0.9, alpha=0.8)
@@ -120,7 +125,7 @@ def _draw_structure(axes: Sequence[Axes], name: str, curve: PrecisionCurve, look
     at_evidence = {"marker": "o", "ms": 6, "color": colour, "ls": "none"}
     at_nll = {"marker": "D", "ms": 5.5, "color": colour, "mfc": "white", "mew": 1.5, "ls": "none"}
     _mark(evidence, curve.precision, curve.log_evidence, curve.evidence_optimum, at_evidence)
-    _mark(nll, curve.precision, curve.validation_nll, curve.nll_optimum, at_nll)
+    _mark(nll, precision, validation_nll, curve.nll_optimum, at_nll)
     return [
         Line2D([], [], label=name, **bold),
         Line2D([], [], label=f"best evidence: {_evidence_optimum(curve)}", **at_evidence),

@@ -12,12 +12,13 @@ from bnnlaplace import Laplace, Network, calibration
 from bnnlaplace.calibration import fit_temperature
 from bnnlaplace.core.tree import size
 from bnnlaplace.model.batched import outputs
-from bnnlaplace.predictive import link
+from bnnlaplace.predictive import FunctionalPosterior, ValidationCurve, link, searched_curves, shared_posteriors
 from training.cli import interruption
 from training.config import Config
 from training.data.foreign import out_of_distribution
 from training.data.load import ImageData
 from training.data.reading import Split
+from training.data.shuffle import stratified_indices
 from training.errors import UserError
 from training.report.results import KrylovResult, MethodResult, ModeDistance, RunResults
 from training.train.checkpoints import TrainResult
@@ -25,14 +26,29 @@ from training.train.checkpoints import TrainResult
 if TYPE_CHECKING:
     from bnnlaplace.plots import PrecisionCurve
 
-_CURVE_STREAM, _SAMPLE_STREAM = 201, 202
+_CURVE_STREAM, _SAMPLE_STREAM, _SUBSET_STREAM = 201, 202, 203
 _STOPPED = "stopped in stage evaluation; nothing of it is written"
 
 
 def foreign_images(config: Config, data: ImageData) -> np.ndarray:
-    """Load the out-of-distribution images. Call it before anything is computed, because they may be missing."""
+    """Load the out-of-distribution images. Call it before anything is computed, because they may be missing.
+
+    There are at most as many as evaluated images; inverted ones are those of the evaluated images.
+    """
+    return out_of_distribution(config.evaluation.ood, evaluated_split(config, data), config.data.dir, config.seed)
+
+
+def evaluated_split(config: Config, data: ImageData) -> Split:
+    """Return the images that every method is evaluated on: the split, or `evaluation.examples` of it.
+
+    The choice is stratified by class and depends on the run's seed alone. A larger one contains a smaller one.
+    """
     split: Split = getattr(data, config.evaluation.split)
-    return out_of_distribution(config.evaluation.ood, split, config.data.dir, config.seed)
+    count = config.evaluation.examples
+    if count is None or count >= len(split.labels):
+        return split
+    chosen = stratified_indices(split.labels, count, (config.seed + _SUBSET_STREAM) % 2**63)
+    return Split(split.images[chosen], split.labels[chosen])
 
 
 def evaluate(
@@ -69,22 +85,20 @@ def _evaluate(
     seconds: Mapping[str, float],
 ) -> RunResults:
     network = next(iter(posteriors.values())).network
-    split: Split = getattr(data, config.evaluation.split)
+    split = evaluated_split(config, data)
     validation, labels = data.validation
     held_out = _HeldOut(config, np.concatenate([split.images, foreign]), split.labels)
-    curves = {name: precision_curve(config, name, la, validation, labels) for name, la in posteriors.items()}
+    curves = precision_curves(config, posteriors, validation, labels)
     methods = [
         *held_out.point_predictions(network, validation, labels),
-        *(
-            method
-            for name, la in posteriors.items()
-            for method in held_out.posterior_predictions(name, la, _choices(curves[name]))
-        ),
+        *held_out.posterior_predictions(posteriors, {name: _choices(curve) for name, curve in curves.items()}),
     ]
     return RunResults(
         data=config.data.name,
         num_images={name: len(getattr(data, name).labels) for name in ("train", "validation", "test")},
         split=config.evaluation.split,
+        num_evaluated=len(split.labels),
+        num_foreign=len(foreign),
         ood=config.evaluation.ood,
         num_weights=size(network.params),
         seed=config.seed,
@@ -102,28 +116,44 @@ def _evaluate(
     )
 
 
-def precision_curve(config: Config, name: str, la: Laplace, images: np.ndarray, labels: np.ndarray) -> "PrecisionCurve":
-    """Compute evidence, validation NLL and validation ECE on the configured grid of prior precisions, and their optima.
+def precision_curves(
+    config: Config, posteriors: Mapping[str, Laplace], images: np.ndarray, labels: np.ndarray
+) -> "dict[str, PrecisionCurve]":
+    """Compute evidence, validation NLL and validation ECE on grids of prior precisions, and their optima.
+
+    The evidence and, as a rule, the validation scores are computed on the whole configured grid: where the network is
+    differentiated once for all precisions and posteriors, each more of them costs next to nothing. Where samples at a
+    few precisions are fewer than what serves all of them, the validation scores are searched from coarse to fine, and
+    are NaN in between; see `bnnlaplace.predictive.searched_curves`.
 
     At a precision at which the samples have not converged, NLL and ECE are not those of the posterior. `converged`
     marks such precisions, and the validation NLL does not choose them.
     """
-    from bnnlaplace.plots import PrecisionCurve  # Matplotlib takes most of a second to load.
-
     interruption.stop_if_requested(_STOPPED)
     settings = config.evaluation
     grid = np.geomspace(settings.grid_low, settings.grid_high, settings.grid_size)
-    evidence = la.evidence_curve(grid).log_marginal_likelihood
-    optimum = la.evidence_optimum()
-    heldout = la.validation_curve(
-        images,
-        labels,
+    heldout = searched_curves(
+        [la.fitted for la in posteriors.values()],
+        (images, labels),
         grid,
         link_approx="mc",
         key=_key(config, _CURVE_STREAM),
         num_samples=config.curvature.num_probes,
         microbatch=config.curvature.microbatch,
     )
+    return {
+        name: precision_curve(name, la, grid, scores)
+        for (name, la), scores in zip(posteriors.items(), heldout, strict=True)
+    }
+
+
+def precision_curve(name: str, la: Laplace, grid: np.ndarray, heldout: ValidationCurve) -> "PrecisionCurve":
+    """Join the evidence of one posterior, with its optimum, and its scores on validation images."""
+    from bnnlaplace.plots import PrecisionCurve  # Matplotlib takes most of a second to load.
+
+    interruption.stop_if_requested(_STOPPED)
+    evidence = la.evidence_curve(grid).log_marginal_likelihood
+    optimum = la.evidence_optimum()
     # The log-determinant is too high by at most the truncation, so the evidence is too low by at most half of it.
     truncation = np.array([0.5 * la.structure.truncation(delta).mean() for delta in grid])
     nll_optimum, nll_at_bound = lowest_nll(name, grid, heldout.negative_log_likelihood, heldout.converged)
@@ -215,28 +245,42 @@ class _HeldOut:
             temperature_at_bound=fitted.at_bound,
         )
 
-    def posterior_predictions(self, name: str, la: Laplace, choices: Mapping[str, float]) -> Iterator[MethodResult]:
-        """Evaluate one posterior at each chosen prior precision, through each link."""
+    def posterior_predictions(
+        self, posteriors: Mapping[str, Laplace], choices: Mapping[str, Mapping[str, float]]
+    ) -> Iterator[MethodResult]:
+        """Evaluate each posterior at each of its chosen prior precisions, through each link.
+
+        All posteriors share the derivatives of the network, if it is convolutional.
+        """
         interruption.stop_if_requested(_STOPPED)
         settings = self.config.curvature
-        posteriors = la.functional_posteriors(
+        predicted = shared_posteriors(
+            [la.fitted for la in posteriors.values()],
             self.images,
-            list(choices.values()),
-            key=_key(self.config, _SAMPLE_STREAM),
+            [list(choices[name].values()) for name in posteriors],
+            keys=[_key(self.config, _SAMPLE_STREAM)] * len(posteriors),
             num_samples=settings.num_probes,
             microbatch=settings.microbatch,
         )
-        for (choice, precision), posterior in zip(choices.items(), posteriors, strict=True):
-            variance = np.diagonal(posterior.variance, axis1=1, axis2=2)
-            by_link = {
-                "MC": link.monte_carlo(la.likelihood, posterior.mean, posterior.deviations),
-                "probit": link.probit(la.likelihood, posterior.mean, variance),
-            }
-            for link_name, probs in by_link.items():
-                probs = np.asarray(probs, np.float64)
-                probs /= probs.sum(axis=1, keepdims=True)  # Rows should sum to one in double precision too.
-                labels = {"structure": name, "prior_choice": choice, "prior_precision": precision, "link": link_name}
-                yield self._result(probs, **labels)
+        for (name, la), of_one in zip(posteriors.items(), predicted, strict=True):
+            interruption.stop_if_requested(_STOPPED)
+            for (choice, precision), posterior in zip(choices[name].items(), of_one, strict=True):
+                yield from self._by_link(name, la, choice, precision, posterior)
+
+    def _by_link(
+        self, name: str, la: Laplace, choice: str, precision: float, posterior: FunctionalPosterior
+    ) -> Iterator[MethodResult]:
+        """Evaluate the predictive of one posterior through each link."""
+        variance = np.diagonal(posterior.variance, axis1=1, axis2=2)
+        by_link = {
+            "MC": link.monte_carlo(la.likelihood, posterior.mean, posterior.deviations),
+            "probit": link.probit(la.likelihood, posterior.mean, variance),
+        }
+        for link_name, probs in by_link.items():
+            probs = np.asarray(probs, np.float64)
+            probs /= probs.sum(axis=1, keepdims=True)  # Rows should sum to one in double precision too.
+            labels = {"structure": name, "prior_choice": choice, "prior_precision": precision, "link": link_name}
+            yield self._result(probs, **labels)
 
     def _result(self, probs: np.ndarray, **description: Any) -> MethodResult:
         settings, count = self.config.evaluation, len(self.labels)

@@ -86,7 +86,7 @@ def print_table(console: Console, results: RunResults) -> None:
     """
     wide = console.width >= _WIDE
     columns = _present(results)
-    title = f"{results.data}, {results.split}: {results.num_images[results.split]:,} images"
+    title = f"{results.data}, {results.split}: {_evaluated(results)} images"
     table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("method")
     table.add_column("prior\nprec.", justify="right", no_wrap=True)
@@ -219,9 +219,17 @@ def _image(figure: "Figure") -> bytes:
 def _summary(results: RunResults) -> str:
     images = ", ".join(f"{count:,} {split}" for split, count in results.num_images.items())
     return (
-        f"A network with {results.num_weights:,} weights; images: {images}. Seed {results.seed}. Evaluated on the "
-        f"{results.split} split. Validation curves from the {results.curve_link} predictive."
+        f"A network with {results.num_weights:,} weights; images: {images}. Seed {results.seed}. Evaluated on "
+        f"{_evaluated(results)} images of the {results.split} split. Validation curves from the {results.curve_link} "
+        "predictive."
     )
+
+
+def _evaluated(results: RunResults) -> str:
+    """How many images of the split were evaluated, and of how many if not of all."""
+    total = results.num_images[results.split]
+    of_all = "" if results.num_evaluated == total else f" of {total:,}"
+    return f"{results.num_evaluated:,}{of_all}"
 
 
 def _rows(results: RunResults, columns: list[str]) -> list[dict[str, Any]]:

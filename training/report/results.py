@@ -101,6 +101,10 @@ class RunResults:
     """Number of images by split: train, validation, test."""
     split: str
     """The split that the methods are evaluated on."""
+    num_evaluated: int
+    """Number of its images that they are evaluated on: all, or `evaluation.examples`."""
+    num_foreign: int
+    """Number of out-of-distribution images."""
     ood: str | None
     """The out-of-distribution images. None if there are none."""
     num_weights: int

@@ -11,7 +11,7 @@ from training.config import Config, Curvature, Evaluation
 from training.data.load import ImageData
 from training.data.reading import Split
 from training.errors import UserError
-from training.report.evaluation import foreign_images, lowest_nll, precision_curve
+from training.report.evaluation import foreign_images, lowest_nll, precision_curves
 
 GRID = np.array([0.1, 1.0, 10.0, 100.0])
 ALL = np.ones(4, bool)
@@ -57,15 +57,15 @@ def test_curves_say_where_the_samples_have_converged():
     )
     network = Network.from_function(lambda w, x: x @ w, 0.1 * jax.random.normal(jax.random.key(0), (5, 4)))
     lanczos = Laplace(network).fit((x, y), key=jax.random.key(1), num_probes=2, max_vectors=4)
-    curve = precision_curve(CONFIG, "Lanczos", lanczos, x, y)
+    diagonal = Laplace(network, hessian_structure="diag").fit((x, y))
+    curves = precision_curves(CONFIG, {"diagonal": diagonal, "Lanczos": lanczos}, x, y)
+    curve = curves["Lanczos"]
     structure = lanczos.structure
     expected = [structure.has_converged(structure.error(delta)) for delta in curve.precision]
     assert curve.converged.tolist() == expected
     assert not expected[0] and expected[-1]
     assert curve.nll_optimum in curve.precision[curve.converged]
-
-    diagonal = Laplace(network, hessian_structure="diag").fit((x, y))
-    assert precision_curve(CONFIG, "diagonal", diagonal, x, y).converged.all()
+    assert curves["diagonal"].converged.all()
 
 
 def test_foreign_images_are_those_of_the_evaluated_split():

@@ -83,6 +83,8 @@ def results():
         data=HOSTILE,
         num_images={"train": 300, "validation": 60, "test": NUM_IMAGES},
         split="test",
+        num_evaluated=NUM_IMAGES,
+        num_foreign=NUM_IMAGES,
         ood="<b>inverted</b>",
         num_weights=12345,
         seed=7,
