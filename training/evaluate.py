@@ -51,6 +51,8 @@ class Arguments:
     precisions, so scores on them are not held-out scores. The report says so."""
     ood: Annotated[str | None, _as_in_the_run("NAME")] = None
     """Out-of-distribution images: inverted, noise, or a prepared TFDS set."""
+    examples: Annotated[int | None, _as_in_the_run("COUNT")] = None
+    """Evaluate on at most this many images, stratified by class, and as many out-of-distribution ones."""
     data_dir: Annotated[Path | None, _as_in_the_run("DIR")] = None
     """The TFDS data directory."""
 
@@ -65,7 +67,7 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
     arguments = parse_record(Arguments, argv, "python -m training.evaluate")
     report = program.reporter(console)
     saved = load_saved_config(arguments.workdir, report)
-    chosen = {name: value for name in ("split", "ood") if (value := getattr(arguments, name)) is not None}
+    chosen = {name: value for name in ("split", "ood", "examples") if (value := getattr(arguments, name)) is not None}
     config = dataclasses.replace(
         saved,
         evaluation=dataclasses.replace(saved.evaluation, **chosen),

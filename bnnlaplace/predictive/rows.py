@@ -109,6 +109,8 @@ def read(network: Network, inputs: Inputs, sizes: RowSizes, readers: Sequence[Re
         rows = _rows(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
         for parts, reader in zip(results, readers, strict=True):
             parts.append(reader(rows))
+        # Otherwise the rows of many batches would wait in memory for their readers.
+        jax.block_until_ready([parts[-1] for parts in results])
     return [jnp.concatenate(parts, axis=1)[:, :total] for parts in results]
 
 

@@ -10,6 +10,7 @@ from bnnlaplace import evidence
 from bnnlaplace.curvature import dense, diagonal, ggn
 from bnnlaplace.curvature.linearisation import linearise
 from bnnlaplace.predictive import functional as posterior
+from bnnlaplace.predictive import rows
 
 COUNT, POSITIONS = 5, (2, 3)
 FLAT = COUNT * 6
@@ -108,6 +109,7 @@ def test_outputs_of_one_input_in_parts(problem, structure, monkeypatch):
     images, labels = with_positions(inputs), with_positions(targets)
     la = bnnlaplace.Laplace(network, likelihood, hessian_structure=structure).fit((images, labels))
     variance, probs = la.functional_variance(images), la.predictive(images)
+    monkeypatch.setattr(rows, "row_sizes", lambda *given, **options: None)  # as if rows needed too much memory
     for inputs, groups, passes in ((2, 4, 3), (3, 5, 1), (1, 1, 1)):
         monkeypatch.setattr(
             posterior,

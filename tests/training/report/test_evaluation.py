@@ -11,7 +11,7 @@ from training.config import Config, Curvature, Evaluation
 from training.data.load import ImageData
 from training.data.reading import Split
 from training.errors import UserError
-from training.report.evaluation import foreign_images, lowest_nll, precision_curves
+from training.report.evaluation import evaluated_split, foreign_images, lowest_nll, precision_curves
 
 GRID = np.array([0.1, 1.0, 10.0, 100.0])
 ALL = np.ones(4, bool)
@@ -75,3 +75,23 @@ def test_foreign_images_are_those_of_the_evaluated_split():
     assert foreign_images(CONFIG, data).shape == (2, 4, 4, 1)
     inverted = dataclasses.replace(CONFIG, evaluation=Evaluation(split="validation", ood="inverted"))
     np.testing.assert_array_equal(foreign_images(inverted, data), 255 - data.validation.images)
+
+
+def test_a_cap_takes_a_share_of_each_class_and_bounds_foreign_images():
+    """The same images for one seed, more of them if the cap is larger, and all if it exceeds the split."""
+    labels = np.repeat(np.arange(3, dtype=np.int32), (30, 20, 10))
+    test = Split(np.arange(60, dtype=np.uint8).reshape(-1, 1, 1, 1) * np.ones((1, 4, 4, 1), np.uint8), labels)
+    data = ImageData("digits", ("0", "1", "2"), test, test, test)
+
+    def capped(count, **options):
+        return dataclasses.replace(CONFIG, evaluation=Evaluation(examples=count, **options))
+
+    few, more = (evaluated_split(capped(count), data) for count in (12, 30))
+    np.testing.assert_array_equal(np.bincount(few.labels), (6, 4, 2))
+    assert {int(image[0, 0, 0]) for image in few.images} < {int(image[0, 0, 0]) for image in more.images}
+    np.testing.assert_array_equal(few.labels, labels[few.images[:, 0, 0, 0]])
+    other = evaluated_split(dataclasses.replace(capped(12), seed=1), data)
+    assert not np.array_equal(other.images, few.images)
+    assert evaluated_split(capped(1000), data) is test and evaluated_split(CONFIG, data) is test
+    np.testing.assert_array_equal(foreign_images(capped(12, ood="inverted"), data), 255 - few.images)
+    assert len(foreign_images(capped(12, ood="noise"), data)) == 12
