@@ -25,6 +25,7 @@ from bnnlaplace.predictive import rows
 from bnnlaplace.predictive.reading import (
     FunctionalPosterior,
     covariance_reader,
+    have_one_expansion,
     marginal_samples,
     read_all,
     reading_of,
@@ -101,7 +102,7 @@ def _one_after_another(
     """Yield what `functional_posteriors` promises."""
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
     if not joint and (reading := reading_of(fitted, inputs, precisions, key, num_samples, microbatch)) is not None:
-        yield from read_all(fitted.network, inputs, [reading], microbatch)[0]
+        yield from read_all(inputs, [reading], microbatch)[0]
         return
     mean = outputs(fitted.network, inputs, microbatch=microbatch)
     if isinstance(fitted.structure, SampleStructure):
@@ -143,11 +144,11 @@ def shared_posteriors(
         One for each posterior, in their order. Those that share a Jacobian are computed at the call.
     """
     results: list[Iterator[FunctionalPosterior] | None] = [None] * len(posteriors)
-    network, shared = posteriors[0].network, []
+    first, shared = posteriors[0].network, []
     inputs = as_arrays(inputs, "inputs to predict at")
     for number, (fitted, grid, key) in enumerate(zip(posteriors, precisions, keys, strict=True)):
         reading = None
-        if fitted.network is network and not network.is_subset:
+        if not fitted.network.is_subset and have_one_expansion(fitted.network, first):
             reading = reading_of(fitted, inputs, grid, key, num_samples, microbatch)
         if reading is None:
             options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
@@ -155,7 +156,7 @@ def shared_posteriors(
         else:
             shared.append((number, reading))
     if shared:
-        read = read_all(network, inputs, [reading for _, reading in shared], microbatch)
+        read = read_all(inputs, [reading for _, reading in shared], microbatch)
         for (number, _), result in zip(shared, read, strict=True):
             results[number] = result
     return results

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace.core.linalg import einsum
@@ -42,6 +43,7 @@ class FunctionalPosterior(NamedTuple):
 class Reading(NamedTuple):
     """What a posterior reads from rows of the Jacobian, and how its predictions follow from that and the mean."""
 
+    network: Network
     reader: rows.Reader
     finish: Callable[[Float[Array, "B ... C"], Float[Array, "k B U ..."]], Iterator[FunctionalPosterior]]
 
@@ -62,7 +64,7 @@ def reading_of(
             for deviations in combined(images.reshape(len(images), *mean.shape)):
                 yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
 
-        return Reading(partial(rows.products, directions, whitening(fitted)), of_samples)
+        return Reading(fitted.network, partial(rows.products, directions, whitening(fitted)), of_samples)
     if not isinstance(structure, RowStructure):
         return None
 
@@ -70,17 +72,43 @@ def reading_of(
         for variance in read[: len(precisions)].reshape(len(precisions), *mean.shape, mean.shape[-1]):
             yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
 
-    return Reading(covariance_reader(fitted, precisions), of_covariances)
+    return Reading(fitted.network, covariance_reader(fitted, precisions), of_covariances)
 
 
-def read_all(
-    network: Network, inputs: Inputs, readings: Sequence[Reading], microbatch: int
-) -> list[Iterator[FunctionalPosterior]]:
-    """Read several posteriors from the same rows."""
+def read_all(inputs: Inputs, readings: Sequence[Reading], microbatch: int) -> list[Iterator[FunctionalPosterior]]:
+    """Read several posteriors from the same rows, those of the first network; see `have_one_expansion`."""
+    network = readings[0].network
     mean, expansion = outputs(network, inputs, microbatch=microbatch), network.unlinearised()
     sizes = rows.row_sizes(expansion, inputs, microbatch)
     results = rows.read(expansion, inputs, sizes, [reading.reader for reading in readings])
-    return [reading.finish(mean, result) for reading, result in zip(readings, results, strict=True)]
+
+    def mean_of(reading: Reading) -> Float[Array, "B ... C"]:
+        if _are_equal(reading.network, network):
+            return mean
+        return outputs(reading.network, inputs, microbatch=microbatch)
+
+    return [reading.finish(mean_of(reading), result) for reading, result in zip(readings, results, strict=True)]
+
+
+def have_one_expansion(network: Network, other: Network) -> bool:
+    """Whether two networks, linearised or not, have the same Jacobian: one function, expanded at equal weights."""
+    return _are_equal(network.unlinearised(), other.unlinearised())
+
+
+def _are_equal(network: Network, other: Network) -> bool:
+    """Whether two networks are one function with equal numbers, such as those read from checkpoints of one network."""
+    if network is other:
+        return True
+    (leaves, structure), (others, other_structure) = jax.tree.flatten(network), jax.tree.flatten(other)
+    return structure == other_structure and all(map(_are_equal_leaves, leaves, others))
+
+
+def _are_equal_leaves(one: Any, other: Any) -> bool:
+    if one is other:
+        return True
+    if any(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended) for leaf in (one, other)):
+        return False  # random keys have no numbers to compare
+    return jnp.result_type(one) == jnp.result_type(other) and np.array_equal(one, other)
 
 
 def covariance_reader(fitted: Fitted, precisions: PriorPrecisions) -> rows.Reader:

@@ -83,6 +83,28 @@ def test_posteriors_that_share_rows_are_those_of_each(posteriors, precisions, mo
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-10), one, list(expected))
 
 
+def test_posteriors_of_equal_weights_share_rows_and_others_do_not(posteriors, monkeypatch, x64):
+    """A posterior that was read from a checkpoint has arrays of its own."""
+    (diag, lanczos), (x, _) = posteriors
+    reads = []
+    monkeypatch.setattr(rows, "read", lambda *given, read=rows.read: reads.append(len(given[3])) or read(*given))
+
+    def read_with(change):
+        reads.clear()
+        old = lanczos.network
+        network = bnnlaplace.Network(old.forward, jax.tree.map(change, old.params), old.frozen)
+        fitted = [diag.fitted, lanczos.fitted._replace(network=network)]
+        shared = shared_posteriors(fitted, x, [GRID] * 2, keys=[KEY, KEY], num_samples=8)
+        return [next(iter(one)).mean for one in shared]
+
+    same = read_with(lambda leaf: leaf + 0.0)
+    assert reads == [2]
+    np.testing.assert_array_equal(*same)
+    own, other = read_with(lambda leaf: 1.1 * leaf)
+    assert reads == [1, 1]
+    assert np.abs(own - other).max() > 1e-3
+
+
 def test_validation_curves_of_several_are_those_of_each(posteriors, monkeypatch, x64):
     both, (x, y) = posteriors
     options = {"link_approx": "mc", "key": KEY, "num_samples": 8}
