@@ -31,10 +31,10 @@ from bnnlaplace.structure.protocol import RowCovariance
 
 # Bytes of rows in memory.
 ROW_BYTES = 2**29
-# Activations of the passes that run together. If there are more outputs, the others follow one after another.
-PASS_BYTES = 2**23
-# Fewer inputs leave the lanes of a vector empty where examples are the innermost axis, more only need more memory.
-FEW_ROW_INPUTS, MOST_ROW_INPUTS = 4, 16
+# Activations of the passes that run together: on CPU few enough for a cache. Passes of other outputs follow.
+PASS_BYTES, CPU_PASS_BYTES = 2**28, 2**23
+# Fewer inputs leave the lanes of a vector empty where examples are the innermost axis. On CPU more only need memory.
+FEW_ROW_INPUTS, CPU_ROW_INPUTS = 4, 16
 # A backward pass with the derivatives in all weights takes about as long as this many forward derivatives.
 FORWARD_DERIVATIVES = 2
 
@@ -69,11 +69,12 @@ def row_sizes(network: Network, inputs: Inputs, microbatch: int, *, unit: int | 
     number_bytes, num_outputs = number_type(network.params).itemsize, math.prod(shape)
     pass_bytes = number_bytes * numbers_of_example(spec)
     input_bytes = number_bytes * num_outputs * size(network.params) + pass_bytes
-    most = min(microbatch, MOST_ROW_INPUTS)
+    is_cpu = jax.default_backend() == "cpu"
+    most = min(microbatch, CPU_ROW_INPUTS) if is_cpu else microbatch
     count = min(most, ROW_BYTES // input_bytes)
     if count < min(most, FEW_ROW_INPUTS):
         return None
-    passes = max(1, min(num_outputs, PASS_BYTES // (count * pass_bytes)))
+    passes = max(1, min(num_outputs, (CPU_PASS_BYTES if is_cpu else PASS_BYTES) // (count * pass_bytes)))
     return RowSizes(count, num_outputs, shape[-1] if unit is None else unit, passes)
 
 

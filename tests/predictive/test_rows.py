@@ -126,7 +126,7 @@ def test_rows_are_left_out_where_they_would_not_pay(posteriors, monkeypatch, x64
     dense = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((4, 3)))
     assert rows.row_sizes(dense, np.ones((5, 4)), 64) is None
     sizes = rows.row_sizes(la.network, x, 64)
-    assert sizes.inputs == rows.MOST_ROW_INPUTS
+    assert sizes.inputs == rows.CPU_ROW_INPUTS
     assert not rows.directions_pay(sizes, 6) and rows.directions_pay(sizes, 7)
     monkeypatch.setattr(rows, "ROW_BYTES", 1000)
     assert rows.row_sizes(la.network, x, 64) is None
