@@ -171,6 +171,13 @@ def validation_curves(
     """Compute the `validation_curve` of each of several posteriors of one network and likelihood, on the same grid.
 
     With samples, those of a convolutional network share a Jacobian; see `shared_posteriors`.
+
+    Parameters
+    ----------
+    posteriors
+        At least one. Data are checked against the network and likelihood of the first.
+    data, precisions, link_approx, key, num_samples, microbatch
+        As for `validation_curve`.
     """
     caller, likelihood, network = "validation_curve", posteriors[0].likelihood, posteriors[0].network
     link_approx = default_link(likelihood) if link_approx is None else link_approx
