@@ -114,7 +114,7 @@ def _one_after_another(
     ):
         if joint:
             directions = fitted.structure.samples(key, num_samples, precision)
-            deviations = _push(fitted, inputs, microbatch=microbatch)(directions)
+            deviations = jacobian_product(fitted, inputs, microbatch=microbatch)(directions)
         else:
             deviations = marginal_samples(key, variance, num_samples)
         yield FunctionalPosterior(mean, variance, deviations)
@@ -201,14 +201,14 @@ def _sampled(
     microbatch: int,
 ) -> Iterator[Float[Array, "S B ... C"]]:
     """Yield J times the samples of a `SampleStructure` at each prior precision."""
-    push = _push(fitted, inputs, microbatch=microbatch)
+    push = jacobian_product(fitted, inputs, microbatch=microbatch)
     return fitted.structure.function_samples(push, key, num_samples, precisions)
 
 
-def _push(
+def jacobian_product(
     fitted: Fitted, inputs: Inputs, *, microbatch: int
 ) -> Callable[[Float[Array, "R P"]], Float[Array, "R B ... C"]]:
-    """Return V -> J D^-1/2 V, from rows in the coordinates of the structure to derivatives of outputs.
+    """Return V -> J D^-1/2 V, from rows in the coordinates of the structure to derivatives of the outputs.
 
     It goes forward, or reads rows of J if the directions are many and outputs few.
     """

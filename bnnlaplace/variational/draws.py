@@ -11,7 +11,6 @@ and one with 256 claimed -505 and had -508.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,9 +22,9 @@ from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.roots import symmetric_root
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.fitted import Fitted
-from bnnlaplace.model.batched import outputs, pushforward
+from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
-from bnnlaplace.predictive.functional import functional_variances, sample_variance
+from bnnlaplace.predictive.functional import functional_variances, jacobian_product, sample_variance
 from bnnlaplace.structure import SampleStructure
 
 
@@ -82,9 +81,7 @@ def _roots(fitted: Fitted, batch: Batch, *, microbatch: int) -> Float[Array, "B 
     if not isinstance(fitted.structure, SampleStructure):
         (variance,) = functional_variances(fitted, batch.inputs, precisions, microbatch=microbatch)
         return symmetric_root(variance)
-    factors = None if fitted.prior.is_isotropic else 1 / jnp.sqrt(fitted.prior.relative)
-    network, options = fitted.network.unlinearised(), {"factors": factors, "microbatch": microbatch}
-    push = partial(pushforward, network, batch.inputs, **options)
+    push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
     count = fitted.structure.num_probes
     # All probes are used, so that the key decides nothing but their order.
     deviations = next(fitted.structure.function_samples(push, jax.random.key(0), count, precisions))
