@@ -58,23 +58,15 @@ def fit(
     `posterior` is that of earlier data, in place of the prior of the settings. Other parameters, errors and warnings
     are those of `Laplace.fit`.
     """
-    if num_data is not None:
-        num_data = checks.count(num_data, "fit(num_data=...)", advice="pass the size of the training set")
+    structure = settings.hessian_structure
+    num_data = check_options(structure, num_data, mean, shared_weights)
     checks.known("fit", state, settings, posterior)
     krylov.check_types()
-    checks.choice(mean, "fit(mean=...)", ("network", "linear"))
-    checks.choice(shared_weights, "fit(shared_weights=...)", get_args(kronecker.SharedWeights))
     model = prepare(state, settings, data, linear=mean == "linear", microbatch=microbatch, num_data=num_data)
     if posterior is not None:
         prior = posterior_as_prior(posterior, model.network)
     else:
         prior = settings.prior(model.network) if state.prior is None else state.prior
-    structure = settings.hessian_structure
-    if shared_weights != "partial_traces" and structure != "kron":
-        raise ValueError(
-            f"fit(shared_weights=...) must be left out unless hessian_structure='kron'; got {shared_weights!r} for "
-            f"{structure!r}; it chooses Kronecker factors"
-        )
     if mean == "linear" or structure not in EXACT:
         what = "mean='linear'" if mean == "linear" else f"hessian_structure={structure!r}"
         model.data.check_repeatable(f"fit(data=...) must be readable several times for {what}")
@@ -87,6 +79,20 @@ def fit(
         fitted = _fit_products(model, prior, krylov, microbatch=microbatch)
     warn_unless_mode(fitted)
     return fitted._replace(sample=Sample(data.sample(NUM_KEPT)))
+
+
+def check_options(structure: str, num_data: int | None, mean: str, shared_weights: str) -> int | None:
+    """Check the options of `Laplace.fit` that every approximation takes, and return `num_data` as a Python int."""
+    if num_data is not None:
+        num_data = checks.count(num_data, "fit(num_data=...)", advice="pass the size of the training set")
+    checks.choice(mean, "fit(mean=...)", ("network", "linear"))
+    checks.choice(shared_weights, "fit(shared_weights=...)", get_args(kronecker.SharedWeights))
+    if shared_weights != "partial_traces" and structure != "kron":
+        raise ValueError(
+            f"fit(shared_weights=...) must be left out unless hessian_structure='kron'; got {shared_weights!r} for "
+            f"{structure!r}; it chooses Kronecker factors"
+        )
+    return num_data
 
 
 def _fit_exact(

@@ -113,9 +113,11 @@ def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
         # Checkpoints of the first format do not hold all numbers, which are NaN then.
         return not np.isnan(pair[0]).any() and not np.allclose(*pair, rtol=rtol, atol=atol)
 
-    got = None
+    got, how = None, "key=key"
     if (fitted.bound is None) != (before.bound is None):
-        got = "a variational posterior" if before.bound is None else "a Laplace approximation"
+        was_laplace = before.bound is None
+        got = "a variational posterior" if was_laplace else "a Laplace approximation"
+        how = f"key=key, approximation={'laplace' if was_laplace else 'variational'!r}"
     elif settings.hessian_structure != asked.settings.hessian_structure:
         got = f"hessian_structure={settings.hessian_structure!r}"
     elif fitted.likelihood.name != before.likelihood.name:
@@ -139,7 +141,7 @@ def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
     if got is not None:
         raise ValueError(
             "optimize_prior_precision(refit=...) must fit the Laplace that it is given, to the data of the first fit; "
-            f"got {got}; pass refit=lambda la: la.fit(data, key=key)"
+            f"got {got}; pass refit=lambda la: la.fit(data, {how})"
         )
 
 

@@ -1,7 +1,8 @@
 """Samples of the outputs at the training inputs, under the posterior at hand.
 
 The outputs of an example at one position are Gaussian, with the covariance that the structure knows. "lanczos"
-estimates it from its samples of the weights. The samples of the outputs are quasi-random: one Sobol sequence, moved by
+estimates it from its samples of the weights, and so does every structure if an example has more outputs than there are
+samples: its Jacobian would take more passes, and the matrix more memory, than the samples do. The samples of the outputs are quasi-random: one Sobol sequence, moved by
 a random shift for each example and position (Cranley and Patterson 1976), with each point and its mirror image. So the
 error of a sum over examples falls with their number.
 
@@ -10,6 +11,7 @@ between few samples: on 100 images of ten classes a fit with 32 samples claimed 
 and one with 256 claimed -505 and had -508.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,6 +26,7 @@ from bnnlaplace.core.types import AnyArray
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
+from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive.functional import functional_variances, jacobian_product, sample_variance
 from bnnlaplace.structure import SampleStructure
 
@@ -54,11 +57,11 @@ class Draws(NamedTuple):
 def draw(fitted: Fitted, data: Data, *, key: Array, num_pairs: int, microbatch: int) -> Iterator[Draws]:
     """Yield the outputs of each batch. The same key gives the same noise, whatever the posterior.
 
-    Cost: for "lanczos" a forward-mode derivative for each probe and example, otherwise the Jacobian of each example.
+    Cost: the Jacobian of each example, or a forward-mode derivative for each sample of the weights.
     """
     for number, batch in enumerate(data):
         mean = outputs(fitted.network, batch.inputs, microbatch=microbatch)
-        roots = _roots(fitted, batch, microbatch=microbatch)
+        roots = _roots(fitted, batch, key, num_pairs, microbatch=microbatch)
         points = jnp.asarray(sobol_points(num_pairs, roots.shape[-1]), roots.dtype)
         yield Draws(
             mean,
@@ -75,13 +78,16 @@ def without_spread(fitted: Fitted, data: Data, *, microbatch: int) -> Iterator[D
         yield Draws(mean, jnp.zeros((1, *mean.shape), mean.dtype), jnp.asarray(batch.targets), batch.weights)
 
 
-def _roots(fitted: Fitted, batch: Batch, *, microbatch: int) -> Float[Array, "B ... C K"]:
-    """Return R with R R' = J (G + P0)^-1 J' at each example and position."""
+def _roots(fitted: Fitted, batch: Batch, key: Array, num_pairs: int, *, microbatch: int) -> Float[Array, "B ... C K"]:
+    """Return R with R R' = J (G + P0)^-1 J' at each example and position, or an estimate of that."""
     precisions = [fitted.prior.precision]
+    push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
     if not isinstance(fitted.structure, SampleStructure):
+        if math.prod(output_shape(fitted.network, batch.inputs)[1:]) > 2 * num_pairs:
+            deviations = push(fitted.structure.samples(key, num_pairs, precisions[0]))
+            return jnp.moveaxis(deviations, 0, -1) / np.sqrt(num_pairs)
         (variance,) = functional_variances(fitted, batch.inputs, precisions, microbatch=microbatch)
         return symmetric_root(variance)
-    push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
     count = fitted.structure.num_probes
     # All probes are used, so that the key decides nothing but their order.
     deviations = next(fitted.structure.function_samples(push, jax.random.key(0), count, precisions))

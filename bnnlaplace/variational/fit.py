@@ -31,7 +31,7 @@ from bnnlaplace.curvature.kronecker import SharedWeights
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.evidence.lower_bound import Bound
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
-from bnnlaplace.fitting.fit import fit
+from bnnlaplace.fitting.fit import check_options, fit
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.prepare import Model, memory_of, prepare
 from bnnlaplace.model.data import Data
@@ -88,7 +88,8 @@ def fit_variational(
     outputs of all examples, S N C numbers, and N C^2 for the sites, or S N C again where C > S.
     """
     checks.known("fit", state, settings)
-    _check(posterior, data)
+    num_data = check_options(settings.hessian_structure, num_data, mean, shared_weights)
+    _check(state, posterior, data)
     if state.likelihood.sigma_noise is not None:  # the posterior of the linearised network is Gaussian
         _check_prior_stays(options)
         exact = {"mean": "linear", "num_data": num_data, "microbatch": microbatch, "shared_weights": shared_weights}
@@ -105,8 +106,8 @@ def fit_variational(
     return _as_fitted(context, best, progress), settings
 
 
-def _check(posterior: Fitted | None, data: Data) -> None:
-    if posterior is not None:
+def _check(state: Unfitted | Fitted, posterior: Fitted | None, data: Data) -> None:
+    if posterior is not None or (state.prior is not None and state.prior.curvature is not None):
         raise ValueError(
             "fit(approximation='variational') must be used without prior=...; got the posterior of earlier data; fit "
             "all tasks with approximation='laplace'"
@@ -173,7 +174,7 @@ def _as_fitted(context: Context, best: Iterate, progress: list[Progress]) -> Fit
     in_place = LogLikelihood(
         np.float64(terms.expected + 0.5 * terms.effective),
         jnp.asarray(best.settled.gradient, dtype),
-        np.float64(context.scale * _num_targets(model)),
+        np.float64(context.scale * _num_targets(model) / float(model.likelihood.temperature)),
         np.float64(0.0),
     ).check()
     bound = Bound(np.float64(terms.expected), np.float64(terms.sem), np.int64(len(progress)))

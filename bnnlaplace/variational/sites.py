@@ -25,28 +25,35 @@ class Sites(NamedTuple):
         (B, ..., S, C), of which W is the average.
     by_samples
         Whether they are samples.
+    turn
+        How many steps have led here.
     """
 
     batches: list[Float[np.ndarray, "B ..."]]
     by_samples: bool
+    turn: int = 0
 
     def towards(self, other: "Sites", share: float) -> "Sites":
         """Go a part of the way to other sites.
 
-        Matrices are averaged. Of samples that part is replaced, the same of each example.
+        Matrices are averaged. Of samples that part is replaced: the same of each example, and others in each turn, so
+        that none stays for ever.
         """
         if share == 1:
             return other
         pairs = zip(self.batches, other.batches, strict=True)
         if not self.by_samples:
-            return Sites([(1 - share) * old + share * new for old, new in pairs], False)
-        return Sites([_replaced(old, new, share) for old, new in pairs], True)
+            return Sites([(1 - share) * old + share * new for old, new in pairs], False, self.turn + 1)
+        return Sites([_replaced(old, new, share, self.turn) for old, new in pairs], True, self.turn + 1)
 
 
-def _replaced(old: Float[np.ndarray, "... S C"], new: Float[np.ndarray, "... S C"], share: float) -> np.ndarray:
+def _replaced(
+    old: Float[np.ndarray, "... O C"], new: Float[np.ndarray, "... S C"], share: float, turn: int
+) -> Float[np.ndarray, "... S C"]:
     count = new.shape[-2]
-    kept = np.resize(np.arange(old.shape[-2]), count)  # a fit begins with a single sample
-    is_new = np.floor(share * np.arange(1, count + 1)) > np.floor(share * np.arange(count))
+    kept = np.resize(np.arange(old.shape[-2]), count)  # a fit begins with one pair of equal samples
+    place = np.arange(count) + turn
+    is_new = np.floor(share * (place + 1)) > np.floor(share * place)
     return np.where(is_new[:, None], new, old[..., kept, :])
 
 

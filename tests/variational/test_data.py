@@ -1,0 +1,93 @@
+"""How the data are handed over does not matter: batches, weights, repetitions, parts of a larger set."""
+
+import jax
+import numpy as np
+import problems
+import pytest
+
+from bnnlaplace import Laplace, Variational
+
+KEY = jax.random.key(4)
+CHOSEN = Variational(num_samples=128, tolerance=1e-3, max_iterations=40)
+
+
+@pytest.fixture(scope="module")
+def drawn(x64_module):
+    return problems.drawn_labels(20)
+
+
+def fitted(drawn, data, structure="lanczos", **options):
+    """With "lanczos" examples share their samples, so that the noise does not depend on how they are handed over."""
+    la = Laplace(drawn.network, hessian_structure=structure)
+    return la.fit(data, key=KEY, num_probes=8, max_vectors=43, approximation=CHOSEN, **options)
+
+
+def assert_equal(one, other):
+    np.testing.assert_allclose(one.log_marginal_likelihood().mean, other.log_marginal_likelihood().mean, atol=1e-6)
+    np.testing.assert_allclose(problems.flat(one.network.params), problems.flat(other.network.params), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def whole(drawn):
+    return fitted(drawn, drawn.data)
+
+
+def test_arrays_are_batches_of_two_sizes(drawn, whole):
+    """The last batch is padded to the length of the others."""
+    x, y = drawn.data
+    batches = [(x[start : start + 8], y[start : start + 8]) for start in (0, 8, 16)]
+    assert_equal(fitted(drawn, batches), whole)
+    full = fitted(drawn, batches, "full").log_marginal_likelihood()
+    same = fitted(drawn, drawn.data, "full").log_marginal_likelihood()
+    assert abs(full.mean - same.mean) < 4 * np.hypot(full.sem, same.sem)  # the noise of examples is another one
+
+
+def test_weights_repetitions_and_num_data_count_alike(drawn, whole):
+    x, y = drawn.data
+    weights = np.where(np.arange(20) < 5, 2.0, 1.0)
+    repeated = fitted(drawn, (np.concatenate([x, x[:5]]), np.concatenate([y, y[:5]])))
+    assert_equal(fitted(drawn, (x, y, weights)), repeated)
+    twice = fitted(drawn, (x, y, np.full(20, 2.0)))
+    assert_equal(fitted(drawn, drawn.data, num_data=40), twice)
+    assert abs(twice.log_marginal_likelihood().mean - whole.log_marginal_likelihood().mean) > 1
+
+
+@pytest.mark.parametrize("structure", ["lanczos", "full"])
+def test_examples_of_weight_zero_are_absent(drawn, structure):
+    x, y = drawn.data
+    weights = np.where(np.arange(20) % 4 == 1, 0.0, 1.0)
+    present = weights > 0
+    one = fitted(drawn, (np.where(present[:, None], x, np.nan), y, weights), structure)
+    other = fitted(drawn, (x[present], y[present]), structure)
+    if structure == "lanczos":
+        assert_equal(one, other)
+    else:
+        bounds = [la.log_marginal_likelihood() for la in (one, other)]
+        assert abs(bounds[0].mean - bounds[1].mean) < 4 * np.hypot(bounds[0].sem, bounds[1].sem)
+
+
+class Changing:
+    """A loader whose passes differ as `change` says: from the number of the pass and the batches to batches."""
+
+    def __init__(self, data, change):
+        x, y = data
+        self.batches = [(x[:10], y[:10]), (x[10:], y[10:])]
+        self.change, self.passes = change, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.change(self.passes, self.batches))
+
+
+LOADERS = {
+    "shuffled": (lambda number, batches: batches[:: (-1) ** number], "switch shuffling and augmentation off"),
+    "longer in later passes": (lambda number, batches: batches + batches[: number > 1], "switch shuffling"),
+    "shorter in later passes": (lambda number, batches: batches[: 2 - (number > 1)], "same batches in every pass"),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_loader_whose_passes_differ_is_refused(drawn, loader):
+    change, message = LOADERS[loader]
+    with pytest.raises(ValueError, match=message):
+        fitted(drawn, Changing(drawn.data, change), "diag")

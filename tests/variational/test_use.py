@@ -1,0 +1,134 @@
+"""A variational posterior is used as any other one: on disk, in predictions and curves, under `jit`, fitted again."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+
+import bnnlaplace
+from bnnlaplace import Laplace, LowerBound, Variational
+from bnnlaplace.checkpoint import CheckpointError, load_pytree, save_pytree
+
+KEY = jax.random.key(6)
+STRUCTURES = ("full", "diag", "kron", "lanczos")
+CHOSEN = Variational(num_samples=64, tolerance=0.2)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """In single precision, as by default."""
+    return problems.drawn_labels(30, dtype=np.float32)
+
+
+def fit(la, drawn, **options):
+    return la.fit(drawn.data, key=KEY, num_probes=32, max_vectors=43, **{"approximation": CHOSEN, **options})
+
+
+@pytest.fixture(scope="module", params=STRUCTURES)
+def la(request, drawn):
+    return fit(Laplace(drawn.network, hessian_structure=request.param), drawn)
+
+
+def test_a_checkpoint_gives_the_same_answers(la, drawn, tmp_path):
+    la.save(tmp_path / "posterior")
+    again = Laplace.load(tmp_path / "posterior", drawn.network)
+    bound = again.log_marginal_likelihood()
+    assert type(bound) is LowerBound and bound == la.log_marginal_likelihood()
+    assert again.fitted.bound == la.fitted.bound
+    np.testing.assert_array_equal(again.predictive(drawn.inputs), la.predictive(drawn.inputs))
+
+
+def test_it_predicts_with_every_link_and_samples(la, drawn):
+    x = drawn.inputs[:4]
+    monte_carlo = la.predictive(x, link_approx="mc", key=KEY, num_samples=32)
+    for link in ("probit", "bridge"):
+        probs = la.predictive(x, link_approx=link)
+        np.testing.assert_allclose(probs.sum(axis=-1), 1, atol=1e-5)
+        # Two approximations of one integral. That of "bridge" is coarse.
+        assert np.abs(probs - monte_carlo).max() < (0.1 if link == "probit" else 0.3)
+    samples = la.sample(KEY, 32)
+    assert samples["w1"].shape == (32, 4, 5)
+    marginal, joint = (la.functional_posterior(x, joint=joint) for joint in (False, True))
+    np.testing.assert_allclose(marginal.mean, joint.mean, atol=1e-5)
+    within = np.einsum("ncnd->ncd", joint.covariance)
+    if la.hessian_structure != "lanczos":  # where variances are those of the probes
+        np.testing.assert_allclose(within, la.functional_variance(x), rtol=1e-3, atol=1e-4)
+    # The mean of the outputs is that at m, and not that of the network which was linearised.
+    np.testing.assert_allclose(marginal.mean, la.network(la.network.params, x), atol=1e-5)
+    assert np.abs(marginal.mean - drawn.network(drawn.network.params, x)).max() > 0.1
+
+
+def test_curves_and_counts(la, drawn):
+    grid = [0.5, 1.0, 2.0]
+    curve = la.evidence_curve(grid)
+    np.testing.assert_allclose(curve.estimate.mean[1], la.log_marginal_likelihood().mean, atol=1e-3)
+    assert isinstance(la.log_marginal_likelihood(2.0), LowerBound)
+    np.testing.assert_allclose(la.log_marginal_likelihood(2.0).mean, curve.estimate.mean[2], atol=1e-3)
+    assert 0 < la.effective_parameters() < 43
+    link = {"link_approx": "mc", "key": KEY, "num_samples": 32}
+    nll = la.validation_curve(*drawn.data, grid, **link).negative_log_likelihood[1]
+    # Knowing the examples cannot make them less probable than before.
+    assert nll < -la.log_marginal_likelihood().mean / len(drawn.labels)
+    # The mean is where the bound is stationary: Newton's method has less than a tenth of the tolerance to gain.
+    assert 0.5 * la.mode_decrement() < 0.1 * CHOSEN.tolerance
+
+
+def test_it_crosses_jit(la, drawn):
+    expected = la.predictive(drawn.inputs)
+    np.testing.assert_allclose(jax.jit(lambda x: la.predictive(x))(drawn.inputs), expected, atol=1e-5)
+    leaves, structure = jax.tree.flatten(la)
+    again = jax.tree.unflatten(structure, leaves)
+    assert again.log_marginal_likelihood() == la.log_marginal_likelihood()
+    if la.hessian_structure != "lanczos":
+        np.testing.assert_allclose(jax.jit(Laplace.predictive)(la, drawn.inputs), expected, atol=1e-4)
+
+
+def test_fitting_the_result_again_takes_two_iterations_and_stays(la, drawn):
+    settled = fit(la, drawn)
+    progress = []
+    again = fit(settled, drawn, approximation=Variational(num_samples=64, tolerance=0.2, on_iteration=progress.append))
+    assert len(progress) <= 2
+    change = again.log_marginal_likelihood().mean - settled.log_marginal_likelihood().mean
+    assert abs(change) < CHOSEN.tolerance
+
+
+def test_single_precision_has_the_bound_of_double_precision(la, drawn):
+    with jax.enable_x64(True):
+        network = bnnlaplace.Network.from_function(
+            problems.cases.two_layers, jax.tree.map(lambda leaf: jnp.asarray(leaf, float), drawn.network.params)
+        )
+        double = Laplace(network, hessian_structure=la.hessian_structure)
+        bound = fit(double, drawn).log_marginal_likelihood()
+    single = la.log_marginal_likelihood()
+    assert abs(bound.mean - single.mean) < CHOSEN.tolerance + 4 * np.hypot(bound.sem, single.sem)
+
+
+# --- damaged checkpoints --------------------------------------------------------------------------------------------
+
+DAMAGED = {
+    "a field is missing": lambda bound: bound.pop("sem"),
+    "a field too many": lambda bound: bound.update(more=np.float64(1)),
+    "not a number": lambda bound: bound.update(expected_log_likelihood=np.float64(np.nan)),
+    "an array": lambda bound: bound.update(expected_log_likelihood=np.ones(2)),
+    "a negative error": lambda bound: bound.update(sem=np.float64(-1)),
+    "no iterations": lambda bound: bound.update(iterations=np.int64(0)),
+    "half an iteration": lambda bound: bound.update(iterations=np.float64(1.5)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_bound_is_refused_in_one_sentence(drawn, damage, tmp_path, damaged_source):
+    tree, metadata = load_pytree(damaged_source)
+    DAMAGED[damage](tree["bound"])
+    save_pytree(tmp_path / "forged", tree, metadata)
+    with pytest.raises(CheckpointError) as caught:
+        Laplace.load(tmp_path / "forged", drawn.network)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 600
+
+
+@pytest.fixture(scope="module")
+def damaged_source(drawn, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "posterior"
+    fit(Laplace(drawn.network, hessian_structure="diag"), drawn).save(path)
+    return path
