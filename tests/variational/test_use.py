@@ -22,7 +22,7 @@ def drawn():
 
 
 def fit(la, drawn, **options):
-    return la.fit(drawn.data, key=KEY, num_probes=32, max_vectors=43, **{"approximation": CHOSEN, **options})
+    return la.fit(drawn.data, key=KEY, num_probes=16, max_vectors=64, **{"approximation": CHOSEN, **options})
 
 
 @pytest.fixture(scope="module", params=STRUCTURES)
@@ -41,14 +41,14 @@ def test_a_checkpoint_gives_the_same_answers(la, drawn, tmp_path):
 
 def test_it_predicts_with_every_link_and_samples(la, drawn):
     x = drawn.inputs[:4]
-    monte_carlo = la.predictive(x, link_approx="mc", key=KEY, num_samples=32)
-    for link in ("probit", "bridge"):
-        probs = la.predictive(x, link_approx=link)
-        np.testing.assert_allclose(probs.sum(axis=-1), 1, atol=1e-5)
-        # Two approximations of one integral. That of "bridge" is coarse.
-        assert np.abs(probs - monte_carlo).max() < (0.1 if link == "probit" else 0.3)
-    samples = la.sample(KEY, 32)
-    assert samples["w1"].shape == (32, 4, 5)
+    count = 16 if la.hessian_structure == "lanczos" else 2000  # one sample a probe
+    monte_carlo = la.predictive(x, link_approx="mc", key=KEY, num_samples=count)
+    # A standard deviation of probabilities is below a half; the approximation of the link is good to a few hundredths.
+    assert np.abs(la.predictive(x, link_approx="probit") - monte_carlo).max() < 0.05 + 4 * 0.5 / np.sqrt(count)
+    with pytest.warns(UserWarning, match="the Laplace bridge is outside of its domain"):  # whatever the posterior is
+        assert la.predictive(x, link_approx="bridge").shape == (4, 3)
+    samples = la.sample(KEY, 16)
+    assert samples["w1"].shape == (16, 4, 5)
     marginal, joint = (la.functional_posterior(x, joint=joint) for joint in (False, True))
     np.testing.assert_allclose(marginal.mean, joint.mean, atol=1e-5)
     within = np.einsum("ncnd->ncd", joint.covariance)
@@ -62,11 +62,11 @@ def test_it_predicts_with_every_link_and_samples(la, drawn):
 def test_curves_and_counts(la, drawn):
     grid = [0.5, 1.0, 2.0]
     curve = la.evidence_curve(grid)
-    np.testing.assert_allclose(curve.estimate.mean[1], la.log_marginal_likelihood().mean, atol=1e-3)
+    np.testing.assert_allclose(curve.log_marginal_likelihood.mean[1], la.log_marginal_likelihood().mean, atol=1e-3)
     assert isinstance(la.log_marginal_likelihood(2.0), LowerBound)
-    np.testing.assert_allclose(la.log_marginal_likelihood(2.0).mean, curve.estimate.mean[2], atol=1e-3)
+    np.testing.assert_allclose(la.log_marginal_likelihood(2.0).mean, curve.log_marginal_likelihood.mean[2], atol=1e-3)
     assert 0 < la.effective_parameters() < 43
-    link = {"link_approx": "mc", "key": KEY, "num_samples": 32}
+    link = {"link_approx": "mc", "key": KEY, "num_samples": 16}
     nll = la.validation_curve(*drawn.data, grid, **link).negative_log_likelihood[1]
     # Knowing the examples cannot make them less probable than before.
     assert nll < -la.log_marginal_likelihood().mean / len(drawn.labels)
