@@ -28,7 +28,9 @@ from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid
 from bnnlaplace.structure import KrylovError, KrylovStructure, Structure
-from bnnlaplace.variational import Variational, choose_prior, fit_posterior
+from bnnlaplace.variational.choose_prior import choose_prior
+from bnnlaplace.variational.fit import fit_posterior
+from bnnlaplace.variational.options import Variational
 
 
 @register_unchecked(("state", "settings"), ())
@@ -194,12 +196,12 @@ class Laplace:
         Parameters
         ----------
         data
-            (x, y), without augmentation; x may be a pytree. Or (x, y, w): example n counts w_n >= 0 times.
-            Or batches of such that can be read again: they need not fit in memory. The data are not kept.
+            (x, y), without augmentation; x may be a pytree. Or (x, y, w): example n counts w_n >= 0 times. Or batches
+            of such that can be read again, and need not fit in memory. Up to 64 examples of the first batch are kept.
         approximation
             "laplace": the curvature at the weights. "variational", or `bnnlaplace.Variational` with options: the
-            Gaussian of the largest evidence lower bound for the linearised network. It needs a key. Where training
-            saturates the softmax its evidence can be acted on, and that of Laplace cannot. Equal for "regression".
+            Gaussian of the largest evidence lower bound for the linearised network; it needs a key. Its evidence can be
+            acted on where training saturates the softmax. For a regression it is "laplace" with mean="linear".
         prior
             Continual learning: the `Laplace` of earlier data, with "diag", "kron" or "full", whose posterior takes the
             place of the prior. Curvatures add up, and the evidence is that of the new data given the earlier ones.
@@ -211,19 +213,17 @@ class Laplace:
             there, and expand around the mode of the log joint of that, which exists whatever training did.
         num_data
             Size of the training set if `data` is a random subset: all sums count num_data / (weight of `data`) times.
-        num_probes
-            Lanczos: normal probes in a block, which is also the number of posterior samples.
-        max_vectors
-            Lanczos: the largest number of basis vectors, each of P numbers. If all data together have no more outputs
-            than this, the curvature is exact and costs one gradient for each output.
+        num_probes, max_vectors
+            Lanczos: normal probes in a block, which is also the number of posterior samples; the largest number of
+            basis vectors, each of P numbers. If all data together have no more outputs than this, the curvature is
+            exact and costs one gradient for each output.
         tolerance, target_precision
             Lanczos: the decomposition grows until the bound on the relative error of a posterior sample is below this
             tolerance at this prior precision, by default the maximiser of the evidence.
         microbatch
             Examples linearised at a time; bounds memory.
         shared_weights
-            "kron": the factors of weights that an example uses several times, such as kernels of convolutions; see
-            `bnnlaplace.curvature.kronecker_factors`. "expand" and "reduce" are those of Eschenhagen et al. 2023.
+            "kron": the factors of weights that are used several times; see `bnnlaplace.curvature.kronecker_factors`.
         on_block
             Lanczos: called with (structure, `KrylovError`) after each block.
 
@@ -250,7 +250,7 @@ class Laplace:
         return memory_estimate(self.state, self.settings, as_data(data), max_vectors=max_vectors, microbatch=microbatch)
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> Estimate:
-        """The log evidence in nats at `prior_precision`, by default at the object's own.
+        """The log evidence in nats at `prior_precision`, by default at the object's own; a `LowerBound` if variational.
 
         `sem` is the standard error over the probes, 0 if the evidence is exact, without the truncation of Lanczos,
         which lowers the mean by at most `krylov_error().log_determinant / 2`. "lanczos" answers at its own ratios.
@@ -287,16 +287,17 @@ class Laplace:
         Parameters
         ----------
         method
-            "marglik": maximise the evidence. "gridsearch": try `precisions`, all in one pass, and choose among those at
-            which "lanczos" has converged. Both warn if the optimum is at an end of what they search.
+            "marglik": maximise the evidence, or its lower bound, and warn if the posterior does not fit training data.
+            "gridsearch": try `precisions`, all in one pass, and choose among those at which "lanczos" has converged.
+            Both warn if the optimum is at an end of what they search.
         prior_structure
             What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
             ("layerwise"), or for each weight ("diag"). None chooses a common factor without computing curvature again.
         optimize_sigma_noise
             For a regression: also maximise over a common factor of the noise.
         refit, max_refits
-            "lanczos" has to be fitted again if ratios change: a function such as lambda la: la.fit(data, key=key), and
-            how often it is called at most, once for each step of MacKay's fixed point.
+            "lanczos" has to be fitted again if ratios change, a variational posterior if any precision does: a function
+            such as lambda la: la.fit(data, key=key), and how many steps of a fixed point call it at most.
         validation, precisions, link_approx, key, num_samples
             For "gridsearch": arrays (x, y), or (x, y, w) with weights of examples, or batches of such, which are read
             once; the rest as for `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.

@@ -28,7 +28,16 @@ class Estimate(NamedTuple):
 
 
 class LowerBound(Estimate):
-    """An `Estimate` of a lower bound on the evidence, with the standard error of the estimate of the bound."""
+    """An `Estimate` of the log evidence that is below it: the evidence lower bound of a variational posterior.
+
+    Attributes
+    ----------
+    mean
+        The estimate of the bound, in nats.
+    sem
+        Its standard error over the samples of the outputs and over probes. It does not say how far below the evidence
+        the bound is.
+    """
 
     __slots__ = ()
 

@@ -11,7 +11,7 @@ from bnnlaplace.model.data import Data
 @jax.tree_util.register_pytree_node_class
 @dataclass(frozen=True)
 class Sample:
-    """Training examples beside a posterior. To JAX it is empty: what crosses `jit`, or a checkpoint, has lost them.
+    """Training examples beside a posterior. JAX sees no arrays in it, so that they are lost in `jit` and on disk.
 
     Attributes
     ----------

@@ -1,8 +1,8 @@
 """Samples of the outputs at the training inputs, under the posterior at hand.
 
 The outputs of an example at one position are Gaussian, with the covariance that the structure knows. "lanczos"
-estimates it from its samples of the weights, and so does every structure if an example has more outputs than there are
-samples: its Jacobian would take more passes, and the matrix more memory, than the samples do. The samples of the outputs are quasi-random: one Sobol sequence, moved by
+estimates it from its samples of the weights. So does every structure if an example has more than `MOST_OUTPUTS` outputs:
+its Jacobian would take more passes, and the matrix more memory, than as many samples do. The samples of the outputs are quasi-random: one Sobol sequence, moved by
 a random shift for each example and position (Cranley and Patterson 1976), with each point and its mirror image. So the
 error of a sum over examples falls with their number.
 
@@ -29,6 +29,9 @@ from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive.functional import functional_variances, jacobian_product, sample_variance
 from bnnlaplace.structure import SampleStructure
+
+# How many outputs an example has at most for covariances that are exact, and how many samples estimate others.
+MOST_OUTPUTS = 64
 
 
 class Draws(NamedTuple):
@@ -61,7 +64,7 @@ def draw(fitted: Fitted, data: Data, *, key: Array, num_pairs: int, microbatch: 
     """
     for number, batch in enumerate(data):
         mean = outputs(fitted.network, batch.inputs, microbatch=microbatch)
-        roots = _roots(fitted, batch, key, num_pairs, microbatch=microbatch)
+        roots = _roots(fitted, batch, key, microbatch=microbatch)
         points = jnp.asarray(sobol_points(num_pairs, roots.shape[-1]), roots.dtype)
         yield Draws(
             mean,
@@ -78,14 +81,14 @@ def without_spread(fitted: Fitted, data: Data, *, microbatch: int) -> Iterator[D
         yield Draws(mean, jnp.zeros((1, *mean.shape), mean.dtype), jnp.asarray(batch.targets), batch.weights)
 
 
-def _roots(fitted: Fitted, batch: Batch, key: Array, num_pairs: int, *, microbatch: int) -> Float[Array, "B ... C K"]:
+def _roots(fitted: Fitted, batch: Batch, key: Array, *, microbatch: int) -> Float[Array, "B ... C K"]:
     """Return R with R R' = J (G + P0)^-1 J' at each example and position, or an estimate of that."""
     precisions = [fitted.prior.precision]
     push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
     if not isinstance(fitted.structure, SampleStructure):
-        if math.prod(output_shape(fitted.network, batch.inputs)[1:]) > 2 * num_pairs:
-            deviations = push(fitted.structure.samples(key, num_pairs, precisions[0]))
-            return jnp.moveaxis(deviations, 0, -1) / np.sqrt(num_pairs)
+        if math.prod(output_shape(fitted.network, batch.inputs)[1:]) > MOST_OUTPUTS:
+            deviations = push(fitted.structure.samples(key, MOST_OUTPUTS, precisions[0]))
+            return jnp.moveaxis(deviations, 0, -1) / np.sqrt(MOST_OUTPUTS)
         (variance,) = functional_variances(fitted, batch.inputs, precisions, microbatch=microbatch)
         return symmetric_root(variance)
     count = fitted.structure.num_probes

@@ -186,6 +186,12 @@ def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tup
 
 def _warn_unless_settled(change: float, ratio: float, gives_up: bool, iterations: int) -> None:
     """Say why the iteration ended before the bound had settled, and what to change."""
+    if iterations == 1:
+        checks.warn(
+            "the variational posterior was stopped after one iteration, which cannot tell whether it has converged; "
+            "raise Variational(max_iterations=...)"
+        )
+        return
     if gives_up:
         checks.warn(
             f"the variational posterior stopped after {iterations} iterations, as further steps lowered the evidence "

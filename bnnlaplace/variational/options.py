@@ -24,13 +24,13 @@ class Progress(NamedTuple):
     elbo
         The evidence lower bound in nats.
     expected_log_likelihood
-        E_q log p(D | f) in nats; divided by the number of examples it is minus their mean NLL under q's logarithms.
+        The average of log p(D | f) under the posterior, in nats: the bound without its divergence from the prior.
     prior_precision
         The prior precision, or its geometric mean over the weights.
     damping
         How far the sites went towards their averages, between 0 and 1. It is halved where the bound would fall.
     newton_steps, products
-        Newton steps in the mean, and the GGN products of their conjugate gradients.
+        Newton steps of the mean, and how often their conjugate gradients multiplied by the GGN.
     """
 
     iteration: int
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
 class Variational:
     """The options of `Laplace.fit(approximation=Variational(...))`.
 
-    Parameters
+    Attributes
     ----------
     num_samples
         Samples of the outputs at each training input, an even number: expectations are averages over these. By default

@@ -23,6 +23,7 @@ STATED = {
     "how_to/likelihood.py": "31 weights, squared distance to the mode",
     "how_to/prior.py": "NotAModeWarning: ",
     "how_to/gridsearch.py": "prior precision by the validation NLL",
+    "how_to/variational.py": "SaturatedPosteriorWarning: the posterior does not fit",
     "how_to/data.py": "largest difference to the evidence from one array",
     "how_to/errors.py": "with 32 basis vectors: the Krylov decomposition has not converged",
     "how_to/krylov.py": "exact log det 615.58",

@@ -1,6 +1,7 @@
 """The warning that the Gaussian at the mode does not fit the data whose evidence chose its prior."""
 
 import re
+import sys
 import warnings
 
 import flax.linen as nn
@@ -8,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import problems
 import pytest
 
 import bnnlaplace
 from bnnlaplace import Laplace, SaturatedPosteriorWarning
-from bnnlaplace.model.sample import Sample
+from bnnlaplace.model.data import as_data
 from bnnlaplace.variational.saturation import training_fit
 
 WARNING = "error::bnnlaplace.SaturatedPosteriorWarning"
@@ -77,14 +77,8 @@ def test_other_structures_warn_too(saturated, structure):
 def test_the_variational_posterior_of_the_same_network_does_not_warn_and_fits(saturated):
     la = Laplace(saturated, hessian_structure="full", prior_precision=0.1)
     la = la.fit((X, Y), key=jax.random.key(0), approximation=bnnlaplace.Variational(prior_structure="scalar"))
-    found = training_fit(la.fitted._replace(sample=Sample(problems_sample())), problems_sample())
+    found = training_fit(la.fitted, as_data((X, Y)).sample(60))
     assert not found.is_saturated and found.nll < found.evidence
-
-
-def problems_sample():
-    from bnnlaplace.model.data import as_data
-
-    return as_data((X, Y)).sample(60)
 
 
 @pytest.mark.filterwarnings(WARNING)
@@ -101,10 +95,7 @@ def test_a_model_that_made_its_labels_does_not_warn(structure):
 
 @pytest.mark.filterwarnings(WARNING)
 def test_a_regression_has_no_such_check(monkeypatch):
-    monkeypatch.setattr(
-        "sys.modules", {**__import__("sys").modules}
-    )  # the function is looked up in its module, whose name a function shadows
-    module = __import__("sys").modules["bnnlaplace.variational.choose_prior"]
+    module = sys.modules["bnnlaplace.variational.choose_prior"]  # a function of the package has the same name
     monkeypatch.setattr(module, "training_fit", lambda *arguments: pytest.fail("a check"))
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 1)))
     la = Laplace(network, "regression", hessian_structure="full").fit((X, X[:, :1]), mean="linear")

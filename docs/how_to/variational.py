@@ -1,0 +1,118 @@
+"""Act on the evidence alone.
+
+The evidence of a Laplace approximation can choose a prior whose posterior predicts badly. This page shows how to notice
+that, why it happens, and how `fit(approximation="variational")` finds a posterior whose evidence can be acted on.
+Validation data are not needed.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import bnnlaplace
+from bnnlaplace import calibration
+
+# %% A network that has learned its labels by heart
+# There are 200 digits to train on, and the rest for the test. The network has one hidden layer and is at the mode for a
+# prior precision of 0.1.
+
+images, labels = load_digits(return_X_y=True)
+x, y = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels)
+train, test = (x[:200], y[:200]), (x[600:], y[600:])
+PRIOR_PRECISION = 0.1
+
+
+def logits(weights, x):
+    return jnp.tanh(x @ weights["w1"] + weights["b1"]) @ weights["w2"] + weights["b2"]
+
+
+def negative_log_joint(weights):
+    misfit = optax.softmax_cross_entropy_with_integer_labels(logits(weights, train[0]), train[1]).sum()
+    return misfit + 0.5 * PRIOR_PRECISION * optax.tree.norm(weights, squared=True)
+
+
+optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 3000))
+
+
+def step(carry, _):
+    weights, state = carry
+    updates, state = optimizer.update(jax.grad(negative_log_joint)(weights), state)
+    return (optax.apply_updates(weights, updates), state), None
+
+
+rng = np.random.default_rng(0)
+shapes = {"w1": (64, 16), "b1": (16,), "w2": (16, 10), "b2": (10,)}
+weights = {name: jnp.asarray(0.2 * rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+(weights, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=3000))((weights, optimizer.init(weights)))
+network = bnnlaplace.Network.from_function(logits, weights)
+la = bnnlaplace.Laplace(network, hessian_structure="kron", prior_precision=PRIOR_PRECISION)
+
+# %% The warning
+# `optimize_prior_precision` compares the posterior that it has chosen with up to 64 training examples. Knowing all
+# examples cannot make them less probable, on average, than predicting each one from those before it. So the negative
+# log likelihood (NLL) of training data under the posterior must not exceed $-\log p(D) / N$. If it does,
+# `SaturatedPosteriorWarning` says so, with both numbers.
+#
+# It is not the prior that is wrong but the Gaussian. Where training has made the labels certain, the curvature of the
+# likelihood at the mode is almost zero. The Gaussian is then so wide that it reaches where the training labels are
+# wrong.
+
+laplace = la.fit(train)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    laplace = laplace.optimize_prior_precision()
+print(f"{caught[0].category.__name__}: {caught[0].message}")
+
+# %% The variational posterior
+# The variational posterior is the Gaussian with the largest evidence lower bound (ELBO) for the linearised network. Its
+# curvature and its mean are averaged under its own predictions, so that it knows where the likelihood falls. It needs a
+# key for samples of the outputs, and data that can be read several times. Every structure and every likelihood can be
+# used; for a regression the result is that of Laplace. `on_iteration=print` would show each iteration.
+#
+# With `prior_structure="scalar"` the fit also chooses the prior precision by the bound, a step in each iteration.
+# "layerwise" and "diag" choose one for each layer and for each weight. Without it the prior stays as it is.
+
+options = bnnlaplace.Variational(prior_structure="scalar", max_iterations=40)
+variational = la.fit(train, key=jax.random.key(0), approximation=options)
+bound = variational.log_marginal_likelihood()
+print(f"prior precision {variational.prior_precision:.2g} after {variational.fitted.bound.iterations} iterations")
+print(f"{type(bound).__name__}: log evidence of at least {bound.mean:.0f} nats, standard error {bound.sem:.1f}")
+
+# %% What it predicts
+# The result is used as any other `Laplace`: it predicts, samples, and is saved and loaded. `log_marginal_likelihood` is
+# a `LowerBound`, an `Estimate` of the ELBO. It is below the evidence of the Laplace approximation here. That one is no
+# bound, and its number is too good to be true.
+
+predictions = {"MAP": jax.nn.softmax(network(network.params, test[0]))}
+predictions |= {
+    name: chosen.predictive(test[0]) for name, chosen in (("Laplace", laplace), ("variational", variational))
+}
+nll = {}
+for name, probs in predictions.items():
+    metrics = calibration.evaluate(probs, test[1], seed=0)
+    nll[name] = metrics["nll"].value
+    print(f"{name:12s}" + "  ".join(f"{key} {metrics[key].value:.3f}" for key in ("accuracy", "nll", "ece")))
+
+# %% What it costs
+# An iteration costs a Laplace fit of the structure, samples of the outputs at all training inputs, and Newton steps of
+# the mean. Memory grows with the samples: 64 numbers, by default, for each output of each training example. The
+# iteration begins where the last fit ended. So fitting the result again, or at another prior precision near by, takes
+# few iterations.
+
+again = variational.fit(train, key=jax.random.key(0), approximation="variational")
+print(f"fitted again: {again.fitted.bound.iterations} iterations")
+
+# %% Another choice of the prior
+# `optimize_prior_precision` of a variational posterior maximises the bound with the averaged curvature as it is. The
+# curvature belongs to the former prior precision, so pass a function that fits it again:
+#
+#     la.optimize_prior_precision(refit=lambda la: la.fit(data, key=key, approximation="variational"))
+
+assert isinstance(caught[0].message, bnnlaplace.SaturatedPosteriorWarning)
+assert isinstance(bound, bnnlaplace.LowerBound) and bound.mean < laplace.log_marginal_likelihood().mean
+assert nll["variational"] < 0.6 * nll["Laplace"] and nll["variational"] < 1.1 * nll["MAP"]
+assert again.fitted.bound.iterations <= 3
