@@ -52,7 +52,7 @@ def within_factor(
 ) -> tuple[Float[Array, " M"], Callable[[Array, Array], Array]]:
     """Move weights of positions into the likelihood's factor, so that what is left are weights of examples.
 
-    The factor is taken at `points`, if there are any, and not at the outputs that it is called with.
+    If there are `points`, the factor that is returned is evaluated there, whatever outputs it is called with.
 
     An example has the largest weight of its positions, and so none if none of them counts. Weights of examples stay as
     they are.

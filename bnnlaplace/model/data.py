@@ -109,7 +109,7 @@ class Data:
     def with_points(self, points: Sequence[Float[AnyArray, "B ..."]]) -> "Data":
         """Return the same data with the points of each batch, in the order of the batches.
 
-        Data of which an earlier pass was `in_order` are checked against that pass.
+        Call `in_order` first: then a pass in another order, in which points would meet other examples, is an error.
         """
         data = copy.copy(self)
         data._points = points

@@ -1,6 +1,7 @@
 """The mean of the variational posterior: Newton's method at a fixed covariance.
 
-At fixed deviations of the samples the bound is a concave function of the mean m,
+At fixed deviations of the samples, and for a log likelihood that is concave in the outputs, the bound is a concave
+function of the mean m,
 
     phi(m) = sum_n E log p(y_n | f_n + J_n m + deviation) - 1/2 (m - mu)' P0 (m - mu),
 

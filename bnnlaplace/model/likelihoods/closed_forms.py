@@ -21,7 +21,7 @@ _MOST_NUMBERS = 2**20
 def curvature_diagonal(likelihood: Likelihood, outputs: Float[Array, "M ... C"]) -> Float[Array, "M C"]:
     """Compute the diagonal of Lambda at each example. Cost: M C numbers in closed form, otherwise M C^2.
 
-    The outputs of the likelihoods in `sites` are their points.
+    A likelihood of `sites` takes its points in place of the outputs.
     """
     if (factors := sites.factors_of(likelihood, outputs)) is not None:
         return jnp.sum(factors**2, axis=-1)
@@ -39,7 +39,7 @@ def curvature_sum(
 ) -> Float[Array, "C C"]:
     """Compute sum_n w_n Lambda_n. Cost: M C numbers for a diagonal, a product of matrices for a softmax, else M C^2.
 
-    The outputs of the likelihoods in `sites` are their points.
+    A likelihood of `sites` takes its points in place of the outputs.
     """
     if (factors := sites.factors_of(likelihood, outputs)) is not None:
         return einsum("m,mck,mdk->cd", weights, factors, factors)
