@@ -30,7 +30,6 @@ def problem(x64_module):
 
 
 MODELS = {
-    "full": {},
     "diag": {},
     "kron": {},
     "lanczos": {},
