@@ -8,7 +8,7 @@ import pytest
 from bnnlaplace import Laplace, Variational
 
 KEY = jax.random.key(4)
-CHOSEN = Variational(num_samples=128, tolerance=1e-3, max_iterations=40)
+CHOSEN = Variational(num_samples=512, tolerance=1e-2, max_iterations=40)
 
 
 @pytest.fixture(scope="module")
@@ -17,14 +17,14 @@ def drawn(x64_module):
 
 
 def fitted(drawn, data, structure="lanczos", **options):
-    """With "lanczos" examples share their samples, so that the noise does not depend on how they are handed over."""
     la = Laplace(drawn.network, hessian_structure=structure)
     return la.fit(data, key=KEY, num_probes=8, max_vectors=43, approximation=CHOSEN, **options)
 
 
 def assert_equal(one, other):
-    np.testing.assert_allclose(one.log_marginal_likelihood().mean, other.log_marginal_likelihood().mean, atol=1e-6)
-    np.testing.assert_allclose(problems.flat(one.network.params), problems.flat(other.network.params), atol=1e-6)
+    """Within errors: examples have noise of their own, by their batch and place."""
+    one, other = (la.log_marginal_likelihood() for la in (one, other))
+    assert abs(one.mean - other.mean) < 4 * np.hypot(one.sem, other.sem)
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +37,7 @@ def test_arrays_are_batches_of_two_sizes(drawn, whole):
     x, y = drawn.data
     batches = [(x[start : start + 8], y[start : start + 8]) for start in (0, 8, 16)]
     assert_equal(fitted(drawn, batches), whole)
-    full = fitted(drawn, batches, "full").log_marginal_likelihood()
-    same = fitted(drawn, drawn.data, "full").log_marginal_likelihood()
-    assert abs(full.mean - same.mean) < 4 * np.hypot(full.sem, same.sem)  # the noise of examples is another one
+    assert_equal(fitted(drawn, batches, "full"), fitted(drawn, drawn.data, "full"))
 
 
 def test_weights_repetitions_and_num_data_count_alike(drawn, whole):
@@ -59,11 +57,7 @@ def test_examples_of_weight_zero_are_absent(drawn, structure):
     present = weights > 0
     one = fitted(drawn, (np.where(present[:, None], x, np.nan), y, weights), structure)
     other = fitted(drawn, (x[present], y[present]), structure)
-    if structure == "lanczos":
-        assert_equal(one, other)
-    else:
-        bounds = [la.log_marginal_likelihood() for la in (one, other)]
-        assert abs(bounds[0].mean - bounds[1].mean) < 4 * np.hypot(bounds[0].sem, bounds[1].sem)
+    assert_equal(one, other)
 
 
 class Changing:
