@@ -19,6 +19,7 @@ from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, output_shape
+from bnnlaplace.predictive import rows
 from bnnlaplace.predictive.functional import check_joint, derivative_bytes, functional_variances, marginal_samples
 from bnnlaplace.structure import OutputCovariance, SampleStructure
 
@@ -114,15 +115,61 @@ def functional_posterior(
     if not mean.size:
         return FunctionalGaussian(mean, jnp.zeros((*mean.shape, *mean.shape), mean.dtype))
     _check_memory(fitted.network, mean.shape)
-    rows = _rows(fitted.network.unlinearised(), inputs, microbatch)
+    derivatives = _rows(fitted.network.unlinearised(), inputs, microbatch)
     structure, precision, relative = fitted.structure, fitted.prior.precision, fitted.prior.relative
     if isinstance(structure, SampleStructure):
-        white = rows if fitted.prior.is_isotropic else rows / jnp.sqrt(relative).astype(rows.dtype)
+        root = jnp.sqrt(relative).astype(derivatives.dtype)
+        white = derivatives if fitted.prior.is_isotropic else derivatives / root
         covariance = structure.joint_covariance(white, precision)
     else:
         sizes = tuple(leaf.size for leaf in jax.tree.leaves(fitted.network.params))
-        covariance = _joint_covariance(structure.output_covariance([precision], relative), sizes, rows)
+        covariance = _joint_covariance(structure.output_covariance([precision], relative), sizes, derivatives)
     return FunctionalGaussian(mean, covariance.reshape(*mean.shape, *mean.shape))
+
+
+def covariances_within(fitted: Fitted, inputs: Inputs, *, microbatch: int) -> Float[Array, "B ... C C"]:
+    """Compute the covariance of the outputs within each position of each input, from the basis of a `SampleStructure`.
+
+    It is exact inside the basis, where samples have an error of sqrt(2 / S). Cost: a backward pass for each output, and
+    its product with the basis.
+
+    Parameters
+    ----------
+    fitted
+        The posterior of the weights, at its own prior.
+    inputs, microbatch
+        (B, ...), and the largest number of inputs that are differentiated at a time.
+    """
+    fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
+    network, relative = fitted.network.unlinearised(), fitted.prior.relative
+    shape = output_shape(network, inputs)[1:]
+
+    def within(by_input: Float[Array, "m K P"]) -> Float[Array, "m U C C"]:
+        white = by_input if fitted.prior.is_isotropic else by_input / jnp.sqrt(relative).astype(by_input.dtype)
+        together = fitted.structure.joint_covariance(white, fitted.prior.precision)
+        return _within(together, len(by_input), shape[-1])
+
+    sizes = rows.row_sizes(network, inputs, microbatch)
+    if sizes is not None:
+        (read,) = rows.read(network, inputs, sizes, [lambda each: within(_by_input(each))[None]])
+        return read[0].reshape(-1, *shape, shape[-1])
+    row_bytes = number_type(network.params).itemsize * size(network.params)
+    few = min(microbatch, max(1, derivative_bytes() // (math.prod(shape) * row_bytes)))
+    return by_microbatch(lambda x: within(_rows(network, x, few)), inputs, few).reshape(-1, *shape, shape[-1])
+
+
+def _by_input(rows_of_groups: Float[Array, "U C m P"]) -> Float[Array, "m K P"]:
+    by_input = jnp.moveaxis(rows_of_groups, 2, 0)
+    return by_input.reshape(len(by_input), -1, by_input.shape[-1])
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _within(together: Float[Array, "n n"], num_inputs: int, width: int) -> Float[Array, "m U C C"]:
+    """Cut the covariances within positions out of that of all outputs."""
+    count = together.shape[0] // width
+    blocks = together.reshape(count, width, count, width)
+    of_positions = jax.vmap(lambda i: blocks[i, :, i])(jnp.arange(count))
+    return of_positions.reshape(num_inputs, -1, width, width)
 
 
 def _check_memory(network: Network, shape: tuple[int, ...]) -> None:

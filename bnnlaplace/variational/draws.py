@@ -27,7 +27,8 @@ from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.spec import output_shape
-from bnnlaplace.predictive.functional import functional_variances, jacobian_product, sample_variance
+from bnnlaplace.predictive.functional import functional_variances, jacobian_product
+from bnnlaplace.predictive.joint import covariances_within
 from bnnlaplace.structure import SampleStructure
 
 # How many outputs an example has at most for covariances that are exact, and how many samples estimate others.
@@ -83,20 +84,14 @@ def without_spread(fitted: Fitted, data: Data, *, microbatch: int) -> Iterator[D
 
 def _roots(fitted: Fitted, batch: Batch, key: Array, *, microbatch: int) -> Float[Array, "B ... C K"]:
     """Return R with R R' = J (G + P0)^-1 J' at each example and position, or an estimate of that."""
-    precisions = [fitted.prior.precision]
-    push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
-    if not isinstance(fitted.structure, SampleStructure):
-        if math.prod(output_shape(fitted.network, batch.inputs)[1:]) > MOST_OUTPUTS:
-            deviations = push(fitted.structure.samples(key, MOST_OUTPUTS, precisions[0]))
-            return jnp.moveaxis(deviations, 0, -1) / np.sqrt(MOST_OUTPUTS)
-        (variance,) = functional_variances(fitted, batch.inputs, precisions, microbatch=microbatch)
-        return symmetric_root(variance)
-    count = fitted.structure.num_probes
-    # All probes are used, so that the key decides nothing but their order.
-    deviations = next(fitted.structure.function_samples(push, jax.random.key(0), count, precisions))
-    if deviations.shape[-1] <= count:
-        return symmetric_root(sample_variance(deviations))
-    return jnp.moveaxis(deviations, 0, -1) / np.sqrt(count)  # for many outputs fewer numbers than a matrix
+    structure, precision = fitted.structure, fitted.prior.precision
+    if math.prod(output_shape(fitted.network, batch.inputs)[1:]) > MOST_OUTPUTS:
+        count = structure.num_probes if isinstance(structure, SampleStructure) else MOST_OUTPUTS
+        push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
+        return jnp.moveaxis(push(structure.samples(key, count, precision)), 0, -1) / np.sqrt(count)
+    if isinstance(structure, SampleStructure):
+        return symmetric_root(covariances_within(fitted, batch.inputs, microbatch=microbatch))
+    return symmetric_root(next(functional_variances(fitted, batch.inputs, [precision], microbatch=microbatch)))
 
 
 @jax.jit

@@ -24,13 +24,7 @@ def drawn(x64_module):
     return problems.drawn_labels()
 
 
-# The standard error of the bound leaves out that the probes estimate the covariance of the outputs. It shows where the
-# log-determinant and the effective parameters are exact, so that their noise does not cancel that of the probes.
-OPTIMISTIC = pytest.mark.xfail(strict=True, reason="the standard error leaves out the covariance of the outputs")
-CASES = [pytest.param(name, marks=[OPTIMISTIC] * (name in ("last layer", "layerwise"))) for name in MODELS]
-
-
-@pytest.mark.parametrize("model", CASES)
+@pytest.mark.parametrize("model", MODELS)
 def test_bound_and_predictions_are_those_of_full(drawn, model):
     num_probes = 12 if model == "last layer" else 32  # fewer than there are weights: the structure stays a Krylov one
     at = np.random.default_rng(7).normal(size=(5, 4))
