@@ -6,10 +6,11 @@ decomposition (`krylov`) and what is fitted from it (`structure`); the evidence 
 `temperature`); the Gaussian that maximises the evidence lower bound (`Variational`). `Laplace` assembles them.
 """
 
-from bnnlaplace import calibration, curvature, evidence, krylov, predictive, prior, structure
+from bnnlaplace import calibration, curvature, evidence, krylov, marglik, predictive, prior, structure
 from bnnlaplace.calibration import detection, temperature
 from bnnlaplace.core.types import Estimate, LinearOperator, LowerBound, NotAModeWarning, SaturatedPosteriorWarning
 from bnnlaplace.laplace import Laplace
+from bnnlaplace.marglik import marglik_training
 from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaussian, heteroscedastic, tempered
 from bnnlaplace.model.network import Network
 from bnnlaplace.predictive import link, validation
@@ -34,6 +35,8 @@ __all__ = [
     "gaussian",
     "heteroscedastic",
     "krylov",
+    "marglik",
+    "marglik_training",
     "link",
     "predictive",
     "prior",

@@ -10,7 +10,7 @@ PACKAGE = ROOT / "bnnlaplace"
 
 # The rooms in the order in which data pass: each imports only from those before it.
 ROOMS = [
-    *("core", "model", "curvature", "krylov", "structure", "evidence", "prior", "fitted", "fitting"),
+    *("core", "model", "curvature", "krylov", "structure", "evidence", "prior", "fitted", "fitting", "marglik"),
     *("calibration", "predictive", "variational", "checkpoint", "plots", "laplace"),
 ]
 # What two rooms may import at most, whatever comes before them.

@@ -8,7 +8,7 @@ In this form the null space of G contributes exactly zero to the determinant.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,26 +16,16 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Num, PyTree
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import as_vector, num_examples, ravel
+from bnnlaplace.core.tree import as_vector, ravel
 from bnnlaplace.core.types import AnyArray, Estimate, Inputs
-from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.curvature.linearisation import Linearisation, linearise
+from bnnlaplace.curvature.linearisation import linearise
 from bnnlaplace.evidence.arguments import checked_batch, curvature_weights
-from bnnlaplace.evidence.log_determinant import (
-    Probes,
-    Problem,
-    Rules,
-    choose_side,
-    estimate,
-    forward_estimate,
-    mean_and_sem,
-    rows_of,
-    rules,
-)
+from bnnlaplace.evidence.log_determinant import Probes, Rules, rules
 from bnnlaplace.evidence.log_joint import LogJoint
+from bnnlaplace.evidence.terms import lanczos_terms, log_determinant_of, log_likelihood_of, problem_of
 from bnnlaplace.krylov.derivative_modes import once
 from bnnlaplace.krylov.tridiagonal import rounding_of_zero
-from bnnlaplace.model.likelihood import Likelihood, check_targets
+from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.weights import like_weights
 
@@ -150,34 +140,10 @@ def log_marginal_likelihood(
         If "forward" is differentiated in something else.
     """
     caller = "log_marginal_likelihood"
-    checks.choice(gradient, f"{caller}(gradient=...)", ("adjoint", "forward", "quadrature", "autodiff"))
-    options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
-    batch = checked_batch(caller, network, batch)
-    params = like_weights(params, network.params, f"{caller}(params=...)", finite=True)
-    weights = curvature_weights(network, likelihood, batch)
-    linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
-    # The outputs of the linearisation also give the log likelihood: the network runs once.
-    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
-    checks.real_numbers(prior_precision, f"{caller}(prior_precision=...)")
-    checks.real_numbers(prior_mean, f"{caller}(prior_mean=...)", finite=True)
-    vector = as_vector(prior_precision, params)
-    if not jnp.issubdtype(vector.dtype, jnp.floating):  # whole numbers are precisions too
-        vector = vector.astype(linearised.outputs.dtype)
-    checks.all_positive(vector, f"{caller}(prior_precision=...)")
-    is_scalar = jax.tree_util.all_leaves([prior_precision]) and jnp.ndim(prior_precision) == 0
-    # A scalar must stay one: it enters through the function, without a product of its own.
-    delta = jnp.asarray(prior_precision, vector.dtype) if is_scalar else vector
-    if gradient != "forward":
-        log_determinant = estimate(problem, delta, rows, gradient=gradient, **options)
-    elif is_scalar:
-        log_determinant = _log_determinant(_fixed_rules(caller, problem, rows, **options), delta)
-    else:
-        log_determinant = forward_estimate(caller, problem, delta, rows, **options)
-    deviation = ravel(params) - as_vector(prior_mean, params)
-    # The normalisation of the prior cancels against that of the posterior, so only the quadratic form is left.
-    log_prior = -0.5 * jnp.sum(vector * deviation**2)
-    mean = _log_likelihood(linearised, likelihood, batch, scale) + log_prior - 0.5 * log_determinant.mean
-    return Estimate(mean, 0.5 * log_determinant.sem)
+    options = {"num_matvecs": num_matvecs, "num_probes": num_probes, "side": side, "gradient": gradient}
+    options |= {"probe_batch_size": probe_batch_size, "microbatch": microbatch, "remat": remat}
+    model = {"network": network, "likelihood": likelihood, "scale": scale, "prior_mean": prior_mean}
+    return lanczos_terms(caller, params, prior_precision, batch, probes, **model, **options).log_marginal_likelihood
 
 
 class IsotropicEvidence(NamedTuple):
@@ -205,7 +171,7 @@ class IsotropicEvidence(NamedTuple):
         """
         delta = jnp.asarray(prior_precision, self.squared_norm.dtype)
         checks.all_positive(delta, "the prior precision of an IsotropicEvidence")
-        log_determinant = _log_determinant(self.rules, delta)
+        log_determinant = log_determinant_of(self.rules, delta)
         mean = self.log_likelihood - 0.5 * delta * self.squared_norm - 0.5 * log_determinant.mean
         return Estimate(mean, 0.5 * log_determinant.sem)
 
@@ -282,66 +248,16 @@ def isotropic(
     params = like_weights(params, network.params, f"{caller}(params=...)", finite=True)
     weights = curvature_weights(network, likelihood, batch)
     linearised = linearise(network, params, batch[0], weights=weights, microbatch=microbatch, remat=remat)
-    problem, rows = _problem(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
+    problem, rows = problem_of(caller, linearised, likelihood, scale, side, probes, num_probes, num_matvecs)
     checks.real_numbers(prior_mean, f"{caller}(prior_mean=...)", finite=True)
     options = {"num_matvecs": num_matvecs, "probe_batch_size": probe_batch_size}
     deviation = ravel(params) - as_vector(prior_mean, params)
-    log_likelihood = _log_likelihood(linearised, likelihood, batch, scale)
+    log_likelihood = log_likelihood_of(linearised.outputs, likelihood, batch, scale)
     # A derivative in the weights would go through the whole loop of Lanczos, so it is refused.
     return once(
         IsotropicEvidence(log_likelihood, jnp.sum(deviation**2), rules(problem, rows, **options)),
         f"{caller} has derivatives in the prior precision only; in other things take log_marginal_likelihood",
     )
-
-
-def _problem(
-    caller: str,
-    linearised: Linearisation,
-    likelihood: Likelihood,
-    scale: Num[ArrayLike, ""],
-    side: str,
-    probes: Probes,
-    num_probes: int | None,
-    num_matvecs: int,
-) -> tuple[Problem, Float[AnyArray, "S V"]]:
-    """Check the options, choose the side, and draw the probes of that side."""
-    outputs, num_weights = linearised.outputs, linearised.size
-    checks.positive(scale, f"{caller}(scale=...)")
-    if num_probes is not None:
-        checks.count(num_probes, f"{caller}(num_probes=...)", advice="try 10")
-    side = choose_side(caller, side, probes, num_weights, outputs.size)
-    length = num_weights if side == "primal" else outputs.size
-    rows = rows_of(caller, probes, num_probes, length, outputs.dtype)
-    advice = f"vectors of side={side!r} have {length} numbers"
-    checks.count(num_matvecs, f"{caller}(num_matvecs=...)", most=length, advice=advice)
-    return Problem(linearised, likelihood, scale, side), rows
-
-
-def _fixed_rules(caller: str, *arguments: Any, **options: Any) -> Rules:
-    """Compute the Gauss rules, which raise TypeError if they are differentiated."""
-    message = f"{caller}(gradient='forward') has derivatives in prior_precision and prior_mean only; use 'adjoint'"
-    return once(rules(*arguments, **options), message)
-
-
-def _log_determinant(rules: Rules, prior_precision: Float[Array, "*shape"]) -> Estimate:
-    """Evaluate log det(I + G / delta) at each prior precision, by the Gauss rules of G."""
-    # Eigenvalues of G / delta are nodes / delta, with the same weights.
-    forms = jnp.sum(rules.weights * jnp.log1p(rules.nodes / prior_precision[..., None, None]), axis=-1)
-    return mean_and_sem(forms)
-
-
-def _log_likelihood(
-    linearised: Linearisation,
-    likelihood: Likelihood,
-    batch: tuple[Inputs, AnyArray, Num[AnyArray, " N"] | None],
-    scale: float,
-) -> Float[Array, ""]:
-    """Return scale * sum_n w_n log p(y_n | f_n), after a check of the targets."""
-    inputs, targets, weights = batch
-    outputs = linearised.outputs[: num_examples(inputs)]  # the rest is padding of the last microbatch
-    check_targets(likelihood, outputs.shape, targets, "log_marginal_likelihood(batch=(x, y))")
-    log_prob = likelihood.log_prob(outputs, targets)
-    return scale * jnp.sum(log_prob if weights is None else mb.over_outputs(jnp.asarray(weights), log_prob) * log_prob)
 
 
 def curve(

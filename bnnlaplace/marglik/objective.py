@@ -1,0 +1,321 @@
+"""The negative log evidence as an objective of weights and prior precisions, and the parts of its gradient.
+
+With B of N examples in the batch and M of N in the curvature batch, the objective is
+
+    -N/B sum_b log p(y_b | f_b) + q / 2 + log det(I + P0^-1/2 G P0^-1/2) / 2,    G = N/M sum_m J_m' Lambda_m J_m.
+
+Prior precisions are given by their logarithms, so that they stay positive. The normalisation of the prior cancels
+against that of the posterior: of the prior, only the quadratic form q = theta' P0 theta is left.
+"""
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from bnnlaplace.core.tree import as_vector, leaf_names, num_examples, ravel
+from bnnlaplace.core.types import Estimate
+from bnnlaplace.curvature.diagonal import ggn_diagonal
+from bnnlaplace.curvature.microbatch import over_outputs
+from bnnlaplace.evidence import EvidenceTerms, evidence_terms, isotropic
+from bnnlaplace.evidence.arguments import curvature_weights
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.network import Network
+from bnnlaplace.prior import Groups, by_layer, group_names
+
+LogPrecision = Float[Array, ""] | dict[str, Float[Array, ""]]
+"""The logarithm of the prior precision: one number, or one for each group."""
+
+Batch = tuple[Any, ...]
+"""(inputs, targets), or (inputs, targets, weights) with weights that say how many times each example counts."""
+
+PRECISION_RANGE = (1e-4, 1e6)
+"""Bounds of trained prior precisions. The evidence sends that of a group with dead weights to infinity."""
+
+# Iterations of the fixed point. Those for a scalar or a diagonal take no product.
+_CHEAP_ITERATIONS, _ITERATIONS = 30, 3
+
+
+class EvidenceOptions(NamedTuple):
+    """How the log-determinant is estimated. It is hashable, so it may be a static argument of `jit`.
+
+    Attributes
+    ----------
+    hessian_structure
+        "lanczos" for the whole GGN by products, "diag" for its exact diagonal.
+    num_matvecs, num_probes
+        Krylov depth and number of probes of "lanczos".
+    gradient
+        "adjoint" for the gradient of the value, "quadrature" for an unbiased one that costs a third.
+    microbatch
+        Examples in one step of the inner loop of a product.
+    """
+
+    hessian_structure: Literal["lanczos", "diag"] = "lanczos"
+    num_matvecs: int = 10
+    num_probes: int = 1
+    gradient: Literal["adjoint", "quadrature"] = "adjoint"
+    microbatch: int = 128
+
+
+DEFAULT_OPTIONS = EvidenceOptions()
+
+
+def log_precision_of(
+    prior_precision: float | dict[str, float],
+    params: PyTree,
+    prior_structure: Literal["scalar", "layerwise"],
+    groups: Groups = by_layer,
+) -> LogPrecision:
+    """Return the logarithms of prior precisions as the steps train them, in the number type of the weights.
+
+    Parameters
+    ----------
+    prior_precision
+        One number, or for "layerwise" a dictionary with one number for each group.
+    params
+        The weights.
+    prior_structure
+        "scalar" or "layerwise".
+    groups
+        The function from the path of a weight to the name of its group.
+    """
+    dtype = ravel(params).dtype
+    if prior_structure == "scalar":
+        return jnp.log(jnp.asarray(prior_precision, dtype))
+    names = group_names(params, groups)
+    by_group = prior_precision if isinstance(prior_precision, dict) else dict.fromkeys(names, prior_precision)
+    return {name: jnp.log(jnp.asarray(by_group[name], dtype)) for name in names}
+
+
+def precision_of(log_precision: LogPrecision) -> float | dict[str, float]:
+    """Return prior precisions in the form that `Laplace(prior_precision=...)` takes."""
+    return jax.tree.map(lambda number: float(jnp.exp(number)), log_precision)
+
+
+def per_weight(log_precision: LogPrecision, params: PyTree, groups: Groups = by_layer) -> PyTree:
+    """Return the prior precision as the evidence takes it: a scalar, or a pytree like the weights."""
+    if not isinstance(log_precision, dict):
+        return jnp.exp(log_precision)
+    leaves = [jnp.exp(log_precision[groups(name)]) for name in leaf_names(params)]
+    return jax.tree.unflatten(jax.tree.structure(params), leaves)
+
+
+def total_weight(batch: Batch) -> Float[Array, ""] | int:
+    """Return how many examples a batch counts for."""
+    return jnp.sum(batch[2]) if len(batch) == 3 else num_examples(batch[0])
+
+
+def negative_log_likelihood(
+    likelihood: Likelihood, outputs: Float[Array, "B ... C"], batch: Batch, num_data: int
+) -> Float[Array, ""]:
+    """Return the negative log likelihood of a batch, scaled to all data."""
+    log_prob = likelihood.log_prob(outputs, batch[1])
+    if len(batch) == 3:
+        weights = over_outputs(jnp.asarray(batch[2], log_prob.dtype), log_prob)
+        # What an example of weight zero holds need not have a likelihood.
+        log_prob = jnp.where(weights > 0, weights * log_prob, 0)
+    return -num_data / total_weight(batch) * jnp.sum(log_prob)
+
+
+def half_quadratic_form(params: PyTree, log_precision: LogPrecision, groups: Groups = by_layer) -> Float[Array, ""]:
+    """Return theta' P0 theta / 2, the part of the prior that is left in the evidence."""
+    return 0.5 * jnp.sum(as_vector(per_weight(log_precision, params, groups), params) * ravel(params) ** 2)
+
+
+def half_log_determinant(
+    params: PyTree,
+    log_precision: LogPrecision,
+    batch: Batch,
+    key: Key[Array, ""],
+    *,
+    network: Network,
+    likelihood: Likelihood,
+    num_data: int,
+    options: EvidenceOptions = DEFAULT_OPTIONS,
+    groups: Groups = by_layer,
+) -> tuple[Float[Array, ""], EvidenceTerms]:
+    """Estimate half the log-determinant on a curvature batch, differentiable in weights and prior precisions.
+
+    The second result holds all terms of the evidence on this batch, scaled to all data.
+    """
+    terms = evidence_terms(
+        params,
+        per_weight(log_precision, params, groups),
+        batch,
+        key,
+        network=network,
+        likelihood=likelihood,
+        scale=num_data / total_weight(batch),
+        **options._asdict(),
+    )
+    return 0.5 * terms.log_determinant.mean, terms
+
+
+def negative_log_evidence(
+    params: PyTree,
+    log_precision: LogPrecision,
+    batch: Batch,
+    curvature_batch: Batch,
+    key: Key[Array, ""],
+    *,
+    network: Network,
+    likelihood: Likelihood,
+    num_data: int,
+    options: EvidenceOptions = DEFAULT_OPTIONS,
+    groups: Groups = by_layer,
+    log_determinant: bool = True,
+) -> tuple[Float[Array, ""], EvidenceTerms | None]:
+    """Estimate the negative log evidence of a batch, as an objective of weights and prior precisions.
+
+    Parameters
+    ----------
+    params, log_precision
+        What is trained: the weights, and the logarithm of the prior precision. This is one number, or a dictionary with
+        one number for each group.
+    batch
+        (inputs, targets) of the likelihood, scaled to `num_data` examples.
+    curvature_batch
+        (inputs, targets) of the curvature, scaled to `num_data` examples. It may be `batch`.
+    key
+        The probes are drawn from it: pass another one in each step.
+    network, likelihood
+        The model.
+    num_data
+        N, the number of training examples.
+    options
+        How the log-determinant is estimated.
+    groups
+        The function from the path of a weight to the name of its group.
+    log_determinant
+        Whether the log-determinant is part of the objective. Without it this is the negative log joint, up to the
+        normalisation of the prior.
+
+    Returns
+    -------
+    tuple
+        The objective in nats, and the terms of the evidence on the curvature batch, or None without the determinant.
+
+    Notes
+    -----
+    Cost of the gradient with "lanczos": the network is linearised once; then 2 S K products, and for each probe a
+    vector-Jacobian product of K terms. Memory: as for `bnnlaplace.evidence.log_marginal_likelihood`.
+
+    Examples
+    --------
+    >>> import bnnlaplace
+    >>> network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.ones((2, 3)))
+    >>> batch = jnp.ones((5, 2)), jnp.arange(5) % 3
+    >>> model = {"network": network, "likelihood": bnnlaplace.categorical(), "num_data": 50}
+    >>> model["options"] = EvidenceOptions(num_matvecs=2)
+    >>> objective = jax.value_and_grad(negative_log_evidence, (0, 1), has_aux=True)
+    >>> _, gradient = objective(network.params, jnp.zeros(()), batch, batch, jax.random.key(0), **model)
+    >>> gradient[0].shape
+    (2, 3)
+    """
+    negative = negative_log_likelihood(likelihood, network(params, batch[0]), batch, num_data)
+    value = negative + half_quadratic_form(params, log_precision, groups)
+    if not log_determinant:
+        return value, None
+    model = {"network": network, "likelihood": likelihood, "num_data": num_data, "options": options, "groups": groups}
+    half, terms = half_log_determinant(params, log_precision, curvature_batch, key, **model)
+    return value + half, terms
+
+
+class PriorUpdate(NamedTuple):
+    """Prior precisions that the evidence prefers at fixed weights.
+
+    Attributes
+    ----------
+    log_precision
+        The logarithms of the new precisions.
+    effective_parameters
+        gamma = tr M (I + M)^-1, how many weights the data determine, summed over the groups.
+    log_evidence
+        The evidence on the batch, scaled to all data, at the precisions of the last iteration.
+    """
+
+    log_precision: LogPrecision
+    effective_parameters: Float[Array, ""]
+    log_evidence: Estimate
+
+
+def prior_update(
+    params: PyTree,
+    log_precision: LogPrecision,
+    batch: Batch,
+    key: Key[Array, ""],
+    *,
+    network: Network,
+    likelihood: Likelihood,
+    num_data: int,
+    options: EvidenceOptions = DEFAULT_OPTIONS,
+    groups: Groups = by_layer,
+) -> PriorUpdate:
+    """Iterate the fixed point delta_g = gamma_g / |theta_g|^2 of the evidence at fixed weights (MacKay 1992).
+
+    gamma_g is minus the derivative of the log-determinant in log delta_g. A scalar precision and a diagonal take one
+    decomposition in all and are iterated to convergence. Precisions of groups under "lanczos" take S K products for
+    each of three iterations: further ones follow at the next update.
+
+    Parameters
+    ----------
+    params, log_precision, key, network, likelihood, num_data, options, groups
+        As for `negative_log_evidence`. The result is not differentiable.
+    batch
+        (inputs, targets) of likelihood and curvature.
+    """
+    scale = num_data / total_weight(batch)
+    is_scalar, is_diagonal = not isinstance(log_precision, dict), options.hessian_structure == "diag"
+    model = {"network": network, "likelihood": likelihood}
+    if is_diagonal:
+        counts = curvature_weights(network, likelihood, (*batch, None)[:3])
+        sizes = {"weights": counts, "scale": scale, "microbatch": min(options.microbatch, 32)}
+        diagonal = ggn_diagonal(network, likelihood, params, batch[0], **sizes)
+        log_likelihood = -negative_log_likelihood(likelihood, network(params, batch[0]), batch, num_data)
+
+        def log_determinant(log_precision: LogPrecision) -> tuple[Array, Estimate]:
+            delta = as_vector(per_weight(log_precision, params, groups), params)
+            value = jnp.sum(jnp.log1p(diagonal / delta))
+            log_joint = log_likelihood - half_quadratic_form(params, log_precision, groups)
+            return value, Estimate(log_joint - 0.5 * value, jnp.zeros_like(value))
+    elif is_scalar:
+        sizes = {"num_matvecs": options.num_matvecs, "num_probes": options.num_probes, "microbatch": options.microbatch}
+        evidence = isotropic(params, batch, key, **model, scale=scale, **sizes)
+
+        def log_determinant(log_precision: LogPrecision) -> tuple[Array, Estimate]:
+            estimate = evidence(jnp.exp(log_precision))
+            log_joint = evidence.log_likelihood - 0.5 * jnp.exp(log_precision) * evidence.squared_norm
+            return 2 * (log_joint - estimate.mean), estimate
+    else:
+
+        def log_determinant(log_precision: LogPrecision) -> tuple[Array, Estimate]:
+            forward = options._replace(gradient="forward")
+            sizes = {"num_data": num_data, "options": forward, "groups": groups}
+            half, terms = half_log_determinant(params, log_precision, batch, key, **model, **sizes)
+            return 2 * half, terms.log_marginal_likelihood
+
+    squares = jax.grad(lambda log_precision: 2 * half_quadratic_form(params, log_precision, groups))
+    bounds = jnp.log(jnp.asarray(PRECISION_RANGE))
+
+    def iterate(_: int, before: PriorUpdate) -> PriorUpdate:
+        here = before.log_precision
+        slopes, evidence = jax.grad(log_determinant, has_aux=True)(here)
+        # delta_g |theta_g|^2 at the present delta, so that the new one is delta_g gamma_g over it. Few probes may put
+        # gamma_g below zero, and one update should not go further than the estimate can be trusted.
+        moves = jax.tree.map(
+            lambda slope, square: jnp.log(jnp.maximum(-slope, 1e-6)) - jnp.log(jnp.maximum(square, 1e-12)),
+            slopes,
+            squares(here),
+        )
+        after = jax.tree.map(lambda log, move: jnp.clip(log + jnp.clip(move, -3, 3), *bounds), here, moves)
+        after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, here)
+        return PriorUpdate(after, -sum(jax.tree.leaves(slopes)), evidence)
+
+    number = jnp.zeros((), ravel(params).dtype)
+    start = PriorUpdate(log_precision, number, Estimate(number, number))
+    # The types of the loop's results are those of the evidence.
+    start = jax.tree.map(lambda x, like: x.astype(like.dtype), start, jax.eval_shape(lambda: iterate(0, start)))
+    iterations = _CHEAP_ITERATIONS if is_scalar or is_diagonal else _ITERATIONS
+    return jax.lax.fori_loop(0, iterations, iterate, start)
