@@ -2,12 +2,11 @@
 
 from bnnlaplace.marglik.objective import (
     EvidenceOptions,
-    PriorUpdate,
     log_precision_of,
     negative_log_evidence,
     precision_of,
-    prior_update,
 )
+from bnnlaplace.marglik.prior_update import PriorUpdate, prior_update
 from bnnlaplace.marglik.steps import MarglikSettings, MarglikState, evidence_step, initial_state, map_step
 from bnnlaplace.marglik.training import MarglikResult, marglik_training
 

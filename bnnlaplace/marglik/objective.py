@@ -12,14 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, PyTree
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import as_vector, leaf_names, num_examples, ravel
-from bnnlaplace.core.types import Estimate
-from bnnlaplace.curvature.diagonal import ggn_diagonal
 from bnnlaplace.curvature.microbatch import over_outputs
-from bnnlaplace.evidence import EvidenceTerms, evidence_terms, isotropic
-from bnnlaplace.evidence.arguments import curvature_weights
+from bnnlaplace.evidence import EvidenceTerms, evidence_terms
+from bnnlaplace.evidence.log_determinant import Probes
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior import Groups, by_layer, group_names
@@ -32,9 +31,6 @@ Batch = tuple[Any, ...]
 
 PRECISION_RANGE = (1e-4, 1e6)
 """Bounds of trained prior precisions. The evidence sends that of a group with dead weights to infinity."""
-
-# Iterations of the fixed point. Those for a scalar or a diagonal take no product.
-_CHEAP_ITERATIONS, _ITERATIONS = 30, 3
 
 
 class EvidenceOptions(NamedTuple):
@@ -108,7 +104,7 @@ def total_weight(batch: Batch) -> Float[Array, ""] | int:
 
 
 def negative_log_likelihood(
-    likelihood: Likelihood, outputs: Float[Array, "B ... C"], batch: Batch, num_data: int
+    likelihood: Likelihood, outputs: Float[Array, "B ... C"], batch: Batch, num_data: float
 ) -> Float[Array, ""]:
     """Return the negative log likelihood of a batch, scaled to all data."""
     log_prob = likelihood.log_prob(outputs, batch[1])
@@ -128,11 +124,11 @@ def half_log_determinant(
     params: PyTree,
     log_precision: LogPrecision,
     batch: Batch,
-    key: Key[Array, ""],
+    probes: Probes,
     *,
     network: Network,
     likelihood: Likelihood,
-    num_data: int,
+    num_data: float,
     options: EvidenceOptions = DEFAULT_OPTIONS,
     groups: Groups = by_layer,
 ) -> tuple[Float[Array, ""], EvidenceTerms]:
@@ -144,11 +140,12 @@ def half_log_determinant(
         params,
         per_weight(log_precision, params, groups),
         batch,
-        key,
+        probes,
         network=network,
         likelihood=likelihood,
         scale=num_data / total_weight(batch),
-        **options._asdict(),
+        # Rows of probes state their number themselves.
+        **options._asdict() | ({} if checks.is_key(probes) else {"num_probes": None}),
     )
     return 0.5 * terms.log_determinant.mean, terms
 
@@ -158,11 +155,11 @@ def negative_log_evidence(
     log_precision: LogPrecision,
     batch: Batch,
     curvature_batch: Batch,
-    key: Key[Array, ""],
+    probes: Probes,
     *,
     network: Network,
     likelihood: Likelihood,
-    num_data: int,
+    num_data: float,
     options: EvidenceOptions = DEFAULT_OPTIONS,
     groups: Groups = by_layer,
     log_determinant: bool = True,
@@ -178,8 +175,9 @@ def negative_log_evidence(
         (inputs, targets) of the likelihood, scaled to `num_data` examples.
     curvature_batch
         (inputs, targets) of the curvature, scaled to `num_data` examples. It may be `batch`.
-    key
-        The probes are drawn from it: pass another one in each step.
+    probes
+        A random key, from which `options.num_probes` probes are drawn: pass another one in each step. Or the probes, as
+        for `bnnlaplace.evidence.log_marginal_likelihood`.
     network, likelihood
         The model.
     num_data
@@ -219,103 +217,5 @@ def negative_log_evidence(
     if not log_determinant:
         return value, None
     model = {"network": network, "likelihood": likelihood, "num_data": num_data, "options": options, "groups": groups}
-    half, terms = half_log_determinant(params, log_precision, curvature_batch, key, **model)
+    half, terms = half_log_determinant(params, log_precision, curvature_batch, probes, **model)
     return value + half, terms
-
-
-class PriorUpdate(NamedTuple):
-    """Prior precisions that the evidence prefers at fixed weights.
-
-    Attributes
-    ----------
-    log_precision
-        The logarithms of the new precisions.
-    effective_parameters
-        gamma = tr M (I + M)^-1, how many weights the data determine, summed over the groups.
-    log_evidence
-        The evidence on the batch, scaled to all data, at the precisions of the last iteration.
-    """
-
-    log_precision: LogPrecision
-    effective_parameters: Float[Array, ""]
-    log_evidence: Estimate
-
-
-def prior_update(
-    params: PyTree,
-    log_precision: LogPrecision,
-    batch: Batch,
-    key: Key[Array, ""],
-    *,
-    network: Network,
-    likelihood: Likelihood,
-    num_data: int,
-    options: EvidenceOptions = DEFAULT_OPTIONS,
-    groups: Groups = by_layer,
-) -> PriorUpdate:
-    """Iterate the fixed point delta_g = gamma_g / |theta_g|^2 of the evidence at fixed weights (MacKay 1992).
-
-    gamma_g is minus the derivative of the log-determinant in log delta_g. A scalar precision and a diagonal take one
-    decomposition in all and are iterated to convergence. Precisions of groups under "lanczos" take S K products for
-    each of three iterations: further ones follow at the next update.
-
-    Parameters
-    ----------
-    params, log_precision, key, network, likelihood, num_data, options, groups
-        As for `negative_log_evidence`. The result is not differentiable.
-    batch
-        (inputs, targets) of likelihood and curvature.
-    """
-    scale = num_data / total_weight(batch)
-    is_scalar, is_diagonal = not isinstance(log_precision, dict), options.hessian_structure == "diag"
-    model = {"network": network, "likelihood": likelihood}
-    if is_diagonal:
-        counts = curvature_weights(network, likelihood, (*batch, None)[:3])
-        sizes = {"weights": counts, "scale": scale, "microbatch": min(options.microbatch, 32)}
-        diagonal = ggn_diagonal(network, likelihood, params, batch[0], **sizes)
-        log_likelihood = -negative_log_likelihood(likelihood, network(params, batch[0]), batch, num_data)
-
-        def log_determinant(log_precision: LogPrecision) -> tuple[Array, Estimate]:
-            delta = as_vector(per_weight(log_precision, params, groups), params)
-            value = jnp.sum(jnp.log1p(diagonal / delta))
-            log_joint = log_likelihood - half_quadratic_form(params, log_precision, groups)
-            return value, Estimate(log_joint - 0.5 * value, jnp.zeros_like(value))
-    elif is_scalar:
-        sizes = {"num_matvecs": options.num_matvecs, "num_probes": options.num_probes, "microbatch": options.microbatch}
-        evidence = isotropic(params, batch, key, **model, scale=scale, **sizes)
-
-        def log_determinant(log_precision: LogPrecision) -> tuple[Array, Estimate]:
-            estimate = evidence(jnp.exp(log_precision))
-            log_joint = evidence.log_likelihood - 0.5 * jnp.exp(log_precision) * evidence.squared_norm
-            return 2 * (log_joint - estimate.mean), estimate
-    else:
-
-        def log_determinant(log_precision: LogPrecision) -> tuple[Array, Estimate]:
-            forward = options._replace(gradient="forward")
-            sizes = {"num_data": num_data, "options": forward, "groups": groups}
-            half, terms = half_log_determinant(params, log_precision, batch, key, **model, **sizes)
-            return 2 * half, terms.log_marginal_likelihood
-
-    squares = jax.grad(lambda log_precision: 2 * half_quadratic_form(params, log_precision, groups))
-    bounds = jnp.log(jnp.asarray(PRECISION_RANGE))
-
-    def iterate(_: int, before: PriorUpdate) -> PriorUpdate:
-        here = before.log_precision
-        slopes, evidence = jax.grad(log_determinant, has_aux=True)(here)
-        # delta_g |theta_g|^2 at the present delta, so that the new one is delta_g gamma_g over it. Few probes may put
-        # gamma_g below zero, and one update should not go further than the estimate can be trusted.
-        moves = jax.tree.map(
-            lambda slope, square: jnp.log(jnp.maximum(-slope, 1e-6)) - jnp.log(jnp.maximum(square, 1e-12)),
-            slopes,
-            squares(here),
-        )
-        after = jax.tree.map(lambda log, move: jnp.clip(log + jnp.clip(move, -3, 3), *bounds), here, moves)
-        after = jax.tree.map(lambda new, old: new.astype(old.dtype), after, here)
-        return PriorUpdate(after, -sum(jax.tree.leaves(slopes)), evidence)
-
-    number = jnp.zeros((), ravel(params).dtype)
-    start = PriorUpdate(log_precision, number, Estimate(number, number))
-    # The types of the loop's results are those of the evidence.
-    start = jax.tree.map(lambda x, like: x.astype(like.dtype), start, jax.eval_shape(lambda: iterate(0, start)))
-    iterations = _CHEAP_ITERATIONS if is_scalar or is_diagonal else _ITERATIONS
-    return jax.lax.fori_loop(0, iterations, iterate, start)

@@ -25,8 +25,8 @@ from bnnlaplace.marglik.objective import (
     half_quadratic_form,
     log_precision_of,
     negative_log_likelihood,
-    prior_update,
 )
+from bnnlaplace.marglik.prior_update import prior_update
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior import Groups, by_layer
@@ -59,7 +59,7 @@ class MarglikSettings(NamedTuple):
 
     optimizer: Any
     prior_optimizer: Any
-    num_data: int
+    num_data: float
     method: Literal["joint", "online"] = "joint"
     options: EvidenceOptions = EvidenceOptions()
     groups: Groups = by_layer

@@ -75,12 +75,13 @@ def _softmax_variances(
     likelihood: Likelihood, outputs: Float[Array, "M C"]
 ) -> tuple[Float[Array, "M C"], Float[Array, "M C"]]:
     """The probabilities p and p (1 - p) / T, to the last digits even where p rounds to one."""
-    highest = jax.lax.stop_gradient(jnp.max(outputs, axis=-1, keepdims=True))
-    relative, is_highest = jnp.exp(outputs - highest), outputs == highest
-    # 1 - p of the most probable class is the sum of all others; if several share the highest output, one of them is
-    # left out. For any other class 1 - p is at least a half and keeps its digits.
-    ties = jnp.sum(is_highest, axis=-1, keepdims=True, dtype=relative.dtype) - 1
-    others = jnp.sum(jnp.where(is_highest, 0, relative), axis=-1, keepdims=True) + ties
+    # One highest output, chosen by its place: so the derivatives are right as well, also where several share it.
+    is_highest = jax.nn.one_hot(jnp.argmax(outputs, axis=-1), outputs.shape[-1], dtype=bool)
+    highest = jnp.sum(jnp.where(is_highest, outputs, 0), axis=-1, keepdims=True)
+    # 1 - p of the most probable class is the sum of all others. For any other class 1 - p is at least a half and keeps
+    # its digits.
+    relative = jnp.where(is_highest, 1, jnp.exp(outputs - highest))
+    others = jnp.sum(jnp.where(is_highest, 0, relative), axis=-1, keepdims=True)
     probs = relative / (1 + others)
     return probs, probs * jnp.where(is_highest, others / (1 + others), 1 - probs) / likelihood.temperature
 
