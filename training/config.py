@@ -172,18 +172,76 @@ class Optimizer:
         return _ordered(value, info, value <= info.data.get("epochs", value), "at most", "optimizer.epochs")
 
 
+# The options of each update, beside `precision`. Those that are left out take the defaults of the update.
+PRIOR_OPTIONS = {
+    "posthoc": (),
+    "online": ("curvature", "burn_in", "every_epochs", "examples", "matvecs", "probes"),
+    "joint": ("curvature", "burn_in", "every_steps", "examples", "matvecs", "probes", "learning_rate"),
+}
+PRIOR_DEFAULTS = {
+    "online": {"curvature": "lanczos", "burn_in": 0, "every_epochs": 10, "examples": 256, "matvecs": 20, "probes": 4},
+    "joint": {"curvature": "lanczos", "burn_in": 5, "every_steps": 20, "matvecs": 10, "probes": 1}
+    | {"learning_rate": 0.03},
+}
+_OF_LANCZOS = ("matvecs", "probes")
+
+
 @section
 class Prior:
-    """The isotropic Gaussian prior N(0, 1/precision) on all trained weights."""
+    """The Gaussian prior N(0, 1/precision) on all trained weights, and how its precision is found."""
 
     precision: Positive = 1.0
-    """Prior precision at the start of training. If `update` is fixed, it stays."""
-    update: Literal["fixed", "online"] = "fixed"
-    """online: replace the precision by the maximiser of the Lanczos evidence every few epochs of training."""
-    every_epochs: Count = 10
-    """Epochs between online updates."""
-    examples: Count = 256
-    """Training images per online update; the curvature is scaled by (all images) / (these images)."""
+    """Prior precision at the start of training."""
+    update: Literal["posthoc", "online", "joint"] = "posthoc"
+    """posthoc: training keeps the precision, and that of the posterior is chosen afterwards. online: every few epochs
+    the precision is set to where the evidence prefers it. joint: weights and precision follow the gradient of the
+    evidence, that of its log-determinant included. The curvature is that of the network as it predicts, with batch
+    statistics frozen at their running values."""
+    structure: Literal["scalar", "layerwise"] = "scalar"
+    """One precision for all weights, or one for each layer (online, joint)."""
+    curvature: Literal["lanczos", "diagonal"] | None = None
+    """The GGN of the log-determinant: the whole one by products, or its diagonal (online, joint); default: lanczos."""
+    burn_in: CountOrZero | None = None
+    """Epochs before the evidence counts (online, joint); default: 0 for online, 5 for joint."""
+    every_epochs: Count | None = None
+    """Epochs between two updates (online); default: 10."""
+    every_steps: Count | None = None
+    """Steps for which a gradient of the log-determinant is held (joint); default: 20."""
+    examples: Count | None = None
+    """Training images of the curvature, which is scaled by (all images) / (these images) (online, joint); default: 256
+    for online, as many as in a batch for joint."""
+    matvecs: Count | None = None
+    """Products for each probe (online, joint, with lanczos); default: 20 for online, 10 for joint."""
+    probes: Count | None = None
+    """Probes of the log-determinant (online, joint, with lanczos); default: 4 for online, 1 for joint."""
+    learning_rate: Positive | None = None
+    """Adam's learning rate for the logarithm of the precision (joint); default: 0.03."""
+
+    @field_validator("structure")
+    @classmethod
+    def _trained_by_the_evidence(cls, value: str, info: ValidationInfo) -> str:
+        if value == "layerwise" and info.data.get("update") == "posthoc":
+            raise PydanticCustomError("owner", "Input should be scalar where `prior.update` is posthoc")
+        return value
+
+    @field_validator("curvature", "burn_in", "every_epochs", "every_steps", "examples", *_OF_LANCZOS, "learning_rate")
+    @classmethod
+    def _of_this_update(cls, value: Any, info: ValidationInfo) -> Any:
+        update, name = info.data.get("update"), info.field_name
+        if value is None or update is None:
+            return value
+        if name not in PRIOR_OPTIONS[update]:
+            owners = " or ".join(owner for owner, names in PRIOR_OPTIONS.items() if name in names)
+            rule = "Input should be left out where `prior.update` is {update}: it belongs to {owners}"
+            raise PydanticCustomError("owner", rule, {"update": update, "owners": owners})
+        if name in _OF_LANCZOS and info.data.get("curvature") == "diagonal":
+            raise PydanticCustomError("owner", "Input should be left out where `prior.curvature` is diagonal")
+        return value
+
+    def option(self, name: str) -> Any:
+        """An option as it was given, or the default of this update. None for `examples` of joint: a batch."""
+        value = getattr(self, name)
+        return PRIOR_DEFAULTS.get(self.update, {}).get(name) if value is None else value
 
 
 @section
@@ -284,7 +342,23 @@ def from_document(document: Any) -> Config:
     UserError
         It is not an object, or a field is unknown, has another type, or is out of its range.
     """
+    document = with_present_names(document)
     try:
         return TypeAdapter(Config).validate_json(json.dumps(document), strict=True)  # "3" in quotes is not a number
     except ValidationError as error:
         raise UserError(describe(error)) from None
+
+
+def with_present_names(document: Any) -> Any:
+    """Return a document of an earlier release in the words of this one; any other is returned as it is.
+
+    `prior.update` had a value "fixed", which is "posthoc" now. There `prior.every_epochs` and `prior.examples` had
+    values that nothing used.
+    """
+    prior = document.get("prior") if isinstance(document, dict) else None
+    if not isinstance(prior, dict) or prior.get("update") != "fixed":
+        return document
+    unused = ("every_epochs", "examples")
+    return document | {
+        "prior": {key: value for key, value in prior.items() if key not in unused} | {"update": "posthoc"}
+    }

@@ -80,7 +80,6 @@ def _train_and_evaluate(
             workdir=workdir,
             resume=arguments.resume,
             console=console,
-            update_prior=posteriors.online_update(config, data, module, console),
         )
     # If this start resumed the run, the time of earlier starts counts too.
     watch.seconds["training"] = seconds_of(trained)
@@ -89,7 +88,7 @@ def _train_and_evaluate(
         fitted = _load_fitted(config, workdir, network, console) if arguments.resume else None
         if fitted is None:
             started = perf_counter()
-            fitted = posteriors.fit(config, data, network, trained.prior_precision, console)
+            fitted = posteriors.fit(config, data, network, trained.prior, console)
             posteriors.save(workdir, fitted, config, seconds=perf_counter() - started)
     watch.seconds["posterior"] = posteriors.seconds_to_fit(workdir) or watch.seconds["posterior"]
     with watch.stage("evaluation"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from rich.console import Console
 
 from bnnlaplace import Laplace, Network
@@ -19,19 +18,15 @@ from training import sealed, settings
 from training.cli import interruption, program
 from training.config import Config
 from training.data.load import ImageData
-from training.data.shuffle import stratified_indices
 from training.errors import UserError
 from training.workdir import POSTERIORS, continue_command, write_atomically
 
 # From the name that tables show to the hessian_structure of Laplace, in the order of the tables.
 STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}
 
-# Online updates keep the prior precision within these bounds. If the weights of a layer have died or are hardly trained
-# yet, the maximiser of the evidence can be zero or infinite.
-ONLINE_RANGE = (1e-3, 1e3)
 _SECONDS_FILE, _SETTINGS_FILE = "seconds.json", "settings.json"
 _STOPPED = "stopped while fitting the posteriors; the trained network is kept"
-_PROBE_STREAM, _SUBSET_STREAM = 101, 102
+_PROBE_STREAM = 101
 
 
 def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
@@ -40,11 +35,11 @@ def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
 
 
 def fit(
-    config: Config, data: ImageData, network: Network, prior_precision: float, console: Console
+    config: Config, data: ImageData, network: Network, prior_precision: float | dict[str, float], console: Console
 ) -> dict[str, Laplace]:
     """Fit both structures on all training images, unaugmented and in fixed order.
 
-    Each has the prior precision of training.
+    Each has the prior precision of training: one number, or one for each layer.
 
     Raises
     ------
@@ -137,39 +132,6 @@ def load(
         raise UserError(f"{directory / _SETTINGS_FILE} must be as it was written; {error}; restore it") from None
     settings.require_recorded(recorded, config, directory, curvature=True, report=report)
     return posteriors
-
-
-def online_update(
-    config: Config, data: ImageData, module: nn.Module, console: Console
-) -> Callable[[Any, Any, float, int], float]:
-    """Make the `update_prior` of the training loop, which maximises the Lanczos evidence on a subset of the images.
-
-    The subset is stratified and the same in every call. Log likelihood and curvature are scaled to all training images.
-    """
-    count = min(config.prior.examples, len(data.train.labels))
-    chosen = np.sort(stratified_indices(data.train.labels, count, (config.seed + _SUBSET_STREAM) % 2**63))
-    images, labels = data.train.images[chosen], data.train.labels[chosen]
-
-    def update(params: Any, batch_stats: Any, precision: float, epoch: int) -> float:
-        with _warnings_on(console):
-            la = Laplace(make_network(module, params, batch_stats), prior_precision=precision).fit(
-                (images, labels),
-                key=jax.random.fold_in(probe_key(config), epoch),
-                num_data=len(data.train.labels),
-                num_probes=min(16, config.curvature.num_probes),
-                max_vectors=max(config.curvature.num_probes, config.curvature.max_vectors // 2),
-                tolerance=4 * config.curvature.tolerance,
-                microbatch=config.curvature.microbatch,
-            )
-        best = la.evidence_optimum().prior_precision
-        bounded = float(np.clip(best, *ONLINE_RANGE))
-        if bounded != best:
-            console.print(
-                f"epoch {epoch}: the evidence prefers precision {best:.3g}; bounded to {bounded:g}", highlight=False
-            )
-        return bounded
-
-    return update
 
 
 def _report_block(console: Console, config: Config, structure: KrylovStructure, error: KrylovError) -> None:

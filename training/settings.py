@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from training import sealed
-from training.config import Config, to_document
+from training.config import Config, to_document, with_present_names
 from training.errors import UserError
 
 # Settings that a run may leave to measurement: there None agrees with any saved value.
@@ -65,7 +65,7 @@ def require_recorded(
     if not isinstance(values, dict) or sealed.digest(values) != recorded.get(sealed.ENTRY):
         raise UserError(f"{path} must hold the settings as they were recorded; their digest differs; restore it")
     ignored = _NEVER_USED if curvature else (*_NEVER_USED, "curvature.")
-    there, here = _flat(values), _flat(to_document(config))
+    there, here = _flat(with_present_names(values)), _flat(to_document(config))
     differences = [
         f"{name}: {there[name]} there, {here[name]} in config.json"
         for name in there.keys() & here.keys()  # A later release may add settings, or take some away.

@@ -65,8 +65,8 @@ def open_workdir(
 
     A resumed run may change settings with which nothing on disk was computed. It may always change ``evaluation`` and
     ``curvature.microbatch`` (memory, not results). It may change the rest of ``curvature`` if no posterior is fitted
-    yet and no online update of the prior used it during training. The config is saved with the change. Pixel
-    statistics that ``config`` leaves to measurement are taken from the saved config.
+    yet. The config is saved with the change. Pixel statistics that ``config`` leaves to measurement are taken from the
+    saved config.
 
     Raises
     ------
@@ -117,15 +117,14 @@ def _is_empty_file(path: Path) -> bool:
 
 def _require_same_run(workdir: Path, saved: Config, config: Config, holds_more: bool) -> None:
     """Refuse settings with which the files in the directory would be different."""
-    curvature_used = (workdir / POSTERIORS).exists() or config.prior.update == "online"
-    changeable = _CHANGEABLE if curvature_used else (*_CHANGEABLE, "curvature.")
+    changeable = _CHANGEABLE if (workdir / POSTERIORS).exists() else (*_CHANGEABLE, "curvature.")
     differences = [line for line in describe_difference(saved, config) if not line.startswith(changeable)]
     if not differences:
         return
     advice = f"continue with the settings that it has: {continue_command(workdir)}"
     if not holds_more:
         advice = "start anew there without --resume"
-    elif config.prior.update == "fixed" and all(line.startswith("curvature.") for line in differences):
+    elif all(line.startswith("curvature.") for line in differences):
         advice = f"remove {workdir / POSTERIORS} to have the posteriors fitted again"
     raise UserError(
         f"`--workdir` must hold a run of the same settings; {workdir} differs in {'; '.join(differences)}; "

@@ -217,7 +217,9 @@ def krylov_result(config: Config, la: Laplace, prior_precision: float) -> Krylov
 def mode_distance(la: Laplace, prior_precision: float) -> ModeDistance:
     """Measure how far the weights, and a posterior sample, are from the mode at one prior precision."""
     effective = la.structure.error(prior_precision).effective_parameters
-    return ModeDistance(prior_precision, la.mode_decrement(prior_precision), effective)
+    # A number stands for the geometric mean of the precisions of layers, whose ratios stay.
+    decrement = la.fitted.at(la.prior._replace(precision=prior_precision)).mode_decrement()
+    return ModeDistance(prior_precision, decrement, effective)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,6 +23,7 @@ from bnnlaplace.checkpoint import CheckpointError, find_damage, load_pytree, sav
 from training import settings
 from training.config import Config
 from training.errors import UserError
+from training.train.prior import by_layer_or_none, geometric_mean
 from training.train.step import TrainState
 from training.workdir import continue_command
 
@@ -38,14 +39,25 @@ class TrainResult(NamedTuple):
     params: Any
     batch_stats: Any
     prior_precision: float
+    """The precision of training, or its geometric mean over the weights if every layer has its own."""
     history: list[dict[str, Any]]
     """For each epoch: epoch, phase, loss, accuracy, validation_nll, validation_accuracy, prior_precision (during the
-    epoch), learning_rate (of its last step), gradient_norm (of the log joint, at the end of each phase; otherwise
-    None), seconds."""
+    epoch; a geometric mean if every layer has its own), prior_precision_by_layer (None for a scalar), log_evidence and
+    log_evidence_sem (nats; None without an evidence step), learning_rate (of its last step), gradient_norm (of the log
+    joint over all images, at the end of each phase; otherwise None), step_gradient_norm (of the last step, in nats) and
+    log_determinant_gradient_norm (of the part of the log-determinant; None unless joint), seconds, seconds_per_step and
+    seconds_per_evidence_step."""
     joint_gradient_norm: float
     """Norm of the gradient of log p(D, theta), in nats per unit of weight."""
     joint_gradient_to_prior: float
     """That norm divided by the norm of the gradient of the prior alone, prior_precision * |theta|."""
+    prior_precision_by_layer: dict[str, float] | None = None
+    """The precision of each layer; None if all weights have the same."""
+
+    @property
+    def prior(self) -> float | dict[str, float]:
+        """The prior precision of training as `Laplace` takes it."""
+        return self.prior_precision if self.prior_precision_by_layer is None else self.prior_precision_by_layer
 
 
 @dataclasses.dataclass
@@ -56,6 +68,8 @@ class Journal:
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     epoch_seconds: float = 0.0
     """Seconds spent on the present epoch so far."""
+    evidence_seconds: float = 0.0
+    """Of these, seconds spent on evidence steps."""
     gradient_norm: float = math.nan
     prior_gradient_norm: float = math.nan
 
@@ -65,10 +79,11 @@ def result_of(state: TrainState, journal: Journal) -> TrainResult:
     return TrainResult(
         params=state.params,
         batch_stats=state.batch_stats,
-        prior_precision=float(state.prior_precision),
+        prior_precision=geometric_mean(state.prior_precision, state.params),
         history=journal.history,
         joint_gradient_norm=journal.gradient_norm,
         joint_gradient_to_prior=journal.gradient_norm / journal.prior_gradient_norm,
+        prior_precision_by_layer=by_layer_or_none(state.prior_precision),
     )
 
 
@@ -106,7 +121,7 @@ def load_trained(
             f"the training in {workdir} must be finished; it is not; finish it: {continue_command(workdir)}"
         )
     # The file has no containers without leaves, such as the statistics of a network without normalisation.
-    parts = {"batch_stats": {}, **tree} if isinstance(tree, dict) else {}
+    parts = {"batch_stats": {}, "evidence": (), **tree} if isinstance(tree, dict) else {}
     if parts.keys() != set(TrainState._fields):
         raise UserError(
             f"{checkpoints[-1]} must hold the state of a training; got {', '.join(parts) or 'another tree'}"
@@ -137,8 +152,7 @@ def load_progress(
 
 
 def _require_settings(path: Path, metadata: dict[str, Any], config: Config, report: Callable[[str], None]) -> None:
-    online = config.prior.update == "online"
-    settings.require_recorded(metadata.get("settings"), config, path, curvature=online, report=report)
+    settings.require_recorded(metadata.get("settings"), config, path, curvature=False, report=report)
 
 
 def _journal(path: Path, metadata: Any) -> Journal:
@@ -159,7 +173,12 @@ def _journal(path: Path, metadata: Any) -> Journal:
             and all(isinstance(record["seconds"], float) for record in journal.history)
             and all(
                 isinstance(number, float | int)
-                for number in (journal.epoch_seconds, journal.gradient_norm, journal.prior_gradient_norm)
+                for number in (
+                    journal.epoch_seconds,
+                    journal.evidence_seconds,
+                    journal.gradient_norm,
+                    journal.prior_gradient_norm,
+                )
             )
         )
     except (KeyError, TypeError, AttributeError, ValueError):

@@ -5,6 +5,10 @@ those of the whole training set, and phase "polish" runs with all three off. Its
 the Laplace approximation expands, and its loss is exactly the negative log joint over N. At the end of each phase the
 gradient of the log joint over all training images is measured: it says how close the weights are to a mode.
 
+Where the evidence trains the prior (`training.train.evidence`), "online" sets the precision at the end of some epochs,
+and "joint" computes another gradient of the log-determinant before some steps. Both end half way through polishing, so
+that the run still ends at a mode, under the prior that it reports.
+
 Images, keys and schedules are pure functions of (seed, step), and a checkpoint holds the state of a step. So a run
 that is interrupted after any step continues to the same numbers. `training.train.checkpoints` says what is on disk.
 """
@@ -40,7 +44,9 @@ from training.train.checkpoints import (
     rewrite_log,
     save_progress,
 )
-from training.train.objective import Batches, JointGradient, Passes, evaluate, joint_gradient, make_passes
+from training.train.evidence import EvidenceSteps, Window, at_rest, make_evidence_steps, window, without_sums
+from training.train.objective import Batches, JointGradient, Passes, evaluate, joint_gradient, make_passes, norm_of
+from training.train.prior import by_layer_or_none, geometric_mean
 from training.train.step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
 
 CHECKPOINTS = 10
@@ -48,8 +54,6 @@ CHECKPOINT_SECONDS = 10.0
 
 # The host prepares batches while the device computes. It stays at most this many ahead, so that a run stops promptly.
 STEPS_IN_FLIGHT = 2
-
-UpdatePrior = Callable[[Any, Any, float, int], float]
 
 
 class _Run(NamedTuple):
@@ -65,7 +69,8 @@ class _Run(NamedTuple):
     key_drop_path: jax.Array
     workdir: Path
     console: Console
-    update_prior: UpdatePrior | None
+    evidence: EvidenceSteps
+    window: Window | None
 
 
 def train(
@@ -76,7 +81,6 @@ def train(
     workdir: Path,
     resume: bool,
     console: Console,
-    update_prior: UpdatePrior | None = None,
 ) -> TrainResult:
     """Train a network to a mode of the posterior, or continue a run that was interrupted.
 
@@ -96,17 +100,13 @@ def train(
         result of a finished run is returned, and nothing is computed.
     console
         Where the progress and messages for the user are printed.
-    update_prior
-        ``update_prior(params, batch_stats, prior_precision, epoch)`` returns the new precision. If `prior.update` is
-        online, it is called after every `prior.every_epochs` epochs. The last call comes no later than half way through
-        polishing, so that the run ends at a mode under the prior that it reports. It must be deterministic: only then
-        does a resumed run give the same numbers.
 
     Raises
     ------
     UserError
-        The batch is larger than the training set. Loss or gradient is not finite: the message names the step, and the
-        last good checkpoint is kept. There are checkpoints, but none is good, or they record other settings.
+        The batch is larger than the training set. Loss, evidence or a gradient is not finite: the message names the
+        step, and the last good checkpoint is kept. There are checkpoints, but none is good, or they record other
+        settings.
     Interrupted
         Ctrl-C or SIGTERM came. The running step was finished, and a checkpoint was written.
 
@@ -115,7 +115,7 @@ def train(
     Beside the steps it costs one gradient over the training set at the end of each phase, and a few forward passes over
     it between the phases. Each kind of pass compiles once.
     """
-    run = _prepare(config, data, module, workdir, console, update_prior)
+    run = _prepare(config, data, module, workdir, console)
     state, journal = (_restore(run) if resume else None) or _begin(run)
     rewrite_log(workdir, journal.history)
     with (
@@ -129,6 +129,7 @@ def train(
             epoch = len(journal.history) + 1
             if journal.step == run.plan.end_of_epoch(epoch):
                 state = _end_epoch(run, state, journal)
+                _require_finite(run, state)  # an online update may have made it otherwise
                 display.epoch(journal.history[-1])
             if interrupted():
                 path = _save(run, state, journal)
@@ -152,18 +153,9 @@ def check_batch_size(config: Config, data: ImageData) -> None:
 # --- start ----------------------------------------------------------------------------------------------------------
 
 
-def _prepare(
-    config: Config,
-    data: ImageData,
-    module: nn.Module,
-    workdir: Path,
-    console: Console,
-    update_prior: UpdatePrior | None,
-) -> _Run:
+def _prepare(config: Config, data: ImageData, module: nn.Module, workdir: Path, console: Console) -> _Run:
     check_batch_size(config, data)
     optimizer, num_examples = config.optimizer, len(data.train.labels)
-    if config.prior.update == "online" and update_prior is None:
-        raise ValueError("`train(update_prior=...)` must be given where prior.update is online; got None; pass one")
     plan = Plan(num_examples, optimizer.batch_size, optimizer.epochs, optimizer.polish_epochs)
     passes = make_passes(module)
     key_init, key_drop_path = jax.random.split(jax.random.key(config.seed))
@@ -172,19 +164,20 @@ def _prepare(
         data=data,
         plan=plan,
         passes=passes,
-        steps=make_steps(passes, optimizer, plan),
+        steps=make_steps(passes, optimizer, plan, config.prior),
         moments=make_moments(module),
         key_init=key_init,
         key_drop_path=key_drop_path,
         workdir=workdir,
         console=console,
-        update_prior=update_prior,
+        evidence=make_evidence_steps(config, data, module),
+        window=window(config.prior, plan),
     )
 
 
 def _initial_state(run: _Run) -> TrainState:
     params, batch_stats = run.passes.initialise(run.key_init, run.data.train.images[:1])
-    return initial_state(params, batch_stats, run.config.optimizer, run.config.prior.precision)
+    return initial_state(params, batch_stats, run.config.optimizer, run.config.prior)
 
 
 def _begin(run: _Run) -> tuple[TrainState, Journal]:
@@ -218,7 +211,11 @@ def _run_epoch(
     polishing = epoch >= run.plan.epochs
     take_step = run.steps.polish if polishing else run.steps.train
     in_flight: deque[TrainState] = deque()
+    if state.evidence and not run.window.contains(epoch + 1):
+        state = state._replace(evidence=at_rest(state.evidence))
     for step in range(journal.step, run.plan.end_of_epoch(epoch + 1)):
+        if _evidence_is_due(run, epoch + 1, step):
+            state = _evidence_step(run, state, journal, step)
         indices = run.plan.indices(run.config.seed, step)
         images = run.data.train.images[indices]
         if run.config.data.augment and not polishing:
@@ -236,11 +233,26 @@ def _run_epoch(
     return state
 
 
+def _evidence_is_due(run: _Run, epoch: int, step: int) -> bool:
+    """Whether the gradient of the log-determinant is computed before a step."""
+    if run.config.prior.update != "joint" or not run.window.contains(epoch):
+        return False
+    return (step - run.plan.end_of_epoch(run.window.first - 1)) % run.window.every == 0
+
+
+def _evidence_step(run: _Run, state: TrainState, journal: Journal, step: int) -> TrainState:
+    jax.block_until_ready(state)
+    started = time.monotonic()
+    state = jax.block_until_ready(run.evidence.joint(state, step))
+    journal.evidence_seconds += time.monotonic() - started
+    return state
+
+
 def _end_epoch(run: _Run, state: TrainState, journal: Journal) -> TrainState:
     """Evaluate and record a complete epoch. Freeze the network at the end of phase "train", and update the prior."""
     started, epoch = time.monotonic(), len(journal.history) + 1
     end_of_phase = journal.step in (run.plan.train_steps, run.plan.total_steps)
-    loss, correct, steps = (np.asarray(total).item() for total in state.sums)
+    loss, correct, steps, norm = (np.asarray(total).item() for total in state.sums)
     if epoch == run.plan.epochs:
         state = _freeze(run, state)
     nll, accuracy = evaluate(run.passes, state.params, state.batch_stats, _batches(run, run.data.validation))
@@ -255,16 +267,27 @@ def _end_epoch(run: _Run, state: TrainState, journal: Journal) -> TrainState:
         "accuracy": correct / (steps * run.plan.batch_size),
         "validation_nll": nll,
         "validation_accuracy": accuracy,
-        "prior_precision": float(state.prior_precision),
+        "prior_precision": geometric_mean(state.prior_precision, state.params),
+        "prior_precision_by_layer": by_layer_or_none(state.prior_precision),
         "learning_rate": run.steps.learning_rate(journal.step - 1),
         "gradient_norm": gradient_norm,
+        "step_gradient_norm": norm,
     }
-    state = _updated_prior(run, state, epoch)
+    took = time.monotonic()
+    num_evidence, state = _end_of_evidence(run, state, epoch, record)
+    journal.evidence_seconds += time.monotonic() - took if run.config.prior.update == "online" else 0.0
     record["seconds"] = round(journal.epoch_seconds + time.monotonic() - started, 3)
+    record["seconds_per_step"] = (journal.epoch_seconds - _in_steps(run, journal)) / max(steps, 1)
+    record["seconds_per_evidence_step"] = journal.evidence_seconds / num_evidence if num_evidence else None
     journal.history.append(record)
-    journal.epoch_seconds = 0.0
+    journal.epoch_seconds = journal.evidence_seconds = 0.0
     append_log(run.workdir, record)
-    return state._replace(sums=no_sums())
+    return state._replace(sums=no_sums(), evidence=without_sums(state.evidence))
+
+
+def _in_steps(run: _Run, journal: Journal) -> float:
+    """Seconds of evidence steps that the seconds of an epoch's steps contain."""
+    return journal.evidence_seconds if run.config.prior.update == "joint" else 0.0
 
 
 def _freeze(run: _Run, state: TrainState) -> TrainState:
@@ -275,19 +298,24 @@ def _freeze(run: _Run, state: TrainState) -> TrainState:
     return frozen_state(state, batch_stats, run.config.optimizer)
 
 
-def _updated_prior(run: _Run, state: TrainState, epoch: int) -> TrainState:
-    prior, last = run.config.prior, run.plan.epochs + run.plan.polish_epochs // 2
-    due = prior.update == "online" and epoch % prior.every_epochs == 0 and epoch <= last
-    # After the very last epoch no step would move the weights to the new mode.
-    if not due or epoch == run.plan.total_epochs:
-        return state
-    precision = float(run.update_prior(state.params, state.batch_stats, float(state.prior_precision), epoch))
-    if not (math.isfinite(precision) and precision > 0):
-        raise UserError(
-            f"the evidence must give a positive prior precision; got {precision} after epoch {epoch}; "
-            "use --prior.update fixed, or another --prior.precision to start from"
-        )
-    return state._replace(prior_precision=jax.numpy.float32(precision))
+def _end_of_evidence(run: _Run, state: TrainState, epoch: int, record: dict[str, Any]) -> tuple[int, TrainState]:
+    """Record the evidence of an epoch. If an online update is due, make it. Return how often it was computed."""
+    record |= {"log_evidence": None, "log_evidence_sem": None, "log_determinant_gradient_norm": None}
+    if evidence := state.evidence:
+        record["log_determinant_gradient_norm"] = norm_of(evidence.held[0])
+        count = int(evidence.count)
+        if count:
+            record["log_evidence"] = float(evidence.mean)
+        if count > 1:
+            record["log_evidence_sem"] = math.sqrt(float(evidence.squares) / (count - 1) / count)
+        return count, state
+    is_online = run.config.prior.update == "online" and run.window.contains(epoch)
+    if not is_online or epoch % run.window.every:
+        return 0, state
+    state, evidence = run.evidence.online(state, epoch)
+    sem = float(evidence.sem)
+    record |= {"log_evidence": float(evidence.mean), "log_evidence_sem": sem if math.isfinite(sem) else None}
+    return 1, state
 
 
 def _batches(run: _Run, split: Split) -> Batches:
@@ -296,17 +324,21 @@ def _batches(run: _Run, split: Split) -> Batches:
 
 def _joint_gradient(run: _Run, state: TrainState) -> JointGradient:
     batches = _batches(run, run.data.train)
-    return joint_gradient(run.passes, state.params, state.batch_stats, float(state.prior_precision), batches)
+    return joint_gradient(run.passes, state.params, state.batch_stats, state.prior_precision, batches)
 
 
 def _require_finite(run: _Run, state: TrainState) -> None:
     bad_step = int(state.bad_step)
     if bad_step >= 0:
         kept = list_steps(run.workdir / "train")
+        more = {"joint": ", --prior.learning-rate", "online": ", another --prior.precision"}.get(
+            run.config.prior.update, ""
+        )
         last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
         raise UserError(
-            f"loss and gradient must stay finite; they did not at step {bad_step + 1} of {run.plan.total_steps}; "
-            f"use a smaller --optimizer.learning-rate or --optimizer.clip-norm in another --workdir ({last})"
+            f"loss, evidence and gradients must stay finite; they did not at step {bad_step + 1} of "
+            f"{run.plan.total_steps}; use a smaller --optimizer.learning-rate or --optimizer.clip-norm{more} in "
+            f"another --workdir ({last})"
         )
 
 

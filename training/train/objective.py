@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from training.train.prior import by_leaf
+
 Batches = Iterable[tuple[Any, Any, Any]]
 """Images, labels and mask of batches of one shape."""
 
@@ -102,24 +104,27 @@ def evaluate(passes: Passes, params: Any, batch_stats: Any, batches: Batches) ->
 
 
 def joint_gradient(
-    passes: Passes, params: Any, batch_stats: Any, prior_precision: float, batches: Batches
+    passes: Passes, params: Any, batch_stats: Any, prior_precision: Any, batches: Batches
 ) -> JointGradient:
     """Measure how far the frozen network is from a mode of the log joint, over the whole training set.
 
     Notes
     -----
-    It costs one gradient of the training set. The batches are summed in float64, because at a mode the gradients of
-    likelihood and prior cancel.
+    `prior_precision` is one number, or a dictionary with one for each layer. It costs one gradient of the training set.
+    The batches are summed in float64, because at a mode the gradients of likelihood and prior cancel.
     """
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
-    total = [prior_precision * leaf for leaf in leaves]
-    prior_norm = _norm(total)
+    precisions = [np.float64(number) for number in jax.tree.leaves(by_leaf(prior_precision, params))]
+    total = [precision * leaf for precision, leaf in zip(precisions, leaves, strict=True)]
+    prior_norm = norm_of(total)
     for images, labels, mask in batches:
         _, gradient = passes.frozen_gradient(params, batch_stats, images, labels, mask)
         terms = jax.tree.leaves(gradient)
         total = [leaf + np.asarray(term, np.float64) for leaf, term in zip(total, terms, strict=True)]
-    return JointGradient(_norm(total), prior_norm)
+    return JointGradient(norm_of(total), prior_norm)
 
 
-def _norm(leaves: list[np.ndarray]) -> float:
+def norm_of(tree: Any) -> float:
+    """Return the Euclidean norm of all leaves together, in float64."""
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
     return float(np.sqrt(sum(np.sum(leaf**2) for leaf in leaves)))

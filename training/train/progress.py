@@ -57,11 +57,11 @@ def show(console: Console, steps_done: int, total_steps: int, total_epochs: int)
             if time.monotonic() - shown_at < SECONDS_BETWEEN_UPDATES:
                 return
             shown_at = time.monotonic()
-            loss, correct, steps = (np.asarray(total).item() for total in sums)
+            loss, correct, steps, _ = (np.asarray(total).item() for total in sums)
             progress.update(task, completed=done, loss=loss / steps, accuracy=correct / (steps * batch_size))
 
         def epoch(record: dict[str, Any]) -> None:
-            validation = f"validation {record['validation_accuracy']:.3f}"
+            validation = f"validation {record['validation_accuracy']:.3f}  {prior_and_evidence(record)}"
             description = f"{record['phase']} {record['epoch']}/{total_epochs}"
             progress.update(task, description=description, validation=validation)
 
@@ -71,5 +71,17 @@ def show(console: Console, steps_done: int, total_steps: int, total_epochs: int)
 def _numbers(record: dict[str, Any]) -> str:
     return (
         f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.3f}, validation NLL {record['validation_nll']:.4f}, "
-        f"validation accuracy {record['validation_accuracy']:.3f}, prior precision {record['prior_precision']:.3g}"
+        f"validation accuracy {record['validation_accuracy']:.3f}, {prior_and_evidence(record)}, "
+        f"gradient norm {record['step_gradient_norm']:.3g}, {1e3 * record['seconds_per_step']:.3g} ms a step"
     )
+
+
+def prior_and_evidence(record: dict[str, Any]) -> str:
+    """Say what the prior precision is, by layer the smallest and the largest, and the log evidence with its error."""
+    text = f"prior precision {record['prior_precision']:.3g}"
+    if by_layer := record["prior_precision_by_layer"]:
+        text += f" (geometric mean; layers {min(by_layer.values()):.3g} to {max(by_layer.values()):.3g})"
+    if record["log_evidence"] is None:
+        return text
+    sem = record["log_evidence_sem"]
+    return f"{text}, log evidence {record['log_evidence']:.1f}" + ("" if sem is None else f" +- {sem:.1f}")

@@ -1,0 +1,178 @@
+"""The steps that train the prior by the evidence, and the part of the state that they keep.
+
+The curvature is that of the network as it predicts: batch statistics are frozen at their running values, drop-path and
+augmentation are off. Its images are drawn by the number of the step ("joint"), or are a stratified subset that is the
+same throughout ("online").
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import bnnlaplace
+from bnnlaplace.core.types import Estimate
+from bnnlaplace.marglik import EvidenceOptions, prior_update
+from bnnlaplace.marglik.objective import half_log_determinant
+from training.config import Config, Prior
+from training.data.load import ImageData
+from training.data.shuffle import stratified_indices
+from training.train.batches import Plan
+
+# Trained precisions stay within these bounds. If the weights of a layer have died or are hardly trained yet, the
+# maximiser of the evidence can be zero or infinite.
+PRECISION_RANGE = (1e-3, 1e3)
+_PROBE_STREAM, _SUBSET_STREAM, _IMAGE_STREAM = 101, 102, 103
+_MICROBATCH = 128
+
+
+class EvidenceState(NamedTuple):
+    """What training by the evidence keeps beside the weights. The leaves are arrays."""
+
+    held: tuple[Any, Any]
+    """The gradient of half the log-determinant in the weights and in the logarithms of the precisions, in nats."""
+    opt_state: Any
+    """Adam's state of the logarithms of the precisions."""
+    active: jax.Array
+    """Whether precisions are trained now. `held` is zero otherwise."""
+    mean: jax.Array
+    """Mean of the estimates of the log evidence in this epoch so far, in nats."""
+    squares: jax.Array
+    """Sum of their squared deviations from it."""
+    count: jax.Array
+    """How many there are."""
+
+
+def precision_optimizer(config: Prior) -> optax.GradientTransformation:
+    """Return the optimiser of the logarithms of the precisions."""
+    return optax.adam(config.option("learning_rate"))
+
+
+def initial_evidence(config: Prior, params: Any, precision: Any) -> Any:
+    """Return the state before the first evidence step. There is none unless the update is joint."""
+    if config.update != "joint":
+        return ()
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    number = jnp.float32(0)
+    opt_state = precision_optimizer(config).init(precision)
+    return EvidenceState((zeros(params), zeros(precision)), opt_state, jnp.bool(False), number, number, jnp.int32(0))
+
+
+def without_sums(evidence: Any) -> Any:
+    """Return the state before the first evidence step of an epoch."""
+    if not evidence:
+        return evidence
+    number = jnp.float32(0)
+    return evidence._replace(mean=number, squares=number, count=jnp.int32(0))
+
+
+def at_rest(evidence: EvidenceState) -> EvidenceState:
+    """Return the state in which precisions stay and the log-determinant does not count."""
+    return evidence._replace(held=jax.tree.map(jnp.zeros_like, evidence.held), active=jnp.bool(False))
+
+
+class Window(NamedTuple):
+    """The epochs in which the evidence counts, numbered from 1, and how often it is computed."""
+
+    first: int
+    last: int
+    every: int
+
+    def contains(self, epoch: int) -> bool:
+        """Whether the evidence counts in an epoch."""
+        return self.first <= epoch <= self.last
+
+
+def window(config: Prior, plan: Plan) -> Window | None:
+    """Return when the evidence counts; None for posthoc.
+
+    It ends half way through polishing, so that the run ends at a mode of the log joint under the prior that it reports.
+    """
+    if config.update == "posthoc":
+        return None
+    every = config.option("every_epochs" if config.update == "online" else "every_steps")
+    last = plan.epochs + plan.polish_epochs // 2
+    # After the very last epoch no step would move the weights to the new mode.
+    last = min(last, plan.total_epochs - 1) if config.update == "online" else last
+    return Window(config.option("burn_in") + 1, last, every)
+
+
+class EvidenceSteps(NamedTuple):
+    """The evidence steps of a run. Each compiles at its first call."""
+
+    joint: Callable[[Any, int], Any]
+    """(state, step) -> state, with another gradient of the log-determinant."""
+    online: Callable[[Any, int], tuple[Any, Estimate]]
+    """(state, epoch) -> state with other precisions, and the log evidence."""
+
+
+def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> EvidenceSteps:
+    """Build the evidence steps of a run. They are functions of the seed and of the number of the step or epoch."""
+    prior, num_data = config.prior, len(data.train.labels)
+    options = EvidenceOptions(
+        {"lanczos": "lanczos", "diagonal": "diag"}.get(prior.option("curvature"), "lanczos"),
+        prior.option("matvecs") or 1,
+        prior.option("probes") or 1,
+        microbatch=_MICROBATCH,
+    )
+    model = {"likelihood": bnnlaplace.categorical(), "num_data": num_data, "options": options}
+    key_probe = jax.random.fold_in(jax.random.key(config.seed), _PROBE_STREAM)
+    count = min(prior.option("examples") or config.optimizer.batch_size, num_data)
+
+    def network(state: Any) -> bnnlaplace.Network:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return bnnlaplace.Network.from_linen(module, variables, train=False)
+
+    @jax.jit
+    def joint(network: Any, state: Any, images: Any, labels: Any, key: jax.Array) -> Any:
+        logs = jax.tree.map(jnp.log, state.prior_precision)
+        gradient = jax.grad(
+            lambda params, logs: half_log_determinant(params, logs, (images, labels), key, network=network, **model),
+            (0, 1),
+            has_aux=True,
+        )
+        held, terms = gradient(state.params, logs)
+        value, before = terms.log_marginal_likelihood.mean, state.evidence
+        # Welford's update: the deviations are small beside the mean.
+        number, deviation = before.count + 1, value - before.mean
+        mean = before.mean + deviation / number
+        evidence = before._replace(
+            held=held,
+            active=jnp.bool(True),
+            mean=mean,
+            squares=before.squares + deviation * (value - mean),
+            count=number,
+        )
+        return state._replace(evidence=evidence, bad_step=_first_bad(state, value, held))
+
+    @jax.jit
+    def online(network: Any, state: Any, images: Any, labels: Any, key: jax.Array) -> Any:
+        logs = jax.tree.map(jnp.log, state.prior_precision)
+        update = prior_update(state.params, logs, (images, labels), key, network=network, **model)
+        precision = jax.tree.map(lambda log: jnp.clip(jnp.exp(log), *PRECISION_RANGE), update.log_precision)
+        bad_step = _first_bad(state, update.log_evidence.mean, precision)
+        return state._replace(prior_precision=precision, bad_step=bad_step), update.log_evidence
+
+    def joint_at(state: Any, step: int) -> Any:
+        generator = np.random.default_rng((config.seed, _IMAGE_STREAM, step))
+        chosen = np.sort(generator.choice(num_data, count, replace=False))
+        key = jax.random.fold_in(key_probe, step)
+        return joint(network(state), state, data.train.images[chosen], data.train.labels[chosen], key)
+
+    def online_at(state: Any, epoch: int) -> Any:
+        chosen = np.sort(stratified_indices(data.train.labels, count, (config.seed + _SUBSET_STREAM) % 2**63))
+        key = jax.random.fold_in(key_probe, epoch)
+        return online(network(state), state, data.train.images[chosen], data.train.labels[chosen], key)
+
+    return EvidenceSteps(joint_at, online_at)
+
+
+def _first_bad(state: Any, value: jax.Array, numbers: Any) -> jax.Array:
+    """The number of the first step with something that is not finite, or -1."""
+    finite = jnp.isfinite(value) & jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)]))
+    return jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step)
