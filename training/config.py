@@ -180,7 +180,7 @@ PRIOR_OPTIONS = {
 }
 PRIOR_DEFAULTS = {
     "online": {"curvature": "lanczos", "burn_in": 0, "every_epochs": 10, "examples": 256, "matvecs": 20, "probes": 4},
-    "joint": {"curvature": "lanczos", "burn_in": 5, "every_steps": 20, "matvecs": 10, "probes": 1}
+    "joint": {"curvature": "lanczos", "burn_in": 5, "every_steps": 20, "examples": 64, "matvecs": 10, "probes": 1}
     | {"learning_rate": 0.03},
 }
 _OF_LANCZOS = ("matvecs", "probes")
@@ -196,7 +196,7 @@ class Prior:
     """posthoc: training keeps the precision, and that of the posterior is chosen afterwards. online: every few epochs
     the precision is set to where the evidence prefers it. joint: weights and precision follow the gradient of the
     evidence, that of its log-determinant included. The curvature is that of the network as it predicts, with batch
-    statistics frozen at their running values."""
+    statistics frozen at their running values; while they are live, the log-determinant moves the precision alone."""
     structure: Literal["scalar", "layerwise"] = "scalar"
     """One precision for all weights, or one for each layer (online, joint)."""
     curvature: Literal["lanczos", "diagonal"] | None = None
@@ -209,7 +209,8 @@ class Prior:
     """Steps for which a gradient of the log-determinant is held (joint); default: 20."""
     examples: Count | None = None
     """Training images of the curvature, which is scaled by (all images) / (these images) (online, joint); default: 256
-    for online, as many as in a batch for joint."""
+    for online, 64 for joint. Few images leave directions out, so that the log-determinant is too low; few products make
+    it too high."""
     matvecs: Count | None = None
     """Products for each probe (online, joint, with lanczos); default: 20 for online, 10 for joint."""
     probes: Count | None = None
@@ -239,7 +240,7 @@ class Prior:
         return value
 
     def option(self, name: str) -> Any:
-        """An option as it was given, or the default of this update. None for `examples` of joint: a batch."""
+        """An option as it was given, or the default of this update."""
         value = getattr(self, name)
         return PRIOR_DEFAULTS.get(self.update, {}).get(name) if value is None else value
 

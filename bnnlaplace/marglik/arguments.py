@@ -51,6 +51,7 @@ def checked_plan(
     burn_in_epochs: int,
     settle_epochs: int,
     evidence_every: int | None,
+    evidence_memory: int,
     batch_size: int,
     curvature_batch_size: int | None,
     num_matvecs: int | None,
@@ -85,6 +86,7 @@ def checked_plan(
     checks.count(size, f"{CALLER}(curvature_batch_size=...)", most=first, advice=f"the data give {first} at a time")
     every = evidence_every if evidence_every is not None else 10 if method == "joint" else 1
     checks.count(every, f"{CALLER}(evidence_every=...)", advice="try 10")
+    checks.count(evidence_memory, f"{CALLER}(evidence_memory=...)", advice="try 10")
     if prior_optimizer is None:
         import optax  # whoever trains with an optax optimiser has it
 
@@ -94,7 +96,9 @@ def checked_plan(
         hessian_structure, num_matvecs or defaults[0], num_probes or defaults[1], gradient, microbatch
     )
     num_data = float(data.total_weight)
-    settings = MarglikSettings(optimizer, prior_optimizer, num_data, method, options, prior_groups, train_forward)
+    settings = MarglikSettings(
+        optimizer, prior_optimizer, num_data, method, options, prior_groups, train_forward, evidence_memory
+    )
     last = num_epochs - settle_epochs
     return Plan(settings, network, likelihood, data, key, burn_in_epochs, last, every, batch_size, size, is_array)
 

@@ -55,6 +55,8 @@ class MarglikSettings(NamedTuple):
         The function from the path of a weight to the name of its group.
     train_forward
         The network in training mode, if it differs from the network that is expanded.
+    memory
+        How many evidence steps the held gradient is averaged over: the mean of the first, then a moving average.
     """
 
     optimizer: Any
@@ -64,6 +66,7 @@ class MarglikSettings(NamedTuple):
     options: EvidenceOptions = EvidenceOptions()
     groups: Groups = by_layer
     train_forward: TrainForward | None = None
+    memory: int = 10
 
 
 class MarglikState(NamedTuple):
@@ -80,8 +83,10 @@ class MarglikState(NamedTuple):
     opt_state, prior_opt_state
         The states of both optimisers.
     held
-        The gradient of half the log-determinant in `params` and `log_precision`, from the last evidence step of
-        "joint"; zeros before the first.
+        The gradient of half the log-determinant in `params` and `log_precision`, averaged over the last evidence steps
+        of "joint"; zeros before the first.
+    estimates
+        How many evidence steps `held` comes from.
     evidence
         The estimate of the log evidence of the last evidence step, in nats; NaN before the first.
     loss
@@ -100,6 +105,7 @@ class MarglikState(NamedTuple):
     opt_state: Any
     prior_opt_state: Any
     held: tuple[PyTree, LogPrecision]
+    estimates: Int[Array, ""]
     evidence: Estimate
     loss: Float[Array, ""]
     gradient_norm: Float[Array, ""]
@@ -137,6 +143,7 @@ def initial_state(
         opt_state=settings.optimizer.init(params),
         prior_opt_state=settings.prior_optimizer.init(log_precision),
         held=jax.tree.map(jnp.zeros_like, (params, log_precision)),
+        estimates=jnp.int32(0),
         evidence=Estimate(missing, missing),
         loss=missing,
         gradient_norm=missing,
@@ -241,8 +248,13 @@ def evidence_step(
             (0, 1),
             has_aux=True,
         )
-        held, terms = gradient(state.params, state.log_precision)
-        evidence, state = terms.log_marginal_likelihood, state._replace(held=held)
+        estimate, terms = gradient(state.params, state.log_precision)
+        if settings.train_forward is not None and jax.tree.leaves(state.frozen):
+            estimate = jax.tree.map(jnp.zeros_like, estimate[0]), estimate[1]
+        newest = 1 / jnp.minimum(state.estimates + 1, settings.memory)
+        held = jax.tree.map(lambda old, new: (old + newest * (new - old)).astype(old.dtype), state.held, estimate)
+        evidence = terms.log_marginal_likelihood
+        state = state._replace(held=held, estimates=state.estimates + 1)
         numbers = jax.tree.leaves(held)
     is_finite = jnp.isfinite(evidence.mean) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]))
     evidence = jax.tree.map(lambda number, like: number.astype(like.dtype), evidence, state.evidence)
@@ -252,4 +264,4 @@ def evidence_step(
 
 def without_determinant(state: MarglikState) -> MarglikState:
     """Return the state with the gradient of the log-determinant forgotten, to settle at a mode of the log joint."""
-    return state._replace(held=jax.tree.map(jnp.zeros_like, state.held))
+    return state._replace(held=jax.tree.map(jnp.zeros_like, state.held), estimates=jnp.int32(0))

@@ -70,6 +70,7 @@ def marglik_training(
     burn_in_epochs: int = 0,
     settle_epochs: int = 0,
     evidence_every: int | None = None,
+    evidence_memory: int = 10,
     batch_size: int = 64,
     curvature_batch_size: int | None = None,
     num_matvecs: int | None = None,
@@ -118,6 +119,8 @@ def marglik_training(
     evidence_every
         How many steps ("joint", by default 10) or epochs ("online", by default 1) lie between two evidence steps. In
         between, "joint" holds the gradient of the log-determinant.
+    evidence_memory
+        How many evidence steps of "joint" the held gradient is averaged over. More make it less noisy, and older.
     batch_size
         Examples in a batch of arrays. What is left over at the end of an epoch is dropped, and differs each time.
     curvature_batch_size
@@ -132,7 +135,8 @@ def marglik_training(
     train_forward
         ``train_forward(params, frozen, x, key) -> (outputs, frozen)``: the network in training mode, if it differs from
         `network`, as with dropout or batch normalisation. The curvature is always that of `network`, with the batch
-        statistics that `frozen` holds.
+        statistics that `frozen` holds. If it holds any, the log-determinant of "joint" moves the prior alone: with
+        `start` and without `train_forward`, a second call trains the network that is expanded.
     microbatch
         Examples in one step of the inner loop of the curvature; it bounds memory.
     start
@@ -159,7 +163,8 @@ def marglik_training(
     Cost of an evidence step of "joint" with "lanczos": one linearisation of the curvature batch, 2 S K products, and
     for each probe a vector-Jacobian product of K terms. `log_evidence_sem` is taken over the evidence steps of an epoch
     if there are several, and so contains the randomness of curvature batches; otherwise over probes. Curvature of M of
-    N examples has the rank of M examples: the estimate of the log-determinant is too low for a small M.
+    N examples has the rank of M examples: the log-determinant is too low for a small M, and the precision that is found
+    as well. Few products make both too high. Look at the evidence of all data, by `Laplace`, at the end.
 
     Reference: Immer et al. 2021, arXiv 2104.04975 (online, diagonal); Krämer et al. 2024, arXiv 2405.17277, section 5.
 

@@ -5,21 +5,30 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from bnnlaplace.plots.style import FONT, LINE_STYLES, PALETTE, finish, log_axis, new_figure
 
+GRADIENTS = {
+    "gradient_norm": "all images, batch statistics frozen",
+    "step_gradient_norm": "last step of the epoch",
+    "log_determinant_gradient_norm": "log-determinant's part",
+}
+
 
 def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw loss and accuracy over the epochs, and the prior precision and gradient of the log joint if recorded.
+    """Draw loss and accuracy over the epochs, and evidence, prior precision and gradient norms if recorded.
 
     Parameters
     ----------
     history
         One mapping per epoch: `epoch`, `phase` ("train" or "polish"; the latter is shaded), and any of `loss`
-        (negative log joint per image, nats), `validation_nll`, `accuracy`, `validation_accuracy`, `prior_precision`,
-        `gradient_norm`. Missing values and None leave gaps.
+        (negative log joint per image, nats), `validation_nll`, `accuracy`, `validation_accuracy`, `log_evidence` with
+        its standard error `log_evidence_sem` (nats), `prior_precision`, `prior_precision_by_layer` (a dictionary, drawn
+        as thin lines), `gradient_norm` (of the log joint over all data), `step_gradient_norm` (of the last step) and
+        `log_determinant_gradient_norm`. Missing values and None leave gaps.
 
     Raises
     ------
@@ -31,8 +40,9 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     panels = [
         ("nats per image", "upper right", {"loss": "training loss", "validation_nll": "validation NLL"}),
         ("accuracy", "lower right", {"accuracy": "training", "validation_accuracy": "validation"}),
+        ("negative log\nevidence, nats", None, {"log_evidence": "negative log evidence"}),
         ("prior precision", None, {"prior_precision": "prior precision"}),
-        ("gradient norm of\nthe log joint", None, {"gradient_norm": "gradient norm"}),
+        ("gradient norm of\nthe log joint", None, GRADIENTS),
     ]
     recorded = [panel for panel in panels if any(_varies(_series(history, key)) for key in panel[2])]
     if not recorded:
@@ -49,19 +59,34 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
                 continue
             marker = "o" if present.sum() < len(values) / 2 else None  # a line alone would hide how few points it has
             look = {"color": colour, "ls": style, "lw": 1.6, "marker": marker, "ms": 3}
+            values = -values if key == "log_evidence" else values
             panel.plot(epochs[present], values[present], label=name, **look)
+            if key == "log_evidence":
+                error = np.nan_to_num(_series(history, "log_evidence_sem")[present])
+                band = values[present] - error, values[present] + error
+                panel.fill_between(epochs[present], *band, color=colour, alpha=0.25, lw=0, label="standard error")
+            if key == "prior_precision":
+                _draw_layers(panel, history, epochs)
         if len(polished):
             ends = polished[0] - 0.5, polished[-1] + 0.5
             panel.axvspan(*ends, color="#999999", alpha=0.2, lw=0, label="polishing phase")
         finish(panel, label)
         if corner != "lower right":  # everything but the accuracy
             log_axis(panel)
-        if corner:
-            panel.legend(fontsize=FONT, frameon=False, loc=corner)
+        if corner or (series is GRADIENTS and len(panel.lines) > 1):
+            panel.legend(fontsize=FONT, frameon=False, loc=corner or "best")
     axes[-1].set_xlabel("epoch", fontsize=FONT)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)
     return figure
+
+
+def _draw_layers(panel: Axes, history: Sequence[Mapping[str, Any]], epochs: Float[np.ndarray, " E"]) -> None:
+    """Draw the prior precision of each layer, if they are recorded, behind their geometric mean."""
+    by_layer = [record.get("prior_precision_by_layer") or {} for record in history]
+    for layer in dict.fromkeys(name for record in by_layer for name in record):
+        values = [record.get(layer, np.nan) for record in by_layer]
+        panel.plot(epochs, values, color="#999999", lw=0.6, zorder=1, label=f"_{layer}")
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> Float[np.ndarray, " E"]:

@@ -142,6 +142,21 @@ def test_the_network_in_training_mode_is_the_one_that_is_trained_and_its_statist
     network = bnnlaplace.Network(NETWORK.forward, NETWORK.params, {"count": jnp.zeros(())})
     result = train(network, num_epochs=1, train_forward=train_forward)
     assert float(result.network.frozen["count"]) == 3.0 and seen  # three steps
+    # Its log-determinant moves the prior alone: of the weights it is that of another function.
+    held_weights, held_precisions = result.state.held
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(held_weights))
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(held_precisions))
+
+
+def test_the_held_gradient_is_a_mean_first_and_then_a_moving_average():
+    settings = MarglikSettings(optax.sgd(0.1), optax.sgd(0.1), 60, memory=2)
+    model = settings, NETWORK, bnnlaplace.categorical()
+    state, single = initial_state(settings, NETWORK), []
+    for number in range(3):
+        key = jax.random.key(number)
+        single.append(evidence_step(*model, initial_state(settings, NETWORK), (X, Y), key).held[1]["first"])
+        state = evidence_step(*model, state, (X, Y), key)
+    assert state.held[1]["first"] == pytest.approx(0.25 * (single[0] + single[1]) + 0.5 * single[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["joint", "online"])

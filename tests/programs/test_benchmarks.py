@@ -76,6 +76,11 @@ def test_many_outputs_benchmark_runs_small():
     assert len(differences) == 5 and max(differences) < 1e-5
 
 
+def test_joint_training_benchmark_runs_small():
+    record, _ = run("joint_training", "--small", "--matvecs", "2")
+    assert record["cases"]["joint, Lanczos adjoint"]["seconds"] > 0 and record["over_a_plain_step"]["plain step"] == 1
+
+
 def test_walks_are_counted():
     record, _ = run("walks")
     for name, walk in record["walks"].items():

@@ -19,6 +19,7 @@ STATED = {
     "tutorials/regression.py": "the evidence prefers a noise of 0.2; the data were made with 0.2",
     "tutorials/last_layer.py": "650 of 8,970 weights: ['head/bias', 'head/kernel']",
     "tutorials/training_loop.py": "the data were made with 0.3",
+    "tutorials/marglik_training.py": "continued after epoch 2: the same weights: True",
     "tutorials/continual.py": "mean accuracy after the last task: fine-tuned",
     "how_to/likelihood.py": "31 weights, squared distance to the mode",
     "how_to/prior.py": "NotAModeWarning: ",

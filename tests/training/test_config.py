@@ -25,7 +25,7 @@ from training.config import (
     to_document,
 )
 from training.errors import UserError
-from training.settings import describe_difference
+from training.settings import describe_difference, require_recorded
 from training.workdir import continue_command, load_saved_config, open_workdir, save_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,7 +129,7 @@ def _sections() -> list[Any]:
     [
         (["--optimizer.learning-rate", "fast"], "could not convert string to float"),
         (["--optimizer.epochs", "1.5"], "--optimizer.epochs"),
-        (["--prior.update", "sometimes"], "'fixed', 'online'"),
+        (["--prior.update", "sometimes"], "'posthoc', 'online', 'joint'"),
         (["--seed", "1.5"], "--seed: invalid literal for int() with base 10: '1.5'"),
         (["--workdir"], "Missing value for argument '--workdir'"),
         (["--data.mean", "a", "b"], "--data.mean: no type matching"),
@@ -284,11 +284,14 @@ def other_values(section: Any) -> dict[str, Any]:
         "variant": "b0",
         "drop_path": 0.1 + 0.2,
         "second_moment_decay": 0.3,
-        "update": "online",
+        "update": "joint",
+        "structure": "layerwise",
+        "curvature": "lanczos",
         "split": "validation",
         "ood": "noise",
     }
     fields = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    fields.pop("every_epochs", None)  # which joint does not have
     numbers = {name: value + 1 if value else 7 for name, value in fields.items() if name not in chosen}
     return {**numbers, **{name: value for name, value in chosen.items() if name in fields}}
 
@@ -334,7 +337,10 @@ def test_saved_config_comes_back_typed(config: Config, tmp_path: Path) -> None:
         (lambda text: text.replace('"seed": 5', '"seed": true'), "`seed` must be a valid integer; got True"),
         (lambda text: text.replace('"seed"', '"speed"'), "every setting must be a known one; got `speed`"),
         (lambda text: text.replace('"batch_size": 32', '"batch_size": 0'), "`optimizer.batch_size` must be at least 1"),
-        (lambda text: text.replace('"online"', '"never"'), "`prior.update` must be 'fixed' or 'online'; got 'never'"),
+        (
+            lambda text: text.replace('"online"', '"never"'),
+            "`prior.update` must be 'posthoc', 'online' or 'joint'; got 'never'",
+        ),
         (lambda text: "[]", r"the file must be an object; got \[\]"),
     ],
 )
@@ -471,7 +477,7 @@ def test_a_foreign_config_is_not_overwritten(tmp_path: Path) -> None:
 
 # --- what a resumed run may change ----------------------------------------------------------------------------------
 
-FIXED = replace(UNUSUAL, prior=Prior(update="fixed"), data=replace(UNUSUAL.data, mean=(0.5,), std=(0.2,)))
+FIXED = replace(UNUSUAL, prior=Prior(), data=replace(UNUSUAL.data, mean=(0.5,), std=(0.2,)))
 EVALUATED = replace(FIXED, evaluation=Evaluation(split="validation", ood="noise", grid_high=1e7, bins=10))
 MORE_VECTORS = replace(FIXED, curvature=Curvature(max_vectors=1024))
 
@@ -517,12 +523,52 @@ def test_curvature_may_change_until_posteriors_are_fitted(tmp_path: Path) -> Non
     assert open_workdir(tmp_path / "fitted", smaller, resume=True) == smaller
 
 
-def test_curvature_is_part_of_a_training_with_online_updates(tmp_path: Path) -> None:
-    run_of(UNUSUAL, tmp_path, fitted=False)
-    with pytest.raises(
-        UserError, match="curvature.max_vectors: 512 there, 1024 here; use another --workdir, or continue"
-    ):
-        open_workdir(tmp_path, replace(UNUSUAL, curvature=Curvature(max_vectors=1024)), resume=True)
+def test_training_by_the_evidence_does_not_depend_on_the_curvature_of_the_posteriors(tmp_path: Path) -> None:
+    """It has products, probes and images of its own."""
+    changed = replace(UNUSUAL, curvature=Curvature(max_vectors=1024))
+    assert open_workdir(run_of(UNUSUAL, tmp_path, fitted=False), changed, resume=True) == changed
+
+
+# --- how the prior is trained ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"matvecs": 3},
+            "`prior.matvecs` must be left out where .* is posthoc: it belongs to online or joint; got 3",
+        ),
+        (
+            {"structure": "layerwise"},
+            "`prior.structure` must be scalar where .* is posthoc; got 'layerwise'",
+        ),
+        (
+            {"update": "online", "every_steps": 4},
+            "`prior.every_steps` must be left .* is online: it belongs to joint",
+        ),
+        ({"update": "online", "learning_rate": 0.1}, "`prior.learning_rate` must be left out .*: it belongs to joint"),
+        (
+            {"update": "joint", "every_epochs": 4},
+            "`prior.every_epochs` must be left out .* belongs to online; got 4",
+        ),
+        (
+            {"update": "joint", "curvature": "diagonal", "probes": 2},
+            "`prior.probes` must be left out where `prior.curvature` is diagonal; got 2; change it in the config file",
+        ),
+    ],
+)
+def test_options_of_one_update_given_to_another_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Prior(**options)
+
+
+def test_a_config_of_an_earlier_release_is_read_in_the_words_of_this_one(tmp_path: Path) -> None:
+    document = to_document(Config(prior=Prior(precision=2.0)))
+    document["prior"] = {"precision": 2.0, "update": "fixed", "every_epochs": 10, "examples": 256}
+    assert from_document(document) == Config(prior=Prior(precision=2.0))
+    recorded = {"sha256": sealed.digest(document), "values": document}
+    require_recorded(recorded, Config(prior=Prior(precision=2.0)), tmp_path, curvature=True, report=pytest.fail)
 
 
 # --- directories that do not hold a run -----------------------------------------------------------------------------

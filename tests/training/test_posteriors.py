@@ -19,17 +19,17 @@ from training.cli import interruption
 from training.config import Config, Curvature, Data, Evaluation, Prior
 from training.data.load import ImageData
 from training.data.reading import Split
-from training.data.shuffle import stratified_indices
 from training.errors import Interrupted, UserError
 from training.models.van import Normalise
-from training.report.evaluation import evaluate, foreign_images
+from training.report.evaluation import evaluate, foreign_images, mode_distance
 from training.report.html import write_results
 from training.train.checkpoints import TrainResult
+from training.train.prior import geometric_mean
 
 MEAN, STD = 0.45, 0.2
 CONFIG = Config(
     data=Data(name="toy", mean=(MEAN,), std=(STD,)),
-    prior=Prior(precision=2.0, update="online", examples=12),
+    prior=Prior(precision=2.0),
     curvature=Curvature(num_probes=5, max_vectors=30, tolerance=1e-4, microbatch=8),
     evaluation=Evaluation(grid_size=3, grid_low=0.1, resamples=20, ood="noise"),
 )
@@ -39,6 +39,13 @@ class Logistic(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
         return nn.Dense(3)(Normalise((MEAN,), (STD,))(images).reshape(len(images), -1))
+
+
+class TwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        x = Normalise((MEAN,), (STD,))(images).reshape(len(images), -1)
+        return nn.Dense(3)(nn.tanh(nn.Dense(2)(x)))
 
 
 def split(rng: np.random.Generator, count: int) -> Split:
@@ -158,31 +165,25 @@ def test_a_signal_between_the_structures_keeps_nothing(monkeypatch):
     assert len(calls) == 1
 
 
-# --- online updates of the prior ------------------------------------------------------------------------------------
+# --- a prior with one precision for each layer ----------------------------------------------------------------------
 
 
-def exact_optimum() -> float:
-    """The maximiser of the evidence on the subset of an online update, scaled to all images."""
-    chosen = stratified_indices(DATA.train.labels, 12, (CONFIG.seed + 102) % 2**63)
-    curvature = 26 / 12 * ggn(DATA.train.images[chosen])
-    grid = np.geomspace(0.1, 100, 2000)
-    return grid[np.argmax([log_evidence(curvature, precision) for precision in grid])]
-
-
-def test_an_online_update_maximises_the_scaled_evidence_of_its_subset():
-    update = posteriors.online_update(CONFIG, DATA, Logistic(), console())
-    precision = update(PARAMS, {}, 1.0, 4)
-    assert update(PARAMS, {}, 1.0, 4) == precision  # so that a resumed run gets the same numbers
-    assert update(PARAMS, {}, 1.0, 8) != precision  # from probes of its own
-    assert precision == pytest.approx(exact_optimum(), rel=4e-3)  # the spacing of the grid
-
-
-def test_an_online_update_stays_in_its_range_and_says_so(monkeypatch):
-    monkeypatch.setattr(posteriors, "ONLINE_RANGE", (1e-3, 0.5))
-    printed = console()
-    assert posteriors.online_update(CONFIG, DATA, Logistic(), printed)(PARAMS, {}, 1.0, 4) == 0.5
-    assert "epoch 4: the evidence prefers precision" in printed.file.getvalue()
-    assert "bounded to 0.5" in printed.file.getvalue()
+def test_precisions_of_layers_reach_both_posteriors_and_the_results():
+    module = TwoLayers()
+    variables = jax.jit(lambda: module.init(jax.random.key(0), DATA.train.images[:1]))()
+    network = posteriors.make_network(module, variables["params"], {})
+    by_layer = {"Dense_0": 4.0, "Dense_1": 0.5}
+    fitted = posteriors.fit(CONFIG, DATA, network, by_layer, console())
+    assert {name: la.prior_precision for name, la in fitted.items()} == dict.fromkeys(fitted, by_layer)
+    mean = geometric_mean({name: np.float32(value) for name, value in by_layer.items()}, network.params)
+    assert mean == pytest.approx(float(fitted["diagonal"].prior.precision), rel=1e-6)
+    trained = TrainResult(network.params, {}, mean, [], 0.5, 0.25, prior_precision_by_layer=by_layer)
+    assert trained.prior == by_layer
+    # Every number of the evaluation is at a multiple of the trained ratios, so also the distance to the mode.
+    distance = mode_distance(fitted["Lanczos"], trained.prior_precision)
+    assert distance.decrement == pytest.approx(fitted["Lanczos"].mode_decrement(), rel=1e-4)
+    isotropic = fitted["diagonal"].with_prior_precision(mean).log_marginal_likelihood().mean
+    assert abs(fitted["diagonal"].evidence_curve([mean]).log_marginal_likelihood.mean[0] - isotropic) > 0.1
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------

@@ -289,6 +289,8 @@ def _mode(results: RunResults) -> Finding:
             "not quite a mode, so the evidence belongs to a point beside it. Most of the distance lies in directions "
             "that the prior alone determines and training reaches last; train longer to come closer."
         )
+    if results.history and results.history[-1].get("prior_precision_by_layer"):
+        text += " Every layer has a precision of its own; the numbers here are geometric means over the weights."
     text += (
         f" The mode moves with the prior: at the precision that the evidence prefers, "
         f"{precision(there.prior_precision)}, it is {_distance(there)}."

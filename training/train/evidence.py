@@ -3,6 +3,14 @@
 The curvature is that of the network as it predicts: batch statistics are frozen at their running values, drop-path and
 augmentation are off. Its images are drawn by the number of the step ("joint"), or are a stratified subset that is the
 same throughout ("online").
+
+While batch statistics are live, the steps train another function than the one that is expanded: the scale of a kernel
+before a normalised layer has no effect on the loss, but the frozen network's log-determinant would shrink it without
+end. So the log-determinant moves the weights only where the two functions are the same: in polishing, or in networks
+without batch statistics. Before that it moves the prior alone.
+
+A gradient that is held for many steps is one random number in all of them. So the held gradient is a mean over the last
+`MEMORY` estimates: as much noise as from a new estimate in each step, at a fraction of the cost.
 """
 
 from collections.abc import Callable
@@ -30,12 +38,18 @@ PRECISION_RANGE = (1e-3, 1e3)
 _PROBE_STREAM, _SUBSET_STREAM, _IMAGE_STREAM = 101, 102, 103
 _MICROBATCH = 128
 
+MEMORY = 10
+"""Estimates of the gradient of the log-determinant that the held one remembers."""
+
 
 class EvidenceState(NamedTuple):
     """What training by the evidence keeps beside the weights. The leaves are arrays."""
 
     held: tuple[Any, Any]
-    """The gradient of half the log-determinant in the weights and in the logarithms of the precisions, in nats."""
+    """The gradient of half the log-determinant in the weights and in the logarithms of the precisions, in nats: a mean
+    of the first estimates, then a moving average."""
+    estimates: jax.Array
+    """How many estimates it is made of."""
     opt_state: Any
     """Adam's state of the logarithms of the precisions."""
     active: jax.Array
@@ -60,7 +74,15 @@ def initial_evidence(config: Prior, params: Any, precision: Any) -> Any:
     zeros = partial(jax.tree.map, jnp.zeros_like)
     number = jnp.float32(0)
     opt_state = precision_optimizer(config).init(precision)
-    return EvidenceState((zeros(params), zeros(precision)), opt_state, jnp.bool(False), number, number, jnp.int32(0))
+    return EvidenceState(
+        held=(zeros(params), zeros(precision)),
+        estimates=jnp.int32(0),
+        opt_state=opt_state,
+        active=jnp.bool(False),
+        mean=number,
+        squares=number,
+        count=jnp.int32(0),
+    )
 
 
 def without_sums(evidence: Any) -> Any:
@@ -73,7 +95,14 @@ def without_sums(evidence: Any) -> Any:
 
 def at_rest(evidence: EvidenceState) -> EvidenceState:
     """Return the state in which precisions stay and the log-determinant does not count."""
-    return evidence._replace(held=jax.tree.map(jnp.zeros_like, evidence.held), active=jnp.bool(False))
+    return forgotten(evidence)._replace(active=jnp.bool(False))
+
+
+def forgotten(evidence: Any) -> Any:
+    """Return the state without a gradient of the log-determinant, as when the network changes."""
+    if not evidence:
+        return evidence
+    return evidence._replace(held=jax.tree.map(jnp.zeros_like, evidence.held), estimates=jnp.int32(0))
 
 
 class Window(NamedTuple):
@@ -105,8 +134,8 @@ def window(config: Prior, plan: Plan) -> Window | None:
 class EvidenceSteps(NamedTuple):
     """The evidence steps of a run. Each compiles at its first call."""
 
-    joint: Callable[[Any, int], Any]
-    """(state, step) -> state, with another gradient of the log-determinant."""
+    joint: Callable[[Any, int, bool], Any]
+    """(state, step, whether it moves the weights) -> state, with another estimate of the log-determinant's gradient."""
     online: Callable[[Any, int], tuple[Any, Estimate]]
     """(state, epoch) -> state with other precisions, and the log evidence."""
 
@@ -122,27 +151,31 @@ def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> E
     )
     model = {"likelihood": bnnlaplace.categorical(), "num_data": num_data, "options": options}
     key_probe = jax.random.fold_in(jax.random.key(config.seed), _PROBE_STREAM)
-    count = min(prior.option("examples") or config.optimizer.batch_size, num_data)
+    count = min(prior.option("examples") or 1, num_data)
 
     def network(state: Any) -> bnnlaplace.Network:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return bnnlaplace.Network.from_linen(module, variables, train=False)
 
     @jax.jit
-    def joint(network: Any, state: Any, images: Any, labels: Any, key: jax.Array) -> Any:
+    def joint(network: Any, state: Any, images: Any, labels: Any, key: jax.Array, share: jax.Array) -> Any:
         logs = jax.tree.map(jnp.log, state.prior_precision)
         gradient = jax.grad(
             lambda params, logs: half_log_determinant(params, logs, (images, labels), key, network=network, **model),
             (0, 1),
             has_aux=True,
         )
-        held, terms = gradient(state.params, logs)
+        (of_weights, of_logs), terms = gradient(state.params, logs)
+        estimate = jax.tree.map(lambda leaf: share * leaf, of_weights), of_logs
         value, before = terms.log_marginal_likelihood.mean, state.evidence
         # Welford's update: the deviations are small beside the mean.
         number, deviation = before.count + 1, value - before.mean
         mean = before.mean + deviation / number
+        newest = 1 / jnp.minimum(before.estimates + 1, MEMORY)
+        held = jax.tree.map(lambda old, new: old + newest * (new - old), before.held, estimate)
         evidence = before._replace(
             held=held,
+            estimates=before.estimates + 1,
             active=jnp.bool(True),
             mean=mean,
             squares=before.squares + deviation * (value - mean),
@@ -158,11 +191,13 @@ def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> E
         bad_step = _first_bad(state, update.log_evidence.mean, precision)
         return state._replace(prior_precision=precision, bad_step=bad_step), update.log_evidence
 
-    def joint_at(state: Any, step: int) -> Any:
+    def joint_at(state: Any, step: int, moves_weights: bool) -> Any:
         generator = np.random.default_rng((config.seed, _IMAGE_STREAM, step))
         chosen = np.sort(generator.choice(num_data, count, replace=False))
         key = jax.random.fold_in(key_probe, step)
-        return joint(network(state), state, data.train.images[chosen], data.train.labels[chosen], key)
+        return joint(
+            network(state), state, data.train.images[chosen], data.train.labels[chosen], key, float(moves_weights)
+        )
 
     def online_at(state: Any, epoch: int) -> Any:
         chosen = np.sort(stratified_indices(data.train.labels, count, (config.seed + _SUBSET_STREAM) % 2**63))

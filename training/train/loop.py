@@ -44,7 +44,7 @@ from training.train.checkpoints import (
     rewrite_log,
     save_progress,
 )
-from training.train.evidence import EvidenceSteps, Window, at_rest, make_evidence_steps, window, without_sums
+from training.train.evidence import EvidenceSteps, Window, at_rest, forgotten, make_evidence_steps, window, without_sums
 from training.train.objective import Batches, JointGradient, Passes, evaluate, joint_gradient, make_passes, norm_of
 from training.train.prior import by_layer_or_none, geometric_mean
 from training.train.step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
@@ -243,7 +243,9 @@ def _evidence_is_due(run: _Run, epoch: int, step: int) -> bool:
 def _evidence_step(run: _Run, state: TrainState, journal: Journal, step: int) -> TrainState:
     jax.block_until_ready(state)
     started = time.monotonic()
-    state = jax.block_until_ready(run.evidence.joint(state, step))
+    # `training.train.evidence` says why the weights wait until their function is the one that is expanded.
+    moves_weights = step >= run.plan.train_steps or not jax.tree.leaves(state.batch_stats)
+    state = jax.block_until_ready(run.evidence.joint(state, step, moves_weights))
     journal.evidence_seconds += time.monotonic() - started
     return state
 
@@ -295,7 +297,8 @@ def _freeze(run: _Run, state: TrainState) -> TrainState:
         return weighted_batches(run.data.train.images, run.plan.batch_size)
 
     batch_stats = population_statistics(run.moments, state.params, state.batch_stats, batches)
-    return frozen_state(state, batch_stats, run.config.optimizer)
+    frozen = frozen_state(state, batch_stats, run.config.optimizer)
+    return frozen._replace(evidence=forgotten(frozen.evidence))
 
 
 def _end_of_evidence(run: _Run, state: TrainState, epoch: int, record: dict[str, Any]) -> tuple[int, TrainState]:

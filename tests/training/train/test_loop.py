@@ -20,16 +20,22 @@ from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from bnnlaplace.checkpoint.pytree import load_pytree
+from bnnlaplace.core.types import Estimate
+from bnnlaplace.marglik.objective import half_log_determinant
 from training.config import Config, Optimizer, Prior
 from training.data.load import ImageData, epoch_order
 from training.data.reading import Split
+from training.data.shuffle import stratified_indices
 from training.errors import Interrupted, UserError
 from training.models.van import Normalise
-from training.train import checkpoints, loop
+from training.train import checkpoints, evidence, loop
 from training.train.batch_statistics import make_moments, population_statistics
 from training.train.batches import Plan, fixed_order, weighted_batches
 from training.train.checkpoints import TrainResult, load_trained
+from training.train.evidence import EvidenceSteps
 from training.train.loop import train
+from training.train.objective import make_passes
+from training.train.step import initial_state, make_steps
 
 # 26 images in batches of 8: no epoch ends with a batch. Steps end epochs at 4, 7, 10 (train), 14, 17 (polish).
 CONFIG = Config(
@@ -136,7 +142,7 @@ def signal_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def without_seconds(history: list[dict]) -> list[dict]:
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
+    return [{name: value for name, value in record.items() if "seconds" not in name} for record in history]
 
 
 def assert_same_result(actual: TrainResult, expected: TrainResult) -> None:
@@ -526,35 +532,154 @@ def test_logistic_regression_ends_at_its_mode(tmp_path: Path) -> None:
 # --- prior, compilation, faults -------------------------------------------------------------------------------------
 
 
-def online(**changes: Any) -> Config:
-    return replace(CONFIG, prior=Prior(precision=2.0, update="online", every_epochs=1, **changes))
+ONLINE = replace(CONFIG, prior=Prior(precision=2.0, update="online", every_epochs=1))
+# After one epoch, before steps 5, 7, 9, ... and until the end of the fourth epoch, step 14.
+JOINT = replace(
+    CONFIG,
+    prior=Prior(update="joint", structure="layerwise", burn_in=1, every_steps=2, examples=6, matvecs=3),
+)
 
 
-def test_online_prior_updates_end_half_way_through_polishing_and_compile_nothing(tmp_path: Path) -> None:
-    calls = []
+@pytest.fixture
+def updates_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], float]], list[int]]:
+    """Arrange for online updates that multiply the precision by a function of the epoch."""
 
-    def update_prior(params: Any, batch_stats: Any, precision: float, epoch: int) -> float:
-        calls.append((precision, epoch))
-        return precision / 2
+    def arrange(factor: Callable[[int], float]) -> list[int]:
+        epochs: list[int] = []
 
+        def online(state: Any, epoch: int) -> tuple[Any, Estimate]:
+            epochs.append(epoch)
+            changed = state._replace(prior_precision=jnp.float32(state.prior_precision * factor(epoch)))
+            return changed, Estimate(jnp.float32(-10.0 * epoch), jnp.float32(0.5))
+
+        monkeypatch.setattr(loop, "make_evidence_steps", lambda *arguments: EvidenceSteps(None, online))
+        return epochs
+
+    return arrange
+
+
+def test_online_prior_updates_end_half_way_through_polishing_and_compile_nothing(updates_by, tmp_path: Path) -> None:
+    epochs = updates_by(lambda epoch: 0.5)
     TRACES.update(live=0, frozen=0)
-    result = run(tmp_path, online(), update_prior=update_prior)
-    assert calls == [(2.0, 1), (1.0, 2), (0.5, 3), (0.25, 4)]
+    result = run(tmp_path, ONLINE)
+    assert epochs == [1, 2, 3, 4]
     assert [record["prior_precision"] for record in result.history] == [2.0, 1.0, 0.5, 0.25, 0.125]
-    assert result.prior_precision == 0.125
+    assert [record["log_evidence"] for record in result.history] == [-10.0, -20.0, -30.0, -40.0, None]
+    assert (result.prior_precision, result.prior_precision_by_layer) == (0.125, None)
     # One live step; initialisation, gradient, evaluation and statistics.
     assert TRACES == {"live": 1, "frozen": 4}
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    updates_by, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+    updates_by(lambda epoch: 1.0 if epoch == 1 else 1e38)
     # The second epoch ends with step 7; from there on the gradient overflows.
     with pytest.raises(UserError, match="did not at step 8 of 17.*last good checkpoint is .*step_00000007"):
-        run(tmp_path, online(), update_prior=lambda params, stats, precision, epoch: 1.0 if epoch == 1 else 1e38)
+        run(tmp_path, ONLINE)
     kept = [path.name for path in checkpoints.list_steps(tmp_path / "train")]
     assert kept == ["step_00000004", "step_00000007"]
+
+
+@pytest.mark.parametrize("poisoned", ["evidence", "gradient"])
+def test_an_evidence_that_is_not_finite_names_the_step_and_keeps_the_checkpoint(
+    poisoned: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "CHECKPOINT_SECONDS", 0.0)
+
+    def spoiled(params: Any, logs: Any, *arguments: Any, **options: Any) -> Any:
+        half, terms = half_log_determinant(params, logs, *arguments, **options)
+        if poisoned == "gradient":  # the value stays
+            return half + jnp.sqrt(jnp.square(logs - logs)), terms
+        return half, terms._replace(log_likelihood=jnp.float32(jnp.inf))
+
+    monkeypatch.setattr(evidence, "half_log_determinant", spoiled)
+    prior = Prior(update="joint", burn_in=1, every_steps=2, examples=6, matvecs=3)
+    with pytest.raises(UserError, match="evidence and gradients must stay finite; they did not at step 5 of 17.*00004"):
+        run(tmp_path, replace(CONFIG, prior=prior), module=Logistic())
+    assert [path.name for path in checkpoints.list_steps(tmp_path / "train")] == ["step_00000004"]
+
+
+def test_joint_training_interrupted_anywhere_and_resumed_gives_the_same_bits(signal_at, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", JOINT)
+    # Between two evidence steps, and at the change of phase.
+    for count, step in enumerate([6, 10]):
+        signal_at(step)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", JOINT, resume=count > 0)
+    signal_at(NEVER)
+    resumed = run(tmp_path / "parts", JOINT, resume=True)
+    assert_same_result(resumed, whole)
+    layers = {"Dense_0", "Dense_1", "Dense_2", "BatchNorm_0", "BatchNorm_1"}
+    assert set(resumed.prior) == layers and len(set(resumed.prior.values())) > 1
+    assert load_trained(tmp_path / "parts", JOINT).prior == resumed.prior
+    history = resumed.history
+    assert [record["log_evidence"] is None for record in history] == [True, False, False, False, True]
+    assert history[1]["log_evidence_sem"] > 0
+    # While batch statistics are live, the log-determinant moves the prior alone.
+    assert [record["log_determinant_gradient_norm"] > 0 for record in history] == [False, False, False, True, False]
+    assert history[1]["prior_precision"] != 1.0
+    assert all(record["step_gradient_norm"] > 0 for record in history)
+    # Half way through polishing the prior stays.
+    assert history[4]["prior_precision_by_layer"] == resumed.prior
+
+
+def test_the_held_gradient_moves_weights_and_precisions_unless_it_is_at_rest() -> None:
+    """Adam's first step goes against the sign of the gradient, by the learning rate."""
+    passes, plan = make_passes(Logistic()), Plan(26, 26, 1, 1)
+    prior = Prior(update="joint", learning_rate=0.1)
+    optimizer = replace(CONFIG.optimizer, epochs=1, warmup_epochs=0, clip_norm=1e9)
+    steps = make_steps(passes, optimizer, plan, prior)
+    params, _ = passes.initialise(jax.random.key(0), DATA.train.images[:1])
+    state = initial_state(params, {}, optimizer, prior)
+    signs = jax.tree.map(lambda leaf: jnp.where(jnp.arange(leaf.size).reshape(leaf.shape) % 2, 1.0, -1.0), params)
+    held = jax.tree.map(lambda sign: 1e6 * sign, signs), jnp.float32(-1e6)
+    state = state._replace(evidence=state.evidence._replace(held=held, active=jnp.bool(True)))
+    after = steps.polish(state, DATA.train.images, DATA.train.labels, None)
+    jax.tree.map(
+        lambda new, old, sign: np.testing.assert_allclose(new, old - 0.02 * sign, rtol=1e-4),
+        after.params,
+        params,
+        signs,
+    )
+    assert after.prior_precision == pytest.approx(np.exp(0.1), rel=1e-5)
+    rested = steps.polish(
+        state._replace(evidence=evidence.at_rest(state.evidence)), DATA.train.images, DATA.train.labels, None
+    )
+    without = steps.polish(state._replace(evidence=()), DATA.train.images, DATA.train.labels, None)
+    assert rested.prior_precision == 1.0
+    assert all(map(np.array_equal, jax.tree.leaves(rested.params), jax.tree.leaves(without.params)))
+
+
+@pytest.mark.parametrize("curvature", ["lanczos", "diagonal"])
+def test_an_online_update_maximises_the_scaled_evidence_of_its_subset(curvature: str) -> None:
+    options = {"matvecs": 15, "probes": 400} if curvature == "lanczos" else {}
+    config = replace(CONFIG, prior=Prior(update="online", curvature=curvature, examples=12, **options))
+    passes = make_passes(Logistic())
+    params, _ = passes.initialise(jax.random.key(0), DATA.train.images[:1])
+    params = jax.tree.map(lambda leaf: leaf + 0.3, params)
+    state = initial_state(params, {}, config.optimizer, config.prior)
+    online = evidence.make_evidence_steps(config, DATA, Logistic()).online
+    (state, found), again = online(state, 4), online(state, 4)
+    chosen = np.sort(stratified_indices(DATA.train.labels, 12, config.seed + 102))
+    x = np.concatenate([normalised(DATA.train.images[chosen]).reshape(12, -1), np.ones((12, 1))], 1)
+    weights = np.vstack([params["Dense_0"]["kernel"], params["Dense_0"]["bias"]]).astype(np.float64)
+    logits = x @ weights
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    curvatures = np.einsum("nc,cd->ncd", probs, np.eye(3)) - np.einsum("nc,nd->ncd", probs, probs)
+    ggn = 26 / 12 * np.einsum("ni,nj,ncd->icjd", x, x, curvatures).reshape(15, 15)
+    ggn = ggn if curvature == "lanczos" else np.diag(np.diag(ggn))
+    log_likelihood = 26 / 12 * np.log(probs[np.arange(12), DATA.train.labels[chosen]]).sum()
+
+    def log_evidence(delta: float) -> float:
+        return log_likelihood - 0.5 * delta * np.sum(weights**2) - 0.5 * np.linalg.slogdet(np.eye(15) + ggn / delta)[1]
+
+    grid = np.geomspace(0.01, 100, 4000)
+    best = grid[np.argmax([log_evidence(delta) for delta in grid])]
+    assert float(state.prior_precision) == pytest.approx(best, rel=0.05 if curvature == "lanczos" else 5e-3)
+    assert abs(float(found.mean) - log_evidence(float(state.prior_precision))) < 4 * float(found.sem) + 1e-2
+    assert float(again[1].mean) == pytest.approx(float(found.mean), abs=1e-2)  # the same images and probes
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(signal_at, tmp_path: Path) -> None:
@@ -563,17 +688,6 @@ def test_a_loss_that_is_not_finite_is_never_saved(signal_at, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"did not at step 2 of 17.*no checkpoint had been written yet"):
         run(tmp_path, config)
     assert not (tmp_path / "train").exists()
-
-
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-def test_a_prior_precision_that_is_not_positive_is_refused(value: float, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"got {value} after epoch 1"):
-        run(tmp_path, online(), module=Logistic(), update_prior=lambda *arguments: value)
-
-
-def test_online_updates_need_an_update(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must be given where prior.update is online"):
-        run(tmp_path, online())
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
