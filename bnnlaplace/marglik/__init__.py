@@ -1,12 +1,12 @@
 """Training of weights and prior precisions by the evidence: the objective, the steps, and the loop."""
 
+from bnnlaplace.marglik.fixed_point import PriorUpdate, prior_update
 from bnnlaplace.marglik.objective import (
     EvidenceOptions,
     log_precision_of,
     negative_log_evidence,
     precision_of,
 )
-from bnnlaplace.marglik.prior_update import PriorUpdate, prior_update
 from bnnlaplace.marglik.steps import MarglikSettings, MarglikState, evidence_step, initial_state, map_step
 from bnnlaplace.marglik.training import MarglikResult, marglik_training
 

@@ -86,7 +86,13 @@ def log_precision_of(
 
 
 def precision_of(log_precision: LogPrecision) -> float | dict[str, float]:
-    """Return prior precisions in the form that `Laplace(prior_precision=...)` takes."""
+    """Return prior precisions in the form that `Laplace(prior_precision=...)` takes.
+
+    Parameters
+    ----------
+    log_precision
+        Their logarithms: one number, or a dictionary with one for each group.
+    """
     return jax.tree.map(lambda number: float(jnp.exp(number)), log_precision)
 
 

@@ -4,6 +4,11 @@ There are two. `map_step` follows the gradient of the negative log joint on a ba
 log-determinant as it was last computed. `evidence_step` computes that gradient anew on a curvature batch ("joint"), or
 moves the prior to where the evidence prefers it at the present weights ("online"). The log-determinant costs many
 times what a step costs and changes slowly, so a loop takes an evidence step only every few steps.
+
+A gradient that is held is the same random number in all these steps, and an optimiser takes it for a slope. So it is an
+average over the last evidence steps. While a network with batch statistics trains in another mode than the one in which
+it is expanded, the log-determinant moves the prior alone: the scale of a kernel before a normalised layer has no effect
+on the loss then, and the log-determinant of the frozen network would shrink it without end.
 """
 
 from collections.abc import Callable
@@ -16,6 +21,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bnnlaplace.core.tree import ravel
 from bnnlaplace.core.types import Estimate
+from bnnlaplace.marglik.fixed_point import prior_update
 from bnnlaplace.marglik.objective import (
     PRECISION_RANGE,
     Batch,
@@ -26,7 +32,6 @@ from bnnlaplace.marglik.objective import (
     log_precision_of,
     negative_log_likelihood,
 )
-from bnnlaplace.marglik.prior_update import prior_update
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.prior import Groups, by_layer

@@ -154,9 +154,9 @@ def test_the_held_gradient_is_a_mean_first_and_then_a_moving_average():
     state, single = initial_state(settings, NETWORK), []
     for number in range(3):
         key = jax.random.key(number)
-        single.append(evidence_step(*model, initial_state(settings, NETWORK), (X, Y), key).held[1]["first"])
+        single.append(float(evidence_step(*model, initial_state(settings, NETWORK), (X, Y), key).held[1]["first"]))
         state = evidence_step(*model, state, (X, Y), key)
-    assert state.held[1]["first"] == pytest.approx(0.25 * (single[0] + single[1]) + 0.5 * single[2], rel=1e-5)
+    assert float(state.held[1]["first"]) == pytest.approx(0.25 * (single[0] + single[1]) + 0.5 * single[2], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["joint", "online"])
