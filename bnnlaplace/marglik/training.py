@@ -267,7 +267,7 @@ def _batches(plan: Plan, epoch: int) -> Iterator[Batch]:
     """The batches of an epoch. Those of arrays depend on the key and the epoch alone."""
     if not plan.is_array:
         for batch in plan.data:
-            yield tuple(batch)
+            yield batch.inputs, batch.targets, batch.weights
         return
     whole = next(iter(plan.data))
     count = len(whole.targets)
@@ -279,7 +279,7 @@ def _batches(plan: Plan, epoch: int) -> Iterator[Batch]:
 def _curvature_batch(plan: Plan, step: int, batch: Any) -> Batch:
     """Draw the examples of the curvature: from all examples of arrays, otherwise the first of the batch at hand."""
     if not plan.is_array:
-        return jax.tree.map(lambda leaf: leaf[: plan.curvature_size], tuple(batch))
+        return jax.tree.map(lambda leaf: leaf[: plan.curvature_size], batch)
     whole = next(iter(plan.data))
     count = len(whole.targets)
     chosen = jax.random.choice(_key(plan, _CURVATURE, step), count, (plan.curvature_size,), replace=False)
