@@ -1,10 +1,10 @@
 """Samples of the outputs at the training inputs, under the posterior at hand.
 
-The outputs of an example at one position are Gaussian, with the covariance that the structure knows. "lanczos"
-estimates it from its samples of the weights. So does every structure if an example has more than `MOST_OUTPUTS`
-outputs: its Jacobian would take more passes, and the matrix more memory, than as many samples do. The samples of the
-outputs are quasi-random: one Sobol sequence, moved by a random shift for each example and position (Cranley and
-Patterson 1976), with each point and its mirror image. So the error of a sum over examples falls with their number.
+The outputs of an example at one position are Gaussian, with the covariance that the structure knows. If an example has
+more than `MOST_OUTPUTS` outputs, samples of the weights estimate it: the Jacobian would take more passes, and the
+matrix more memory, than as many samples do. The samples of the outputs are quasi-random: one Sobol sequence, moved by a
+random shift for each example and position (Cranley and Patterson 1976), with each point and its mirror image. So the
+error of a sum over examples falls with their number.
 
 There must be many of them. The mean and the sites are chosen by averages over the samples, so that they find the gaps
 between few samples: on 100 images of ten classes a fit with 32 samples claimed a bound of -527 nats where it had -547,
