@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import io
 import runpy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str], program: str) -> Arguments:
         After `--help`.
     """
     given = _scan(argv)
-    config = _find(given.config or DEFAULT_CONFIG)
+    config = find_config(given.config or DEFAULT_CONFIG)
     workdir = given.workdir or Path("checkpoints") / config.stem
     saved = workdir / CONFIG_FILE
     if given.resume and given.config is None and saved.exists():
@@ -122,6 +122,17 @@ def load_config(path: Path) -> Config:
     UserError
         The file does not exist, fails, or does not define a `Config` called ``config`` whose values are all valid.
     """
+    return load_definition(path, "config", Config, checked)
+
+
+def load_definition(path: Path, name: str, record: type[Record], check: Callable[[Record], Record]) -> Record:
+    """Run a Python file, and return a record that it defines under a name, as `check` returns it.
+
+    Raises
+    ------
+    UserError
+        The file does not exist, fails, or does not define such a record. Or `check` raises it.
+    """
     if not path.is_file():
         known = ", ".join(str(file) for file in sorted((_ROOT / "configs").glob("*.py"))) or "none"
         raise UserError(f"`--config` must name a Python file; there is none at {path}; known configs: {known}")
@@ -134,14 +145,15 @@ def load_config(path: Path) -> Config:
     except BaseException as error:  # such as SystemExit
         fault = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"a config file must run without errors; {path} raised {fault}; mend the file") from None
-    config = names.get("config")
-    if not isinstance(config, Config):
-        present = "nothing of that name" if "config" not in names else type(config).__name__
+    defined = names.get(name)
+    if not isinstance(defined, record):
+        present = "nothing of that name" if name not in names else type(defined).__name__
         raise UserError(
-            f"a config file must define `config`, a training.config.Config; {path} has {present}; define it"
+            f"a config file must define `{name}`, a {record.__module__}.{record.__name__}; {path} has {present}; "
+            "define it"
         )
     try:
-        return checked(config)
+        return check(defined)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -167,6 +179,6 @@ def _scan(argv: Sequence[str]) -> _Given:
     return given
 
 
-def _find(path: Path) -> Path:
+def find_config(path: Path) -> Path:
     """Return the path as given, or the same path below the repository, so that the programs run from anywhere."""
     return _ROOT / path if not path.exists() and (_ROOT / path).exists() else path

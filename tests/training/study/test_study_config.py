@@ -1,0 +1,112 @@
+"""A study says what it compares, and refuses what it could not."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from training.cli.arguments import load_definition
+from training.config import Config, Data
+from training.errors import UserError
+from training.study import store
+from training.study.config import Measures, Posterior, Regime, Study, Training, applied, from_document, to_document
+
+ROOT = Path(__file__).resolve().parents[3]
+
+STUDY = Study(
+    config=Config(data=Data(mean=(0.5,), std=(0.25,))),
+    regimes=(Regime("few", {"data.train_examples": 30}), Regime("wrong", {"data.wrong_labels": 0.2})),
+    seeds=(3, 1),
+    trainings=(Training("adamw", weight_decay=0.1, ensemble=2), Training("posthoc", {"prior.precision": 0.5})),
+    posteriors=(Posterior("kron", "laplace"), Posterior("full", weights="last_layer", trainings=("posthoc",))),
+    measures=Measures(shifts=("blur",)),
+)
+
+
+def test_a_study_survives_its_file(tmp_path):
+    assert from_document(to_document(STUDY)) == STUDY
+    store.claim_study(tmp_path / "new", STUDY, resume=False)
+    assert store.load_study(tmp_path / "new") == STUDY
+
+
+def test_cells_are_regimes_by_seeds_and_units_are_those_of_each_training():
+    units = store.units_of(STUDY)
+    assert len(units) == 2 * 2 * (2 + 3)
+    assert [(unit.training, unit.name) for unit in units[:5]] == [
+        ("adamw", "points"), ("adamw", "kron-laplace"),
+        ("posthoc", "points"), ("posthoc", "kron-laplace"), ("posthoc", "last-layer-full-variational"),
+    ]  # fmt: skip
+    assert {(unit.regime, unit.seed) for unit in store.units_of(STUDY, ["wrong"], [1])} == {("wrong", 1)}
+
+
+def test_variants_have_names_of_their_own():
+    variants = [
+        Posterior(structure, approximation, weights, prior, folded)
+        for structure in ("diag", "lanczos")
+        for approximation in ("laplace", "variational")
+        for weights in ("all", "last_layer", "without_normalisation")
+        for prior in ("training", "scalar", "layerwise", "g")
+        for folded in ((False, True) if weights == "all" else (False,))
+    ]
+    assert len({posterior.name for posterior in variants}) == len(variants)
+
+
+def test_settings_change_the_run_by_name():
+    config = applied(STUDY.config, {"data.train_examples": 30, "seed": 7}, {"prior.precision": 0.5})
+    assert (config.data.train_examples, config.seed, config.prior.precision) == (30, 7, 0.5)
+    assert config.data.mean == (0.5,)
+    with pytest.raises(UserError, match="must be those of a run; got 'prior.presicion'"):
+        applied(STUDY.config, {"prior.presicion": 1.0})
+    with pytest.raises(UserError, match="`data.train_examples` must be at least 1; got 0"):
+        applied(STUDY.config, {"data.train_examples": 0})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": (1, 1)}, "`study.seeds` must have each name once"),
+        ({"reference": "joint"}, "`study.reference` must be one of adamw, posthoc; got 'joint'"),
+        ({"posteriors": (Posterior("diag", trainings=("joint",)),)}, "must name trainings of the study, not joint"),
+        ({"regimes": ()}, "`study.regimes` must have at least 1 item"),
+    ],
+)
+def test_studies_that_contradict_themselves_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        dataclasses.replace(STUDY, **change)
+
+
+def test_records_refuse_values_that_mean_nothing():
+    with pytest.raises(UserError, match="`posterior.folded` must be False unless `weights` is all"):
+        Posterior("diag", weights="last_layer", folded=True)
+    with pytest.raises(UserError, match="`training.ensemble` must be 0, or at least 2; got 1"):
+        Training("adamw", ensemble=1)
+    with pytest.raises(UserError, match="`regime.name` String should match pattern"):
+        Regime(name="../elsewhere")
+
+
+def test_a_study_may_grow_and_not_shrink(tmp_path):
+    root = tmp_path / "study"
+    store.claim_study(root, STUDY, resume=False)
+    with pytest.raises(UserError, match="must not overwrite another; .* continue it with --resume"):
+        store.claim_study(root, STUDY, resume=False)
+    grown = dataclasses.replace(STUDY, seeds=(3, 1, 2))
+    store.claim_study(root, grown, resume=True)
+    assert store.load_study(root) == grown
+    with pytest.raises(UserError, match="must have the seeds that it had; the config lacks 2"):
+        store.claim_study(root, STUDY, resume=True)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(UserError, match="must be new, empty, or hold a study"):
+        store.claim_study(tmp_path, STUDY, resume=True)
+
+
+@pytest.mark.parametrize("name", ["study_digits", "study_cifar10"])
+def test_the_studies_of_the_repository_can_be_run(name):
+    study = load_definition(
+        ROOT / "configs" / f"{name}.py", "study", Study, lambda record: from_document(to_document(record))
+    )
+    card = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+    assert all(f"\n{entry} " in card for entry in ("Command", "Data", "Hardware", "Time", "Expected"))
+    assert len(study.shown) <= 6
+    named = {f"{unit.training}.{unit.name}" for unit in store.units_of(study)}
+    points = {"map", "map-t-split", "map-t-part", "map-t-validation", "ensemble"}
+    assert all(name in named or name.split(".")[1] in points for name in study.shown)

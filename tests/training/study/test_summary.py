@@ -1,0 +1,112 @@
+"""Verdicts and means of the summary, from units whose scores are known."""
+
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy
+
+from training.config import Config
+from training.errors import UserError
+from training.study import store, summary
+from training.study.config import Measures, Regime, Study, Training
+from training.study.scores import Method
+from training.study.store import POINTS, Result, Unit
+
+STUDY = Study(
+    config=Config(),
+    regimes=(Regime("few"), Regime("empty")),
+    seeds=(0, 1, 2),
+    trainings=(Training("adamw", weight_decay=0.1), Training("posthoc")),
+    measures=Measures(shifts=("blur",), foreign=("noise",)),
+)
+N, NOISE = 50, np.random.default_rng(0)
+
+
+def method(training: str, name: str, nll: np.ndarray, ece: float, **description: Any) -> Method:
+    described = {"training": training, "method": name, "prior": None, "link": None, "warnings": [], **description}
+    numbers = dict.fromkeys(("calibrated", "brier", "accuracy", "confidence", "rejection"), 0.5)
+    curve = {"nll": [1.0] * 6, "ece": [0.1] * 6, "accuracy": [0.5] * 6}
+    numbers |= {"nll": float(nll.mean()) if np.isfinite(nll).all() else None, "ece": ece}
+    arrays = {name: np.full(N, 0.5, np.float32) for name in ("calibrated", "brier", "confidence", "foreign_noise")}
+    arrays |= {"nll": np.float32(nll), "accuracy": np.ones(N, np.float32)}
+    arrays |= {f"shift_{name}": np.ones((1, 5, N), np.float32) for name in ("nll", "accuracy", "confidence")}
+    return Method(described, numbers | {"shifts": {"blur": curve}, "auroc": {"noise": 0.9}}, arrays)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Three seeds: the second training is better by .2 in NLL in all, and in ECE by .1, .2 and .3."""
+    for seed in STUDY.seeds:
+        base = 1 + 0.1 * NOISE.normal(size=N)
+        reference = [method("adamw", "map", base, 0.4), method("adamw", "map-t-split", base, 0.4, temperature=2.0)]
+        ours = [method("posthoc", "map", base - 0.2, 0.4 - 0.1 * (seed + 1))]
+        if seed == 0:
+            reference.append(method("adamw", "ensemble", np.full(N, np.inf), 0.4))
+        for training, methods in (("adamw", reference), ("posthoc", ours)):
+            result = Result(methods, None, 10.0 * (seed + 1), {"images": {"test": N}})
+            settings = {"measures": {"samples": 8}, "regime": {"settings": {}}}
+            store.save_unit(tmp_path, Unit("few", seed, training, POINTS), result, settings)
+    return tmp_path
+
+
+def read(root) -> dict[str, Any]:
+    document = json.loads((root / "summary" / "summary.json").read_text())["regimes"]
+    assert list(document) == ["few"]
+    return document["few"]
+
+
+def test_only_intervals_that_exclude_zero_say_better_and_they_are_those_of_hand_computations(root):
+    lines = summary.summarise(root, STUDY, "the command")
+    rows = {(row["training"], row["method"]): row for row in read(root)["methods"]}
+    against = rows["posthoc", "map"]["differences"]["MAP"]
+    assert against["nll"]["value"] == pytest.approx(-0.2, abs=1e-6)
+    assert against["nll"]["verdict"] == "better"
+    # Student's interval of -.1, -.2, -.3 over three seeds includes zero.
+    half = scipy.stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    assert against["ece"] == {
+        "value": pytest.approx(-0.2), "low": pytest.approx(-0.2 - half), "high": pytest.approx(-0.2 + half),
+        "verdict": "not told",
+    }  # fmt: skip
+    # An accuracy that is equal is neither, and an NLL that is not finite is compared with nothing.
+    assert against["accuracy"]["verdict"] == "not told"
+    assert "nll" not in rows["adamw", "ensemble"]["differences"]["MAP"]
+    assert rows["adamw", "ensemble"]["seeds"] == [0]
+    assert rows["adamw", "map-t-split"]["temperature"] == 2.0
+    assert "own MAP" not in rows["adamw", "map"]["differences"]
+    assert read(root)["seconds"]["posthoc.points"] == pytest.approx(20)
+    page = (root / "summary" / "summary.md").read_text()
+    assert "-0.2 [-0.2, -0.2] better" in page and "the command" in page
+    assert any("posthoc: MAP" in line for line in lines)
+    assert len(list((root / "summary").glob("few_*.png"))) == 3
+
+
+def test_missing_and_failed_units_are_told(root):
+    failure = Result([], "MemoryError: too large", 1.0, {"images": {"test": N}})
+    store.save_unit(root, Unit("few", 2, "posthoc", POINTS), failure, {})
+    grown = dataclasses.replace(STUDY, seeds=(0, 1, 2, 3))
+    summary.summarise(root, grown, "")
+    assert read(root)["missing"] == 2
+    assert "failed: posthoc, points, seed 2: MemoryError: too large" in (root / "summary" / "summary.md").read_text()
+
+
+def test_one_seed_has_intervals_over_images_alone(root):
+    summary.summarise(root, dataclasses.replace(STUDY, seeds=(1,)), "")
+    rows = {(row["training"], row["method"]): row for row in read(root)["methods"]}
+    against = rows["posthoc", "map"]["differences"]["MAP"]
+    assert against["nll"]["verdict"] == "better"
+    assert (against["ece"]["low"], against["ece"]["verdict"]) == (None, "not told")
+
+
+def test_a_unit_of_other_settings_or_a_damaged_one_is_named(root):
+    unit = Unit("few", 0, "adamw", POINTS)
+    with pytest.raises(UserError, match="got measures.samples: 8 there, 9 now; remove it"):
+        store.load_unit(root, unit, {"measures": {"samples": 9, "later": 1}, "regime": {"settings": {}}})
+    with pytest.raises(UserError, match="got regime.settings.seed: None there, 3 now; remove it"):
+        store.load_unit(root, unit, {"regime": {"settings": {"seed": 3}}})
+    victim = max((root / unit.place).rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    victim.write_bytes(victim.read_bytes()[:-1] + b"\x00")
+    with pytest.raises(UserError, match="must be as it was written"):
+        summary.summarise(root, STUDY, "")
