@@ -41,8 +41,16 @@ def by_quadrature(params, precision, problem, side, depth, mean=0.0, **options):
     )
 
 
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("side", ["primal", "dual"])
+# Each side with residuals that are kept and that are computed again; the other two pairs are exhaustive.
+@pytest.mark.parametrize(
+    ("side", "remat"),
+    [
+        ("primal", True),
+        ("dual", False),
+        pytest.param("primal", False, marks=pytest.mark.exhaustive),
+        pytest.param("dual", True, marks=pytest.mark.exhaustive),
+    ],
+)
 def test_value_and_all_gradients_at_full_depth(classification, side, remat):
     # The rows of sqrt(n) I give the exact trace, and depth 30 exceeds the rank 22 of the GGN.
     precision = jnp.linspace(0.5, 3.0, 43)
@@ -112,7 +120,7 @@ def test_gradient_from_the_forward_pass_at_full_depth(classification, side, prec
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("side", ["primal", "dual"])
+@pytest.mark.parametrize("side", [pytest.param("primal", marks=pytest.mark.exhaustive), "dual"])
 def test_truncated_derivative_in_a_common_factor_is_that_of_the_value(classification, side):
     # Depth 4 is far from converged; the adjoint and the shift differentiate what was computed, and so must this.
     params, precision, probes = classification.network.params, jnp.linspace(0.5, 3.0, 43), jax.random.key(2)

@@ -48,6 +48,7 @@ def close(got, wanted, rtol):
         np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol * largest)
 
 
+@pytest.mark.exhaustive  # smaller networks are compared below, and the determinant by the tests of the evidence
 def test_the_gradient_on_a_tiny_van_is_that_of_dense_algebra_and_without_the_determinant_it_is_not(x64):
     network, batch, curvature_batch = tiny_van()
     names = group_names(network.params, by_layer)

@@ -56,6 +56,7 @@ def by_both():
     return {name: train(optimizer=optimizer, method=name, **options, **own) for name, own in methods.items()}
 
 
+@pytest.mark.exhaustive
 def test_joint_training_reaches_a_higher_evidence_than_online_updates_at_a_mode(by_both):
     """By dense algebra. The weights of "joint" are no mode of the log joint: that is where the gain comes from."""
     joint, online = (exact_evidence(by_both[name]) for name in ("joint", "online"))

@@ -142,7 +142,7 @@ def test_weight_samples_are_averaged_as_probabilities(classifier):
     np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (2, 3))])
 def test_regression_variance_by_samples_and_with_noise(x64, seed):
     x, y = RNG.normal(size=(30, 2)), RNG.normal(size=(30, 2))
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, RNG.normal(size=(2, 2)))

@@ -146,7 +146,14 @@ def covariance_of(structure, precision):
     return inner / root / root[:, None]
 
 
-@pytest.mark.parametrize(("structure", "groups"), [("full", "layerwise"), ("full", "scalar"), ("diag", "scalar")])
+@pytest.mark.parametrize(
+    ("structure", "groups"),
+    [
+        pytest.param("full", "layerwise", marks=pytest.mark.exhaustive),
+        pytest.param("full", "scalar", marks=pytest.mark.exhaustive),
+        ("diag", "scalar"),
+    ],
+)
 def test_the_gradient_is_zero_in_the_mean_and_at_the_best_prior_in_its_precisions(
     drawn, structure, groups, monkeypatch
 ):

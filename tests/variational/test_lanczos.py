@@ -24,7 +24,12 @@ def drawn(x64_module):
     return problems.drawn_labels()
 
 
-@pytest.mark.parametrize("model", MODELS)
+TABLE = [
+    pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in ("last layer", "layerwise"))) for name in MODELS
+]
+
+
+@pytest.mark.parametrize("model", TABLE)
 def test_bound_and_predictions_are_those_of_full(drawn, model):
     num_probes = 12 if model == "last layer" else 32  # fewer than there are weights: the structure stays a Krylov one
     at = np.random.default_rng(7).normal(size=(5, 4))

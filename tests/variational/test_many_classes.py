@@ -37,10 +37,13 @@ MODELS = {
 }
 
 
-# The last layer and the factors read the same samples through other closed forms.
+# The others read the same samples through other products and closed forms.
 @pytest.mark.parametrize(
     "model",
-    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("kron", "last layer"))) for name in MODELS],
+    [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("kron", "lanczos", "last layer")))
+        for name in MODELS
+    ],
 )
 def test_the_bound_is_that_of_dense_sites_and_no_matrix_over_classes_is_formed(problem, model, monkeypatch):
     network, data = problem
