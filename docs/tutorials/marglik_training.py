@@ -117,5 +117,5 @@ continued = bnnlaplace.marglik_training(key, network, (x, y), optax.sgd(1e-2), *
 same = jax.tree.map(np.array_equal, whole.network.params, continued.network.params)
 print(f"continued after epoch {len(kept[1].history)}: the same weights: {all(jax.tree.leaves(same))}")
 
-assert evidence["fixed"] < evidence["online"] < evidence["joint"]
+assert evidence["fixed"] < min(evidence["online"], evidence["joint"])
 assert all(jax.tree.leaves(same))
