@@ -6,15 +6,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import size
 from bnnlaplace.core.types import NotAModeWarning
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
-from bnnlaplace.prior import GroupedOptimum, accelerated, fixed_point_step, grouped_optimum, optimum, range_above
-from bnnlaplace.prior.gaussian import Precision, group_names, group_numbers, is_scalar
+from bnnlaplace.prior import accelerated, fixed_point_step, grouped_optimum, optimum, range_above
+from bnnlaplace.prior.gaussian import Precision, is_scalar
+from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import SampleStructure
 
 PriorStructure = Literal["scalar", "layerwise", "diag"]
@@ -145,30 +144,6 @@ def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
         )
 
 
-class _Grouping(NamedTuple):
-    """Which weights share a precision.
-
-    Attributes
-    ----------
-    numbers
-        For each weight the position of its group.
-    names
-        The names of the groups, for messages.
-    as_given
-        The function from one precision for each group to what `Laplace(prior_precision=...)` takes.
-    """
-
-    numbers: Int[np.ndarray, " P"]
-    names: list[str]
-    as_given: Callable[[Float[np.ndarray, " g"]], Precision]
-
-    def start(self, fitted: Fitted) -> Float[np.ndarray, " g"]:
-        """The geometric mean of the present precisions in each group."""
-        relative = np.broadcast_to(np.asarray(fitted.prior.relative, float), self.numbers.shape)
-        logs = np.bincount(self.numbers, weights=np.log(relative)) / np.bincount(self.numbers)
-        return float(fitted.prior.precision) * np.exp(logs)
-
-
 def check_method(method: str, evidence_options: dict[str, Any], grid_options: dict[str, Any]) -> None:
     """Check the method of `Laplace.optimize_prior_precision`, and that it is given no argument of the other one.
 
@@ -237,14 +212,7 @@ def by_evidence(
         chosen = chosen.at_ratios(fitted.prior.precision)
     if prior_structure in (None, "scalar"):
         return _overall(chosen, optimize_sigma_noise)
-    params = fitted.network.params
-    if prior_structure == "layerwise":
-        names = group_names(params, chosen.settings.prior_groups)
-        numbers = group_numbers(params, chosen.settings.prior_groups)
-        grouping = _Grouping(numbers, names, lambda precisions: dict(zip(names, map(float, precisions), strict=True)))
-    else:
-        numbers = np.arange(size(params))
-        grouping = _Grouping(numbers, [f"weight {number}" for number in numbers], np.asarray)
+    grouping = Grouping.of(prior_structure, fitted.network.params, chosen.settings.prior_groups)
     if isinstance(fitted.structure, SampleStructure):
         return _by_fixed_point(chosen, grouping, optimize_sigma_noise, max_refits)
     return _by_gradient(chosen, grouping, optimize_sigma_noise)
@@ -275,21 +243,21 @@ def _overall(chosen: Chosen, best_noise: bool) -> Chosen:
     return chosen.at(after) if is_scalar(chosen.settings.prior_precision) else chosen.times(after / before)
 
 
-def _by_gradient(chosen: Chosen, grouping: _Grouping, best_noise: bool) -> Chosen:
+def _by_gradient(chosen: Chosen, grouping: Grouping, best_noise: bool) -> Chosen:
     """Find one precision for each group by L-BFGS, for a structure that can be whitened by any D."""
     fitted = chosen.fitted
     log_joint = fitted.log_joint(best_noise=best_noise)
     squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
     plain = chosen.at(1.0).fitted.structure
-    limits = range_above(plain.resolution())
-    best = grouped_optimum(plain, log_joint, squares, grouping.numbers, grouping.start(fitted), search_range=limits)
-    _report_bounds(best, grouping)
+    limits, start = range_above(plain.resolution()), grouping.precisions(fitted.prior)
+    best = grouped_optimum(plain, log_joint, squares, grouping.numbers, start, search_range=limits)
+    grouping.warn_of_bounds("the evidence", best.precisions, best.at_bound)
     q = float(best.precisions[grouping.numbers] @ squares)
     chosen, noise_factor = chosen.at_best_noise(log_joint, q)
     return chosen.at(grouping.as_given(best.precisions / noise_factor))
 
 
-def _by_fixed_point(chosen: Chosen, grouping: _Grouping, best_noise: bool, max_refits: int) -> Chosen:
+def _by_fixed_point(chosen: Chosen, grouping: Grouping, best_noise: bool, max_refits: int) -> Chosen:
     """Find one precision for each group by MacKay's fixed point, for a structure that every step fits again."""
     fitted = chosen.fitted
     squares = np.asarray(fitted.prior.deviation(fitted.network.params), np.float64) ** 2
@@ -297,7 +265,7 @@ def _by_fixed_point(chosen: Chosen, grouping: _Grouping, best_noise: bool, max_r
     for _ in range(max_refits):
         chosen = _overall(chosen, best_noise)
         fitted = chosen.fitted
-        now = grouping.start(fitted)
+        now = grouping.precisions(fitted.prior)
         effective = fitted.structure.effective_parameters(float(fitted.prior.precision), grouping.numbers)
         log_joint = fitted.log_joint(best_noise=best_noise)
         step = fixed_point_step(effective, log_joint, squares, grouping.numbers, now)
@@ -310,16 +278,5 @@ def _by_fixed_point(chosen: Chosen, grouping: _Grouping, best_noise: bool, max_r
             f"the prior precisions have not settled after {max_refits} fits: the last step changed one by a factor of "
             f"{np.exp(step.largest_step):.2g}; raise max_refits"
         )
-    _report_bounds(step, grouping)
+    grouping.warn_of_bounds("the evidence", step.precisions, step.at_bound)
     return chosen
-
-
-def _report_bounds(best: GroupedOptimum, grouping: _Grouping) -> None:
-    """Warn of groups whose precision the evidence does not determine."""
-    stuck = [f"{grouping.names[i]} at {best.precisions[i]:.3g}" for i in np.flatnonzero(best.at_bound)]
-    if stuck:
-        others = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
-        checks.warn(
-            f"the evidence does not determine the prior precision of {', '.join(stuck[:5])}{others}: it was stopped at "
-            "an end of the search range; look for weights that are zero or that outputs do not depend on"
-        )

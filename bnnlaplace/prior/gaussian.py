@@ -56,7 +56,10 @@ class Prior(NamedTuple):
 
     def squared_distance(self, params: PyTree) -> float:
         """(theta - mu)' D (theta - mu), in float64 on the host."""
-        deviation = np.asarray(self.deviation(params), np.float64)
+        return self.squared_norm(np.asarray(self.deviation(params), np.float64))
+
+    def squared_norm(self, deviation: Float[np.ndarray, " P"]) -> float:
+        """v' D v of a vector in float64."""
         return float(deviation @ (deviation * np.asarray(self.relative, np.float64)))
 
     def quadratic_form(self, params: PyTree) -> float:

@@ -35,13 +35,15 @@ from bnnlaplace.fitting.fit import check_options, fit
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.prepare import Model, memory_of, prepare
 from bnnlaplace.model.data import Data
+from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.prior import Prior
+from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
+from bnnlaplace.variational.draws import Draws
 from bnnlaplace.variational.iteration import Context, Iterate, iterate
 from bnnlaplace.variational.mean import with_mean
 from bnnlaplace.variational.options import Progress, Variational, resolve
-from bnnlaplace.variational.prior_step import Grouping
 from bnnlaplace.variational.sites import are_by_samples
 
 
@@ -140,7 +142,7 @@ def _context(
     for _ in model.data:
         pass
     chosen = options.prior_structure
-    grouping = None if chosen is None else Grouping.of(chosen, model.network, settings)
+    grouping = None if chosen is None else Grouping.of(chosen, model.network.params, settings.prior_groups)
     sizes = {"num_pairs": num_pairs, "by_samples": by_samples, "scale": model.scale()}
     return Context(model, name, options, krylov, shared_weights, microbatch, grouping=grouping, **sizes)
 
@@ -171,21 +173,18 @@ def _as_fitted(context: Context, best: Iterate, progress: list[Progress]) -> Fit
     """Put the bound in the place of the log likelihood: its value with gamma / 2, and its gradient in the mean."""
     model, terms = context.model, best.terms
     there, dtype = with_mean(model, best.settled.mean), number_type(model.network.params)
+    num_targets = _num_targets(model.likelihood, best.settled.draws) / float(model.likelihood.temperature)
     in_place = LogLikelihood(
         np.float64(terms.expected + 0.5 * terms.effective),
         jnp.asarray(best.settled.gradient, dtype),
-        np.float64(context.scale * _num_targets(model) / float(model.likelihood.temperature)),
+        np.float64(context.scale * num_targets),
         np.float64(0.0),
     ).check()
     bound = Bound(np.float64(terms.expected), np.float64(terms.sem), np.int64(len(progress)))
     return Fitted(there.network, model.likelihood, best.prior, best.structure, in_place, bound)
 
 
-def _num_targets(model: Model) -> float:
-    """How many outputs count, at all positions of all examples."""
-    shape = output_shape(model.head, model.data.first)[1:]
-    total = 0.0
-    for batch in model.data:
-        weights = np.asarray(model.likelihood.weights_of(jnp.asarray(batch.targets), batch.weights), np.float64)
-        total += weights.sum() * math.prod(shape) / math.prod(weights.shape[1:])
-    return total
+def _num_targets(likelihood: Likelihood, draws: list[Draws]) -> float:
+    """How many outputs count, at all positions of all examples. No pass over the data is needed for it."""
+    weights = [np.asarray(likelihood.weights_of(each.targets, each.weights), np.float64) for each in draws]
+    return sum(each.sum() * (of_batch.mean.size // each.size) for each, of_batch in zip(weights, draws, strict=True))

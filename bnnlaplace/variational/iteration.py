@@ -8,13 +8,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import ravel, size
+from bnnlaplace.core.tree import number_type, ravel, size
 from bnnlaplace.curvature.kronecker import SharedWeights
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.fitting.fit import fit_structure
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.prior import Prior, range_above
+from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
 from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.draws import draw, without_spread
@@ -62,7 +63,7 @@ class Context(NamedTuple):
     scale: float
     num_pairs: int
     by_samples: bool
-    grouping: prior_step.Grouping | None
+    grouping: Grouping | None
 
     @property
     def keys(self) -> tuple[Array, Array]:
@@ -181,7 +182,8 @@ def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tup
     before = grouping.precisions(best.prior)
     after, move = prior_step.step(grouping, best.prior, best.structure, best.settled.mean, move)
     ratio = float(np.exp(np.abs(np.log(after / before)).max()))
-    return grouping.prior(after, best.prior.mean, context.model.network.params), ratio, move
+    dtype = number_type(context.model.network.params)
+    return prior_step.prior_with(grouping, after, best.prior.mean, dtype), ratio, move
 
 
 def _warn_unless_settled(change: float, ratio: float, gives_up: bool, iterations: int) -> None:
@@ -206,18 +208,12 @@ def _warn_unless_settled(change: float, ratio: float, gives_up: bool, iterations
     )
 
 
-def _warn_of_bounds(grouping: prior_step.Grouping, best: Iterate) -> None:
+def _warn_of_bounds(grouping: Grouping, best: Iterate) -> None:
     """Warn of groups whose precision the bound does not determine."""
     limits = np.log(range_above(best.structure.resolution()))
     precisions = grouping.precisions(best.prior)
-    stuck = np.flatnonzero(np.abs(np.log(precisions)[:, None] - limits).min(axis=1) < 1e-2)
-    if len(stuck):
-        listed = ", ".join(f"{grouping.names[i]} at {precisions[i]:.3g}" for i in stuck[:5])
-        others = f" and {len(stuck) - 5} more" if len(stuck) > 5 else ""
-        checks.warn(
-            f"the lower bound does not determine the prior precision of {listed}{others}: it was stopped at an end of "
-            "the search range; look for weights that are zero or that outputs do not depend on"
-        )
+    at_bound = np.abs(np.log(precisions)[:, None] - limits).min(axis=1) < 1e-2
+    grouping.warn_of_bounds("the lower bound", precisions, at_bound)
 
 
 def _settled(
@@ -255,7 +251,7 @@ def _posterior(context: Context, mean: Float[np.ndarray, " P"], prior: Prior, st
 
 
 def _with_fresh_samples(context: Context, best: Iterate) -> Iterate:
-    """The same posterior with its bound averaged over other samples than those that mean and sites were fitted to."""
+    """Average the bound anew: the fit chose mean and sites by its own samples, which flatter it."""
     posterior = _posterior(context, best.settled.mean, best.prior, best.structure)
     options = {"num_pairs": context.num_pairs, "microbatch": context.microbatch}
     draws = draw(posterior, context.model.data, key=context.keys[1], **options)
@@ -277,7 +273,7 @@ def _terms(
     groups = np.zeros(size(context.model.network.params), int)
     effective = float(structure.effective_parameters(precision, groups).mean())
     deviation = mean - np.asarray(prior.mean, np.float64)
-    quadratic = precision * float(deviation @ (np.asarray(prior.relative, np.float64) * deviation))
+    quadratic = precision * prior.squared_norm(deviation)
     elbo = expected - 0.5 * (quadratic - effective + forms.mean())
     # The noise of covariances that probes estimate is not in it: to first order gamma has the same, and it cancels.
     sem = context.scale * math.sqrt(sum(each.squared_error for each in averages))

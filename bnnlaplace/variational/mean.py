@@ -50,8 +50,6 @@ class MeanStep(NamedTuple):
         sum_n J_n' r_n, times the scale of the data, (P,).
     steps, products
         Newton steps and GGN products.
-    decrement
-        g' (G + P0)^-1 g at the last step: twice the gain in nats that was left before it.
     """
 
     mean: Float[np.ndarray, " P"]
@@ -60,7 +58,6 @@ class MeanStep(NamedTuple):
     gradient: Float[np.ndarray, " P"]
     steps: int
     products: int
-    decrement: float
 
 
 def settle(
@@ -119,7 +116,7 @@ def settle(
             break
         mean = mean + length * direction
         draws = [each._replace(mean=each.mean + length * by) for each, by in zip(draws, moved, strict=True)]
-    return MeanStep(mean, draws, expected, gradient, step, products, decrement)
+    return MeanStep(mean, draws, expected, gradient, step, products)
 
 
 def _hessian_product(

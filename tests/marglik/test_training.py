@@ -58,7 +58,7 @@ def by_both():
 
 @pytest.mark.exhaustive
 def test_joint_training_reaches_a_higher_evidence_than_online_updates_at_a_mode(by_both):
-    """By dense algebra. The weights of "joint" are no mode of the log joint: that is where the gain comes from."""
+    """By dense algebra. The gain of "joint" comes from weights beside the mode of the log joint."""
     joint, online = (exact_evidence(by_both[name]) for name in ("joint", "online"))
     assert joint.log_marginal_likelihood().mean > online.log_marginal_likelihood().mean + 0.5
     for la in (joint, online):
