@@ -23,6 +23,7 @@ from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
 from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare, rounding_of
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.likelihoods import sites
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.sample import Sample
 from bnnlaplace.prior import Prior
@@ -123,12 +124,15 @@ def fit_structure(
 
     "lanczos" converges at the prior precision. Cost: that of `fit` without the log likelihood.
     """
+    if name == "diag" and model.rows is not None and sites.of_sample(model.likelihood) is None:
+        diagonal_sum = model.rows.ggn_diagonal(model.likelihood, model.curvature_at(microbatch=microbatch))
+        return _in_coordinates(prior, exact_structure(name, diagonal_sum, model.scale(), rounding_of(model)))
     if name in EXACT:
         step = _curvature_of_batch(model, name, microbatch=microbatch, shared_weights=shared_weights)
         curvature, scale = model.accumulate(step)
         return _in_coordinates(prior, exact_structure(name, curvature, scale, rounding_of(model)))
     krylov = replace(krylov, target_precision=float(prior.precision))
-    return _structure_of_products(model.whitened(prior), model.scale(), krylov, microbatch=microbatch)
+    return _structure_of_products(model, prior, model.scale(), krylov, microbatch=microbatch)
 
 
 def _curvature_of_batch(
@@ -217,12 +221,13 @@ def _fit_products(model: Model, prior: Prior, options: KrylovOptions, *, microba
     log_likelihood, scale = model.log_likelihood(microbatch=microbatch)
     log_likelihood.check()
     target = LogJoint(float(log_likelihood.value)), prior.squared_distance(model.network.params)
-    structure = _structure_of_products(model.whitened(prior), scale, options, target, microbatch=microbatch)
+    structure = _structure_of_products(model, prior, scale, options, target, microbatch=microbatch)
     return Fitted(model.network, model.likelihood, prior, structure, log_likelihood)
 
 
 def _structure_of_products(
-    white: Model,
+    model: Model,
+    prior: Prior,
     scale: float,
     options: KrylovOptions,
     evidence: tuple[LogJoint, float] | None = None,
@@ -234,10 +239,12 @@ def _structure_of_products(
     `evidence` is as for `fit_krylov`. The number of examples must be known.
     """
     # Not the number of targets, in which the weights of examples are.
-    if white.data.num_examples * outputs_of_example(white) <= options.max_vectors:
-        return fit_spectral(white, scale)
-    if size(white.head.params) <= min(options.num_probes, options.max_vectors):  # one block would span all weights
-        return _eigenpairs(white, scale, microbatch=microbatch)
+    if model.data.num_examples * outputs_of_example(model) <= options.max_vectors:
+        return fit_spectral(model.whitened(prior), scale)
+    if size(model.head.params) <= min(options.num_probes, options.max_vectors):  # one block would span all weights
+        return _eigenpairs(model.whitened(prior), scale, microbatch=microbatch)
+    # Weights that are scaled first are not layers, so rows are those of the network as it is.
+    white = model.with_rows(options.max_vectors, microbatch=microbatch).whitened(prior)
     return fit_krylov(white, scale, options, evidence, microbatch=microbatch)
 
 

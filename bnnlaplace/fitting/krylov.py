@@ -10,7 +10,6 @@ from jaxtyping import Array
 from bnnlaplace import krylov
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
-from bnnlaplace.curvature import streamed
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.fitting.prepare import Model, rounding_of
 from bnnlaplace.prior import bracket, maximiser, range_above
@@ -72,14 +71,15 @@ def fit_krylov(
     the relative error of a posterior sample is below `tolerance`, and truncation moves the log-determinant by less than
     its standard error or 0.1 nat.
 
-    Cost: at most `max_vectors` GGN products, as many at a time as there are probes; each block is a pass over the data.
-    Memory: the basis, m P numbers, and 2 m P while a block is appended to it.
+    Cost: at most `max_vectors` GGN products, as many at a time as there are probes. Each block is a pass over the data,
+    or over the rows of the Jacobian that the model keeps. Memory: the basis, m P numbers, and 2 m P while a block is
+    appended to it.
     """
     dimension = size(model.head.params)
     options.check(dimension)
     shape = (min(options.num_probes, dimension), dimension)
     probes = jax.random.normal(options.key, shape, number_type(model.head.params))
-    product = streamed.primal_product(model.head, model.likelihood, model.data, scale, microbatch=microbatch)
+    product = model.ggn_product(scale, microbatch=microbatch)
     for decomposition in _decompositions(product, probes, options.max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition, options.tolerance, rounding_of(model))
         target = options.target_precision

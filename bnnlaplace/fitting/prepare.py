@@ -7,15 +7,17 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from bnnlaplace.core import checks, memory
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import kronecker
+from bnnlaplace.curvature.kept import CurvatureAt, KeptRows, keep
+from bnnlaplace.curvature.streamed import primal_product
 from bnnlaplace.evidence.log_likelihood import LogLikelihood, batch_log_likelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.model import features, subset
-from bnnlaplace.model.batched import check_microbatch
+from bnnlaplace.model.batched import check_microbatch, outputs
 from bnnlaplace.model.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.model.determinism import check_deterministic
 from bnnlaplace.model.jaxpr import derivative_rounding
@@ -42,6 +44,8 @@ class Model(NamedTuple):
         With inputs for `head`.
     num_data
         The size of the whole training set; None if `data` is all of it.
+    rows
+        The rows of the head's Jacobian at the data, if they are kept.
     """
 
     network: Network
@@ -49,17 +53,47 @@ class Model(NamedTuple):
     likelihood: Likelihood
     data: Data
     num_data: int | None = None
+    rows: KeptRows | None = None
 
     def at(self, params: PyTree) -> "Model":
         """The same model, expanded at other weights."""
-        return self._replace(network=self.network.with_params(params), head=self.head.with_params(params))
+        rows = self.rows if self.network.is_linearised else None
+        return self._replace(network=self.network.with_params(params), head=self.head.with_params(params), rows=rows)
+
+    def with_rows(self, num_products: int, *, microbatch: int) -> "Model":
+        """The same model, with the rows of its Jacobian if so many GGN products pay for them. Call it after a pass."""
+        if self.rows is not None:
+            return self
+        return self._replace(rows=keep(self.head, self.data, num_products=num_products, microbatch=microbatch))
 
     def whitened(self, prior: Prior) -> "Model":
         """The model as a function of the weights times sqrt(D), in which the prior is isotropic."""
         if prior.is_isotropic:  # weights that are scaled first are not layers: curvature would be slower for them
             return self
         factors = prior.whiten(jnp.ones_like(prior.relative))
-        return self._replace(network=self.network.scaled(factors), head=self.head.scaled(factors))
+        rows = None if self.rows is None else self.rows.scaled(factors)
+        return self._replace(network=self.network.scaled(factors), head=self.head.scaled(factors), rows=rows)
+
+    def ggn_product(self, scale: float, *, microbatch: int) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
+        """Return the function V -> V G of S rows at once. Without rows each call is a pass over the data."""
+        if self.rows is None:
+            return primal_product(self.head, self.likelihood, self.data, scale, microbatch=microbatch)
+        return self.rows.ggn_product(self.likelihood, self.curvature_at(microbatch=microbatch), scale)
+
+    def curvature_at(self, *, microbatch: int) -> list[CurvatureAt]:
+        """Where the curvature of each batch is evaluated: at its points, or at the outputs."""
+
+        def points(number: int, batch: Batch) -> Float[Array, "B ..."]:
+            if batch.points is not None:
+                return batch.points
+            if self.rows is not None and not self.head.is_linearised:
+                return self.rows.outputs[number]
+            return outputs(self.head, batch.inputs, microbatch=microbatch)
+
+        return [
+            CurvatureAt(points(number, batch), self.likelihood.weights_of(batch.targets, batch.weights))
+            for number, batch in enumerate(self.data)
+        ]
 
     def accumulate(self, step: Callable[[Batch], Total]) -> tuple[Total, float]:
         """Sum `step` over the batches in one pass; return it with (all training examples) / (examples in `data`).

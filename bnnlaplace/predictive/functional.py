@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree, Shaped
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.core.types import AnyArray, Inputs
-from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature import rows, tapped
 from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.arrays import as_arrays
@@ -21,12 +21,12 @@ from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs, p
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, output_shape
-from bnnlaplace.predictive import rows
 from bnnlaplace.predictive.reading import (
     FunctionalPosterior,
     covariance_reader,
     have_one_expansion,
     marginal_samples,
+    products,
     read_all,
     reading_of,
     sample_variance,
@@ -218,7 +218,7 @@ def jacobian_product(
     def push(directions: Float[Array, "R P"]) -> Float[Array, "R B ... C"]:
         if sizes is None or not rows.directions_pay(sizes, len(directions)):
             return pushforward(network, inputs, directions, factors=factors, microbatch=microbatch)
-        (images,) = rows.read(network, inputs, sizes, [partial(rows.products, directions, factors)])
+        (images,) = rows.read(network, inputs, sizes, [partial(products, directions, factors)])
         return images.reshape(*images.shape[:2], *output_shape(network, inputs)[1:])
 
     return push

@@ -7,20 +7,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core import checks, memory
 from bnnlaplace.core.tree import num_examples, number_type, size
 from bnnlaplace.core.types import AnyArray, Inputs
-from bnnlaplace.curvature import tapped
+from bnnlaplace.curvature import rows, tapped
 from bnnlaplace.curvature.jacobian import Jacobian, LeafJacobian, jacobian
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, output_shape
-from bnnlaplace.predictive import rows
 from bnnlaplace.predictive.functional import check_joint, derivative_bytes, functional_variances, marginal_samples
+from bnnlaplace.predictive.reading import covariance_reader
 from bnnlaplace.structure import OutputCovariance, SampleStructure
 
 # How many times J and the covariance are in memory at the peak: as they are, and what is made of them.
@@ -141,14 +141,9 @@ def covariances_within(fitted: Fitted, inputs: Inputs, *, microbatch: int) -> Fl
         (B, ...), and the largest number of inputs that are differentiated at a time.
     """
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
-    network, relative = fitted.network.unlinearised(), fitted.prior.relative
+    network = fitted.network.unlinearised()
     shape = output_shape(network, inputs)[1:]
-
-    def within(by_input: Float[Array, "m K P"]) -> Float[Array, "m U C C"]:
-        white = by_input if fitted.prior.is_isotropic else by_input / jnp.sqrt(relative).astype(by_input.dtype)
-        together = fitted.structure.joint_covariance(white, fitted.prior.precision)
-        return _within(together, len(by_input), shape[-1])
-
+    within = partial(_within_of, fitted, width=shape[-1])
     sizes = rows.row_sizes(network, inputs, microbatch)
     if sizes is not None:
         (read,) = rows.read(network, inputs, sizes, [lambda each: within(_by_input(each))[None]])
@@ -156,6 +151,44 @@ def covariances_within(fitted: Fitted, inputs: Inputs, *, microbatch: int) -> Fl
     row_bytes = number_type(network.params).itemsize * size(network.params)
     few = min(microbatch, max(1, derivative_bytes() // (math.prod(shape) * row_bytes)))
     return by_microbatch(lambda x: within(_rows(network, x, few)), inputs, few).reshape(-1, *shape, shape[-1])
+
+
+def covariances_from_rows(
+    fitted: Fitted, rows_of_data: Float[Array, "num K m P"], shape: tuple[int, ...]
+) -> Float[Array, "B ... C C"]:
+    """Compute what `covariances_within` does from rows of the Jacobian that are at hand, a microbatch at a time.
+
+    Parameters
+    ----------
+    fitted
+        The posterior of the weights, with a `SampleStructure` or a `RowStructure`.
+    rows_of_data
+        The rows at all inputs, as `curvature.kept` holds them.
+    shape
+        The shape of the outputs, (B, ..., C).
+    """
+    width, parts = shape[-1], []
+    for number in range(len(rows_of_data)):
+        groups = _part(rows_of_data, number, width)
+        if isinstance(fitted.structure, SampleStructure):
+            parts.append(_within_of(fitted, _by_input(groups), width))
+        else:
+            parts.append(covariance_reader(fitted, [fitted.prior.precision])(groups)[0])
+    return jnp.concatenate(parts)[: shape[0]].reshape(*shape, width)
+
+
+@partial(jax.jit, static_argnums=2)
+def _part(rows_of_data: Float[Array, "num K m P"], number: Int[ArrayLike, ""], width: int) -> Float[Array, "U C m P"]:
+    part = jax.lax.dynamic_index_in_dim(rows_of_data, number, keepdims=False)
+    return part.reshape(-1, width, *part.shape[1:])
+
+
+def _within_of(fitted: Fitted, by_input: Float[Array, "m K P"], width: int) -> Float[Array, "m U C C"]:
+    """The covariances within positions, from the basis of a `SampleStructure`."""
+    root = jnp.sqrt(fitted.prior.relative).astype(by_input.dtype)
+    white = by_input if fitted.prior.is_isotropic else by_input / root
+    together = fitted.structure.joint_covariance(white, fitted.prior.precision)
+    return _within(together, len(by_input), width)
 
 
 def _by_input(rows_of_groups: Float[Array, "U C m P"]) -> Float[Array, "m K P"]:

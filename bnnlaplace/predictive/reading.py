@@ -12,12 +12,12 @@ from jaxtyping import Array, Float
 from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.roots import symmetric_root
 from bnnlaplace.core.types import Inputs
+from bnnlaplace.curvature import rows
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.network import Network
-from bnnlaplace.predictive import rows
 from bnnlaplace.structure import RowStructure, SampleStructure
-from bnnlaplace.structure.protocol import PriorPrecisions
+from bnnlaplace.structure.protocol import PriorPrecisions, RowCovariance
 
 
 class FunctionalPosterior(NamedTuple):
@@ -64,7 +64,7 @@ def reading_of(
             for deviations in combined(images.reshape(len(images), *mean.shape)):
                 yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
 
-        return Reading(fitted.network, partial(rows.products, directions, whitening(fitted)), of_samples)
+        return Reading(fitted.network, partial(products, directions, whitening(fitted)), of_samples)
     if not isinstance(structure, RowStructure):
         return None
 
@@ -118,7 +118,23 @@ def covariance_reader(fitted: Fitted, precisions: PriorPrecisions) -> rows.Reade
     """
     count = len(precisions)
     padded = [precisions[min(number, count - 1)] for number in range(_rounded_up(count))]
-    return partial(rows.covariances, fitted.structure.row_covariance(padded, fitted.prior.relative))
+    return partial(covariances, fitted.structure.row_covariance(padded, fitted.prior.relative))
+
+
+@jax.jit
+def covariances(covariance: RowCovariance, rows: Float[Array, "U C m P"]) -> Float[Array, "D m U C C"]:
+    """Compute the covariances of the outputs at each precision of `covariance`; a `Reader` of its second argument."""
+    return covariance(rows)
+
+
+@jax.jit
+def products(
+    directions: Float[Array, "R P"], factors: Float[Array, " P"] | None, rows: Float[Array, "U C m P"]
+) -> Float[Array, "R m U C"]:
+    """Differentiate along directions times `factors`, as `pushforward` does; a `Reader` of its last argument."""
+    rows = rows if factors is None else rows * factors
+    flat = einsum("kp,rp->kr", rows.reshape(-1, rows.shape[-1]), directions)
+    return jnp.transpose(flat.reshape(*rows.shape[:-1], -1), (3, 2, 0, 1))
 
 
 def _rounded_up(count: int) -> int:

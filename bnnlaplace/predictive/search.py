@@ -6,8 +6,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from bnnlaplace.core.types import AnyArray, Inputs
+from bnnlaplace.curvature import rows
 from bnnlaplace.fitted import Fitted
-from bnnlaplace.predictive import rows
 from bnnlaplace.predictive.link import LinkApproximation
 from bnnlaplace.predictive.validation import ValidationCurve, validation_curves
 from bnnlaplace.structure import SampleStructure

@@ -22,14 +22,16 @@ from jaxtyping import Array, Float
 
 from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.roots import symmetric_root
+from bnnlaplace.core.tree import ravel
 from bnnlaplace.core.types import AnyArray
+from bnnlaplace.curvature.kept import KeptRows
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive.functional import functional_variances, jacobian_product
-from bnnlaplace.predictive.joint import covariances_within
-from bnnlaplace.structure import SampleStructure
+from bnnlaplace.predictive.joint import covariances_from_rows, covariances_within
+from bnnlaplace.structure import RowStructure, SampleStructure
 
 # How many outputs an example has at most for covariances that are exact, and how many samples estimate others.
 MOST_OUTPUTS = 64
@@ -58,14 +60,20 @@ class Draws(NamedTuple):
         return jnp.concatenate([self.mean + self.deviations, self.mean - self.deviations])
 
 
-def draw(fitted: Fitted, data: Data, *, key: Array, num_pairs: int, microbatch: int) -> Iterator[Draws]:
+def draw(
+    fitted: Fitted, data: Data, *, key: Array, num_pairs: int, microbatch: int, kept: KeptRows | None = None
+) -> Iterator[Draws]:
     """Yield the outputs of each batch. The same key gives the same noise, whatever the posterior.
+
+    `kept` are the rows of the Jacobian at the data, if there are any.
 
     Cost: the Jacobian of each example, or a forward-mode derivative for each sample of the weights.
     """
+    means = None if kept is None else kept.linearised_outputs(ravel(fitted.network.params))
     for number, batch in enumerate(data):
-        mean = outputs(fitted.network, batch.inputs, microbatch=microbatch)
-        roots = _roots(fitted, batch, key, microbatch=microbatch)
+        mean = outputs(fitted.network, batch.inputs, microbatch=microbatch) if means is None else means[number]
+        rows = None if kept is None else kept.batches[number]
+        roots = _roots(fitted, batch, key, rows, microbatch=microbatch)
         points = jnp.asarray(sobol_points(num_pairs, roots.shape[-1]), roots.dtype)
         yield Draws(
             mean,
@@ -82,13 +90,17 @@ def without_spread(fitted: Fitted, data: Data, *, microbatch: int) -> Iterator[D
         yield Draws(mean, jnp.zeros((1, *mean.shape), mean.dtype), jnp.asarray(batch.targets), batch.weights)
 
 
-def _roots(fitted: Fitted, batch: Batch, key: Array, *, microbatch: int) -> Float[Array, "B ... C K"]:
+def _roots(
+    fitted: Fitted, batch: Batch, key: Array, rows: Float[Array, "num R m P"] | None, *, microbatch: int
+) -> Float[Array, "B ... C K"]:
     """Return R with R R' = J (G + P0)^-1 J' at each example and position, or an estimate of that."""
     structure, precision = fitted.structure, fitted.prior.precision
     if math.prod(output_shape(fitted.network, batch.inputs)[1:]) > MOST_OUTPUTS:
         count = structure.num_probes if isinstance(structure, SampleStructure) else MOST_OUTPUTS
         push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
         return jnp.moveaxis(push(structure.samples(key, count, precision)), 0, -1) / np.sqrt(count)
+    if rows is not None and isinstance(structure, (SampleStructure, RowStructure)):
+        return symmetric_root(covariances_from_rows(fitted, rows, output_shape(fitted.network, batch.inputs)))
     if isinstance(structure, SampleStructure):
         return symmetric_root(covariances_within(fitted, batch.inputs, microbatch=microbatch))
     return symmetric_root(next(functional_variances(fitted, batch.inputs, [precision], microbatch=microbatch)))

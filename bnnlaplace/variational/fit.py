@@ -141,6 +141,8 @@ def _context(
     _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples).check()
     for _ in model.data:
         pass
+    # Each iteration differentiates all outputs, so rows pay from the second one on.
+    model = model.with_rows(options.max_iterations * math.prod(shape), microbatch=microbatch)
     chosen = options.prior_structure
     grouping = None if chosen is None else Grouping.of(chosen, model.network.params, settings.prior_groups)
     sizes = {"num_pairs": num_pairs, "by_samples": by_samples, "scale": model.scale()}

@@ -1,6 +1,7 @@
 """The iteration of the variational fit: draw the outputs, settle the mean, average the curvature, fit its structure."""
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,7 @@ from bnnlaplace.prior import Prior, range_above
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
 from bnnlaplace.variational import prior_step
-from bnnlaplace.variational.draws import draw, without_spread
+from bnnlaplace.variational.draws import Draws, draw, without_spread
 from bnnlaplace.variational.expectations import Expectations, expectations
 from bnnlaplace.variational.mean import MeanStep, settle, with_mean
 from bnnlaplace.variational.options import Progress, Variational
@@ -222,7 +223,7 @@ def _settled(
     """Draw the outputs, find the best mean for the structure, and compute the bound and the sites there."""
     model, options = context.model, context.options
     posterior = _posterior(context, mean, prior, structure)
-    draws = draw(posterior, model.data, key=context.keys[0], num_pairs=context.num_pairs, microbatch=context.microbatch)
+    draws = _draws(context, posterior, context.keys[0])
     settled = settle(
         model,
         prior,
@@ -250,11 +251,16 @@ def _posterior(context: Context, mean: Float[np.ndarray, " P"], prior: Prior, st
     return Fitted(there.head, there.likelihood, prior, structure, None)
 
 
+def _draws(context: Context, posterior: Fitted, key: Array) -> Iterator[Draws]:
+    model = context.model
+    options = {"num_pairs": context.num_pairs, "microbatch": context.microbatch, "kept": model.rows}
+    return draw(posterior, model.data, key=key, **options)
+
+
 def _with_fresh_samples(context: Context, best: Iterate) -> Iterate:
     """Average the bound anew: the fit chose mean and sites by its own samples, which flatter it."""
     posterior = _posterior(context, best.settled.mean, best.prior, best.structure)
-    options = {"num_pairs": context.num_pairs, "microbatch": context.microbatch}
-    draws = draw(posterior, context.model.data, key=context.keys[1], **options)
+    draws = _draws(context, posterior, context.keys[1])
     averages = [expectations(context.model.likelihood, each) for each in draws]
     return best._replace(terms=_terms(context, averages, best.settled.mean, best.prior, best.structure))
 

@@ -21,7 +21,6 @@ from jaxtyping import Array, Float
 from bnnlaplace.core.summation import accumulated
 from bnnlaplace.core.tree import number_type, ravel, unraveler
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.curvature.streamed import primal_product
 from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.model.batched import pushforward
 from bnnlaplace.model.network import Network
@@ -92,7 +91,7 @@ def settle(
     Notes
     -----
     Cost for each Newton step: a gradient, a forward-mode derivative, and the products of conjugate gradients, each one
-    pass over the data.
+    pass over the data, or over the rows of the Jacobian that the model keeps.
     """
     relative = np.asarray(prior.relative, np.float64)
     precision = np.asarray(float(prior.precision) * relative)
@@ -124,7 +123,7 @@ def _hessian_product(
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Return v -> (sum_n J_n' W_n J_n + P0) v."""
     there = at_sites(model, sites_of(model.likelihood, draws))
-    ggn_product = primal_product(there.head, there.likelihood, there.data, scale, microbatch=microbatch)
+    ggn_product = there.ggn_product(scale, microbatch=microbatch)
     dtype = number_type(model.head.params)
     return lambda v: np.asarray(ggn_product(jnp.asarray(v, dtype)[None])[0], np.float64) + precision * v
 
@@ -181,6 +180,8 @@ def _pulled(
     model: Model, draws: Sequence[Draws], expected: Sequence[Expectations], scale: float, *, microbatch: int
 ) -> Float[np.ndarray, " P"]:
     """Compute scale * sum_n J_n' r_n."""
+    if model.rows is not None:
+        return scale * np.asarray(model.rows.pulled([each.residuals for each in expected]), np.float64)
     network = model.head.unlinearised()
     terms = (
         _pullback(network, batch.inputs, of_batch.residuals, microbatch=microbatch)
@@ -206,6 +207,8 @@ def _pushed(model: Model, direction: Float[np.ndarray, " P"], *, microbatch: int
     """Compute J_n d for the examples of each batch."""
     network = model.head.unlinearised()
     row = jnp.asarray(direction, number_type(network.params))[None]
+    if model.rows is not None:
+        return [images[0] for images in model.rows.pushed(row)]
     options = {"microbatch": microbatch, "vectors_at_once": 1}
     return [pushforward(network, batch.inputs, row, **options)[0] for batch in model.data]
 

@@ -7,10 +7,9 @@ from cases import random_problem
 
 import bnnlaplace
 from bnnlaplace import evidence
-from bnnlaplace.curvature import dense, diagonal, ggn
+from bnnlaplace.curvature import dense, diagonal, ggn, rows
 from bnnlaplace.curvature.linearisation import linearise
 from bnnlaplace.predictive import functional as posterior
-from bnnlaplace.predictive import rows
 
 COUNT, POSITIONS = 5, (2, 3)
 FLAT = COUNT * 6

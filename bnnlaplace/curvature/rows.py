@@ -27,7 +27,6 @@ from bnnlaplace.curvature.layers import find
 from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, Shapes, output_shape
-from bnnlaplace.structure.protocol import RowCovariance
 
 # Bytes of rows in memory.
 ROW_BYTES = 2**29
@@ -100,14 +99,14 @@ def read(network: Network, inputs: Inputs, sizes: RowSizes, readers: Sequence[Re
     """
     total = num_examples(inputs)
     if total == 0:
-        one = jax.eval_shape(partial(_rows, network, sizes), Shapes.of_example(inputs).batch(1))
+        one = jax.eval_shape(partial(rows_of, network, sizes), Shapes.of_example(inputs).batch(1))
         abstract = [jax.eval_shape(reader, one) for reader in readers]
         return [jnp.zeros((result.shape[0], 0, *result.shape[2:]), result.dtype) for result in abstract]
     count = min(sizes.inputs, total)
     results = [[] for _ in readers]
     for start in range(0, total, count):
         index = np.minimum(np.arange(start, start + count), total - 1)
-        rows = _rows(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
+        rows = rows_of(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
         for parts, reader in zip(results, readers, strict=True):
             parts.append(reader(rows))
         # Otherwise the rows of many batches would wait in memory for their readers.
@@ -115,24 +114,8 @@ def read(network: Network, inputs: Inputs, sizes: RowSizes, readers: Sequence[Re
     return [jnp.concatenate(parts, axis=1)[:, :total] for parts in results]
 
 
-@jax.jit
-def covariances(covariance: RowCovariance, rows: Float[Array, "U C m P"]) -> Float[Array, "D m U C C"]:
-    """Compute the covariances of the outputs at each precision of `covariance`; a `Reader` of its second argument."""
-    return covariance(rows)
-
-
-@jax.jit
-def products(
-    directions: Float[Array, "R P"], factors: Float[Array, " P"] | None, rows: Float[Array, "U C m P"]
-) -> Float[Array, "R m U C"]:
-    """Differentiate along directions times `factors`, as `pushforward` does; a `Reader` of its last argument."""
-    rows = rows if factors is None else rows * factors
-    flat = einsum("kp,rp->kr", rows.reshape(-1, rows.shape[-1]), directions)
-    return jnp.transpose(flat.reshape(*rows.shape[:-1], -1), (3, 2, 0, 1))
-
-
 @partial(jax.jit, static_argnums=1)
-def _rows(network: Network, sizes: RowSizes, x: PyTree[Shaped[AnyArray, "m ..."]]) -> Float[Array, "U C m P"]:
+def rows_of(network: Network, sizes: RowSizes, x: PyTree[Shaped[AnyArray, "m ..."]]) -> Float[Array, "U C m P"]:
     """Differentiate all outputs of m inputs in all weights, in the order of the flat vector of weights."""
     passed = tapped.forward(network, network.params, x)
     layers = passed.weights.layers

@@ -1,0 +1,242 @@
+"""The Jacobian of all training examples, kept in memory: a product with the GGN is then a product of matrices.
+
+A convolution uses its weights at many positions, and a derivative along one direction computes all of them. A row of
+the Jacobian is a sum over positions. So with rows in memory a product costs far less than one by derivatives, and rows
+cost one backward pass for each output. They serve every later product at the same weights: those of a block recurrence,
+of conjugate gradients, and of all iterations of a variational fit. They are kept only if they fit; see `keep`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Real
+
+from bnnlaplace.core import memory
+from bnnlaplace.core.linalg import einsum
+from bnnlaplace.core.summation import accumulated
+from bnnlaplace.core.tree import num_examples, number_type, ravel, size
+from bnnlaplace.core.types import Inputs
+from bnnlaplace.curvature import microbatch as mb
+from bnnlaplace.curvature.rows import FORWARD_DERIVATIVES, RowSizes, row_sizes, rows_of
+from bnnlaplace.model.batched import outputs
+from bnnlaplace.model.data import Data
+from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.network import Network
+from bnnlaplace.model.spec import output_shape
+
+# The part of the free memory that rows may take.
+SHARE_OF_MEMORY = 1 / 4
+# Vectors whose outputs go through the likelihood together.
+VECTORS_AT_ONCE = 8
+
+
+class CurvatureAt(NamedTuple):
+    """What the curvature of one batch depends on beside the derivatives.
+
+    Attributes
+    ----------
+    points
+        Where the curvature of the likelihood is evaluated: the outputs (B, ..., C), or points of its own.
+    weights
+        How many times each example counts, or each position of its outputs; zero for padding.
+    """
+
+    points: Float[Array, "B ..."]
+    weights: Float[Array, "B ..."]
+
+
+class KeptRows(NamedTuple):
+    """The rows of the Jacobian at all training examples.
+
+    Attributes
+    ----------
+    batches
+        The derivatives of all K outputs for each batch, in microbatches of m examples: (num, K, m, P). The last
+        examples may be padding.
+    shape
+        The shape of the outputs of a batch, (B, ..., C).
+    centre
+        The weights at which the network is differentiated, as a vector.
+    outputs
+        The outputs of each batch there.
+    factors
+        Numbers that the columns are to be multiplied by, (P,); None for ones. They are not applied to the rows.
+    """
+
+    batches: tuple[Float[Array, "num K m P"], ...]
+    shape: tuple[int, ...]
+    centre: Float[Array, " P"]
+    outputs: tuple[Float[Array, "B ... C"], ...]
+    factors: Float[Array, " P"] | None = None
+
+    def scaled(self, factors: Float[Array, " P"]) -> "KeptRows":
+        """The rows of the same network as a function of weights that are multiplied by `factors` first."""
+        return self._replace(factors=factors if self.factors is None else factors * self.factors)
+
+    def linearised_outputs(self, params: Float[Array, " P"]) -> list[Float[Array, "B ... C"]]:
+        """Compute f(x) + J (theta - centre) of each batch, for weights that are not multiplied by factors."""
+        if self.factors is not None:
+            raise ValueError("linearised outputs are those of the weights as they are; got rows with factors")
+        moved = self.pushed((params - self.centre)[None])
+        return [at + by[0] for at, by in zip(self.outputs, moved, strict=True)]
+
+    def pushed(self, vectors: Float[Array, "S P"]) -> list[Float[Array, "S B ... C"]]:
+        """Compute J v for rows v, at the examples of each batch."""
+        vectors = self._times_factors(vectors)
+        return [_pushed(rows, vectors, self.shape) for rows in self.batches]
+
+    def pulled(self, cotangents: Sequence[Float[Array, "B ... C"]]) -> Float[Array, " P"]:
+        """Compute the sum of J' u over all examples."""
+        pairs = zip(self.batches, cotangents, strict=True)
+        return self._times_factors(accumulated(_pulled(rows, u[None])[0] for rows, u in pairs))
+
+    def ggn_product(
+        self, likelihood: Likelihood, at: Sequence[CurvatureAt], scale: Real[ArrayLike, ""]
+    ) -> Callable[[Float[Array, "S P"]], Float[Array, "S P"]]:
+        """Return the function V -> V G of S rows at once, as `streamed.primal_product` does.
+
+        Parameters
+        ----------
+        likelihood
+            The likelihood with its curvature.
+        at
+            Where that is evaluated, for each batch.
+        scale
+            (all training examples) / (examples in the data).
+        """
+
+        def product(vectors: Float[Array, "S P"]) -> Float[Array, "S P"]:
+            vectors, pairs = self._times_factors(vectors), zip(self.batches, at, strict=True)
+            terms = (_product(likelihood, rows, of_batch, vectors, self.shape) for rows, of_batch in pairs)
+            return self._times_factors(scale * accumulated(terms))
+
+        return product
+
+    def ggn_diagonal(self, likelihood: Likelihood, at: Sequence[CurvatureAt]) -> Float[Array, " P"]:
+        """Compute the diagonal of G, as `diagonal.ggn_diagonal` does, summed over the batches."""
+        pairs = zip(self.batches, at, strict=True)
+        total = accumulated(_diagonal(likelihood, rows, of_batch, self.shape) for rows, of_batch in pairs)
+        return self._times_factors(self._times_factors(total))
+
+    def _times_factors(self, vectors: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        return vectors if self.factors is None else vectors * self.factors
+
+
+def keep(network: Network, data: Data, *, num_products: int, microbatch: int) -> KeptRows | None:
+    """Form the rows of a network, and keep them, if `num_products` products take longer without them.
+
+    None if they would not pay, or take more than a part of the free memory. Cost: a pass over the data with a backward
+    pass for each output. Each shape of a batch is compiled once.
+
+    Parameters
+    ----------
+    network
+        The network, linearised or not.
+    data
+        The data. Their number must be known, as it is after a pass.
+    num_products
+        How many products with the GGN are expected, counted one by one.
+    microbatch
+        The largest number of inputs that are differentiated at a time.
+    """
+    expansion = network.unlinearised()
+    dtype = number_type(expansion.params)
+    sizes = row_sizes(expansion, data.first, microbatch)
+    if sizes is None or jnp.finfo(dtype).bits < 32 or not _pay(sizes, num_products):
+        return None
+    free, needed = memory.free_bytes(), data.num_examples * sizes.outputs * size(expansion.params) * dtype.itemsize
+    if free is None or needed > SHARE_OF_MEMORY * free:
+        return None
+    batches, at = [], []
+    for batch in data:
+        batches.append(_kept(expansion, sizes, batch.inputs))
+        at.append(outputs(expansion, batch.inputs, microbatch=microbatch))
+    return KeptRows(tuple(batches), output_shape(expansion, data.first), ravel(expansion.params), tuple(at))
+
+
+def _pay(sizes: RowSizes, num_products: int) -> bool:
+    """Whether rows cost less than products, which take a forward and a backward pass for each vector."""
+    return (1 + FORWARD_DERIVATIVES) * num_products > FORWARD_DERIVATIVES * sizes.outputs
+
+
+def _kept(network: Network, sizes: RowSizes, inputs: Inputs) -> Float[Array, "num K m P"]:
+    """Differentiate all outputs of a batch, a microbatch at a time, by the program that predictions use, too."""
+    total = num_examples(inputs)
+    count = min(sizes.inputs, total)
+    starts = range(0, total, count)
+    buffer = None
+    for number, start in enumerate(starts):
+        index = np.minimum(np.arange(start, start + count), total - 1)
+        rows = rows_of(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
+        if buffer is None:
+            buffer = jnp.zeros((len(starts), sizes.outputs, *rows.shape[2:]), rows.dtype)
+        buffer = _with_part(buffer, rows, number)
+    return buffer
+
+
+@partial(jax.jit, donate_argnums=0)  # written in place: there is never a second copy of all rows
+def _with_part(
+    buffer: Float[Array, "num K m P"], rows: Float[Array, "U C m P"], number: Int[ArrayLike, ""]
+) -> Float[Array, "num K m P"]:
+    return jax.lax.dynamic_update_index_in_dim(buffer, rows.reshape(buffer.shape[1:]), number, 0)
+
+
+@partial(jax.jit, static_argnums=2)
+def _pushed(
+    rows: Float[Array, "num K m P"], vectors: Float[Array, "S P"], shape: tuple[int, ...]
+) -> Float[Array, "S B ... C"]:
+    num, num_outputs, count, _ = rows.shape
+    flat = einsum("rp,sp->rs", rows.reshape(-1, rows.shape[-1]), vectors)
+    by_example = flat.reshape(num, num_outputs, count, -1).transpose(3, 0, 2, 1)
+    return by_example.reshape(len(vectors), num * count, *shape[1:])[:, : shape[0]]
+
+
+@jax.jit
+def _pulled(rows: Float[Array, "num K m P"], cotangents: Float[Array, "S B ... C"]) -> Float[Array, "S P"]:
+    num, num_outputs, count, _ = rows.shape
+    flat = cotangents.reshape(*cotangents.shape[:2], num_outputs)
+    padded = jnp.pad(flat, [(0, 0), (0, num * count - flat.shape[1]), (0, 0)])
+    by_row = padded.reshape(-1, num, count, num_outputs).transpose(0, 1, 3, 2).reshape(len(cotangents), -1)
+    return einsum("sr,rp->sp", by_row, rows.reshape(-1, rows.shape[-1]))
+
+
+@partial(jax.jit, static_argnums=4)
+def _product(
+    likelihood: Likelihood,
+    rows: Float[Array, "num K m P"],
+    at: CurvatureAt,
+    vectors: Float[Array, "S P"],
+    shape: tuple[int, ...],
+) -> Float[Array, "S P"]:
+    """Sum J_n' w_n Lambda_n J_n v over the examples of a batch, for rows v."""
+
+    def curved(tangent: Float[Array, "B ... C"]) -> Float[Array, "B ... C"]:
+        return mb.over_outputs(at.weights, tangent) * likelihood.hessian_mv(at.points, tangent)
+
+    pushed = _pushed(rows, vectors, shape)
+    return _pulled(rows, jax.lax.map(curved, pushed, batch_size=min(VECTORS_AT_ONCE, len(vectors))))
+
+
+@partial(jax.jit, static_argnums=3)
+def _diagonal(
+    likelihood: Likelihood, rows: Float[Array, "num K m P"], at: CurvatureAt, shape: tuple[int, ...]
+) -> Float[Array, " P"]:
+    """Sum the squares of B' J over the examples of a batch and the columns of the factor B, a microbatch at a time."""
+    num, _, count, _ = rows.shape
+    # Padding repeats an example, as zeros may not be a point of the likelihood, and has weight zero.
+    index = jnp.minimum(jnp.arange(num * count), shape[0] - 1)
+    weights = at.weights[index].at[shape[0] :].set(0)
+    parts = rows, *(each.reshape(num, count, *each.shape[1:]) for each in (index, weights))
+
+    def of_part(part: tuple[Array, Array, Array]) -> Float[Array, " P"]:
+        rows, index, weights = part
+        derivatives = rows.swapaxes(0, 1).reshape(count, *shape[1:], rows.shape[-1])
+        factors = jax.vmap(partial(likelihood.factor_transpose_mv, at.points[index]), -1, -1)(derivatives)
+        weighted = mb.over_outputs(weights, factors) * factors**2
+        return weighted.sum(axis=tuple(range(weighted.ndim - 1)))
+
+    return mb.summed(of_part, parts)
