@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from bnnlaplace.plots.style import FONT, GREY, LINE_STYLES, PALETTE, finish, log_axis, new_figure, number
+from bnnlaplace.plots.style import FONT, GREY, LINE_STYLES, NARROW, PALETTE, finish, log_axis, new_figure, number
 
 # The colour of values that have not converged, and the residual norm up to which a Ritz value counts as converged,
 # relative to the value: an eigenvalue is that near.
@@ -58,7 +58,7 @@ def spectrum(
             f"ritz_values must hold a positive value; got {len(values)} values, none of them positive; check the fit"
         )
     values, has_converged = values[order], norms[order] <= CONVERGED * values[order]
-    figure = new_figure(6.6, 3.4)
+    figure = new_figure(NARROW, 3.6)
     panel = figure.subplots()
     ranks, count, total = np.arange(1, len(values) + 1), has_converged.sum(), len(values)
     name = (
@@ -77,5 +77,5 @@ def spectrum(
         panel.axhline(precision, color=colour, ls=style, lw=1.5, label=f"{name}: {number(precision)}")
     finish(panel, "eigenvalue (1 / variance of a weight)", "rank")
     log_axis(panel)
-    figure.legend(loc="outside upper left", fontsize=FONT, frameon=False, ncols=2)
+    figure.legend(loc="outside upper left", fontsize=FONT, frameon=False)
     return figure

@@ -8,14 +8,16 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from bnnlaplace.plots.style import FONT, Look, finish, log_axis, looks_of, new_figure, number, tick
+from bnnlaplace.plots.style import FONT, GREY, NARROW, Look, finish, log_axis, looks_of, new_figure, number, tick
 
 # The log evidence is drawn down to this multiple of the lowest peak among the structures. Further down lie prior
 # precisions that nobody considers. Their evidence is thousands of times larger in size and would flatten the peaks.
 _EVIDENCE_RANGE = 20.0
-_LEAST_ECE = 1e-3  # a smaller ECE is drawn at this height, since it can be 0 and the axis is logarithmic
+# The marks of the two choices of the precision.
+_DOT = {"marker": "o", "ms": 6, "ls": "none"}
+_DIAMOND = {"marker": "D", "ms": 5.5, "mfc": "white", "mew": 1.5, "ls": "none"}
 
 
 class PrecisionCurve(NamedTuple):
@@ -55,23 +57,23 @@ class PrecisionCurve(NamedTuple):
 
 
 def evidence_curve(curves: Mapping[str, PrecisionCurve], looks: Mapping[str, Look] | None = None) -> Figure:
-    """Draw log evidence, validation NLL and validation ECE against prior precision.
+    """Draw log evidence and validation NLL against prior precision.
 
-    The band around the evidence is 2 standard errors, and upwards also the truncation. NLL and ECE are thin and faint
-    at prior precisions whose samples have not converged.
+    The band around the evidence is 2 standard errors, and upwards also the truncation. The NLL is thin and faint at
+    prior precisions whose samples have not converged.
 
     Parameters
     ----------
     curves
-        By name of the curvature structure, in the order of the legend.
+        By name of the posterior, in the order of the legend. Of a variational one, the lower bound is its evidence.
     looks
-        Colour and line style of each structure; by default by their order. See `bnnlaplace.plots.looks`.
+        Colour and line style of each posterior; by default by their order. See `bnnlaplace.plots.looks`.
 
     Returns
     -------
     Figure
-        Three panels over one logarithmic axis. Vertical lines through all of them mark the optimum of the evidence
-        (solid, its error band shaded) and that of the validation NLL (dotted).
+        Two panels over one logarithmic axis. Dots mark the precision that the evidence prefers, with its error band in
+        the upper panel, and in the lower one what that choice costs in NLL. Diamonds mark the lowest NLL.
 
     Raises
     ------
@@ -80,58 +82,58 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve], looks: Mapping[str, Loo
     """
     if not curves:
         raise ValueError("curves must hold at least one structure; got none; pass {'diagonal': PrecisionCurve(...)}")
-    figure = new_figure(6.6, 7.4)
-    evidence, nll, ece = axes = list(figure.subplots(3, 1, sharex=True, height_ratios=(1.25, 1, 1)))
-    legend_columns = [_draw_structure(axes, name, curves[name], look) for name, look in looks_of(curves, looks).items()]
-    _legend(figure, legend_columns)
+    figure = new_figure(NARROW, 4.9 + 0.18 * len(curves))
+    evidence, nll = axes = list(figure.subplots(2, 1, sharex=True, height_ratios=(1.2, 1)))
+    handles = [_draw_posterior(axes, name, curves[name], look) for name, look in looks_of(curves, looks).items()]
+    figure.legend(handles=handles + _keys(curves), loc="outside upper left", fontsize=FONT, frameon=False)
     finish(evidence, "log evidence (nats)")
     _evidence_axis(evidence, list(curves.values()))
-    finish(nll, "validation NLL\n(nats per image)")
+    finish(nll, "validation NLL\n(nats per image)", "prior precision (1 / variance of a weight)")
     log_axis(nll)
-    finish(ece, "validation ECE", "prior precision (1 / variance of a weight)")
-    log_axis(ece)
-    ece.set_xscale("log")
-    ece.xaxis.set_major_formatter(FuncFormatter(tick))
-    ece.set_xlim(
+    nll.set_xscale("log")
+    nll.xaxis.set_major_locator(LogLocator(numticks=9))
+    nll.xaxis.set_major_formatter(FuncFormatter(tick))
+    nll.set_xlim(
         min(curve.precision[0] for curve in curves.values()), max(curve.precision[-1] for curve in curves.values())
     )
     figure.align_ylabels(axes)
     return figure
 
 
-def _draw_structure(axes: Sequence[Axes], name: str, curve: PrecisionCurve, look: Look) -> list[Line2D]:
-    """Draw one structure into the three panels, and return its entries of the legend."""
+def _draw_posterior(axes: Sequence[Axes], name: str, curve: PrecisionCurve, look: Look) -> Line2D:
+    """Draw one posterior into both panels, and return its entry of the legend."""
     colour, style = look
-    evidence, nll, ece = axes
+    evidence, nll = axes
     band = 2 * np.asarray(curve.log_evidence_sem)
     upper = curve.log_evidence + band + np.asarray(curve.log_evidence_truncation)
     evidence.fill_between(curve.precision, curve.log_evidence - band, upper, color=colour, alpha=0.25, lw=0)
     bold = {"color": colour, "linestyle": style, "lw": 1.8}
     faint = {"color": colour, "linestyle": ":", "lw": 1.0, "alpha": 0.6}
-    everywhere = np.ones(len(curve.precision), bool)
-    converged = np.asarray(curve.converged, bool)
-    _line(evidence, curve.precision, curve.log_evidence, everywhere, bold, faint)
+    _line(evidence, curve.precision, curve.log_evidence, np.ones(len(curve.precision), bool), bold, faint)
     # A search leaves out precisions, whose scores are NaN. The line connects the others.
     known = ~np.isnan(curve.validation_nll)
-    precision, validation_nll, validation_ece = (
-        np.asarray(values)[known] for values in (curve.precision, curve.validation_nll, curve.validation_ece)
-    )
-    _line(nll, precision, validation_nll, converged[known], bold, faint)
-    _line(ece, precision, np.maximum(validation_ece, _LEAST_ECE), converged[known], bold, faint)
-    for panel in axes:
-        panel.axvspan(curve.evidence_optimum_low, curve.evidence_optimum_high, color=colour, alpha=0.15, lw=0)
-        panel.axvline(curve.evidence_optimum, color=colour, lw=0.9, alpha=0.8)
-        panel.axvline(curve.nll_optimum, color=colour, lw=1.2, ls=(0, (1, 2)))
-    at_evidence = {"marker": "o", "ms": 6, "color": colour, "ls": "none"}
-    at_nll = {"marker": "D", "ms": 5.5, "color": colour, "mfc": "white", "mew": 1.5, "ls": "none"}
-    _mark(evidence, curve.precision, curve.log_evidence, curve.evidence_optimum, at_evidence)
-    _mark(nll, precision, validation_nll, curve.nll_optimum, at_nll)
-    return [
-        Line2D([], [], label=name, **bold),
-        Line2D([], [], label=f"best evidence: {_evidence_optimum(curve)}", **at_evidence),
-        Line2D([], [], label=f"best validation NLL: {_nll_optimum(curve)}", **at_nll),
-        *([] if converged.all() else [Line2D([], [], label="samples not converged", **faint)]),
+    precision, validation_nll = np.asarray(curve.precision)[known], np.asarray(curve.validation_nll)[known]
+    _line(nll, precision, validation_nll, np.asarray(curve.converged, bool)[known], bold, faint)
+    height = _mark(evidence, curve.precision, curve.log_evidence, curve.evidence_optimum, _DOT | {"color": colour})
+    evidence.plot(
+        [curve.evidence_optimum_low, curve.evidence_optimum_high], [height] * 2, color=colour, lw=5, alpha=0.35,
+        solid_capstyle="butt",
+    )  # fmt: skip
+    _mark(nll, precision, validation_nll, curve.evidence_optimum, _DOT | {"color": colour})
+    _mark(nll, precision, validation_nll, curve.nll_optimum, _DIAMOND | {"color": colour})
+    optima = f"evidence {_evidence_optimum(curve)}, NLL {_nll_optimum(curve)}"
+    return Line2D([], [], label=f"{name}: {optima}", **bold)
+
+
+def _keys(curves: Mapping[str, PrecisionCurve]) -> list[Line2D]:
+    """Entries of the legend for what all posteriors share."""
+    marks = [
+        Line2D([], [], color=GREY, label="precision that the evidence prefers", **_DOT),
+        Line2D([], [], color=GREY, label="precision of the lowest validation NLL", **_DIAMOND),
     ]
+    if all(np.all(curve.converged) for curve in curves.values()):
+        return marks
+    return [*marks, Line2D([], [], color=GREY, ls=":", lw=1.0, label="samples not converged")]
 
 
 def _evidence_optimum(curve: PrecisionCurve) -> str:
@@ -145,14 +147,6 @@ def _evidence_optimum(curve: PrecisionCurve) -> str:
 def _nll_optimum(curve: PrecisionCurve) -> str:
     """Write the optimum for the legend, with the remark that it is at an end of its search if it is."""
     return number(curve.nll_optimum) + (" (at end)" if curve.nll_at_bound else "")
-
-
-def _legend(figure: Figure, columns: Sequence[list[Line2D]]) -> None:
-    """Put a legend above the panels, with one column for each structure; blanks make the columns equally long."""
-    rows = max(map(len, columns))
-    blank = Line2D([], [], ls="none", label=" ")
-    handles = [handle for column in columns for handle in (*column, *[blank] * (rows - len(column)))]
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(columns), fontsize=FONT, frameon=False)
 
 
 def _line(
@@ -179,10 +173,11 @@ def _mark(
     values: Float[np.ndarray, " G"],
     optimum: float,
     style: Mapping[str, Any],
-) -> None:
-    """Draw a marker on the curve. Between two grid points it sits on the line that connects them."""
-    height = np.interp(np.log(optimum), np.log(precision), values)
+) -> float:
+    """Draw a marker on the curve, and return its height. Between two grid points it sits on the line between them."""
+    height = float(np.interp(np.log(optimum), np.log(precision), values))
     panel.plot([optimum], [height], zorder=5, clip_on=False, **style)
+    return height
 
 
 def _evidence_axis(panel: Axes, curves: Sequence[PrecisionCurve]) -> None:

@@ -4,17 +4,22 @@ from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
 from bnnlaplace.calibration.metrics import ReliabilityBins
-from bnnlaplace.plots.style import FONT, GREEN, GREY, VERMILLION, finish, new_figure, tick
+from bnnlaplace.plots.style import FONT, GREY, Look, finish, looks_of, new_figure, tick
 
-_REACHED = "#A6C8E0"  # a tint of the blue, for the bars that carry the two colours of a gap on top
+# The hatching of a gap, by whether the confidence is above or below the accuracy.
+_OVER, _UNDER = "/////", "....."
 
 
-def reliability_diagram(methods: Mapping[str, ReliabilityBins], columns: int = 3) -> Figure:
+def reliability_diagram(
+    methods: Mapping[str, ReliabilityBins], columns: int = 2, looks: Mapping[str, Look] | None = None
+) -> Figure:
     """Draw one reliability diagram for each method, with a histogram of the confidences below it.
 
     Parameters
@@ -23,37 +28,40 @@ def reliability_diagram(methods: Mapping[str, ReliabilityBins], columns: int = 3
         The bins of each method by its name; see `bnnlaplace.calibration.reliability_bins`.
     columns
         How many diagrams to put side by side.
+    looks
+        The colour of each method; by default by their order. See `bnnlaplace.plots.looks`.
 
     Returns
     -------
     Figure
-        Bars are accuracies, and their coloured ends the gaps to the mean confidence. Whiskers are 95 % Wilson intervals
+        Bars are accuracies, and their hatched ends the gaps to the mean confidence. Whiskers are 95 % Wilson intervals
         of the accuracy: a gap that its whisker spans may be chance.
 
     Raises
     ------
     ValueError
-        If there are no methods.
+        If there are no methods, or looks are given and one has none.
     """
     if not methods:
         raise ValueError("methods must hold at least one method; got none; pass {'MAP': reliability_bins(...)}")
     columns = min(columns, len(methods))
     rows = -(-len(methods) // columns)
     # Panels are placed in inches. An automatic layout would make the first column narrower, because it has the labels.
-    side, step_x, step_y, below, top = 1.95, 2.2, 3.4, 1.15, 0.5
-    width, height = max(3.7, 0.9 + step_x * columns), top + step_y * rows
+    side, step_x, step_y, below, top = 1.6, 1.82, 2.9, 1.1, 0.5
+    width, height = max(3.7, 0.8 + step_x * columns), top + step_y * rows
     figure = new_figure(width, height, layout="none")
 
     def place(row: int, column: int, bottom: float, tall: float) -> Axes:
         low = height - top - step_y * (row + 1) + bottom
-        return figure.add_axes(((0.85 + step_x * column) / width, low / height, side / width, tall / height))
+        return figure.add_axes(((0.75 + step_x * column) / width, low / height, side / width, tall / height))
 
-    for position, (name, bins) in enumerate(methods.items()):
+    for position, (name, look) in enumerate(looks_of(methods, looks).items()):
+        bins = methods[name]
         row, column = divmod(position, columns)
-        diagram, histogram = place(row, column, below, side - 0.1), place(row, column, below - 0.65, 0.5)
-        error = _reliability_bars(diagram, bins)
+        diagram, histogram = place(row, column, below, side - 0.1), place(row, column, below - 0.6, 0.45)
+        error = _reliability_bars(diagram, bins, look.colour)
         share = bins.counts / bins.counts.sum()
-        histogram.bar(bins.edges[:-1], share, np.diff(bins.edges), align="edge", color=GREY, edgecolor="white", lw=0.5)
+        histogram.bar(bins.edges[:-1], share, np.diff(bins.edges), align="edge", color=look.colour, alpha=0.6, edgecolor="white", lw=0.5)
         diagram.set_title(f"{name}\nECE {error:.3f}", fontsize=FONT)
         finish(diagram, "accuracy" if column == 0 else "")
         finish(histogram, "share of\nimages" if column == 0 else "", "confidence")
@@ -66,26 +74,27 @@ def reliability_diagram(methods: Mapping[str, ReliabilityBins], columns: int = 3
             panel.yaxis.set_label_coords(-0.45 / side, 0.5)
             panel.tick_params(labelleft=column == 0)
     handles = [
-        Line2D([], [], color=_REACHED, lw=7, label="accuracy"),
-        Line2D([], [], color=VERMILLION, lw=7, alpha=0.6, label="gap: overconfident"),
-        Line2D([], [], color=GREEN, lw=7, alpha=0.6, label="gap: underconfident"),
+        Patch(color=GREY, alpha=0.6, lw=0, label="accuracy"),
+        Patch(facecolor="white", edgecolor=GREY, hatch=_OVER, lw=0.5, label="gap: overconfident"),
+        Patch(facecolor="white", edgecolor=GREY, hatch=_UNDER, lw=0.5, label="gap: underconfident"),
         Line2D([], [], color="black", marker="|", ms=9, ls="none", label="95 % interval"),
     ]
     figure.legend(handles=handles, loc="upper center", ncols=2, fontsize=FONT, frameon=False)
     return figure
 
 
-def _reliability_bars(panel: Axes, bins: ReliabilityBins) -> float:
+def _reliability_bars(panel: Axes, bins: ReliabilityBins, colour: str) -> float:
     """Draw one diagram, and return the calibration error of its bins."""
     occupied = bins.counts > 0
     left, width = bins.edges[:-1][occupied], np.diff(bins.edges)[occupied]
     accuracy, confidence, count = bins.accuracy[occupied], bins.confidence[occupied], bins.counts[occupied]
-    panel.bar(left, np.minimum(accuracy, confidence), width, align="edge", color=_REACHED, edgecolor="white", lw=0.5)
-    for sign, colour in ((-1, VERMILLION), (1, GREEN)):
+    reached = np.minimum(accuracy, confidence)
+    panel.bar(left, reached, width, align="edge", color=colour, alpha=0.6, edgecolor="white", lw=0.5)
+    for sign, hatch, face in ((-1, _OVER, "white"), (1, _UNDER, colour)):
         gap = np.where(sign * (accuracy - confidence) > 0, np.abs(accuracy - confidence), 0)
         panel.bar(
-            left, gap, width, bottom=np.minimum(accuracy, confidence), align="edge",
-            color=colour, alpha=0.6, edgecolor="white", lw=0.5,
+            left, gap, width, bottom=reached, align="edge",
+            facecolor=to_rgba(face, 0.25), hatch=hatch, edgecolor=GREY, lw=0.5,
         )  # fmt: skip
     # Wilson's interval, which unlike the normal one has a width at accuracy 0 and 1.
     square = 1.96**2

@@ -1,4 +1,4 @@
-"""Figure of what training recorded in each epoch."""
+"""Figures of what training recorded in each epoch: all of it, and the evidence alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,7 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bnnlaplace.plots.style import FONT, LINE_STYLES, PALETTE, finish, log_axis, new_figure
+from bnnlaplace.plots.style import (
+    FONT,
+    LINE_STYLES,
+    NARROW,
+    PALETTE,
+    Look,
+    finish,
+    log_axis,
+    looks_of,
+    new_figure,
+)
 
 GRADIENTS = {
     "gradient_norm": "all images, batch statistics frozen",
@@ -47,10 +57,9 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     recorded = [panel for panel in panels if any(_varies(_series(history, key)) for key in panel[2])]
     if not recorded:
         raise ValueError(f"history must hold loss or accuracy by epoch; got {sorted(history[0])}; see the docstring")
-    figure = new_figure(6.6, 0.5 + 1.75 * len(recorded))
+    figure = new_figure(NARROW, 0.5 + 1.75 * len(recorded))
     axes = figure.subplots(len(recorded), 1, sharex=True, squeeze=False)[:, 0]
     epochs = _series(history, "epoch")
-    polished = epochs[[record.get("phase") == "polish" for record in history]]
     for panel, (label, corner, series) in zip(axes, recorded, strict=True):
         for (key, name), colour, style in zip(series.items(), PALETTE, LINE_STYLES, strict=False):
             values = _series(history, key)
@@ -67,9 +76,7 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
                 panel.fill_between(epochs[present], *band, color=colour, alpha=0.25, lw=0, label="standard error")
             if key == "prior_precision":
                 _draw_layers(panel, history, epochs)
-        if len(polished):
-            ends = polished[0] - 0.5, polished[-1] + 0.5
-            panel.axvspan(*ends, color="#999999", alpha=0.2, lw=0, label="polishing phase")
+        _shade_polishing(panel, history)
         finish(panel, label)
         if corner != "lower right":  # everything but the accuracy
             log_axis(panel)
@@ -79,6 +86,62 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)
     return figure
+
+
+def evidence_history(
+    history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], looks: Mapping[str, Look] | None = None
+) -> Figure:
+    """Draw the negative log evidence of a network in training against the epoch, of several curvatures.
+
+    Parameters
+    ----------
+    history
+        As for `training_curve`.
+    keys
+        By name, in the order of the legend, the entry with the log evidence in nats. Its standard error has the same
+        name with `_sem` behind, and may be missing.
+    looks
+        Colour and line style of each name; by default by their order. See `bnnlaplace.plots.looks`.
+
+    Returns
+    -------
+    Figure
+        Points with bars of a standard error, joined by lines. The polishing phase is shaded.
+
+    Raises
+    ------
+    ValueError
+        If no entry holds a number, or looks are given and a name has none.
+    """
+    present = {name: key for name, key in keys.items() if np.isfinite(_series(history, key)).any()}
+    if not present:
+        raise ValueError(f"history must hold an evidence; got none under {list(keys.values())}; train by the evidence")
+    figure = new_figure(NARROW, 2.9)
+    panel = figure.subplots()
+    epochs = _series(history, "epoch")
+    for name, (colour, style) in looks_of(present, looks).items():
+        values = -_series(history, present[name])
+        known = np.isfinite(values)
+        error = np.nan_to_num(_series(history, f"{present[name]}_sem")[known])
+        panel.errorbar(
+            epochs[known], values[known], yerr=error,
+            color=colour, ls=style, lw=1.6, marker="o", ms=3.5, capsize=2.5, elinewidth=1, label=name,
+        )  # fmt: skip
+    _shade_polishing(panel, history)
+    finish(panel, "negative log evidence (nats)", "epoch")
+    log_axis(panel)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.legend(loc="outside upper left", fontsize=FONT, frameon=False, ncols=2)
+    return figure
+
+
+def _shade_polishing(panel: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+    """Shade the epochs in which batch statistics are frozen."""
+    polished = [record["epoch"] for record in history if record.get("phase") == "polish"]
+    if polished:
+        panel.axvspan(
+            polished[0] - 0.5, polished[-1] + 0.5, color="#999999", alpha=0.2, lw=0, label="polishing phase"
+        )
 
 
 def _draw_layers(panel: Axes, history: Sequence[Mapping[str, Any]], epochs: Float[np.ndarray, " E"]) -> None:
