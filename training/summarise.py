@@ -28,6 +28,9 @@ from training.report.results import FORMAT_VERSION
 # Settings that may differ between the runs of one experiment: none of them but the seed changes a result.
 _MAY_DIFFER = ("seed", "data.dir", "curvature.microbatch")
 
+# Format 1 differs in the labels of posteriors alone, as far as is read here.
+_FORMATS = (1, FORMAT_VERSION)
+
 _METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
 
 
@@ -102,9 +105,9 @@ def read(workdir: Path) -> Run:
     except UserError as error:
         raise UserError(f"{path} must be JSON as it was written; {error}; run training.evaluate again") from error
     version = content.get("format_version")
-    if version != FORMAT_VERSION:
+    if isinstance(version, bool) or version not in _FORMATS:
         raise UserError(
-            f"{path} must be the metrics of a run in format {FORMAT_VERSION}; got "
+            f"{path} must be the metrics of a run in format {' or '.join(map(str, _FORMATS))}; got "
             f"{'no format' if version is None else f'format {version!r}'}; run training.evaluate again, or leave it out"
         )
     try:

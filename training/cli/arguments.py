@@ -22,7 +22,7 @@ from training.workdir import CONFIG_FILE, load_saved_config
 
 DEFAULT_CONFIG = Path("configs/van_digits.py")
 
-_ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 Record = TypeVar("Record")
 
@@ -134,7 +134,7 @@ def load_definition(path: Path, name: str, record: type[Record], check: Callable
         The file does not exist, fails, or does not define such a record. Or `check` raises it.
     """
     if not path.is_file():
-        known = ", ".join(str(file) for file in sorted((_ROOT / "configs").glob("*.py"))) or "none"
+        known = ", ".join(str(file) for file in sorted((ROOT / "configs").glob("*.py"))) or "none"
         raise UserError(f"`--config` must name a Python file; there is none at {path}; known configs: {known}")
     try:
         names = runpy.run_path(str(path))
@@ -181,4 +181,4 @@ def _scan(argv: Sequence[str]) -> _Given:
 
 def find_config(path: Path) -> Path:
     """Return the path as given, or the same path below the repository, so that the programs run from anywhere."""
-    return _ROOT / path if not path.exists() and (_ROOT / path).exists() else path
+    return ROOT / path if not path.exists() and (ROOT / path).exists() else path

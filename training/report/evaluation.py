@@ -11,8 +11,12 @@ from scipy.special import softmax
 from bnnlaplace import Laplace, Network, calibration
 from bnnlaplace.calibration import fit_temperature
 from bnnlaplace.core.tree import size
+from bnnlaplace.fitting.fit import NUM_KEPT
 from bnnlaplace.model.batched import outputs
+from bnnlaplace.model.data import as_data
 from bnnlaplace.predictive import FunctionalPosterior, ValidationCurve, link, searched_curves, shared_posteriors
+from bnnlaplace.prior import PriorOptimum
+from bnnlaplace.variational.saturation import TrainingFit, training_fit
 from training.cli import interruption
 from training.config import Config
 from training.data.foreign import out_of_distribution
@@ -20,7 +24,9 @@ from training.data.load import ImageData
 from training.data.reading import Split
 from training.data.shuffle import stratified_indices
 from training.errors import UserError
-from training.report.results import KrylovResult, MethodResult, ModeDistance, RunResults
+from training.report.command import command_of
+from training.report.examples import chosen_examples
+from training.report.results import EVIDENCE, PROBIT, KrylovResult, MethodResult, ModeDistance, Predictions, RunResults
 from training.train.checkpoints import TrainResult
 
 if TYPE_CHECKING:
@@ -61,7 +67,8 @@ def evaluate(
 ) -> RunResults:
     """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
 
-    The first precision maximises the evidence. The second has the lowest NLL of the Monte Carlo predictive on the
+    The first precision maximises the evidence; that of a variational posterior is its own, which maximised its lower
+    bound. The second has the lowest NLL of the Monte Carlo predictive on the
     validation images, among the precisions of the grid at which the samples have converged. The temperature is chosen
     on the validation images too. `foreign` comes from `foreign_images`.
 
@@ -84,7 +91,7 @@ def _evaluate(
     posteriors: Mapping[str, Laplace],
     seconds: Mapping[str, float],
 ) -> RunResults:
-    network = next(iter(posteriors.values())).network
+    network = posteriors["Lanczos"].network
     split = evaluated_split(config, data)
     validation, labels = data.validation
     held_out = _HeldOut(config, np.concatenate([split.images, foreign]), split.labels)
@@ -93,7 +100,7 @@ def _evaluate(
         *held_out.point_predictions(network, validation, labels),
         *held_out.posterior_predictions(posteriors, {name: _choices(curve) for name, curve in curves.items()}),
     ]
-    return RunResults(
+    results = RunResults(
         data=config.data.name,
         num_images={name: len(getattr(data, name).labels) for name in ("train", "validation", "test")},
         split=config.evaluation.split,
@@ -105,6 +112,8 @@ def _evaluate(
         config=dataclasses.asdict(config),
         seconds=seconds,
         methods=methods,
+        class_names=data.class_names,
+        examples={},
         curves=curves,
         curve_link="MC",
         krylov=krylov_result(config, posteriors["Lanczos"], curves["Lanczos"].evidence_optimum),
@@ -113,7 +122,10 @@ def _evaluate(
         prior_gradient_norm=trained.joint_gradient_norm / trained.joint_gradient_to_prior,
         mode_in_training=mode_distance(posteriors["Lanczos"], trained.prior_precision),
         mode_of_evidence=mode_distance(posteriors["Lanczos"], curves["Lanczos"].evidence_optimum),
+        training_fits=training_fits(data.train, posteriors, curves),
+        command=command_of(config, data.train.images),
     )
+    return dataclasses.replace(results, examples=chosen_examples(split, results.foremost.predictions))
 
 
 def precision_curves(
@@ -153,7 +165,7 @@ def precision_curve(name: str, la: Laplace, grid: np.ndarray, heldout: Validatio
 
     interruption.stop_if_requested(_STOPPED)
     evidence = la.evidence_curve(grid).log_marginal_likelihood
-    optimum = la.evidence_optimum()
+    optimum = evidence_choice(la)
     # The log-determinant is too high by at most the truncation, so the evidence is too low by at most half of it.
     truncation = np.array([0.5 * la.structure.truncation(delta).mean() for delta in grid])
     nll_optimum, nll_at_bound = lowest_nll(name, grid, heldout.negative_log_likelihood, heldout.converged)
@@ -172,6 +184,18 @@ def precision_curve(name: str, la: Laplace, grid: np.ndarray, heldout: Validatio
         nll_optimum=nll_optimum,
         nll_at_bound=nll_at_bound,
     )
+
+
+def evidence_choice(la: Laplace) -> PriorOptimum:
+    """Return the prior precision that the evidence prefers.
+
+    That of a variational posterior is its own: the fit maximised the bound over it, and the curve at the sites as they
+    are would lead elsewhere.
+    """
+    if la.fitted.bound is None:
+        return la.evidence_optimum()
+    own = float(la.prior.precision)
+    return PriorOptimum(own, low=own, high=own, at_bound=False)
 
 
 def lowest_nll(name: str, grid: np.ndarray, nll: np.ndarray, converged: np.ndarray) -> tuple[float, bool]:
@@ -220,6 +244,20 @@ def mode_distance(la: Laplace, prior_precision: float) -> ModeDistance:
     # A number stands for the geometric mean of the precisions of layers, whose ratios stay.
     decrement = la.fitted.at(la.prior._replace(precision=prior_precision)).mode_decrement()
     return ModeDistance(prior_precision, decrement, effective)
+
+
+def training_fits(
+    train: Split, posteriors: Mapping[str, Laplace], curves: "Mapping[str, PrecisionCurve]"
+) -> dict[str, TrainingFit]:
+    """Compare the NLL of some training images under each Laplace posterior with its evidence, at its optimum."""
+    sample = as_data(tuple(train)).sample(NUM_KEPT)
+    fits = {}
+    for name, la in posteriors.items():
+        interruption.stop_if_requested(_STOPPED)
+        if la.fitted.bound is None:
+            at_optimum = la.fitted.at(la.prior._replace(precision=curves[name].evidence_optimum))
+            fits[name] = training_fit(at_optimum, sample)
+    return fits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,32 +314,40 @@ class _HeldOut:
         variance = np.diagonal(posterior.variance, axis1=1, axis2=2)
         by_link = {
             "MC": link.monte_carlo(la.likelihood, posterior.mean, posterior.deviations),
-            "probit": link.probit(la.likelihood, posterior.mean, variance),
+            PROBIT: link.probit(la.likelihood, posterior.mean, variance),
         }
+        approximation = "Laplace" if la.fitted.bound is None else "variational"
+        described = {"structure": name.split(",")[0], "approximation": approximation}
+        described |= {"prior_choice": choice, "prior_precision": precision}
         for link_name, probs in by_link.items():
             probs = np.asarray(probs, np.float64)
             probs /= probs.sum(axis=1, keepdims=True)  # Rows should sum to one in double precision too.
-            labels = {"structure": name, "prior_choice": choice, "prior_precision": precision, "link": link_name}
-            yield self._result(probs, **labels)
+            yield self._result(probs, **described, link=link_name)
 
     def _result(self, probs: np.ndarray, **description: Any) -> MethodResult:
-        settings, count = self.config.evaluation, len(self.labels)
+        settings, (own, foreign) = self.config.evaluation, np.split(probs, [len(self.labels)])
         return MethodResult(
             bootstrap=calibration.bootstrap(
-                probs[:count],
+                own,
                 self.labels,
-                probs[count:],
+                foreign,
                 seed=self.config.seed,
                 num_bins=settings.bins,
                 resamples=settings.resamples,
             ),
-            reliability=calibration.reliability_bins(probs[:count], self.labels, settings.bins),
+            reliability=calibration.reliability_bins(own, self.labels, settings.bins),
+            predictions=Predictions(
+                classes=own.argmax(axis=1),
+                confidence=own.max(axis=1),
+                foreign_confidence=foreign.max(axis=1),
+                rejection=calibration.rejection_curve(own, self.labels),
+            ),
             **description,
         )
 
 
 def _choices(curve: "PrecisionCurve") -> dict[str, float]:
-    return {"evidence": curve.evidence_optimum, "validation NLL": curve.nll_optimum}
+    return {EVIDENCE: curve.evidence_optimum, "validation NLL": curve.nll_optimum}
 
 
 def _key(config: Config, stream: int) -> jax.Array:

@@ -14,13 +14,32 @@ import jax
 import numpy as np
 
 from bnnlaplace.calibration import Bootstrap, Interval, ReliabilityBins, intervals, paired_differences
+from bnnlaplace.calibration.rejection import RejectionCurve
+from bnnlaplace.variational.saturation import TrainingFit
 from training import sealed
 from training.workdir import write_atomically
 
 if TYPE_CHECKING:
     from bnnlaplace.plots import PrecisionCurve
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""2 tells Laplace from variational posteriors by `approximation`, and in labels."""
+
+EVIDENCE, PROBIT = "evidence", "probit"
+"""The choice of the prior precision and the link with which a posterior is in the short table."""
+
+
+class Predictions(NamedTuple):
+    """What a method predicts for each image. `metrics.json` leaves these arrays out."""
+
+    classes: np.ndarray
+    """The predicted class of each image, (N,)."""
+    confidence: np.ndarray
+    """Its probability, (N,)."""
+    foreign_confidence: np.ndarray
+    """The largest probability on each out-of-distribution image, (M,)."""
+    rejection: RejectionCurve
+    """Accuracy if the least confident images are rejected."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,9 @@ class MethodResult:
     bootstrap: Bootstrap
     """Metrics and their resamples, from `bnnlaplace.calibration.bootstrap` with the run's seed for every method."""
     reliability: ReliabilityBins
+    predictions: Predictions
+    approximation: str | None = None
+    """Laplace or variational. None without a posterior."""
     prior_choice: str | None = None
     """Which score chose the prior precision: evidence or validation NLL. None without a posterior."""
     prior_precision: float | None = None
@@ -43,12 +65,29 @@ class MethodResult:
     """Whether the temperature is at an end of its search range."""
 
     @property
-    def label(self) -> str:
-        """Name of the method, unique in a run: `MAP + temperature`, `Lanczos (evidence, MC)`."""
+    def name(self) -> str:
+        """Name without the choices of precision and link: `MAP + temperature`, `Lanczos variational`."""
         if self.temperature is not None:
             return f"{self.structure} + temperature"
+        return " ".join(part for part in (self.structure, self.approximation) if part)
+
+    @property
+    def label(self) -> str:
+        """Name of the method, unique in a run: `MAP + temperature`, `Lanczos variational (evidence, MC)`."""
         choices = ", ".join(part for part in (self.prior_choice, self.link) if part)
-        return f"{self.structure} ({choices})" if choices else self.structure
+        return f"{self.name} ({choices})" if choices else self.name
+
+    @property
+    def is_in_short_table(self) -> bool:
+        """Whether it uses nothing but the training data, or is a point prediction: one row a method."""
+        return self.prior_choice in (None, EVIDENCE) and self.link in (None, PROBIT)
+
+    @property
+    def curve(self) -> str | None:
+        """Name of its posterior among the curves of a run: `Lanczos`, `Lanczos, variational`; None without one."""
+        if self.approximation is None:
+            return None
+        return self.structure if self.approximation == "Laplace" else f"{self.structure}, {self.approximation}"
 
     @property
     def metrics(self) -> dict[str, Interval]:
@@ -91,6 +130,16 @@ class ModeDistance(NamedTuple):
     """Mean squared distance of a posterior sample, in the directions that the data determine."""
 
 
+class Example(NamedTuple):
+    """One evaluated image that the report shows."""
+
+    index: int
+    """Its position among the evaluated images."""
+    image: np.ndarray
+    """uint8, (H, W, 1) or (H, W, 3)."""
+    label: int
+
+
 @dataclass(frozen=True)
 class RunResults:
     """All that the table, `metrics.json` and `report.html` show."""
@@ -115,8 +164,11 @@ class RunResults:
     """Wall-clock seconds by stage."""
     methods: Sequence[MethodResult]
     """Methods in the order of the table. The first is MAP, with which the others are compared."""
+    class_names: Sequence[str]
+    examples: Mapping[str, Sequence[Example]]
+    """Some evaluated images in groups, by title."""
     curves: Mapping[str, "PrecisionCurve"]
-    """Curves by structure, named as in `methods`. Lanczos is one of them."""
+    """Curves by posterior, named as `MethodResult.curve` is. Lanczos is one of them."""
     curve_link: str
     """The predictive behind the validation curves: MC or probit."""
     krylov: KrylovResult
@@ -130,6 +182,11 @@ class RunResults:
     """Distance to the mode at the prior precision of training, to which training heads."""
     mode_of_evidence: ModeDistance
     """Distance to the mode at the prior precision that maximises the Lanczos evidence, which is a different mode."""
+    training_fits: Mapping[str, TrainingFit]
+    """For each Laplace posterior, named as in `curves`, at the prior precision that its evidence prefers: NLL of some
+    training images beside -log evidence / N."""
+    command: str
+    """What to type to have the run again."""
     chosen_on: str = "validation"
     """The split that the temperature and the second prior precision of each structure were chosen on."""
 
@@ -139,6 +196,30 @@ class RunResults:
             raise ValueError(f"there must be at least one method, each with a label of its own; got {labels}")
         if "Lanczos" not in self.curves:
             raise ValueError(f"curves must hold Lanczos, whose decomposition is `krylov`; got {list(self.curves)}")
+        if not any(method.structure == "Lanczos" and method.is_in_short_table for method in self.methods):
+            raise ValueError(f"methods must hold Lanczos by the {EVIDENCE}, through {PROBIT}; got {labels}")
+
+    @property
+    def short_table(self) -> list[MethodResult]:
+        """The point predictions, and each posterior by the evidence alone through one link."""
+        return [method for method in self.methods if method.is_in_short_table]
+
+    @property
+    def foremost(self) -> MethodResult:
+        """The method whose numbers the report opens with: Lanczos by the evidence alone, variational if there is."""
+        return max(
+            (method for method in self.short_table if method.structure == "Lanczos"),
+            key=lambda method: method.approximation == "variational",
+        )
+
+    @property
+    def temperature_scaled(self) -> MethodResult | None:
+        """MAP with a temperature. None if the run has none."""
+        return next((method for method in self.methods if method.temperature is not None), None)
+
+    def posterior_name(self, curve: str) -> str:
+        """Name of a curve in tables and figures: `Lanczos Laplace` for `Lanczos`."""
+        return next((method.name for method in self.methods if method.curve == curve), curve)
 
     @property
     def held_out(self) -> bool:
@@ -167,8 +248,8 @@ def write_metrics(path: Path, results: RunResults) -> None:
     """Write `metrics.json`, atomically: a file under its final name is complete.
 
     It is strict JSON: a value that is not finite (the NLL of an impossible label, an empty bin) is null. Intervals are
-    objects of value, low and high. The bootstrap replicates are left out; the paired differences from MAP are in. The
-    entry `sha256` is the digest of all others.
+    objects of value, low and high. The bootstrap replicates, the predictions and the images are left out; the paired
+    differences from MAP are in. The entry `sha256` is the digest of all others.
 
     Raises
     ------
@@ -181,13 +262,14 @@ def write_metrics(path: Path, results: RunResults) -> None:
         **{
             field.name: getattr(results, field.name)
             for field in dataclasses.fields(results)
-            if field.name not in ("methods", "krylov")
+            if field.name not in ("methods", "krylov", "examples")
         },
         "held_out": results.held_out,
         "methods": [
             {
                 "label": method.label,
                 "structure": method.structure,
+                "approximation": method.approximation,
                 "prior_choice": method.prior_choice,
                 "prior_precision": method.prior_precision,
                 "link": method.link,
