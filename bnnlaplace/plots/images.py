@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.plots.style import FONT, GREY, NARROW, Look, looks_of, new_figure
 
-# Class names up to this length leave room for more pictures in a row; longer ones than the second are cut.
-_SHORT, _LONGEST = 4, 11
+_COLUMNS, _LONGEST = 3, 11  # pictures in a row, and how many letters of a class name have room below one
 
 
 class Guess(NamedTuple):
@@ -73,10 +72,8 @@ def picture_groups(groups: Mapping[str, Sequence[Picture]], looks: Mapping[str, 
     if not pictures:
         raise ValueError(f"groups must hold at least one picture; got none in {list(groups)}; leave the figure out")
     styles = looks_of(pictures[0].guesses, looks)
-    longest = max(len(name) for each in pictures for name in (each.name, *(g.name for g in each.guesses.values())))
-    columns = 4 if longest <= _SHORT else 3
-    rows = {title: -(-len(group) // columns) for title, group in groups.items() if group}
-    side, line, title_height, legend = 0.75, 0.165, 0.42, 0.2 * len(styles) + 0.15
+    rows = {title: -(-len(group) // _COLUMNS) for title, group in groups.items() if group}
+    side, line, title_height, legend = 1.0, 0.165, 0.42, 0.2 * len(styles) + 0.15
     row_height = side + line * (len(styles) + 1) + 0.22
     height = legend + title_height * len(rows) + row_height * sum(rows.values())
     figure = new_figure(NARROW, height, layout="none")
@@ -85,8 +82,8 @@ def picture_groups(groups: Mapping[str, Sequence[Picture]], looks: Mapping[str, 
         figure.text(0.1 / NARROW, (top - 0.26) / height, title, fontsize=FONT, fontweight="bold")
         top -= title_height
         for position, picture in enumerate(groups[title]):
-            row, column = divmod(position, columns)
-            left, low = 0.1 + NARROW / columns * column, top - row_height * row - side
+            row, column = divmod(position, _COLUMNS)
+            left, low = 0.1 + NARROW / _COLUMNS * column, top - row_height * row - side
             panel = figure.add_axes((left / NARROW, low / height, side / NARROW, side / height))
             _draw(panel, picture, styles, line / side)
         top -= row_height * count
@@ -104,15 +101,13 @@ def _draw(panel: Axes, picture: Picture, styles: Mapping[str, Look], line: float
     panel.set_xticks([])
     panel.set_yticks([])
     panel.spines[:].set_color(GREY)
-    words = [(f"is {_cut(picture.name)}", "black")]
+    words = [(f"class {_cut(picture.name)}", "black")]
     for method, look in styles.items():
         guess = picture.guesses[method]
         mark = "" if guess.name == picture.name else " \N{MULTIPLICATION SIGN}"
-        words.append((f"{_cut(guess.name)} {_percent(guess.probability)}{mark}", look.colour))
+        words.append((f"{_cut(guess.name)}, {_percent(guess.probability)}{mark}", look.colour))
     for number, (text, colour) in enumerate(words):
-        panel.text(
-            0, -0.06 - line * number, text, transform=panel.transAxes, fontsize=FONT, color=colour, va="top"
-        )
+        panel.text(0, -0.06 - line * number, text, transform=panel.transAxes, fontsize=FONT, color=colour, va="top")
 
 
 def _cut(name: str) -> str:

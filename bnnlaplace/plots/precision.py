@@ -91,7 +91,7 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve], looks: Mapping[str, Loo
     finish(nll, "validation NLL\n(nats per image)", "prior precision (1 / variance of a weight)")
     log_axis(nll)
     nll.set_xscale("log")
-    nll.xaxis.set_major_locator(LogLocator(numticks=9))
+    nll.xaxis.set_major_locator(LogLocator(numticks=5))
     nll.xaxis.set_major_formatter(FuncFormatter(tick))
     nll.set_xlim(
         min(curve.precision[0] for curve in curves.values()), max(curve.precision[-1] for curve in curves.values())
@@ -121,7 +121,7 @@ def _draw_posterior(axes: Sequence[Axes], name: str, curve: PrecisionCurve, look
     )  # fmt: skip
     _mark(nll, precision, validation_nll, curve.evidence_optimum, _DOT | {"color": colour})
     _mark(nll, precision, validation_nll, curve.nll_optimum, _DIAMOND | {"color": colour})
-    optima = f"evidence {_evidence_optimum(curve)}, NLL {_nll_optimum(curve)}"
+    optima = f"\N{BLACK CIRCLE} {_evidence_optimum(curve)} \N{WHITE DIAMOND} {_nll_optimum(curve)}"
     return Line2D([], [], label=f"{name}: {optima}", **bold)
 
 

@@ -130,8 +130,10 @@ def evidence_history(
     _shade_polishing(panel, history)
     finish(panel, "negative log evidence (nats)", "epoch")
     log_axis(panel)
+    panel.set_xlim(0, epochs[-1] + 1)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.legend(loc="outside upper left", fontsize=FONT, frameon=False, ncols=2)
+    entries = sorted(zip(*panel.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] not in present)
+    figure.legend(*zip(*entries, strict=True), loc="outside upper left", fontsize=FONT, frameon=False, ncols=2)
     return figure
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from training.errors import UserError
 _WORKDIR = "checkpoints/again"
 
 
-def command_of(config: Config, images: np.ndarray) -> str:
-    """Return what to type to have a run again, in another work directory.
+def command_of(config: Config, images: np.ndarray) -> list[str]:
+    """Return the words to type to have a run again, in another work directory.
 
     Parameters
     ----------
@@ -31,7 +31,17 @@ def command_of(config: Config, images: np.ndarray) -> str:
         if getattr(config.data, name) == getattr(measured, name):
             own[f"data.{name}"] = None
     options = [part for name, value in own.items() if value != start[name] for part in _option(name, value)]
-    return shlex.join(["python", "-m", "training.fit_van", "--workdir", _WORKDIR, *options])
+    return ["python", "-m", "training.fit_van", "--workdir", _WORKDIR, *options]
+
+
+def for_shell(words: Sequence[str]) -> str:
+    """Write the words of a command as a shell takes them, with a line for each option."""
+    lines: list[list[str]] = [[]]
+    for word in words:
+        if word.startswith("--"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n    ".join(shlex.join(line) for line in lines)
 
 
 def _start() -> dict[str, Any]:

@@ -24,16 +24,18 @@ class Headline(NamedTuple):
     value: str
     metric: str
     text: str
-    """What the metric is, and whether the images tell the method from the baselines."""
+    """What the metric is."""
+    comparisons: list[str]
+    """For each baseline, whether the images tell the method from it."""
 
 
 def headlines(results: RunResults) -> list[Headline]:
     """Write NLL, ECE and AUROC of the foremost method beside the baselines; without foreign images two of them."""
     own = f"a {results.split} image"
     meaning = {
-        "nll": f"cost of {own}: minus the log of the probability of its class, in nats. Lower is better.",
-        "ece": "calibration error: how far confidence and accuracy are apart on average. Lower is better.",
-        "auroc": f"chance that {own} gets a higher confidence than a foreign one ({results.ood}). Higher is better.",
+        "nll": f"The cost of {own}: \N{MINUS SIGN}log of the probability of its class, in nats; lower is better.",
+        "ece": "Calibration error: how far confidence and accuracy are apart on average; lower is better.",
+        "auroc": f"The chance that {own} gets more confidence than a foreign one ({results.ood}); higher is better.",
     }
     method, scaled = results.foremost, results.temperature_scaled
     references = [results.methods[0], *([] if scaled is None else [scaled])]
@@ -41,28 +43,25 @@ def headlines(results: RunResults) -> list[Headline]:
         Headline(
             number(method.bootstrap.values[metric]),
             metric.upper(),
-            f"{text[0].upper()}{text[1:]} {_beside(metric, method, references)}",
+            text,
+            [_comparison(metric, method, reference) for reference in references],
         )
         for metric, text in meaning.items()
         if metric in method.bootstrap.values
     ]
 
 
-def _beside(metric: str, method: MethodResult, references: list[MethodResult]) -> str:
-    """Write the value of each reference, and the difference from it."""
-    parts = []
-    for reference in references:
-        interval = paired_differences(method.bootstrap, reference.bootstrap)[metric]
-        verdict = _verdict(metric, interval)
-        value = number(reference.bootstrap.values[metric])
-        parts.append(f"{reference.name} has {value}: {verdict}, {difference(interval)}.")
-    return " ".join(parts)
+def _comparison(metric: str, method: MethodResult, reference: MethodResult) -> str:
+    """Write the value of a reference, and the difference from it."""
+    interval = paired_differences(method.bootstrap, reference.bootstrap)[metric]
+    value = number(reference.bootstrap.values[metric])
+    return f"{_verdict(metric, interval)} {reference.name} ({value}): {difference(interval)}"
 
 
 def _verdict(metric: str, interval: Interval) -> str:
     if not interval.excludes_zero:
-        return "not told apart by these images"
-    return "better than it" if (interval.value > 0) == (metric == "auroc") else "worse than it"
+        return "not told from"
+    return "better than" if (interval.value > 0) == (metric == "auroc") else "worse than"
 
 
 # --- what qualifies the numbers -------------------------------------------------------------------------------------
@@ -77,18 +76,21 @@ def reservations(results: RunResults) -> list[str]:
             f"precisions of the {results.chosen_on} NLL: methods that use these look better here than on images of "
             "their own."
         )
+    sentences += [
+        f"The evidence of {results.posterior_name(name)} still rises at the end of its search range, prior precision "
+        f"{precision(curve.evidence_optimum)}: the optimum is not inside it."
+        for name, curve in results.curves.items()
+        if curve.evidence_at_bound
+    ]
+    at_end: dict[str, list[str]] = {}
     for name, curve in results.curves.items():
-        posterior = results.posterior_name(name)
-        if curve.evidence_at_bound:
-            sentences.append(
-                f"The evidence of {posterior} still rises at the end of its search range, prior precision "
-                f"{precision(curve.evidence_optimum)}: the optimum is not inside it."
-            )
         if curve.nll_at_bound:
-            sentences.append(
-                f"The validation NLL of {posterior} is lowest at the {_end(curve)}, prior precision "
-                f"{precision(curve.nll_optimum)}: the optimum may lie beyond it."
-            )
+            where = f"{_end(curve)}, prior precision {precision(curve.nll_optimum)}"
+            at_end.setdefault(where, []).append(results.posterior_name(name))
+    sentences += [
+        f"The validation NLL of {' and '.join(names)} is lowest at the {where}: the optimum may lie beyond it."
+        for where, names in at_end.items()
+    ]
     sentences += [
         f"The temperature of {method.label} is at the end of its search range, {number(method.temperature, 2)}: the "
         "optimum is not inside it."

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from training.cli import interruption
 from training.report import findings, tables
-from training.report.command import flattened
+from training.report.command import flattened, for_shell
 from training.report.figures import draw_figures, method_looks
 from training.report.results import RunResults, environment, write_metrics
 from training.report.tables import print_table
@@ -130,6 +130,7 @@ def _content(results: RunResults, figures: Mapping[str, "Figure"]) -> dict[str, 
             for name, fit in results.training_fits.items()
         ],
         "details": [findings.about_krylov(results), *findings.about_modes(results)],
+        "command": for_shell(results.command),
         "seconds": {stage: f"{seconds:,.1f}" for stage, seconds in results.seconds.items()},
         "records": {"Configuration": flattened(results.config), "Software and device": environment()},
     }

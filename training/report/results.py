@@ -185,8 +185,8 @@ class RunResults:
     training_fits: Mapping[str, TrainingFit]
     """For each Laplace posterior, named as in `curves`, at the prior precision that its evidence prefers: NLL of some
     training images beside -log evidence / N."""
-    command: str
-    """What to type to have the run again."""
+    command: Sequence[str]
+    """The words to type to have the run again."""
     chosen_on: str = "validation"
     """The split that the temperature and the second prior precision of each structure were chosen on."""
 
