@@ -47,14 +47,15 @@ def reliability_diagram(
     columns = min(columns, len(methods))
     rows = -(-len(methods) // columns)
     # Panels are placed in inches. An automatic layout would make the first column narrower, because it has the labels.
-    side, step_x, step_y, below, top = 1.6, 1.82, 2.9, 1.1, 0.5
-    width, height = max(3.7, 0.8 + step_x * columns), top + step_y * rows
+    side, step_x, step_y, below, top = 1.6, 1.82, 2.9, 1.1, 0.6
+    width, height = max(3.7, 0.86 + step_x * columns), top + step_y * rows
     figure = new_figure(width, height, layout="none")
 
     def place(row: int, column: int, bottom: float, tall: float) -> Axes:
         low = height - top - step_y * (row + 1) + bottom
-        return figure.add_axes(((0.75 + step_x * column) / width, low / height, side / width, tall / height))
+        return figure.add_axes(((0.82 + step_x * column) / width, low / height, side / width, tall / height))
 
+    highest = 0.5 if all(2 * bins.counts.max() <= bins.counts.sum() for bins in methods.values()) else 1
     for position, (name, look) in enumerate(looks_of(methods, looks).items()):
         bins = methods[name]
         row, column = divmod(position, columns)
@@ -66,7 +67,7 @@ def reliability_diagram(
         finish(diagram, "accuracy" if column == 0 else "")
         finish(histogram, "share of\nimages" if column == 0 else "", "confidence")
         diagram.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(0, 1), yticks=(0, 0.5, 1))
-        histogram.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(0, 1), yticks=(0, 1))
+        histogram.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(0, highest), yticks=(0, highest))
         diagram.tick_params(labelbottom=False)
         for panel in (diagram, histogram):
             panel.yaxis.set_major_formatter(FuncFormatter(tick))

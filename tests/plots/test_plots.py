@@ -13,7 +13,7 @@ from readable import assert_readable
 
 from bnnlaplace import krylov, plots
 from bnnlaplace.calibration.metrics import expected_calibration_error, reliability_bins
-from bnnlaplace.plots import PrecisionCurve
+from bnnlaplace.plots import Guess, Picture, PrecisionCurve
 
 GRID = np.logspace(-2, 4, 13)
 
@@ -67,16 +67,19 @@ HISTORY = [
 
 def test_evidence_curve_draws_its_curves_and_optima(curves):
     figure = plots.evidence_curve(curves)
-    evidence, nll, ece = figure.axes
+    evidence, nll = figure.axes
     for curve in curves.values():
-        for panel, values in ((evidence, curve.log_evidence), (nll, curve.validation_nll), (ece, curve.validation_ece)):
+        choices = (curve.evidence_optimum, curve.nll_optimum)
+        for panel, values, marked in (
+            (evidence, curve.log_evidence, choices[:1]),
+            (nll, curve.validation_nll, choices),  # what the choice of the evidence costs is seen here
+        ):
             assert any(np.array_equal(line.get_ydata(), values) for line in panel.lines)
-            for optimum in (curve.evidence_optimum, curve.nll_optimum):  # vertical lines through all panels
-                assert any(list(line.get_xdata()) == [optimum] * 2 for line in panel.lines)
-        marks = [line for line in nll.lines if list(line.get_xdata()) == [curve.nll_optimum]]
-        assert len(marks) == 1
-        on_the_line = np.interp(np.log(curve.nll_optimum), np.log(GRID), curve.validation_nll)
-        assert marks[0].get_ydata()[0] == pytest.approx(on_the_line)
+            for optimum in marked:
+                (mark,) = [line for line in panel.lines if list(line.get_xdata()) == [optimum]]
+                assert mark.get_ydata()[0] == pytest.approx(np.interp(np.log(optimum), np.log(GRID), values))
+        error = [curve.evidence_optimum_low, curve.evidence_optimum_high]
+        assert any(list(line.get_xdata()) == error for line in evidence.lines)
     for band, curve in zip(evidence.collections, curves.values(), strict=True):
         corners = band.get_paths()[0].vertices
         for height in (
@@ -86,7 +89,7 @@ def test_evidence_curve_draws_its_curves_and_optima(curves):
             distances = np.abs(corners[:, None] - np.stack([GRID, height], axis=1)).sum(axis=-1)
             assert distances.min(axis=0).max() < 1e-6
     words = assert_readable(figure)
-    assert "best evidence: 0.8 (0.67 to 0.96)" in words and "best validation NLL: 1,000" in words
+    assert "Lanczos: ● 0.8 (0.67 to 0.96) ◇ 100" in words and "diagonal: ● 4.5 (3.8 to 5.4) ◇ 1,000" in words
     assert "samples not converged" not in words
 
 
@@ -115,10 +118,7 @@ def test_evidence_axis_is_linear_where_a_logarithm_serves_nothing(curves, shift)
 def test_values_that_are_not_finite_leave_gaps(curves):
     nll, evidence = curves["diagonal"].validation_nll.copy(), curves["diagonal"].log_evidence.copy()
     nll[:2], evidence[0] = np.inf, np.nan
-    ece = np.zeros(len(GRID))
-    figure = plots.evidence_curve(
-        {"diagonal": curves["diagonal"]._replace(validation_nll=nll, log_evidence=evidence, validation_ece=ece)}
-    )
+    figure = plots.evidence_curve({"diagonal": curves["diagonal"]._replace(validation_nll=nll, log_evidence=evidence)})
     drawn = next(line for line in figure.axes[1].lines if len(line.get_xdata()) == len(GRID)).get_ydata()
     assert np.isnan(drawn[:2]).all() and np.isfinite(drawn[2:]).all()
     assert_readable(figure)
@@ -131,12 +131,11 @@ def test_curves_are_faint_where_the_samples_have_not_converged(curves, faint):
     marked = curves["Lanczos"]._replace(converged=converged)
     figure = plots.evidence_curve({"diagonal": curves["diagonal"], "Lanczos": marked})
     reached = sorted({index + step for index in faint for step in (-1, 0, 1)} & set(range(len(GRID))))
-    for panel, values in zip(figure.axes[1:], (marked.validation_nll, marked.validation_ece), strict=True):
-        diagonal, thin, full = [line for line in panel.lines if len(line.get_xdata()) == len(GRID)]
-        assert np.isfinite(diagonal.get_ydata()).all()
-        assert np.flatnonzero(np.isfinite(thin.get_ydata())).tolist() == reached
-        np.testing.assert_array_equal(full.get_ydata(), np.where(converged, values, np.nan))
-        assert thin.get_linewidth() < full.get_linewidth() and thin.get_alpha() < 1
+    diagonal, thin, full = [line for line in figure.axes[1].lines if len(line.get_xdata()) == len(GRID)]
+    assert np.isfinite(diagonal.get_ydata()).all()
+    assert np.flatnonzero(np.isfinite(thin.get_ydata())).tolist() == reached
+    np.testing.assert_array_equal(full.get_ydata(), np.where(converged, marked.validation_nll, np.nan))
+    assert thin.get_linewidth() < full.get_linewidth() and thin.get_alpha() < 1
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == len(GRID)]
     assert all(np.isfinite(line.get_ydata()).all() for line in lines)  # the evidence has a band of its own for it
     labels = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
@@ -149,18 +148,23 @@ def test_an_optimum_at_the_end_of_its_search_is_called_that(curves):
     ended = curves["Lanczos"]._replace(evidence_at_bound=True, nll_optimum=1e5, nll_at_bound=True)
     figure = plots.evidence_curve({"diagonal": curves["diagonal"]._replace(nll_optimum=1e5), "Lanczos": ended})
     words = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
-    assert "best evidence: 0.8 (at end)" in words and "best validation NLL: 100,000 (at end)" in words
-    assert "best validation NLL: 100,000" in words  # that of the diagonal
-    both = plots.evidence_curve({"diagonal": ended, "Lanczos": ended})
-    assert_readable(both)
-    legend = both.legends[0].get_window_extent()
-    assert legend.x0 >= 0 and legend.x1 <= both.canvas.get_width_height()[0]
+    assert "Lanczos: ● 0.8 (at end) ◇ 100,000 (at end)" in words
+    assert "diagonal: ● 4.5 (3.8 to 5.4) ◇ 100,000" in words
+
+
+def test_four_posteriors_with_long_legends_are_readable(curves):
+    """The legend is as wide as the figure: a longer entry would be cut."""
+    names = ("diagonal Laplace", "Lanczos Laplace", "diagonal variational", "Lanczos variational")
+    worst = curves["Lanczos"]._replace(nll_optimum=1e5, nll_at_bound=True, converged=GRID > 1)
+    figure = plots.evidence_curve(dict.fromkeys(names, worst))
+    words = assert_readable(figure)
+    assert "Lanczos variational: ● 0.8 (0.67 to 0.96) ◇ 100,000 (at end)" in words
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_reliability_diagram(bins, count):
     probs, labels, _ = bins
-    methods = {f"diagonal (validation NLL, {n})": reliability_bins(probs, (labels + n) % 4) for n in range(count)}
+    methods = {f"Lanczos variational {n}": reliability_bins(probs, (labels + n) % 4) for n in range(count)}
     figure = plots.reliability_diagram(methods)
     assert len(figure.axes) == 2 * count
     for n, (name, expected) in enumerate(methods.items()):
@@ -201,6 +205,39 @@ def test_training_curve_leaves_out_what_says_nothing():
     figure = plots.training_curve(history)
     assert [panel.get_ylabel() for panel in figure.axes] == ["nats per image"]
     assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["training loss"]
+
+
+def test_evidence_by_epoch_has_a_curve_for_each_curvature_that_was_recorded():
+    history = [
+        {"epoch": n, "phase": "train" if n < 5 else "polish", "log_evidence": None, "log_evidence_sem": None}
+        for n in range(1, 9)
+    ]
+    history[1] |= {"log_evidence": -500.0, "log_evidence_sem": 20.0, "log_evidence_diagonal": -1200.0}
+    history[5] |= {"log_evidence": -400.0, "log_evidence_sem": None, "log_evidence_diagonal": None}
+    keys = {"Lanczos Laplace": "log_evidence", "diagonal Laplace": "log_evidence_diagonal", "other": "log_evidence_x"}
+    figure = plots.evidence_history(history, keys)
+    lanczos, diagonal = (container.lines[0] for container in figure.axes[0].containers)
+    assert (list(lanczos.get_xdata()), list(lanczos.get_ydata())) == ([2, 6], [500, 400])
+    assert (list(diagonal.get_xdata()), list(diagonal.get_ydata())) == ([2], [1200])
+    ends = [segment[:, 1].tolist() for segment in figure.axes[0].containers[0].lines[2][0].get_segments()]
+    assert ends == [[480, 520], [400, 400]]
+    assert assert_readable(figure)[:3] == ["Lanczos Laplace", "diagonal Laplace", "polishing phase"]
+    with pytest.raises(ValueError, match="history must hold an evidence; got none under"):
+        plots.evidence_history(HISTORY, keys)
+
+
+def test_pictures_say_what_each_method_predicts():
+    grey, colour = np.full((4, 4, 1), 9, np.uint8), np.zeros((5, 4, 3), np.uint8)
+    guesses = {"MAP": Guess("automobile", 0.9996), "Lanczos variational": Guess("a very long name", 0.416)}
+    picture = Picture(grey, "automobile", guesses)
+    groups = {"most uncertain": [picture] * 4, "wrong": [], "typical": [picture._replace(image=colour)]}
+    figure = plots.picture_groups(groups)
+    assert len(figure.axes) == 5
+    words = assert_readable(figure)
+    assert words.count("class automobile") == words.count("automobile, >99 %") == words.count("a very lon…, 42 % ×") == 5
+    assert "wrong" not in words and {"most uncertain", "typical", "MAP", "Lanczos variational"} < set(words)
+    with pytest.raises(ValueError, match="groups must hold at least one picture"):
+        plots.picture_groups({"wrong": []})
 
 
 def test_spectrum_sorts_and_leaves_out_what_is_not_positive():

@@ -86,7 +86,7 @@ def test_a_run_writes_everything(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     labels = [method["label"] for method in metrics["methods"]]
     assert labels == ["MAP", "MAP + temperature"] + [
-        f"{structure} ({choice}, {link})"
+        f"{structure} Laplace ({choice}, {link})"
         for structure in ("diagonal", "Lanczos")
         for choice in ("evidence", "validation NLL")
         for link in ("MC", "probit")

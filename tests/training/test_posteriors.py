@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bnnlaplace import Laplace
+from bnnlaplace import Laplace, Variational
 from training import posteriors
 from training.cli import interruption
 from training.config import Config, Curvature, Data, Evaluation, Prior
@@ -202,7 +202,7 @@ def results(fitted):
 
 def test_every_method_is_evaluated_on_the_split(results):
     assert [method.label for method in results.methods] == ["MAP", "MAP + temperature"] + [
-        f"{structure} ({choice}, {link})"
+        f"{structure} Laplace ({choice}, {link})"
         for structure in ("diagonal", "Lanczos")
         for choice in ("evidence", "validation NLL")
         for link in ("MC", "probit")
@@ -225,9 +225,35 @@ def test_precisions_are_the_optima_of_the_curves(results, fitted):
     np.testing.assert_allclose(results.curves["diagonal"].log_evidence, diagonal, rtol=1e-5)
 
 
+def test_a_variational_posterior_is_evaluated_at_the_precision_of_its_bound(fitted):
+    """The curve at its sites as they are has its optimum elsewhere. Only Laplace is checked on training images."""
+    data = (DATA.train.images, DATA.train.labels)
+    options = {"approximation": Variational(num_samples=32, prior_structure="scalar"), "key": jax.random.key(0)}
+    variational = fitted["diagonal"].fit(data, **options)
+    again = results_of(CONFIG, fitted | {"diagonal, variational": variational})
+    labels = [method.label for method in again.methods]
+    assert labels[2:-4] == [method.label for method in results_of(CONFIG, fitted).methods][2:]
+    assert labels[-3] == "diagonal variational (evidence, probit)"
+    own = float(variational.prior_precision)
+    assert again.methods[-3].prior_precision == again.curves["diagonal, variational"].evidence_optimum == own
+    assert own != variational.evidence_optimum().prior_precision
+    assert list(again.training_fits) == ["diagonal", "Lanczos"]
+    assert again.foremost.label == "Lanczos Laplace (evidence, probit)"
+
+
+def test_training_images_are_predicted_by_the_posterior_at_its_evidence_optimum(results, fitted):
+    optimum = results.curves["diagonal"].evidence_optimum
+    at_optimum = fitted["diagonal"].with_prior_precision(optimum)
+    found = results.training_fits["diagonal"]
+    assert found.evidence == pytest.approx(-at_optimum.log_marginal_likelihood().mean / 26, rel=1e-5)
+    probs = np.asarray(at_optimum.predictive(DATA.train.images, link_approx="mc", key=jax.random.key(1), num_samples=2000))
+    nll = -np.log(probs[np.arange(26), DATA.train.labels]).mean()
+    assert found.nll == pytest.approx(nll, abs=0.02)
+
+
 def test_the_probit_predictive_of_the_diagonal_is_that_of_the_definition(results):
     """Logits divided by sqrt(1 + pi/8 v), v their variances under the diagonal posterior."""
-    method = next(m for m in results.methods if m.label == "diagonal (evidence, probit)")
+    method = next(m for m in results.methods if m.label == "diagonal Laplace (evidence, probit)")
     variances = 1 / (np.diag(ggn(DATA.train.images)) + method.prior_precision)
     inputs = features(DATA.test.images)
     logits = inputs @ WEIGHTS / np.sqrt(1 + np.pi / 8 * (inputs**2 @ variances.reshape(5, 3)))
@@ -250,7 +276,8 @@ def test_a_run_is_written_whole(results, tmp_path):
     printed = Console(file=io.StringIO(), width=400)
     write_results(tmp_path, results, printed)
     names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    figures = {f"figures/{name}.png" for name in ("evidence", "training", "spectrum", "reliability")}
+    drawn = ("evidence", "reliability", "detection", "rejection", "images", "training", "spectrum")
+    figures = {f"figures/{name}.png" for name in drawn}
     assert names == {"metrics.json", "report.html"} | figures
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["config"]["data"]["mean"] == [MEAN]

@@ -76,6 +76,13 @@ def test_one_run_is_shown_without_a_mean(summary):
     assert "| Lanczos (validation NLL, MC) | 0.0834 | not finite |" in printed
 
 
+def test_both_formats_are_read(summary):
+    """They differ in labels, so that one table cannot hold runs of both."""
+    new = run_with(0, 0.1, 1.0) | {"format_version": 2}
+    new["methods"][1]["label"] = "Lanczos Laplace (validation NLL, MC)"
+    assert "| Lanczos Laplace (validation NLL, MC) | 1 |" in summary(new)[1]
+
+
 def test_lines_are_never_wrapped(summary):
     _, printed, _ = summary(run_with(0, 0.1, 1.0), run_with(1, 0.1, 1.0))
     assert len([line for line in printed.splitlines() if line.startswith("|")]) == 4
@@ -89,7 +96,7 @@ STRANGE = copy.deepcopy(run_with(0, 0.1, 1.0)) | {"methods": [3]}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "must be the metrics of a run in format 1; got no format"),
+        ({}, "must be the metrics of a run in format 1 or 2; got no format"),
         ([], "must be JSON as it was written; the file must be an object; got []"),
         ("3", "must be JSON as it was written; the file must be an object; got 3"),
         (run_with(0, 0.1, 1.0) | {"format_version": 7}, "got format 7"),

@@ -26,7 +26,7 @@ def chosen_examples(split: Split, predictions: Predictions) -> dict[str, list[Ex
     wrong = first(rising[::-1][~is_right[rising[::-1]]])
     uncertain = first(rising)
     nearest = np.argsort(np.abs(confidence - np.median(confidence)), kind="stable")
-    nearest = nearest[is_right[nearest]]
+    nearest = nearest[is_right[nearest] & ~np.isin(nearest, list(taken))]
     _, one_a_class = np.unique(split.labels[nearest], return_index=True)
     typical = first(nearest[np.sort(one_a_class)])
     groups = {"most uncertain": uncertain, "most confidently wrong": wrong, "typical": typical}

@@ -60,7 +60,7 @@ def _comparison(metric: str, method: MethodResult, reference: MethodResult) -> s
 
 def _verdict(metric: str, interval: Interval) -> str:
     if not interval.excludes_zero:
-        return "not told from"
+        return "not told apart from"
     return "better than" if (interval.value > 0) == (metric == "auroc") else "worse than"
 
 
