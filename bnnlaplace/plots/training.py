@@ -76,12 +76,15 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
                 panel.fill_between(epochs[present], *band, color=colour, alpha=0.25, lw=0, label="standard error")
             if key == "prior_precision":
                 _draw_layers(panel, history, epochs)
-        _shade_polishing(panel, history)
+        _shade_polishing(panel, history, label="polishing phase" if panel is axes[0] else None)
         finish(panel, label)
         if corner != "lower right":  # everything but the accuracy
             log_axis(panel)
         if corner or (series is GRADIENTS and len(panel.lines) > 1):
-            panel.legend(fontsize=FONT, frameon=False, loc=corner or "best")
+            if not corner:  # Nothing says where these curves leave room, so room is made below them.
+                low, high = panel.get_ylim()
+                panel.set_ylim(low * (low / high) ** 0.6 if low > 0 else low - 0.6 * (high - low), high)
+            panel.legend(fontsize=FONT, frameon=False, loc=corner or "lower left")
     axes[-1].set_xlabel("epoch", fontsize=FONT)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.align_ylabels(axes)
@@ -127,7 +130,7 @@ def evidence_history(
             epochs[known], values[known], yerr=error,
             color=colour, ls=style, lw=1.6, marker="o", ms=3.5, capsize=2.5, elinewidth=1, label=name,
         )  # fmt: skip
-    _shade_polishing(panel, history)
+    _shade_polishing(panel, history, label="polishing phase")
     finish(panel, "negative log evidence (nats)", "epoch")
     log_axis(panel)
     panel.set_xlim(0, epochs[-1] + 1)
@@ -137,13 +140,11 @@ def evidence_history(
     return figure
 
 
-def _shade_polishing(panel: Axes, history: Sequence[Mapping[str, Any]]) -> None:
+def _shade_polishing(panel: Axes, history: Sequence[Mapping[str, Any]], label: str | None) -> None:
     """Shade the epochs in which batch statistics are frozen."""
     polished = [record["epoch"] for record in history if record.get("phase") == "polish"]
     if polished:
-        panel.axvspan(
-            polished[0] - 0.5, polished[-1] + 0.5, color="#999999", alpha=0.2, lw=0, label="polishing phase"
-        )
+        panel.axvspan(polished[0] - 0.5, polished[-1] + 0.5, color="#999999", alpha=0.2, lw=0, label=label)
 
 
 def _draw_layers(panel: Axes, history: Sequence[Mapping[str, Any]], epochs: Float[np.ndarray, " E"]) -> None:

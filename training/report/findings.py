@@ -150,26 +150,29 @@ def about_precisions(results: RunResults) -> list[str]:
     ]
     if results.history and results.history[-1].get("prior_precision_by_layer"):
         sentences.append("Every layer has a precision of its own; the numbers are geometric means over the weights.")
+    unconverged: dict[str, list[str]] = {}
     for name, each in results.curves.items():
         outside = each.precision[~each.converged]
         if len(outside):
-            sentences.append(
-                f"The samples of {results.posterior_name(name)} have not converged at {len(outside)} of "
-                f"{len(each.precision)} prior precisions ({precision(outside.min())} to {precision(outside.max())}), "
-                "and the validation NLL chooses none of them."
-            )
-    return sentences
+            ends = f"({precision(outside.min())} to {precision(outside.max())})"
+            where = f"{len(outside)} of {len(each.precision)} prior precisions {ends}"
+            unconverged.setdefault(where, []).append(results.posterior_name(name))
+    return sentences + [
+        f"The samples of {' and '.join(names)} have not converged at {where}, and the validation NLL chooses none of "
+        "them."
+        for where, names in unconverged.items()
+    ]
 
 
 def about_training_fit(name: str, fit: TrainingFit) -> str:
     """Write whether a posterior predicts training images as well as its evidence promises."""
     numbers = (
-        f"{name}: an NLL of {number(fit.nll)} \N{PLUS-MINUS SIGN} {number(fit.sem)} nats a training image, where the "
-        f"evidence allows {number(fit.evidence)}"
+        f"{name}: an NLL of {number(fit.nll)}\N{NO-BREAK SPACE}\N{PLUS-MINUS SIGN}\N{NO-BREAK SPACE}{number(fit.sem)} "
+        f"nats a training image, where the evidence allows {number(fit.evidence)}"
     )
     if fit.is_saturated:
         return f"{numbers}. It is larger: trust neither this posterior nor the prior precision that its evidence chose."
-    return f"{numbers}. It is not larger, beyond the noise."
+    return f"{numbers}. It is not larger, within two standard errors."
 
 
 def about_krylov(results: RunResults) -> str:
