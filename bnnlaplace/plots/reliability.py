@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -61,8 +62,7 @@ def reliability_diagram(
         row, column = divmod(position, columns)
         diagram, histogram = place(row, column, below, side - 0.1), place(row, column, below - 0.6, 0.45)
         error = _reliability_bars(diagram, bins, look.colour)
-        share = bins.counts / bins.counts.sum()
-        histogram.bar(bins.edges[:-1], share, np.diff(bins.edges), align="edge", color=look.colour, alpha=0.6, edgecolor="white", lw=0.5)
+        _histogram(histogram, bins, look.colour)
         diagram.set_title(f"{name}\nECE {error:.3f}", fontsize=FONT)
         finish(diagram, "accuracy" if column == 0 else "")
         finish(histogram, "share of\nimages" if column == 0 else "", "confidence")
@@ -74,14 +74,24 @@ def reliability_diagram(
             panel.xaxis.set_major_formatter(FuncFormatter(tick))
             panel.yaxis.set_label_coords(-0.45 / side, 0.5)
             panel.tick_params(labelleft=column == 0)
-    handles = [
+    figure.legend(handles=_keys(), loc="upper center", ncols=2, fontsize=FONT, frameon=False)
+    return figure
+
+
+def _keys() -> list[Artist]:
+    """Entries of the legend, the same for all methods."""
+    return [
         Patch(color=GREY, alpha=0.6, lw=0, label="accuracy"),
         Patch(facecolor="white", edgecolor=GREY, hatch=_OVER, lw=0.5, label="gap: overconfident"),
         Patch(facecolor="white", edgecolor=GREY, hatch=_UNDER, lw=0.5, label="gap: underconfident"),
         Line2D([], [], color="black", marker="|", ms=9, ls="none", label="95 % interval"),
     ]
-    figure.legend(handles=handles, loc="upper center", ncols=2, fontsize=FONT, frameon=False)
-    return figure
+
+
+def _histogram(panel: Axes, bins: ReliabilityBins, colour: str) -> None:
+    """Draw the share of the images in each bin."""
+    share, width = bins.counts / bins.counts.sum(), np.diff(bins.edges)
+    panel.bar(bins.edges[:-1], share, width, align="edge", color=colour, alpha=0.6, edgecolor="white", lw=0.5)
 
 
 def _reliability_bars(panel: Axes, bins: ReliabilityBins, colour: str) -> float:

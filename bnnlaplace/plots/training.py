@@ -81,9 +81,8 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
         if corner != "lower right":  # everything but the accuracy
             log_axis(panel)
         if corner or (series is GRADIENTS and len(panel.lines) > 1):
-            if not corner:  # Nothing says where these curves leave room, so room is made below them.
-                low, high = panel.get_ylim()
-                panel.set_ylim(low * (low / high) ** 0.6 if low > 0 else low - 0.6 * (high - low), high)
+            if not corner:
+                _make_room_below(panel)
             panel.legend(fontsize=FONT, frameon=False, loc=corner or "lower left")
     axes[-1].set_xlabel("epoch", fontsize=FONT)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -138,6 +137,12 @@ def evidence_history(
     entries = sorted(zip(*panel.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] not in present)
     figure.legend(*zip(*entries, strict=True), loc="outside upper left", fontsize=FONT, frameon=False, ncols=2)
     return figure
+
+
+def _make_room_below(panel: Axes) -> None:
+    """Lower the axis for a legend, where nothing says which corner the curves leave free."""
+    low, high = panel.get_ylim()
+    panel.set_ylim(low * (low / high) ** 0.6 if panel.get_yscale() == "log" else low - 0.6 * (high - low), high)
 
 
 def _shade_polishing(panel: Axes, history: Sequence[Mapping[str, Any]], label: str | None) -> None:

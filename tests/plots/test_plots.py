@@ -234,7 +234,9 @@ def test_pictures_say_what_each_method_predicts():
     figure = plots.picture_groups(groups)
     assert len(figure.axes) == 5
     words = assert_readable(figure)
-    assert words.count("class automobile") == words.count("automobile, >99 %") == words.count("a very lon…, 42 % ×") == 5
+    assert (
+        words.count("class automobile") == words.count("automobile, >99 %") == words.count("a very lon…, 42 % ×") == 5
+    )
     assert "wrong" not in words and {"most uncertain", "typical", "MAP", "Lanczos variational"} < set(words)
     with pytest.raises(ValueError, match="groups must hold at least one picture"):
         plots.picture_groups({"wrong": []})

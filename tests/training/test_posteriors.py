@@ -246,7 +246,9 @@ def test_training_images_are_predicted_by_the_posterior_at_its_evidence_optimum(
     at_optimum = fitted["diagonal"].with_prior_precision(optimum)
     found = results.training_fits["diagonal"]
     assert found.evidence == pytest.approx(-at_optimum.log_marginal_likelihood().mean / 26, rel=1e-5)
-    probs = np.asarray(at_optimum.predictive(DATA.train.images, link_approx="mc", key=jax.random.key(1), num_samples=2000))
+    probs = np.asarray(
+        at_optimum.predictive(DATA.train.images, link_approx="mc", key=jax.random.key(1), num_samples=2000)
+    )
     nll = -np.log(probs[np.arange(26), DATA.train.labels]).mean()
     assert found.nll == pytest.approx(nll, abs=0.02)
 

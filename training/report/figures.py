@@ -66,9 +66,7 @@ def evidence_keys(results: RunResults) -> dict[str, str]:
     trained_by = results.config.get("prior", {}).get("curvature")
     names = {"diagonal Laplace" if trained_by == "diagonal" else "Lanczos Laplace": "log_evidence"}
     names.setdefault("diagonal Laplace", "log_evidence_diagonal")
-    return {
-        name: key for name, key in names.items() if any(record.get(key) is not None for record in results.history)
-    }
+    return {name: key for name, key in names.items() if any(record.get(key) is not None for record in results.history)}
 
 
 def _pictures(results: RunResults) -> "dict[str, list[Picture]]":

@@ -102,6 +102,9 @@ def reservations(results: RunResults) -> list[str]:
             "The decomposition of Lanczos Laplace missed its tolerance: a posterior sample is off by up to "
             f"{number(100 * results.krylov.sample_error_bound, 1)} %; allow more --curvature.max-vectors."
         )
+    fit = results.training_fits.get(results.foremost.curve)
+    if fit is not None and fit.is_saturated:
+        sentences.append(f"Training images contradict the evidence of {about_training_fit(results.foremost.name, fit)}")
     return sentences + _hadamard(results)
 
 

@@ -1,4 +1,4 @@
-"""How the report writes numbers: fixed decimals, intervals, prior precisions, and differences whose sign can be read."""
+"""How the report writes numbers: with fixed decimals, and differences with as many as decide their sign."""
 
 import math
 

@@ -22,6 +22,8 @@ def test_examples_are_what_their_titles_say():
     assert indices["most uncertain"] == [7, 0, 2]  # 9 is shown among the wrong ones
     assert sorted(indices["typical"]) == [3, 4, 5]
     for group in groups.values():
-        assert all(example.image.item() == example.index and example.label == labels[example.index] for example in group)
+        assert all(
+            example.image.item() == example.index and example.label == labels[example.index] for example in group
+        )
     right = predictions._replace(classes=labels)
     assert "most confidently wrong" not in chosen_examples(split, right)
