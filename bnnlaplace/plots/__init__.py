@@ -1,6 +1,6 @@
-"""Figures of evidence, calibration, detection, images, training and spectrum. Nothing else in the package imports matplotlib.
+"""Figures of evidence, calibration, detection, images, training and spectrum.
 
-Every function takes plain arrays and returns a new `Figure`. No pyplot state and no global setting changes. Save a
+Nothing else in the package imports matplotlib. Every function takes plain arrays and returns a new `Figure`. No pyplot state and no global setting changes. Save a
 figure with `figure.savefig(path)`.
 """
 

@@ -29,7 +29,8 @@ _CAPTIONS = {
     "better. Lanczos computes it from the whole curvature of the loss, diagonal from the diagonal of that alone.",
     "evidence": "Evidence (of a variational posterior: the lower bound, with everything but the precision as fitted) "
     "and validation NLL against the prior precision. Dots: what the evidence chose, with its error, and what that "
-    "costs in NLL. Diamonds: the lowest NLL. Bands: two standard errors, and upwards what stopping Lanczos early may hide.",
+    "costs in NLL. Diamonds: the lowest NLL. Bands: two standard errors, and upwards what stopping Lanczos early may "
+    "hide.",
     "reliability": "Reliability. On the dashed line a prediction made with 70 % confidence is right 70 % of the time. "
     "Below: how many images have which confidence.",
     "detection": "Confidence on own and on foreign images, and how well it tells them apart (ROC curve, whose area is "
