@@ -1,7 +1,7 @@
 """Figures of evidence, calibration, detection, images, training and spectrum.
 
-Nothing else in the package imports matplotlib. Every function takes plain arrays and returns a new `Figure`. No pyplot state and no global setting changes. Save a
-figure with `figure.savefig(path)`.
+Nothing else in the package imports matplotlib. Every function takes plain arrays and returns a new `Figure`. No pyplot
+state and no global setting changes. Save a figure with `figure.savefig(path)`.
 """
 
 from bnnlaplace.plots.detection import Confidences, detection_figure
