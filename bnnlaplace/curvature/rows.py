@@ -50,7 +50,7 @@ class RowSizes(NamedTuple):
     passes: int
 
 
-def row_sizes(network: Network, inputs: Inputs, microbatch: int, *, unit: int | None = None) -> RowSizes | None:
+def row_sizes(network: Network, inputs: PyTree, microbatch: int, *, unit: int | None = None) -> RowSizes | None:
     """Choose the sizes for reading rows. None if the network has no convolution, or rows need too much memory.
 
     Parameters

@@ -7,7 +7,8 @@ import oracles
 import pytest
 
 import bnnlaplace
-from bnnlaplace.predictive import functional, reading, rows, shared_posteriors, validation_curves
+from bnnlaplace.curvature import rows
+from bnnlaplace.predictive import functional, reading, shared_posteriors, validation_curves
 
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
