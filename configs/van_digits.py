@@ -9,10 +9,12 @@ Expected   The MAP network has a test accuracy of at least 97 %. The log evidenc
            Lanczos is the better detector of foreign images.
 """
 
-from training.config import Config, Data, Model, Optimizer
+from training.config import Config, Curvature, Data, Model, Optimizer, Prior
 
 config = Config(
     data=Data(name="digits"),
     model=Model(variant="digits"),
     optimizer=Optimizer(learning_rate=1e-2, batch_size=32, epochs=40, polish_epochs=45, polish_learning_rate=1e-2),
+    prior=Prior(update="online"),
+    curvature=Curvature(variational_iterations=6),
 )

@@ -81,6 +81,7 @@ def _train_and_evaluate(
             resume=arguments.resume,
             console=console,
         )
+    program.release_programs()  # what follows keeps much in memory
     # If this start resumed the run, the time of earlier starts counts too.
     watch.seconds["training"] = seconds_of(trained)
     network = posteriors.make_network(module, trained.params, trained.batch_stats)

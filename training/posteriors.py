@@ -1,4 +1,4 @@
-"""The two Laplace posteriors of a run, with the diagonal GGN and with Lanczos, fitted on the training images."""
+"""The posteriors of a run, Laplace and variational, with the diagonal GGN and with Lanczos, on its training images."""
 
 import json
 import warnings
@@ -11,9 +11,10 @@ import flax.linen as nn
 import jax
 from rich.console import Console
 
-from bnnlaplace import Laplace, Network
+from bnnlaplace import Laplace, Network, Variational
 from bnnlaplace.checkpoint import CheckpointError
 from bnnlaplace.structure import KrylovError, KrylovStructure
+from bnnlaplace.variational import Progress
 from training import sealed, settings
 from training.cli import interruption, program
 from training.config import Config
@@ -23,10 +24,14 @@ from training.workdir import POSTERIORS, continue_command, write_atomically
 
 # From the name that tables show to the hessian_structure of Laplace, in the order of the tables.
 STRUCTURES = {"diagonal": "diag", "Lanczos": "lanczos"}
+VARIATIONAL = {"diagonal, variational": "diagonal", "Lanczos, variational": "Lanczos"}
+"""The Laplace posterior with which the iteration of each variational one begins."""
 
 _SECONDS_FILE, _SETTINGS_FILE = "seconds.json", "settings.json"
 _STOPPED = "stopped while fitting the posteriors; the trained network is kept"
 _PROBE_STREAM = 101
+# Nats: the noise of a decomposition in the bound is about one.
+_TOLERANCE = 2.0
 
 
 def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
@@ -37,9 +42,10 @@ def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
 def fit(
     config: Config, data: ImageData, network: Network, prior_precision: float | dict[str, float], console: Console
 ) -> dict[str, Laplace]:
-    """Fit both structures on all training images, unaugmented and in fixed order.
+    """Fit all posteriors on all training images, unaugmented and in fixed order.
 
-    Each has the prior precision of training: one number, or one for each layer.
+    Each has the prior precision of training: one number, or one for each layer. If training did not choose that by the
+    evidence, the lower bound chooses the one of the variational posteriors.
 
     Raises
     ------
@@ -47,21 +53,40 @@ def fit(
         Ctrl-C or SIGTERM came, and nothing is kept. If a block of the decomposition takes longer than
         `interruption.SECONDS_TO_UNWIND`, the process ends.
     """
-    posteriors = {}
-    for name, structure in STRUCTURES.items():
-        la = Laplace(network, hessian_structure=structure, prior_precision=prior_precision)
+    posteriors, curvature = {}, config.curvature
+    chosen = Variational(
+        prior_structure="scalar" if config.prior.update == "posthoc" else None,
+        max_iterations=max(1, curvature.variational_iterations),
+        tolerance=_TOLERANCE,
+        on_iteration=lambda progress: _report_iteration(console, progress),
+    )
+    for name in names(config):
+        console.print(f"  {name}", highlight=False)
+        if name in STRUCTURES:
+            state = Laplace(network, hessian_structure=STRUCTURES[name], prior_precision=prior_precision)
+        else:
+            state = posteriors[VARIATIONAL[name]]
         with interruption.promptly(_STOPPED), _warnings_on(console):
             interruption.stop_if_requested(_STOPPED)
-            posteriors[name] = la.fit(
+            posteriors[name] = state.fit(
                 (data.train.images, data.train.labels),
                 key=probe_key(config),
-                num_probes=config.curvature.num_probes,
-                max_vectors=config.curvature.max_vectors,
-                tolerance=config.curvature.tolerance,
-                microbatch=config.curvature.microbatch,
-                on_block=lambda structure, error: _report_block(console, config, structure, error),
+                num_probes=curvature.num_probes,
+                max_vectors=curvature.max_vectors,
+                tolerance=curvature.tolerance,
+                microbatch=curvature.microbatch,
+                approximation="laplace" if name in STRUCTURES else chosen,
+                on_block=(lambda structure, error: _report_block(console, config, structure, error))
+                if name in STRUCTURES
+                else (lambda structure, error: interruption.stop_if_requested(_STOPPED)),
             )
+        program.return_memory()  # that the next posterior needs
     return posteriors
+
+
+def names(config: Config) -> list[str]:
+    """The posteriors of a run, in the order of the tables."""
+    return [*STRUCTURES, *(VARIATIONAL if config.curvature.variational_iterations else ())]
 
 
 @contextmanager
@@ -86,7 +111,7 @@ def save(workdir: Path, posteriors: dict[str, Laplace], config: Config, seconds:
     # Before the posteriors, so that there is none whose settings are not recorded.
     write_atomically(directory / _SETTINGS_FILE, json.dumps(settings.record(config), indent=2) + "\n")
     for name, la in posteriors.items():
-        la.save(directory / name)
+        la.save(directory / _folder(name))
     write_atomically(directory / _SECONDS_FILE, json.dumps({"fit": seconds}) + "\n")
 
 
@@ -106,8 +131,9 @@ def load(
 ) -> dict[str, Laplace]:
     """Read and verify the posteriors that `save` wrote.
 
-    If a config is given, the settings that they were fitted with are compared with it. `report` is told in one line if
-    there is no record of them.
+    If a config is given, the settings that they were fitted with are compared with it, and they are the posteriors of
+    that config. Otherwise they are those that are there. `report` is told in one line if there is no record of the
+    settings.
 
     Raises
     ------
@@ -115,8 +141,9 @@ def load(
         There are none, a file is damaged, or they were fitted with other settings. The message names the file.
     """
     directory = workdir / POSTERIORS
+    expected = names(config) if config is not None else [*STRUCTURES, *_variational_in(directory)]
     try:
-        posteriors = {name: Laplace.load(directory / name, network) for name in STRUCTURES}
+        posteriors = {name: Laplace.load(directory / _folder(name), network) for name in expected}
     except (CheckpointError, OSError) as error:
         raise UserError(
             f"the posteriors in {workdir} must be whole: {error}; to have them fitted again: "
@@ -132,6 +159,24 @@ def load(
         raise UserError(f"{directory / _SETTINGS_FILE} must be as it was written; {error}; restore it") from None
     settings.require_recorded(recorded, config, directory, curvature=True, report=report)
     return posteriors
+
+
+def _variational_in(directory: Path) -> list[str]:
+    return [name for name in VARIATIONAL if (directory / _folder(name)).exists()]
+
+
+def _folder(name: str) -> str:
+    return name.replace(", ", "-")
+
+
+def _report_iteration(console: Console, progress: Progress) -> None:
+    interruption.stop_if_requested(_STOPPED)
+    console.print(
+        f"  iteration {progress.iteration:2d}: lower bound {progress.elbo:.1f} nats at precision "
+        f"{progress.prior_precision:.3g}, {progress.newton_steps} Newton steps, {progress.products} products",
+        style="dim",
+        highlight=False,
+    )
 
 
 def _report_block(console: Console, config: Config, structure: KrylovStructure, error: KrylovError) -> None:

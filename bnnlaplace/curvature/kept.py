@@ -230,11 +230,12 @@ def _diagonal(
     # Padding repeats an example, as zeros may not be a point of the likelihood, and has weight zero.
     index = jnp.minimum(jnp.arange(num * count), shape[0] - 1)
     weights = at.weights[index].at[shape[0] :].set(0)
-    parts = rows, *(each.reshape(num, count, *each.shape[1:]) for each in (index, weights))
+    parts = jnp.arange(num), *(each.reshape(num, count, *each.shape[1:]) for each in (index, weights))
 
     def of_part(part: tuple[Array, Array, Array]) -> Float[Array, " P"]:
-        rows, index, weights = part
-        derivatives = rows.swapaxes(0, 1).reshape(count, *shape[1:], rows.shape[-1])
+        number, index, weights = part
+        of_rows = jax.lax.dynamic_index_in_dim(rows, number, keepdims=False)  # as a part they would be copied
+        derivatives = of_rows.swapaxes(0, 1).reshape(count, *shape[1:], rows.shape[-1])
         factors = jax.vmap(partial(likelihood.factor_transpose_mv, at.points[index]), -1, -1)(derivatives)
         weighted = mb.over_outputs(weights, factors) * factors**2
         return weighted.sum(axis=tuple(range(weighted.ndim - 1)))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from bnnlaplace.variational.draws import Draws, draw, without_spread
 from bnnlaplace.variational.expectations import Expectations, expectations
 from bnnlaplace.variational.mean import MeanStep, settle, with_mean
 from bnnlaplace.variational.options import Progress, Variational
+from bnnlaplace.variational.preconditioner import preconditioner
 from bnnlaplace.variational.sites import Sites, at_sites, sites_of
 
 # The first step of the sites, by how much it grows after one that raised the bound, how far it shrinks where the bound
@@ -223,12 +225,12 @@ def _settled(
     """Draw the outputs, find the best mean for the structure, and compute the bound and the sites there."""
     model, options = context.model, context.options
     posterior = _posterior(context, mean, prior, structure)
-    draws = _draws(context, posterior, context.keys[0])
+    draws = list(_draws(context, posterior, context.keys[0]))
     settled = settle(
         model,
         prior,
-        structure,
-        list(draws),
+        partial(_preconditioner, context, prior, structure),
+        draws,
         mean,
         scale=context.scale,
         tolerance=OF_TOLERANCE * options.tolerance,
@@ -238,6 +240,11 @@ def _settled(
     proposed = sites_of(model.likelihood, settled.draws, context.by_samples)
     terms = _terms(context, settled.expected, settled.mean, prior, structure)
     return Iterate(settled, structure, prior, sites, proposed, terms)
+
+
+def _preconditioner(context: Context, prior: Prior, structure: Structure, there: Model) -> Structure:
+    options = {"scale": context.scale, "microbatch": context.microbatch}
+    return preconditioner(structure, there, prior, context.krylov.key, **options)
 
 
 def _structure_at(context: Context, sites: Sites, prior: Prior) -> Structure:

@@ -32,6 +32,8 @@ from bnnlaplace.variational.sites import at_sites, sites_of
 
 # Residual of conjugate gradients relative to the gradient, and the largest number of products of one Newton step.
 RESIDUAL, MOST_PRODUCTS = 0.1, 100
+# A Newton step with more products than this is worth another preconditioner.
+MANY_PRODUCTS = 20
 # Halvings of a step, and Armijo's constant.
 MAX_HALVINGS, ARMIJO = 30, 1e-4
 
@@ -62,7 +64,7 @@ class MeanStep(NamedTuple):
 def settle(
     model: Model,
     prior: Prior,
-    structure: Structure,
+    inverse_at: Callable[[Model], Structure],
     draws: Sequence[Draws],
     mean: Float[np.ndarray, " P"],
     *,
@@ -77,8 +79,8 @@ def settle(
     ----------
     model, prior
         The linearised network with its data, and the prior.
-    structure
-        The curvature of the posterior at hand, whose inverse preconditions conjugate gradients.
+    inverse_at
+        A function of the model at its sites. It returns a curvature whose inverse preconditions conjugate gradients.
     draws, mean
         The outputs under the posterior with this mean.
     scale
@@ -96,16 +98,19 @@ def settle(
     relative = np.asarray(prior.relative, np.float64)
     precision = np.asarray(float(prior.precision) * relative)
     centre = np.asarray(prior.mean, np.float64)
-    draws, products, decrement = list(draws), 0, np.inf
+    draws, products, decrement, inverse = list(draws), 0, np.inf, None
     for step in range(max_steps + 1):  # noqa: B007
         expected = [expectations(model.likelihood, each) for each in draws]
         gradient = _pulled(model, draws, expected, scale, microbatch=microbatch)
         ascent = gradient - precision * (mean - centre)
         if step == max_steps or 0.5 * decrement <= tolerance:
             break
-        product = _hessian_product(model, draws, scale, precision, microbatch=microbatch)
-        direction, used = _newton_direction(product, structure, prior, ascent)
+        there = at_sites(model, sites_of(model.likelihood, draws))
+        inverse = inverse_at(there) if inverse is None else inverse
+        product = _hessian_product(there, scale, precision, microbatch=microbatch)
+        direction, used = _newton_direction(product, inverse, prior, ascent)
         products += used
+        inverse = inverse if used <= MANY_PRODUCTS else None  # the sites have moved on
         decrement = float(ascent @ direction)
         if not decrement > 0:  # rounding alone is left
             break
@@ -119,12 +124,11 @@ def settle(
 
 
 def _hessian_product(
-    model: Model, draws: Sequence[Draws], scale: float, precision: Float[np.ndarray, "..."], *, microbatch: int
+    there: Model, scale: float, precision: Float[np.ndarray, "..."], *, microbatch: int
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Return v -> (sum_n J_n' W_n J_n + P0) v."""
-    there = at_sites(model, sites_of(model.likelihood, draws))
     ggn_product = there.ggn_product(scale, microbatch=microbatch)
-    dtype = number_type(model.head.params)
+    dtype = number_type(there.head.params)
     return lambda v: np.asarray(ggn_product(jnp.asarray(v, dtype)[None])[0], np.float64) + precision * v
 
 
