@@ -21,7 +21,7 @@ FEW = {"optimizer.epochs": 120, "optimizer.polish_epochs": 240}
 SOME = {"optimizer.epochs": 60, "optimizer.polish_epochs": 120}
 WRONG = {"data.wrong_labels": 0.2}
 
-EVIDENCE = ("posthoc",)
+EVIDENCE = ("online",)
 
 study = Study(
     config=Config(
@@ -43,20 +43,15 @@ study = Study(
     seeds=(0, 1, 2, 3, 4),
     trainings=(
         Training("adamw", {"optimizer.learning_rate": 3e-3}, weight_decay=0.5, ensemble=5),
-        Training("posthoc"),
+        Training("posthoc", folds=0),
         Training("online", {"prior.update": "online"}),
-        Training("joint", {"prior.update": "joint"}),
-        Training("joint-layerwise", {"prior.update": "joint", "prior.structure": "layerwise"}),
     ),
     posteriors=(
         Posterior("full", "laplace", weights="last_layer"),
         Posterior("full", "variational", weights="last_layer"),
-        Posterior("kron", "laplace", weights="last_layer"),
-        Posterior("kron", "variational", weights="last_layer"),
+        Posterior("kron", "variational", weights="last_layer", trainings=EVIDENCE),
         Posterior("diag", "laplace", trainings=EVIDENCE),
         Posterior("diag", "variational", trainings=EVIDENCE),
-        Posterior("kron", "laplace", trainings=EVIDENCE),
-        Posterior("kron", "variational", trainings=EVIDENCE),
         Posterior("lanczos", "laplace"),
         Posterior("lanczos", "variational"),
         # One switch each.
@@ -70,8 +65,8 @@ study = Study(
         "adamw.map",
         "adamw.map-t-split",
         "adamw.ensemble",
-        "posthoc.last-layer-full-variational",
-        "posthoc.lanczos-laplace",
-        "posthoc.lanczos-variational",
+        "online.last-layer-full-variational",
+        "online.lanczos-laplace",
+        "online.lanczos-variational",
     ),
 )

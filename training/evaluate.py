@@ -41,7 +41,8 @@ def _as_in_the_run(metavar: str) -> object:
 class Arguments:
     """Evaluate a finished run again, from its work directory alone.
 
-    Writes metrics.json, report.html and figures to WORKDIR/evaluation-SPLIT-OOD.
+    Writes metrics.json, report.html and figures to WORKDIR/evaluation-SPLIT-OOD. A run that keeps no posteriors has
+    them fitted first.
     """
 
     workdir: Annotated[Path, tyro.conf.Positional]
@@ -91,7 +92,11 @@ def _evaluate(workdir: Path, directory: Path, config: Config, console: Console) 
         config = dataclasses.replace(config, data=with_statistics(config.data, data.train.images))
         module = van.from_config(config, len(data.class_names))
         network = posteriors.make_network(module, trained.params, trained.batch_stats)
-        fitted = posteriors.load(workdir, network, config, report)
+        fitted = posteriors.load(workdir, network, config, report) if posteriors.are_kept(workdir) else None
+    if fitted is None:
+        report("the run keeps no posteriors: fitting them on its training images")
+        with watch.stage("posterior"):
+            fitted = posteriors.fit(config, data, network, trained.prior, console)
     with watch.stage("evaluation"):
         results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
     with lock.held(directory, report=report):

@@ -32,7 +32,7 @@ from training.report import evaluation
 from training.report.html import write_results
 from training.train import loop
 from training.train.checkpoints import seconds_of
-from training.workdir import POSTERIORS, claimed, continue_command
+from training.workdir import claimed, continue_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +99,7 @@ def _train_and_evaluate(
 
 def _load_fitted(config: Config, workdir: Path, network: Network, console: Console) -> dict[str, Laplace] | None:
     """Load the posteriors that an earlier start left. If there are none, or one is damaged: None."""
-    if not (workdir / POSTERIORS).exists():
+    if not posteriors.are_kept(workdir):
         return None
     try:
         return posteriors.load(workdir, network, config, program.reporter(console))

@@ -123,6 +123,11 @@ def seconds_to_fit(workdir: Path) -> float | None:
         return None
 
 
+def are_kept(workdir: Path) -> bool:
+    """Say whether the posteriors of a run were saved, damaged or not."""
+    return (workdir / POSTERIORS).exists()
+
+
 def load(
     workdir: Path,
     network: Network,

@@ -109,6 +109,20 @@ def test_evaluating_again_gives_the_same_numbers(finished, capsys):
             np.testing.assert_allclose(ours["metrics"][name]["value"], interval["value"], rtol=1e-5, err_msg=name)
 
 
+def test_a_run_without_posteriors_has_them_fitted_again(finished, tmp_path, capsys):
+    """So weights, config and metrics are enough to be shared."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy, ignore=shutil.ignore_patterns("laplace", "evaluation-*"))
+    status, _ = run(evaluate, capsys, copy)
+    assert status == 0 and not (copy / "laplace").exists()
+    again, before = (
+        json.loads((directory / "metrics.json").read_text())
+        for directory in (copy / "evaluation-test-inverted", finished)
+    )
+    for ours, theirs in zip(again["methods"], before["methods"], strict=True):
+        np.testing.assert_allclose(ours["metrics"]["nll"]["value"], theirs["metrics"]["nll"]["value"], rtol=1e-3)
+
+
 def test_another_split_and_other_images(finished, capsys):
     """Console, report and metrics say that the validation images also chose temperature and prior precision."""
     assert evaluate.main([str(finished), "--split", "validation", "--ood", "noise"]) == 0

@@ -121,6 +121,29 @@ def test_posteriors_come_back_as_they_were_saved(fitted, tmp_path):
     assert posteriors.seconds_to_fit(tmp_path) == 12.5
 
 
+def test_variational_posteriors_stand_beside_those_of_laplace(fitted, tmp_path):
+    """The precision that training chose by the evidence stays; otherwise the lower bound chooses one."""
+    curvature = replace(CONFIG.curvature, variational_iterations=30)
+    online = replace(CONFIG, curvature=curvature, prior=Prior(precision=2.0, update="online"))
+    four = posteriors.fit(online, DATA, NETWORK, 2.0, console())
+    assert list(four) == ["diagonal", "Lanczos", "diagonal, variational", "Lanczos, variational"]
+    for name in ("diagonal", "Lanczos"):
+        assert four[name].log_marginal_likelihood() == fitted[name].log_marginal_likelihood()
+        variational = four[f"{name}, variational"]
+        assert variational.fitted.bound is not None and variational.prior_precision == 2.0
+    chosen = posteriors.fit(replace(CONFIG, curvature=curvature), DATA, NETWORK, 2.0, console())["Lanczos, variational"]
+    assert chosen.prior_precision != 2.0
+    assert 0.5 < chosen.evidence_optimum().prior_precision / chosen.prior_precision < 2
+    posteriors.save(tmp_path, four, online, seconds=1.0)
+    for loaded in (posteriors.load(tmp_path, NETWORK, online, refuse), posteriors.load(tmp_path, NETWORK)):
+        assert list(loaded) == list(four)
+        assert (
+            loaded["Lanczos, variational"].log_marginal_likelihood()
+            == four["Lanczos, variational"].log_marginal_likelihood()
+        )
+    assert list(posteriors.load(tmp_path, NETWORK, CONFIG)) == ["diagonal", "Lanczos"]
+
+
 @pytest.mark.parametrize("content", [None, "", "{}", '{"fit": null}'])
 def test_seconds_that_were_not_saved_are_none(content, tmp_path):
     (tmp_path / "laplace").mkdir()

@@ -136,8 +136,9 @@ class EvidenceSteps(NamedTuple):
 
     joint: Callable[[Any, int, bool], Any]
     """(state, step, whether it moves the weights) -> state, with another estimate of the log-determinant's gradient."""
-    online: Callable[[Any, int], tuple[Any, Estimate]]
-    """(state, epoch) -> state with other precisions, and the log evidence."""
+    online: Callable[[Any, int], tuple[Any, Estimate, float | None]]
+    """(state, epoch) -> state with other precisions, the log evidence, and that of the diagonal at its own best
+    precisions if the curvature is another one."""
 
 
 def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> EvidenceSteps:
@@ -149,6 +150,7 @@ def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> E
         prior.option("probes") or 1,
         microbatch=_MICROBATCH,
     )
+    diagonal = EvidenceOptions("diag", 1, 1, microbatch=_MICROBATCH)
     model = {"likelihood": bnnlaplace.categorical(), "num_data": num_data, "options": options}
     key_probe = jax.random.fold_in(jax.random.key(config.seed), _PROBE_STREAM)
     count = min(prior.option("examples") or 1, num_data)
@@ -186,10 +188,15 @@ def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> E
     @jax.jit
     def online(network: Any, state: Any, images: Any, labels: Any, key: jax.Array) -> Any:
         logs = jax.tree.map(jnp.log, state.prior_precision)
-        update = prior_update(state.params, logs, (images, labels), key, network=network, **model)
+        rest = {"network": network, **model}
+        update = prior_update(state.params, logs, (images, labels), key, **rest)
         precision = jax.tree.map(lambda log: jnp.clip(jnp.exp(log), *PRECISION_RANGE), update.log_precision)
         bad_step = _first_bad(state, update.log_evidence.mean, precision)
-        return state._replace(prior_precision=precision, bad_step=bad_step), update.log_evidence
+        of_diagonal = None
+        if options.hessian_structure != diagonal.hessian_structure:
+            compared = prior_update(state.params, logs, (images, labels), key, **rest | {"options": diagonal})
+            of_diagonal = compared.log_evidence.mean
+        return state._replace(prior_precision=precision, bad_step=bad_step), update.log_evidence, of_diagonal
 
     def joint_at(state: Any, step: int, moves_weights: bool) -> Any:
         generator = np.random.default_rng((config.seed, _IMAGE_STREAM, step))

@@ -303,7 +303,9 @@ def _freeze(run: _Run, state: TrainState) -> TrainState:
 
 def _end_of_evidence(run: _Run, state: TrainState, epoch: int, record: dict[str, Any]) -> tuple[int, TrainState]:
     """Record the evidence of an epoch. If an online update is due, make it. Return how often it was computed."""
-    record |= {"log_evidence": None, "log_evidence_sem": None, "log_determinant_gradient_norm": None}
+    record |= dict.fromkeys(
+        ("log_evidence", "log_evidence_sem", "log_evidence_diagonal", "log_determinant_gradient_norm")
+    )
     if evidence := state.evidence:
         record["log_determinant_gradient_norm"] = norm_of(evidence.held[0])
         count = int(evidence.count)
@@ -315,9 +317,10 @@ def _end_of_evidence(run: _Run, state: TrainState, epoch: int, record: dict[str,
     is_online = run.config.prior.update == "online" and run.window.contains(epoch)
     if not is_online or epoch % run.window.every:
         return 0, state
-    state, evidence = run.evidence.online(state, epoch)
+    state, evidence, of_diagonal = run.evidence.online(state, epoch)
     sem = float(evidence.sem)
     record |= {"log_evidence": float(evidence.mean), "log_evidence_sem": sem if math.isfinite(sem) else None}
+    record["log_evidence_diagonal"] = None if of_diagonal is None else float(of_diagonal)
     return 1, state
 
 

@@ -547,10 +547,10 @@ def updates_by(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], flo
     def arrange(factor: Callable[[int], float]) -> list[int]:
         epochs: list[int] = []
 
-        def online(state: Any, epoch: int) -> tuple[Any, Estimate]:
+        def online(state: Any, epoch: int) -> tuple[Any, Estimate, float]:
             epochs.append(epoch)
             changed = state._replace(prior_precision=jnp.float32(state.prior_precision * factor(epoch)))
-            return changed, Estimate(jnp.float32(-10.0 * epoch), jnp.float32(0.5))
+            return changed, Estimate(jnp.float32(-10.0 * epoch), jnp.float32(0.5)), -12.0 * epoch
 
         monkeypatch.setattr(loop, "make_evidence_steps", lambda *arguments: EvidenceSteps(None, online))
         return epochs
@@ -661,7 +661,7 @@ def test_an_online_update_maximises_the_scaled_evidence_of_its_subset(curvature:
     params = jax.tree.map(lambda leaf: leaf + 0.3, params)
     state = initial_state(params, {}, config.optimizer, config.prior)
     online = evidence.make_evidence_steps(config, DATA, Logistic()).online
-    (state, found), again = online(state, 4), online(state, 4)
+    (state, found, of_diagonal), again = online(state, 4), online(state, 4)
     chosen = np.sort(stratified_indices(DATA.train.labels, 12, config.seed + 102))
     x = np.concatenate([normalised(DATA.train.images[chosen]).reshape(12, -1), np.ones((12, 1))], 1)
     weights = np.vstack([params["Dense_0"]["kernel"], params["Dense_0"]["bias"]]).astype(np.float64)
@@ -669,14 +669,19 @@ def test_an_online_update_maximises_the_scaled_evidence_of_its_subset(curvature:
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     curvatures = np.einsum("nc,cd->ncd", probs, np.eye(3)) - np.einsum("nc,nd->ncd", probs, probs)
     ggn = 26 / 12 * np.einsum("ni,nj,ncd->icjd", x, x, curvatures).reshape(15, 15)
-    ggn = ggn if curvature == "lanczos" else np.diag(np.diag(ggn))
+    diagonal = np.diag(np.diag(ggn))
+    ggn = ggn if curvature == "lanczos" else diagonal
     log_likelihood = 26 / 12 * np.log(probs[np.arange(12), DATA.train.labels[chosen]]).sum()
 
-    def log_evidence(delta: float) -> float:
+    def log_evidence(delta: float, ggn: np.ndarray = ggn) -> float:
         return log_likelihood - 0.5 * delta * np.sum(weights**2) - 0.5 * np.linalg.slogdet(np.eye(15) + ggn / delta)[1]
 
     grid = np.geomspace(0.01, 100, 4000)
     best = grid[np.argmax([log_evidence(delta) for delta in grid])]
+    if curvature == "lanczos":  # the diagonal is compared at its own best precision
+        assert float(of_diagonal) == pytest.approx(max(log_evidence(delta, diagonal) for delta in grid), abs=1e-2)
+    else:
+        assert of_diagonal is None
     assert float(state.prior_precision) == pytest.approx(best, rel=0.05 if curvature == "lanczos" else 5e-3)
     assert abs(float(found.mean) - log_evidence(float(state.prior_precision))) < 4 * float(found.sem) + 1e-2
     assert float(again[1].mean) == pytest.approx(float(found.mean), abs=1e-2)  # the same images and probes
