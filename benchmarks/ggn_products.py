@@ -6,6 +6,7 @@
 2. One product over 1,257 images of 8 x 8 pixels, the size of the embedded training set, linearised once.
 3. A product of a block of 64 vectors over these images, linearised once for the block, as block Lanczos calls it.
 4. The exact diagonal over the same images.
+5. Rows of the Jacobian at the same images, as a fit keeps them: forming them, and products and the diagonal from them.
 
 Weights and images are random, since the cost does not depend on them. Alternatives run in turn in one process;
 compilation is timed apart. Prints a table and writes `benchmarks/results/ggn_products.json`; `--small`, which only
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import tyro
 from jax import Array
 from record import compile_seconds, console, interleaved, record_name, write
@@ -27,7 +29,9 @@ from bnnlaplace import Network, categorical
 from bnnlaplace.core.tree import ravel, size, unraveler
 from bnnlaplace.curvature.diagonal import ggn_diagonal
 from bnnlaplace.curvature.ggn import block_product, ggn_operator
+from bnnlaplace.curvature.kept import CurvatureAt, keep
 from bnnlaplace.curvature.linearisation import linearise
+from bnnlaplace.model.data import as_data
 from training.models.depthwise import Method
 from training.models.van import VAN, VARIANTS, VANVariant
 
@@ -127,6 +131,31 @@ def of_the_diagonal(network: Network, x: Array, repetitions: int) -> dict[str, A
     return {"seconds": interleaved({"": run}, repetitions)[""], "compile_seconds": compiling}
 
 
+def of_kept_rows(network: Network, x: Array, count: int, repetitions: int) -> dict[str, dict[str, Any]]:
+    """Seconds of forming rows, of each vector of a block, of one vector, and of the diagonal; bytes of rows."""
+    likelihood, data = categorical(), as_data((np.asarray(x), np.zeros(len(x), int)))
+    for _ in data:
+        pass
+    form = partial(keep, network, data, num_products=1000, microbatch=64)
+    forming = compile_seconds(lambda: form().batches)
+    rows = form()
+    at = [CurvatureAt(*rows.outputs, jnp.ones(len(x)))]
+    product = rows.ggn_product(likelihood, at, 1.0)
+    runs = {
+        "block": partial(product, vectors(network, count)),
+        "one": partial(product, vectors(network, 1)),
+        "diagonal": partial(rows.ggn_diagonal, likelihood, at),
+    }
+    compiling = {name: compile_seconds(run) for name, run in runs.items()}
+    seconds = interleaved(runs, repetitions)
+    found = {name: {"seconds": seconds[name], "compile_seconds": compiling[name]} for name in runs}
+    found["block"]["seconds"] /= count
+    size_of_rows = {"bytes": sum(batch.nbytes for batch in rows.batches)}
+    del rows, product, runs  # a second copy is formed
+    timed = interleaved({"": lambda: form().batches}, repetitions)[""]
+    return {"forming": {"seconds": timed, "compile_seconds": forming} | size_of_rows, **found}
+
+
 def main(small: bool = False) -> None:
     """Answer the questions, print and write.
 
@@ -142,6 +171,7 @@ def main(small: bool = False) -> None:
     digits = one_product({"digits": (network, x)}, 64, 2 * sizes.repetitions - 1)["digits"]
     block = of_a_block(network, x, sizes.block, sizes.repetitions)
     diagonal = of_the_diagonal(network, x, sizes.repetitions)
+    kept = of_kept_rows(network, x, sizes.block, sizes.repetitions)
 
     large, tiny = (
         f"{height} x {width}, {images} images"
@@ -157,6 +187,10 @@ def main(small: bool = False) -> None:
         (f"{tiny}, one vector", digits),
         (f"{tiny}, per vector of a block of {sizes.block}", block),
         (f"{tiny}, exact diagonal", diagonal),
+        (f"{tiny}, forming rows, {kept['forming']['bytes'] / 1e6:.0f} MB", kept["forming"]),
+        (f"{tiny}, one vector, from rows", kept["one"]),
+        (f"{tiny}, per vector of a block of {sizes.block}, from rows", kept["block"]),
+        (f"{tiny}, exact diagonal, from rows", kept["diagonal"]),
     ):
         table.add_row(name, f"{1e3 * timing['seconds']:.1f}", f"{timing['compile_seconds']:.1f}")
     console.print(table)
@@ -170,6 +204,7 @@ def main(small: bool = False) -> None:
         "digits_one_vector": digits,
         f"digits_block_of_{sizes.block}": block,
         "digits_diagonal": diagonal,
+        "digits_rows": kept,
     }
     write(record_name("ggn_products", main, options), content)
 

@@ -126,7 +126,7 @@ class KeptRows(NamedTuple):
         return vectors if self.factors is None else vectors * self.factors
 
 
-def keep(network: Network, data: Data, *, num_products: int, microbatch: int) -> KeptRows | None:
+def keep(network: Network, data: Data, *, num_products: int, microbatch: int, bytes_beside: int = 0) -> KeptRows | None:
     """Form the rows of a network, and keep them, if `num_products` products take longer without them.
 
     None if they would not pay, or take more than a part of the free memory. Cost: a pass over the data with a backward
@@ -142,6 +142,8 @@ def keep(network: Network, data: Data, *, num_products: int, microbatch: int) ->
         How many products with the GGN are expected, counted one by one.
     microbatch
         The largest number of inputs that are differentiated at a time.
+    bytes_beside
+        Memory that must be left free.
     """
     expansion = network.unlinearised()
     dtype = number_type(expansion.params)
@@ -149,7 +151,7 @@ def keep(network: Network, data: Data, *, num_products: int, microbatch: int) ->
     if sizes is None or jnp.finfo(dtype).bits < 32 or not _pay(sizes, num_products):
         return None
     free, needed = memory.free_bytes(), data.num_examples * sizes.outputs * size(expansion.params) * dtype.itemsize
-    if free is None or needed > SHARE_OF_MEMORY * free:
+    if free is None or needed > min(SHARE_OF_MEMORY * free, free - bytes_beside):
         return None
     batches, at = [], []
     for batch in data:

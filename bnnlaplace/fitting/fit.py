@@ -244,8 +244,9 @@ def _structure_of_products(
     if size(model.head.params) <= min(options.num_probes, options.max_vectors):  # one block would span all weights
         return _eigenpairs(model.whitened(prior), scale, microbatch=microbatch)
     # Weights that are scaled first are not layers, so rows are those of the network as it is.
-    white = model.with_rows(options.max_vectors, microbatch=microbatch).whitened(prior)
-    return fit_krylov(white, scale, options, evidence, microbatch=microbatch)
+    beside = memory_of(model, "lanczos", options.max_vectors).needed
+    model = model.with_rows(options.max_vectors, microbatch=microbatch, bytes_beside=beside)
+    return fit_krylov(model.whitened(prior), scale, options, evidence, microbatch=microbatch)
 
 
 def fit_spectral(model: Model, scale: float) -> SpectralStructure:

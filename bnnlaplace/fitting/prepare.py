@@ -60,11 +60,15 @@ class Model(NamedTuple):
         rows = self.rows if self.network.is_linearised else None
         return self._replace(network=self.network.with_params(params), head=self.head.with_params(params), rows=rows)
 
-    def with_rows(self, num_products: int, *, microbatch: int) -> "Model":
-        """The same model, with the rows of its Jacobian if so many GGN products pay for them. Call it after a pass."""
+    def with_rows(self, num_products: int, *, microbatch: int, bytes_beside: int) -> "Model":
+        """The same model, with the rows of its Jacobian if so many GGN products pay for them and they fit.
+
+        Call it after a pass over the data. `bytes_beside` are what the fit needs beside the rows.
+        """
         if self.rows is not None:
             return self
-        return self._replace(rows=keep(self.head, self.data, num_products=num_products, microbatch=microbatch))
+        options = {"num_products": num_products, "microbatch": microbatch, "bytes_beside": bytes_beside}
+        return self._replace(rows=keep(self.head, self.data, **options))
 
     def whitened(self, prior: Prior) -> "Model":
         """The model as a function of the weights times sqrt(D), in which the prior is isotropic."""

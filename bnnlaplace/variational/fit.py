@@ -138,11 +138,13 @@ def _context(
     shape = output_shape(model.head, model.data.first)[1:]
     num_pairs = options.pairs_for(shape[-1])
     by_samples = are_by_samples(shape[-1], num_pairs)
-    _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples).check()
+    memory = _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples)
+    memory.check()
     for _ in model.data:
         pass
     # Each iteration differentiates all outputs, so rows pay from the second one on.
-    model = model.with_rows(options.max_iterations * math.prod(shape), microbatch=microbatch)
+    num_products = options.max_iterations * math.prod(shape)
+    model = model.with_rows(num_products, microbatch=microbatch, bytes_beside=memory.needed)
     chosen = options.prior_structure
     grouping = None if chosen is None else Grouping.of(chosen, model.network.params, settings.prior_groups)
     sizes = {"num_pairs": num_pairs, "by_samples": by_samples, "scale": model.scale()}

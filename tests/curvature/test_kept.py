@@ -121,6 +121,9 @@ def test_rows_are_kept_only_where_they_pay_and_fit(problem, monkeypatch):
     assert keep(network, data, **options | {"num_products": 8}) is None  # twelve outputs: as many backward passes
     monkeypatch.setattr(memory, "free_bytes", lambda: 4 * 8 * COUNT * 12 * len(ravel(network.params)) - 1)
     assert keep(network, data, **options) is None
+    monkeypatch.setattr(memory, "free_bytes", lambda: 4 * 8 * COUNT * 12 * len(ravel(network.params)))
+    assert keep(network, data, **options) is not None
+    assert keep(network, data, **options, bytes_beside=memory.free_bytes()) is None
     monkeypatch.undo()
     dense_layer = bnnlaplace.Network.from_function(lambda w, x: x.reshape(len(x), -1) @ w, jnp.ones((10, 3)))
     flat = as_data((inputs, labels[:, 0]))
