@@ -8,8 +8,8 @@ Hardware   2 CPU cores, no GPU, under 4 GB of memory
 Time       about 1.5 minutes for a cell of 100 images: seven networks, two posteriors of the last layer
 Expected   see docs/results.md
 Methods    MAP by AdamW, alone and with a temperature from folds of the training images, from one share of them, and
-           from validation images; a full posterior of the last layer, Laplace and variational, whose prior the evidence,
-           or its bound, chooses, and beside it the validation NLL.
+           from validation images; a full posterior of the last layer, Laplace and variational, whose prior the
+           evidence, or its bound, chooses, and beside it the validation NLL.
 """
 
 from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
