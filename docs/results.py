@@ -71,7 +71,9 @@ def update(numbers: Record, runs: Sequence[Path]) -> list[str]:
     """Put the records of this machine into `numbers`; return one line about each table."""
     report = []
     for table in TABLES:
-        paths = [ROOT / "benchmarks/results" / table.record] if table.record else [run / "metrics.json" for run in runs]
+        paths = [run / "metrics.json" for run in runs]
+        if table.record:
+            paths = [ROOT / (table.record if "/" in table.record else f"benchmarks/results/{table.record}")]
         if missing := [path for path in paths if not path.exists()]:
             names = ", ".join(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in missing)
             report.append(f"{table.name}: kept, as this machine has no {names}")

@@ -6,14 +6,13 @@ cost one backward pass for each output. They serve every later product at the sa
 of conjugate gradients, and of all iterations of a variational fit. They are kept only if they fit; see `keep`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Real
+from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from bnnlaplace.core import memory
 from bnnlaplace.core.linalg import einsum
@@ -21,7 +20,7 @@ from bnnlaplace.core.summation import accumulated
 from bnnlaplace.core.tree import num_examples, number_type, ravel, size
 from bnnlaplace.core.types import Inputs
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.curvature.rows import FORWARD_DERIVATIVES, RowSizes, row_sizes, rows_of
+from bnnlaplace.curvature.rows import FORWARD_DERIVATIVES, RowSizes, in_parts, row_sizes
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Data
 from bnnlaplace.model.likelihood import Likelihood
@@ -147,8 +146,8 @@ def keep(network: Network, data: Data, *, num_products: int, microbatch: int, by
     """
     expansion = network.unlinearised()
     dtype = number_type(expansion.params)
-    sizes = row_sizes(expansion, data.first, microbatch)
-    if sizes is None or jnp.finfo(dtype).bits < 32 or not _pay(sizes, num_products):
+    sizes = wide_row_sizes(expansion, data.first, microbatch)
+    if sizes is None or not _pay(sizes, num_products):
         return None
     free, needed = memory.free_bytes(), data.num_examples * sizes.outputs * size(expansion.params) * dtype.itemsize
     if free is None or needed > min(SHARE_OF_MEMORY * free, free - bytes_beside):
@@ -160,6 +159,13 @@ def keep(network: Network, data: Data, *, num_products: int, microbatch: int, by
     return KeptRows(tuple(batches), output_shape(expansion, data.first), ravel(expansion.params), tuple(at))
 
 
+def wide_row_sizes(network: Network, inputs: PyTree, microbatch: int) -> RowSizes | None:
+    """Choose the sizes of rows; None if there are none, or if they would be rounded to fewer bits than float32 has."""
+    if jnp.finfo(number_type(network.params)).bits < 32:
+        return None
+    return row_sizes(network, inputs, microbatch)
+
+
 def _pay(sizes: RowSizes, num_products: int) -> bool:
     """Whether rows cost less than products, which take a forward and a backward pass for each vector."""
     return (1 + FORWARD_DERIVATIVES) * num_products > FORWARD_DERIVATIVES * sizes.outputs
@@ -167,15 +173,11 @@ def _pay(sizes: RowSizes, num_products: int) -> bool:
 
 def _kept(network: Network, sizes: RowSizes, inputs: Inputs) -> Float[Array, "num K m P"]:
     """Differentiate all outputs of a batch, a microbatch at a time, by the program that predictions use, too."""
-    total = num_examples(inputs)
-    count = min(sizes.inputs, total)
-    starts = range(0, total, count)
     buffer = None
-    for number, start in enumerate(starts):
-        index = np.minimum(np.arange(start, start + count), total - 1)
-        rows = rows_of(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
+    for number, (index, rows) in enumerate(in_parts(network, inputs, sizes)):
         if buffer is None:
-            buffer = jnp.zeros((len(starts), sizes.outputs, *rows.shape[2:]), rows.dtype)
+            count = -(-num_examples(inputs) // len(index))
+            buffer = jnp.zeros((count, sizes.outputs, *rows.shape[2:]), rows.dtype)
         buffer = _with_part(buffer, rows, number)
     return buffer
 
@@ -237,9 +239,36 @@ def _diagonal(
     def of_part(part: tuple[Array, Array, Array]) -> Float[Array, " P"]:
         number, index, weights = part
         of_rows = jax.lax.dynamic_index_in_dim(rows, number, keepdims=False)  # as a part they would be copied
-        derivatives = of_rows.swapaxes(0, 1).reshape(count, *shape[1:], rows.shape[-1])
-        factors = jax.vmap(partial(likelihood.factor_transpose_mv, at.points[index]), -1, -1)(derivatives)
-        weighted = mb.over_outputs(weights, factors) * factors**2
-        return weighted.sum(axis=tuple(range(weighted.ndim - 1)))
+        return _squares(likelihood, of_rows, CurvatureAt(at.points[index], weights), shape[1:])
 
     return mb.summed(of_part, parts)
+
+
+def diagonal_by_rows(
+    network: Network, likelihood: Likelihood, inputs: Inputs, at: CurvatureAt, sizes: RowSizes
+) -> Float[Array, " P"]:
+    """Compute the diagonal of G for one batch as `diagonal.ggn_diagonal` does, from rows that are not kept.
+
+    It takes as many backward passes, and shares the program that takes long to compile with predictions.
+    """
+    shape = output_shape(network, inputs)[1:]
+
+    def terms() -> Iterator[Float[Array, " P"]]:
+        for index, rows in in_parts(network, inputs, sizes):
+            # The last part repeats the last example, which counts once.
+            weights = at.weights[index].at[len(at.weights) - index[0] :].set(0)
+            of_part = CurvatureAt(at.points[index], weights)
+            yield _squares(likelihood, rows.reshape(-1, *rows.shape[2:]), of_part, shape)
+
+    return accumulated(terms())
+
+
+@partial(jax.jit, static_argnums=3)
+def _squares(
+    likelihood: Likelihood, rows: Float[Array, "K m P"], at: CurvatureAt, shape: tuple[int, ...]
+) -> Float[Array, " P"]:
+    """Sum the squares of B' J over a few examples and the columns of the factor B."""
+    derivatives = rows.swapaxes(0, 1).reshape(rows.shape[1], *shape, rows.shape[-1])
+    factors = jax.vmap(partial(likelihood.factor_transpose_mv, at.points), -1, -1)(derivatives)
+    weighted = mb.over_outputs(at.weights, factors) * factors**2
+    return weighted.sum(axis=tuple(range(weighted.ndim - 1)))

@@ -10,14 +10,14 @@ precisions, of directions or of posteriors shares the program that takes long to
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree, Shaped
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.tree import num_examples, number_type, size
@@ -102,16 +102,25 @@ def read(network: Network, inputs: Inputs, sizes: RowSizes, readers: Sequence[Re
         one = jax.eval_shape(partial(rows_of, network, sizes), Shapes.of_example(inputs).batch(1))
         abstract = [jax.eval_shape(reader, one) for reader in readers]
         return [jnp.zeros((result.shape[0], 0, *result.shape[2:]), result.dtype) for result in abstract]
-    count = min(sizes.inputs, total)
     results = [[] for _ in readers]
-    for start in range(0, total, count):
-        index = np.minimum(np.arange(start, start + count), total - 1)
-        rows = rows_of(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
+    for _, rows in in_parts(network, inputs, sizes):
         for parts, reader in zip(results, readers, strict=True):
             parts.append(reader(rows))
         # Otherwise the rows of many batches would wait in memory for their readers.
         jax.block_until_ready([parts[-1] for parts in results])
     return [jnp.concatenate(parts, axis=1)[:, :total] for parts in results]
+
+
+def in_parts(
+    network: Network, inputs: Inputs, sizes: RowSizes
+) -> Iterator[tuple[Int[np.ndarray, " m"], Float[Array, "U C m P"]]]:
+    """Yield the rows of a few inputs at a time, with the numbers of the inputs. The last part may repeat an input."""
+    total = num_examples(inputs)
+    count = min(sizes.inputs, total)
+    for start in range(0, total, count):
+        index = np.minimum(np.arange(start, start + count), total - 1)
+        rows = rows_of(network, sizes, jax.tree.map(lambda leaf, index=index: leaf[index], inputs))
+        yield index, jax.block_until_ready(rows)  # or those of all parts would wait in memory
 
 
 @partial(jax.jit, static_argnums=1)

@@ -14,6 +14,7 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import dense, diagonal, kronecker
+from bnnlaplace.curvature.kept import CurvatureAt, diagonal_by_rows, wide_row_sizes
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
@@ -21,6 +22,7 @@ from bnnlaplace.fitting.continual import posterior_as_prior
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
 from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare, rounding_of
+from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.likelihoods import sites
@@ -172,6 +174,12 @@ def batch_curvature(
         weights = likelihood.weights_of(batch.targets, batch.weights)
         options = {"points": batch.points, "microbatch": microbatch}
         return dense.ggn_in_float64(network, likelihood, batch.inputs, weights, **options)
+    expansion = network.unlinearised()
+    sizes = wide_row_sizes(expansion, batch.inputs, microbatch) if name == "diag" else None
+    if sizes is not None and sites.of_sample(likelihood) is None:
+        points = outputs(network, batch.inputs, microbatch=microbatch) if batch.points is None else batch.points
+        at = CurvatureAt(points, likelihood.weights_of(batch.targets, batch.weights))
+        return diagonal_by_rows(expansion, likelihood, batch.inputs, at, sizes)
     chosen = {"shared_weights": shared_weights} if name == "kron" else {}
     return _compiled_curvature(name, network, likelihood, batch, microbatch=microbatch, **chosen)
 

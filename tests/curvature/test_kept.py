@@ -11,7 +11,8 @@ from bnnlaplace import Laplace, Variational
 from bnnlaplace.core import memory
 from bnnlaplace.core.tree import ravel
 from bnnlaplace.curvature import dense
-from bnnlaplace.curvature.kept import CurvatureAt, keep
+from bnnlaplace.curvature.kept import CurvatureAt, diagonal_by_rows, keep
+from bnnlaplace.curvature.rows import row_sizes
 from bnnlaplace.fitting import prepare
 from bnnlaplace.model.data import as_data
 
@@ -65,6 +66,10 @@ def test_products_are_those_of_the_matrix(problem):
     np.testing.assert_allclose(rows.ggn_product(likelihood, at, 2.5)(vectors), 2.5 * vectors @ matrix, atol=1e-9)
     np.testing.assert_allclose(scaled.ggn_product(likelihood, at, 1.0)(vectors), vectors @ by_factors, atol=1e-9)
     np.testing.assert_allclose(rows.ggn_diagonal(likelihood, at), np.diagonal(matrix), atol=1e-9)
+    sizes = row_sizes(network, inputs, 4)
+    by_parts = diagonal_by_rows(network, likelihood, inputs[:6], at[0], sizes)
+    by_parts += diagonal_by_rows(network, likelihood, inputs[6:], CurvatureAt(*(each[:5] for each in at[1])), sizes)
+    np.testing.assert_allclose(by_parts, np.diagonal(matrix), atol=1e-9)
     np.testing.assert_allclose(scaled.ggn_diagonal(likelihood, at), np.diagonal(by_factors), atol=1e-9)
 
 

@@ -1,11 +1,13 @@
 """The summary of a study: means over seeds, differences to the reference with intervals, tables and figures."""
 
+import os
 import platform
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import scipy
 
@@ -57,6 +59,8 @@ def summarise(root: Path, study: Study, command: str) -> list[str]:
         "command": command,
         "versions": {name: version(name) for name in ("bnnlaplace", "jax", "flax", "numpy", "scipy")},
         "platform": platform.platform(),
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
         "reference": study.reference_name,
         "regimes": {regime.name: _of_regime(regime, study) for regime in found},
     }
