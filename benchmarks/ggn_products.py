@@ -10,7 +10,7 @@
 
 Weights and images are random, since the cost does not depend on them. Alternatives run in turn in one process;
 compilation is timed apart. Prints a table and writes `benchmarks/results/ggn_products.json`; `--small`, which only
-shows that everything runs, writes `ggn_products_small.json`. About two minutes on 2 cores.
+shows that everything runs, writes `ggn_products_small.json`. Five to ten minutes on 2 cores.
 """
 
 from collections.abc import Callable
