@@ -64,8 +64,10 @@ def fit(
         console.print(f"  {name}", highlight=False)
         if name in STRUCTURES:
             state = Laplace(network, hessian_structure=STRUCTURES[name], prior_precision=prior_precision)
+            how = {"on_block": lambda structure, error: _report_block(console, config, structure, error)}
         else:
             state = posteriors[VARIATIONAL[name]]
+            how = {"on_block": lambda *_: interruption.stop_if_requested(_STOPPED), "approximation": chosen}
         with interruption.promptly(_STOPPED), _warnings_on(console):
             interruption.stop_if_requested(_STOPPED)
             posteriors[name] = state.fit(
@@ -75,10 +77,7 @@ def fit(
                 max_vectors=curvature.max_vectors,
                 tolerance=curvature.tolerance,
                 microbatch=curvature.microbatch,
-                approximation="laplace" if name in STRUCTURES else chosen,
-                on_block=(lambda structure, error: _report_block(console, config, structure, error))
-                if name in STRUCTURES
-                else (lambda structure, error: interruption.stop_if_requested(_STOPPED)),
+                **how,
             )
         program.return_memory()  # that the next posterior needs
     return posteriors
@@ -136,9 +135,9 @@ def load(
 ) -> dict[str, Laplace]:
     """Read and verify the posteriors that `save` wrote.
 
-    If a config is given, the settings that they were fitted with are compared with it, and they are the posteriors of
-    that config. Otherwise they are those that are there. `report` is told in one line if there is no record of the
-    settings.
+    If a config is given, all posteriors that it asks for are read, and the settings that they were fitted with are
+    compared with it. Without a config those that were saved are read. If there is no record of the settings, `report`
+    is told so in one line.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Settings as flat names and values: how two configs differ, and which settings a file on disk was computed with."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def require_recorded(
     if not isinstance(values, dict) or sealed.digest(values) != recorded.get(sealed.ENTRY):
         raise UserError(f"{path} must hold the settings as they were recorded; their digest differs; restore it")
     ignored = _NEVER_USED if curvature else (*_NEVER_USED, "curvature.")
-    there, here = _flat(with_present_names(values)), _flat(to_document(config))
+    there, here = flattened(with_present_names(values)), flattened(to_document(config))
     differences = [
         f"{name}: {there[name]} there, {here[name]} in config.json"
         for name in there.keys() & here.keys()  # A later release may add settings, or take some away.
@@ -78,10 +78,11 @@ def require_recorded(
         )
 
 
-def _flat(document: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the settings of all sections by their dotted name."""
     flat: dict[str, Any] = {}
     for name, value in document.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
 
 

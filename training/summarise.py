@@ -24,6 +24,7 @@ from training.cli import program
 from training.cli.arguments import parse_record
 from training.errors import UserError
 from training.report.results import FORMAT_VERSION
+from training.settings import flattened
 
 # Settings that may differ between the runs of one experiment: none of them but the seed changes a result.
 _MAY_DIFFER = ("seed", "data.dir", "curvature.microbatch")
@@ -135,19 +136,12 @@ def _parsed(content: dict[str, Any]) -> Run:
             name: max((value for value in map(_number, curve["log_evidence"]) if value is not None), default=None)
             for name, curve in content["curves"].items()
         },
-        config=_flat(content["config"]),
+        config=flattened(content["config"]),
         nll_differences=tuple(
             (_number(interval["low"]), _number(interval["high"]))
             for interval in (method["difference_from_map"]["nll"] for method in methods)
         ),
     )
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _number(value: Any) -> float | None:

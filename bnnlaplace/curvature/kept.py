@@ -22,7 +22,7 @@ from bnnlaplace.core.types import Inputs
 from bnnlaplace.curvature import microbatch as mb
 from bnnlaplace.curvature.rows import FORWARD_DERIVATIVES, RowSizes, in_parts, row_sizes
 from bnnlaplace.model.batched import outputs
-from bnnlaplace.model.data import Data
+from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import output_shape
@@ -34,7 +34,7 @@ VECTORS_AT_ONCE = 8
 
 
 class CurvatureAt(NamedTuple):
-    """What the curvature of one batch depends on beside the derivatives.
+    """Where the curvature of the likelihood is evaluated for one batch, and how much each example counts.
 
     Attributes
     ----------
@@ -46,6 +46,12 @@ class CurvatureAt(NamedTuple):
 
     points: Float[Array, "B ..."]
     weights: Float[Array, "B ..."]
+
+    @classmethod
+    def of_batch(cls, network: Network, likelihood: Likelihood, batch: Batch, *, microbatch: int) -> "CurvatureAt":
+        """At the points of the batch, or at its outputs if it has none."""
+        points = outputs(network, batch.inputs, microbatch=microbatch) if batch.points is None else batch.points
+        return cls(points, likelihood.weights_of(batch.targets, batch.weights))
 
 
 class KeptRows(NamedTuple):

@@ -22,7 +22,6 @@ from bnnlaplace.fitting.continual import posterior_as_prior
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
 from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare, rounding_of
-from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.likelihoods import sites
@@ -177,8 +176,7 @@ def batch_curvature(
     expansion = network.unlinearised()
     sizes = wide_row_sizes(expansion, batch.inputs, microbatch) if name == "diag" else None
     if sizes is not None and sites.of_sample(likelihood) is None:
-        points = outputs(network, batch.inputs, microbatch=microbatch) if batch.points is None else batch.points
-        at = CurvatureAt(points, likelihood.weights_of(batch.targets, batch.weights))
+        at = CurvatureAt.of_batch(network, likelihood, batch, microbatch=microbatch)
         return diagonal_by_rows(expansion, likelihood, batch.inputs, at, sizes)
     chosen = {"shared_weights": shared_weights} if name == "kron" else {}
     return _compiled_curvature(name, network, likelihood, batch, microbatch=microbatch, **chosen)

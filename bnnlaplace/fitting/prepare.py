@@ -17,7 +17,7 @@ from bnnlaplace.curvature.streamed import primal_product
 from bnnlaplace.evidence.log_likelihood import LogLikelihood, batch_log_likelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.model import features, subset
-from bnnlaplace.model.batched import check_microbatch, outputs
+from bnnlaplace.model.batched import check_microbatch
 from bnnlaplace.model.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.model.determinism import check_deterministic
 from bnnlaplace.model.jaxpr import derivative_rounding
@@ -61,9 +61,10 @@ class Model(NamedTuple):
         return self._replace(network=self.network.with_params(params), head=self.head.with_params(params), rows=rows)
 
     def with_rows(self, num_products: int, *, microbatch: int, bytes_beside: int) -> "Model":
-        """The same model, with the rows of its Jacobian if so many GGN products pay for them and they fit.
+        """The same model, which keeps the rows of its Jacobian if `keep` finds that they pay and fit.
 
-        Call it after a pass over the data. `bytes_beside` are what the fit needs beside the rows.
+        Call it after a pass over the data. `num_products` GGN products are expected, and the rest of the fit needs
+        `bytes_beside`.
         """
         if self.rows is not None:
             return self
@@ -86,16 +87,15 @@ class Model(NamedTuple):
 
     def curvature_at(self, *, microbatch: int) -> list[CurvatureAt]:
         """Where the curvature of each batch is evaluated: at its points, or at the outputs."""
-
-        def points(number: int, batch: Batch) -> Float[Array, "B ..."]:
-            if batch.points is not None:
-                return batch.points
-            if self.rows is not None and not self.head.is_linearised:
-                return self.rows.outputs[number]
-            return outputs(self.head, batch.inputs, microbatch=microbatch)
-
+        # Rows come with the outputs of the network that they are of.
+        kept = None if self.rows is None or self.head.is_linearised else self.rows.outputs
         return [
-            CurvatureAt(points(number, batch), self.likelihood.weights_of(batch.targets, batch.weights))
+            CurvatureAt.of_batch(
+                self.head,
+                self.likelihood,
+                batch if kept is None or batch.points is not None else batch._replace(points=kept[number]),
+                microbatch=microbatch,
+            )
             for number, batch in enumerate(self.data)
         ]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from training.cli.arguments import DEFAULT_CONFIG, ROOT, load_config
 from training.config import Config
 from training.data.load import with_statistics
 from training.errors import UserError
+from training.settings import flattened
 
 _WORKDIR = "checkpoints/again"
 
@@ -51,14 +52,6 @@ def _start() -> dict[str, Any]:
     except UserError:  # The file is being edited: the defaults are the nearest that is known.
         config = Config()
     return flattened(dataclasses.asdict(config))
-
-
-def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the settings of all sections by their dotted name."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _option(name: str, value: Any) -> Iterator[str]:

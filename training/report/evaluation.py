@@ -67,10 +67,10 @@ def evaluate(
 ) -> RunResults:
     """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
 
-    The first precision maximises the evidence; that of a variational posterior is its own, which maximised its lower
-    bound. The second has the lowest NLL of the Monte Carlo predictive on the
-    validation images, among the precisions of the grid at which the samples have converged. The temperature is chosen
-    on the validation images too. `foreign` comes from `foreign_images`.
+    The first precision maximises the evidence; a variational posterior keeps the one that it was fitted at. The second
+    has the lowest NLL of the Monte Carlo predictive on the validation images, among the precisions of the grid at which
+    the samples have converged. The temperature is chosen on the validation images too. `foreign` comes from
+    `foreign_images`.
 
     Raises
     ------

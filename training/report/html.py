@@ -15,10 +15,11 @@ from rich.console import Console
 
 from training.cli import interruption
 from training.report import findings, tables
-from training.report.command import flattened, for_shell
+from training.report.command import for_shell
 from training.report.figures import draw_figures, method_looks
 from training.report.results import RunResults, environment, write_metrics
 from training.report.tables import print_table
+from training.settings import flattened
 from training.workdir import write_atomically, writing
 
 if TYPE_CHECKING:
