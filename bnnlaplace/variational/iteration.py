@@ -170,6 +170,12 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
     best = current if has_settled else best
     if context.grouping is not None:
         _warn_of_bounds(context.grouping, best)
+        if move is not None and move.is_held:
+            checks.warn(
+                "the lower bound prefers a smaller prior precision, at which the Krylov decomposition has not "
+                f"converged with max_vectors={context.krylov.max_vectors}; the smallest at which it has was used; raise "
+                "max_vectors, or state the prior precision"
+            )
     return _with_fresh_samples(context, best), progress
 
 
@@ -183,7 +189,8 @@ def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tup
     """The prior after a step towards the maximum of the bound, and by which factor it has moved."""
     grouping = context.grouping
     before = grouping.precisions(best.prior)
-    after, move = prior_step.step(grouping, best.prior, best.structure, best.settled.mean, move)
+    posterior = best.prior, best.structure, best.settled.mean
+    after, move = prior_step.step(grouping, *posterior, move, context.krylov.max_vectors)
     ratio = float(np.exp(np.abs(np.log(after / before)).max()))
     dtype = number_type(context.model.network.params)
     return prior_step.prior_with(grouping, after, best.prior.mean, dtype), ratio, move

@@ -1,5 +1,7 @@
 """ "lanczos" gives the bound and the predictions of "full", within standard errors of its probes."""
 
+import warnings
+
 import jax
 import numpy as np
 import problems
@@ -54,3 +56,22 @@ def test_bound_and_predictions_are_those_of_full(drawn, model):
         # The relative standard error of a variance from S normal samples is sqrt(2 / S), that of a mean sqrt(1 / S).
         assert (np.abs(spread / variance - 1) < 4 * np.sqrt(2 / num_probes)).all(), seed
         assert (np.abs(found - mean) < 4 * np.sqrt(variance / num_probes)).all(), seed
+
+
+def test_no_prior_precision_is_chosen_at_which_the_vectors_have_not_converged(drawn):
+    # Enough vectors choose a precision far below the one that eight of them have converged at.
+    def chosen(max_vectors):
+        la = Laplace(drawn.network, hessian_structure="lanczos", prior_precision=30.0)
+        options = Variational(num_samples=128, prior_structure="scalar", max_iterations=30)
+        krylov = {"num_probes": 4, "max_vectors": max_vectors}
+        return la.fit(drawn.data, key=jax.random.key(1), approximation=options, **krylov)
+
+    free = chosen(40)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        held = chosen(8)
+    assert any("the lower bound prefers a smaller prior precision" in str(warning.message) for warning in said)
+    precision = float(held.prior.precision)
+    assert held.structure.reservation(precision) is None
+    assert float(free.prior.precision) < precision / 3
+    assert held.structure.reservation(float(free.prior.precision)) is not None
