@@ -1,18 +1,32 @@
-"""The networks and likelihoods of all tests: a small problem with its exact GGN, and a table of larger networks."""
+"""What all tests share: tables with exhaustive rows, a small problem with its exact GGN, and larger networks."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
+import pytest
 from flax import nnx
 from jax import lax
 
 import bnnlaplace
+
+# --- tables of which a usual run takes a few rows ---------------------------------------------------------------
+
+exhaustive = partial(pytest.param, marks=pytest.mark.exhaustive)
+
+
+def usual(rows: Sequence[Any], *columns: Iterable) -> list:
+    """`rows`, and all others of a table marked as exhaustive: the values of one column, or combinations of several."""
+    if len(columns) == 1:
+        return [*rows, *(exhaustive(value) for value in columns[0] if value not in rows)]
+    return [*rows, *(exhaustive(*row) for row in itertools.product(*columns) if row not in rows)]
+
 
 # --- a problem with its exact GGN -------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace.core.tree import ravel
@@ -27,7 +28,7 @@ def test_is_a_pytree(diagonal, trained):
     assert dataclasses.is_dataclass(jax.tree.map(lambda leaf: leaf, diagonal))
 
 
-@pytest.mark.parametrize("name", ["full", "diagonal"])
+@pytest.mark.parametrize("name", usual(["diagonal"], ["full", "diagonal"]))
 def test_is_an_argument_of_jitted_functions(name, request, trained):
     la, x = request.getfixturevalue(name), trained[1][:3]
     for method in (

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 from sklearn.datasets import load_digits
 
 import bnnlaplace
@@ -58,7 +59,7 @@ def diagonal(trained):
     return bnnlaplace.Laplace(network, hessian_structure="diag").fit((x, y)).optimize_prior_precision()
 
 
-@pytest.fixture(scope="session", params=[1, 2, 3])
+@pytest.fixture(scope="session", params=usual([1], [1, 2, 3]))
 def lanczos(trained, request):
     network, x, y = trained
     la = bnnlaplace.Laplace(network, hessian_structure="lanczos")

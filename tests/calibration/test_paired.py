@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cases import exhaustive
 from scipy.stats import norm, t
 
 from bnnlaplace import calibration
@@ -17,7 +18,13 @@ def differences(rng, seeds, examples, of_seeds, of_examples, residual, mean=0.0)
 
 @pytest.mark.parametrize(
     ("seeds", "parts"),
-    [(3, (1, 0.01, 0.01)), (5, (1, 0.01, 0.01)), (5, (0.01, 1, 0.01)), (3, (0.01, 0.01, 1)), (3, (1, 1, 1))],
+    [
+        (3, (1, 0.01, 0.01)),
+        exhaustive(5, (1, 0.01, 0.01)),
+        exhaustive(5, (0.01, 1, 0.01)),
+        exhaustive(3, (0.01, 0.01, 1)),
+        exhaustive(3, (1, 1, 1)),
+    ],
 )
 def test_intervals_hold_the_truth_in_95_percent_of_the_cases(seeds, parts):
     rng, covered, repeats = np.random.default_rng(2), 0, 150

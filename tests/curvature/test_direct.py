@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import two_layers
+from cases import exhaustive, two_layers
 from jax.tree_util import Partial
 
 import bnnlaplace
@@ -108,7 +108,15 @@ def curvatures(name, likelihood, outputs):
 
 
 @pytest.mark.parametrize(
-    ("name", "make"), [*((name, network) for name in LIKELIHOODS), ("categorical", deep), ("own", deep)]
+    ("name", "make"),
+    [
+        *((name, network) for name in ("weighted", "gaussian", "bernoulli", "heteroscedastic")),
+        ("own", deep),
+        exhaustive("categorical", network),
+        exhaustive("tempered", network),
+        exhaustive("own", network),
+        exhaustive("categorical", deep),
+    ],
 )
 def test_curvature_and_variances(name, make, monkeypatch):
     """Dense algebra in float64. None has noticed a layer of many outputs that takes a pass for each of them."""

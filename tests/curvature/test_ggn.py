@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import LIKELIHOODS, random_problem
+from cases import LIKELIHOODS, exhaustive, random_problem, usual
 
 import bnnlaplace
 from bnnlaplace.core.tree import ravel
@@ -15,7 +15,8 @@ from bnnlaplace.curvature.linearisation import linearise
 SCALE = 2.5
 
 
-@pytest.fixture(params=LIKELIHOODS)
+# The others are in `test_streamed_products_of_both_sides`.
+@pytest.fixture(params=usual(["classification"], LIKELIHOODS))
 def problem(request, x64):
     make, targets = LIKELIHOODS[request.param]
     return random_problem(make(), targets(np.random.default_rng(2), 11))
@@ -93,7 +94,7 @@ def test_dense_memory_does_not_grow_with_the_data():
     assert temporaries(1280) - temporaries(640) <= 1.1 * data
 
 
-@pytest.mark.parametrize("side", ["primal", "dual"])
+@pytest.mark.parametrize("side", usual(["primal"], ["primal", "dual"]))
 def test_memory_of_a_rematerialised_linearisation_does_not_grow_with_the_data(side):
     """A derivative of the products also holds no more than one microbatch beside data, outputs and vectors."""
     network = bnnlaplace.Network.from_function(
@@ -159,7 +160,7 @@ def test_dual_has_the_same_nonzero_spectrum(problem):
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes"), [("classification", (4, 4, 3)), ("regression", (11,)), ("binary", (4, 4, 3))]
+    ("name", "sizes"), [exhaustive("classification", (4, 4, 3)), ("regression", (11,)), ("binary", (4, 4, 3))]
 )
 def test_streamed_products_of_both_sides(name, sizes, x64):
     """The last batch is shorter and microbatches are padded. Takes one vector or several rows."""

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import NETWORKS, Transformer, at_random, drawn, linen, plain, products
+from cases import NETWORKS, Transformer, at_random, drawn, linen, plain, products, usual
 
 from bnnlaplace.core.tree import leaf_names, ravel
 from bnnlaplace.curvature import layers, layout, tapped
@@ -46,7 +46,7 @@ def test_what_is_a_layer(name, x64):
 
 
 # Jacobians of the other networks are in test_jacobian.py, made from the same derivatives.
-@pytest.mark.parametrize("name", ["products", pytest.param("van", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("name", usual(["products"], ["products", "van"]))
 def test_derivatives_of_examples(name, x64):
     network, inputs, jacobian = drawn(name)
     cotangent = RNG.normal(size=jax.eval_shape(network, network.params, inputs).shape)

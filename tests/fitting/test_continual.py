@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace.core.tree import ravel
@@ -186,7 +187,7 @@ def test_log_density_takes_all_weights_of_a_model_with_a_subset():
     assert laplace(whole, "full", **options).fit(task, prior=la).structure is not None
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", usual(["full"], STRUCTURES))
 def test_a_later_posterior_is_saved_and_goes_on(structure, three_tasks, tmp_path, monkeypatch):
     data, found = three_tasks
     if structure == "kron":

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace.curvature import streamed
@@ -17,6 +18,7 @@ def test_a_subset_is_scaled_to_the_whole(trained, diagonal):
     np.testing.assert_allclose(twice.fitted.log_likelihood.value, 2 * diagonal.fitted.log_likelihood.value, rtol=1e-5)
 
 
+@pytest.mark.exhaustive  # as in `tests/model/test_data.py`
 def test_batches_are_the_same_data(trained, diagonal):
     network, x, y = trained
     batches = [(x[:150], y[:150]), (x[150:], y[150:])]
@@ -61,6 +63,7 @@ def test_what_computes_on_the_host_is_not_traced(trained, diagonal, case, unchec
         jax.eval_shape(lambda d: TRACED[case](diagonal, d, x[:9], y[:9]), 1.0)
 
 
+@pytest.mark.exhaustive  # as in `test_compilation.py`
 def test_compiles_once_per_shape(trained):
     network, x, y = trained
     products = streamed.batch_product._cache_size()
@@ -71,8 +74,10 @@ def test_compiles_once_per_shape(trained):
     assert streamed.batch_product._cache_size() == products + 1
 
 
-@pytest.mark.parametrize("enabled", [False, True])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "enabled"),
+    usual([(jnp.float32, True), (jnp.bfloat16, False)], (jnp.float32, jnp.bfloat16), (False, True)),
+)
 def test_weights_keep_their_precision(enabled, dtype):
     with jax.enable_x64(enabled):
         params = {"w": jnp.ones((2, 3), dtype), "b": jnp.zeros(3, jnp.float32)}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import random_problem, two_layers
+from cases import random_problem, two_layers, usual
 
 import bnnlaplace
 from bnnlaplace import NotAModeWarning
@@ -53,7 +53,7 @@ def fitted(problem, structure, **options):
     return la.fit((problem.inputs, problem.targets), mean="linear", **OPTIONS, **options)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", usual(["full", "lanczos"], STRUCTURES))
 def test_mode_and_evidence_of_the_linearised_network(problem, linear, structure, tmp_path):
     theta, outputs, evidence = linear
     with warnings.catch_warnings():

@@ -1,14 +1,12 @@
-"""Lanczos and Arnoldi behind one interface, small operators that the tests share, and functions for tables of cases."""
+"""Lanczos and Arnoldi behind one interface, small operators that the tests share, and tables of refused calls."""
 
-import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jaxtyping import Array
 
 from bnnlaplace.krylov import arnoldi, lanczos, tridiagonal_matrix
@@ -76,12 +74,6 @@ def assert_close(ours: Any, reference: Any, relative: float) -> None:
     """Assert that every leaf is within `relative` of the reference, in units of the largest entry of the leaf."""
     for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(mine, other, rtol=0, atol=relative * float(np.abs(other).max()))
-
-
-def usual(rows: Sequence[tuple], *columns: Iterable) -> list:
-    """`rows`, and all other combinations of `columns` marked as exhaustive."""
-    others = [row for row in itertools.product(*columns) if row not in rows]
-    return [*rows, *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in others)]
 
 
 class Refusal(NamedTuple):

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 
 from bnnlaplace import krylov
 
@@ -68,7 +69,7 @@ def test_gauss_and_gauss_radau_bracket_the_logarithm(x64):
     assert gaps[-1] < 1e-3 * gaps[0]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", usual([1], [1, 2, 3]))
 def test_trace_within_four_standard_errors(x64, seed):
     _, steps = decompositions(16, 112, seed=seed)
     ritz = krylov.ritz(steps[-1])
@@ -80,7 +81,7 @@ def test_trace_within_four_standard_errors(x64, seed):
     assert sem < 0.5 * plain.std(ddof=1) / np.sqrt(len(plain))
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", usual([1], [1, 2, 3]))
 @pytest.mark.parametrize("copies", [5, 8, 60])
 def test_trace_of_an_eigenspace_larger_than_the_block(x64, seed, copies):
     """Eight probes find eight of its vectors, whose residuals vanish. They must not pass for the whole space."""

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from krylov.decompositions import DECOMPOSITIONS, SIZE, assert_close, random_operator, usual
+from cases import usual
+from krylov.decompositions import DECOMPOSITIONS, SIZE, assert_close, random_operator
 
 from bnnlaplace.krylov import check_symmetric, lanczos, leading_eigenpairs, tridiagonal_matrix
 
@@ -88,8 +89,7 @@ def test_a_few_distinct_eigenvalues_are_a_breakdown(name, count, dtype):
         assert result.breakdown_step == count
 
 
-@both
-@pytest.mark.parametrize("count", [8, pytest.param(10, marks=pytest.mark.exhaustive), 12])
+@pytest.mark.parametrize(("name", "count"), usual([("lanczos", 12), ("arnoldi", 8)], DECOMPOSITIONS, (8, 10, 12)))
 def test_rounding_grows_and_a_tolerance_can_say_so(x64, name, count):
     """The residual of the invariant space lies above the default tolerance for twelve eigenvalues, and far below 1."""
     exact, matvec = equidistant(count)
@@ -133,7 +133,8 @@ def test_eigenpairs_past_an_invariant_space(x64):
     np.testing.assert_allclose(pairs.vectors * values, pairs.values[:, None] * pairs.vectors, atol=1e-12)
 
 
-@both
+# Second derivatives of Lanczos are in `test_decompositions.py`.
+@pytest.mark.parametrize("name", usual(["arnoldi"], DECOMPOSITIONS))
 def test_second_derivatives_past_a_breakdown_are_not_a_number(x64, name):
     """They would need directions that the recurrence has not seen. At the breakdown itself they are right."""
     method = DECOMPOSITIONS[name]
@@ -158,6 +159,7 @@ def test_second_derivatives_past_a_breakdown_are_not_a_number(x64, name):
     np.testing.assert_allclose(gradient, jax.grad(exact)(values), rtol=1e-12)
 
 
+@pytest.mark.exhaustive  # as `test_second_derivatives` of `test_decompositions.py`, in two arguments
 @both
 def test_mixed_second_derivatives_in_any_mode(x64, name):
     """An outer derivative in an argument that the inner one leaves out is forward over reverse, which is allowed."""

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+from cases import usual
 from krylov.decompositions import (
     DECOMPOSITIONS,
     SIZE,
@@ -12,13 +13,14 @@ from krylov.decompositions import (
     low_rank,
     random_cotangent,
     random_operator,
-    usual,
 )
 
 from bnnlaplace.krylov import gram_schmidt
 
 both = pytest.mark.parametrize("name", DECOMPOSITIONS)
-reorthogonalisations = pytest.mark.parametrize("reorthogonalise", ["full", "none"])
+# What does not depend on the recurrence is tested with one of them.
+lanczos_usually = pytest.mark.parametrize("name", usual(["lanczos"], DECOMPOSITIONS))
+arnoldi_usually = pytest.mark.parametrize("name", usual(["arnoldi"], DECOMPOSITIONS))
 
 
 def check_factorisation(method, result, start, params, depth):
@@ -34,7 +36,7 @@ def check_factorisation(method, result, start, params, depth):
 @pytest.mark.parametrize(
     ("name", "depth"),
     usual(
-        [("lanczos", 1), ("lanczos", 7), ("lanczos", SIZE), ("arnoldi", 1), ("arnoldi", 2), ("arnoldi", SIZE)],
+        [("lanczos", 1), ("lanczos", 7), ("lanczos", SIZE), ("arnoldi", SIZE)],
         DECOMPOSITIONS,
         (1, 2, 7, SIZE),
     ),
@@ -70,13 +72,10 @@ def check_adjoint(name, depth, reorthogonalise):
 
 ADJOINTS = usual(
     [
-        ("lanczos", "full", 1),
         ("lanczos", "full", 7),
         ("lanczos", "none", 1),
-        ("lanczos", "none", SIZE),
         ("arnoldi", "full", 2),
-        ("arnoldi", "full", SIZE),
-        ("arnoldi", "none", 7),
+        ("arnoldi", "none", SIZE),
     ],
     DECOMPOSITIONS,
     ("full", "none"),
@@ -89,25 +88,18 @@ def test_adjoint_is_the_derivative_of_the_loop(x64, name, reorthogonalise, depth
     check_adjoint(name, depth, reorthogonalise)
 
 
-@both
+@arnoldi_usually
 def test_adjoint_in_blocks_is_the_derivative_of_the_loop(x64, blocks, name):
     check_adjoint(name, 7, "full")
 
 
-DTYPES_AND_GRADIENTS = usual(
-    [
-        ("lanczos", np.float64, "adjoint"),
-        ("lanczos", np.float32, "autodiff"),
-        ("arnoldi", np.float32, "adjoint"),
-        ("arnoldi", np.float64, "autodiff"),
-    ],
-    DECOMPOSITIONS,
-    (np.float32, np.float64),
-    ("adjoint", "autodiff"),
+DTYPES_AND_GRADIENTS = DECOMPOSITIONS, (np.float32, np.float64), ("adjoint", "autodiff")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "gradient"),
+    usual([("lanczos", np.float32, "autodiff"), ("arnoldi", np.float64, "autodiff")], *DTYPES_AND_GRADIENTS),
 )
-
-
-@pytest.mark.parametrize(("name", "dtype", "gradient"), DTYPES_AND_GRADIENTS)
 def test_full_depth_is_dense(name, dtype, gradient):
     """The logarithm of a determinant, whose gradient in the matrix is the transpose of the inverse."""
     method, tolerance = DECOMPOSITIONS[name], {np.float64: 1e-10, np.float32: 1e-4}[dtype]
@@ -130,7 +122,10 @@ def test_full_depth_is_dense(name, dtype, gradient):
     np.testing.assert_allclose(d_start, 0, atol=tolerance * np.abs(reference["half"]).max())
 
 
-@pytest.mark.parametrize(("name", "dtype", "gradient"), DTYPES_AND_GRADIENTS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "gradient"),
+    usual([("lanczos", np.float64, "adjoint"), ("arnoldi", np.float32, "adjoint")], *DTYPES_AND_GRADIENTS),
+)
 def test_gradient_past_a_breakdown_is_that_before_it(name, dtype, gradient):
     """An operator with four eigenvalues: twelve steps find a space of four dimensions, and so do their gradients."""
     method, rank = DECOMPOSITIONS[name], 4
@@ -167,7 +162,7 @@ def test_no_spurious_ritz_values(x64, name):
     np.testing.assert_allclose(sorted(found.real)[1:], jnp.linalg.eigvalsh(factor.T @ factor), rtol=1e-11)
 
 
-@both
+@arnoldi_usually
 def test_pytrees_are_flat_vectors_in_another_shape(x64, name):
     start, params = random_operator()
     method = DECOMPOSITIONS[name]
@@ -193,7 +188,7 @@ def test_pytrees_are_flat_vectors_in_another_shape(x64, name):
 
 @pytest.mark.parametrize(
     ("name", "reorthogonalise"),
-    usual([("lanczos", "full"), ("arnoldi", "none")], DECOMPOSITIONS, ("full", "none")),
+    usual([("lanczos", "full")], DECOMPOSITIONS, ("full", "none")),
 )
 def test_vmap_over_starts_and_parameters(x64, name, reorthogonalise):
     start, params = random_operator()
@@ -210,7 +205,7 @@ def test_vmap_over_starts_and_parameters(x64, name, reorthogonalise):
     assert_close(together, jax.tree.map(lambda *leaves: jnp.stack(leaves), *one_by_one), 1e-11)
 
 
-@both
+@arnoldi_usually
 def test_gradients_reach_parameters_of_any_kind(x64, name):
     """Passed or closed over, floating point among integers, in any structure."""
     start, params = random_operator()
@@ -248,7 +243,7 @@ LOOPS = {
 @pytest.mark.parametrize(
     ("name", "loop"),
     usual(
-        [("lanczos", "scan"), ("arnoldi", "vmap of masks"), ("lanczos", "vmap of keys")],
+        [("lanczos", "scan")],
         DECOMPOSITIONS,
         LOOPS,
     ),
@@ -270,7 +265,7 @@ def test_what_is_closed_over_need_not_be_differentiable(x64, name, loop):
     assert_close(run(halves, "adjoint"), run(halves, "autodiff"), 1e-9)
 
 
-@both
+@arnoldi_usually
 def test_batches_of_vector_jacobian_products_change_nothing(x64, name):
     start, params = random_operator()
 
@@ -289,7 +284,7 @@ def test_batches_of_vector_jacobian_products_change_nothing(x64, name):
         assert [shape in program for shape in shapes.values()] == [size == batch for batch in shapes]
 
 
-@both
+@lanczos_usually
 def test_second_derivatives(x64, name):
     start, params = random_operator()
     method = DECOMPOSITIONS[name]
@@ -298,12 +293,13 @@ def test_second_derivatives(x64, name):
         result = method.run(start, {**params, "shift": shift}, num_matvecs=SIZE)
         return jnp.linalg.slogdet(method.matrix(result))[1]
 
-    expected = jax.hessian(lambda s: jnp.linalg.slogdet(method.dense({**params, "shift": s}))[1])(8.0)
+    inverse = np.linalg.inv(method.dense({**params, "shift": 8.0}))
+    expected = -np.trace(inverse @ inverse)
     for derivative in (jax.hessian(log_determinant), jax.grad(jax.grad(log_determinant))):
         np.testing.assert_allclose(jax.jit(derivative)(8.0), expected, rtol=1e-8)
 
 
-@both
+@lanczos_usually
 def test_only_reorthogonalisation_keeps_a_basis_orthogonal(name):
     """Float32 on a Hilbert matrix, whose eigenvalues fall below rounding within a few steps."""
     size = 40
@@ -322,8 +318,10 @@ def test_only_reorthogonalisation_keeps_a_basis_orthogonal(name):
     assert loss_of_orthogonality("none") > 1e-3
 
 
-@both
-@reorthogonalisations
+@pytest.mark.parametrize(
+    ("name", "reorthogonalise"),
+    usual([("lanczos", "none"), ("arnoldi", "full")], DECOMPOSITIONS, ("full", "none")),
+)
 def test_adjoint_holds_without_orthogonality(x64, name, reorthogonalise):
     """Where "none" is losing orthogonality, its adjoint is still the derivative of its own loop."""
     size, depth = 30, 4
@@ -343,7 +341,7 @@ def test_adjoint_holds_without_orthogonality(x64, name, reorthogonalise):
     assert_close(ours, reference, 1e-9)
 
 
-@both
+@arnoldi_usually
 def test_start_vector_is_checked_at_run_time_only_as_numbers(x64, name):
     """Inside jit a zero start is a breakdown at once, and NaN stays visible."""
     start, params = random_operator()
@@ -379,7 +377,6 @@ FORWARD_MODE = {
             ("lanczos", "jit of jvp"),
             ("lanczos", "jit of jacfwd"),
             ("arnoldi", "jvp of jit"),
-            ("arnoldi", "jacfwd"),
             ("arnoldi", "linearize"),
         ],
         DECOMPOSITIONS,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
-from krylov.decompositions import usual
+from cases import usual
 
 from bnnlaplace.krylov import check_symmetric, lanczos, tridiagonal_matrix
 from bnnlaplace.krylov.arnoldi import arnoldi_adjoint, arnoldi_forward
@@ -42,7 +42,7 @@ def mean_digits(name, how, size):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    usual([("lanczos", 8), ("arnoldi", 8)], ("lanczos", "arnoldi"), range(2, 9)),
+    usual([("arnoldi", 8)], ("lanczos", "arnoldi"), range(2, 9)),
 )
 def test_projection_keeps_the_adjoint_as_accurate_as_backpropagation(x64, name, size):
     """Hilbert matrices, averaged over start vectors, as in the table of Krämer et al. 2024."""

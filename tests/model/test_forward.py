@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import exhaustive
 from flax import nnx
 
 from bnnlaplace import Laplace, Network
@@ -133,7 +134,7 @@ def two_layers(kernel_init=KERNEL_INIT, bias_init=BIAS_INIT):
 BOXES = {"partitioned": nn.with_partitioning, "logically partitioned": nn.with_logical_partitioning}
 
 
-@pytest.mark.parametrize(("boxes", "structure"), [("partitioned", "kron"), ("logically partitioned", "diag")])
+@pytest.mark.parametrize(("boxes", "structure"), [exhaustive("partitioned", "kron"), ("logically partitioned", "diag")])
 def test_boxed_weights_of_linen_are_those_without_boxes(boxes, structure, tmp_path):
     box = BOXES[boxes]
     module = two_layers(box(nn.initializers.lecun_normal(), (None, "model")), box(nn.initializers.normal(), ("model",)))
@@ -213,10 +214,10 @@ MASK = RNG.integers(0, 2, size=X.shape).astype(np.float32)
     ("module", "inputs"),
     [
         (TwoInputs(), (X, MASK)),
-        (TwoInputs(), [X, MASK]),
-        (TwoInputs(), {"mask": MASK, "x": X}),
+        exhaustive(TwoInputs(), [X, MASK]),
+        exhaustive(TwoInputs(), {"mask": MASK, "x": X}),
         (OptionalInput(), {"mask": MASK, "x": X}),
-        (OneTree(), (X, MASK)),
+        exhaustive(OneTree(), (X, MASK)),
         (OneTree(), {"mask": MASK, "x": X}),
     ],
 )

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import NETWORKS
+from cases import NETWORKS, exhaustive
 from jax import lax
 
 from bnnlaplace import Network
@@ -102,7 +102,7 @@ def test_positions_are_told_apart():
     np.testing.assert_array_equal(reached, [[True, True], [False, False]])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [name if name != "van" else exhaustive(name) for name in NETWORKS])
 def test_whole_networks_are_reached(name):
     """Convolutions, attention and loops: every output depends on the weights."""
     case = NETWORKS[name]

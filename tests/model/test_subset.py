@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace.checkpoint.pytree import CheckpointError
@@ -39,15 +40,7 @@ def fit(network, structure, subset):
 
 @pytest.mark.parametrize(
     ("structure", "subset"),
-    [
-        ("full", "last layer"),
-        ("diag", "predicate"),
-        ("lanczos", "last layer"),
-        *(
-            pytest.param(*pair, marks=pytest.mark.exhaustive)
-            for pair in [("full", "predicate"), ("diag", "last layer"), ("lanczos", "predicate")]
-        ),
-    ],
+    usual([("diag", "predicate"), ("lanczos", "last layer")], STRUCTURES, SUBSETS),
 )
 def test_last_layer_is_a_network_of_its_features(network, structure, subset):
     la = fit(network, structure, SUBSETS[subset])
@@ -222,8 +215,7 @@ def network_of(function):
 HEADS = {"left/w", "left/b", "right/w", "right/b"}
 
 
-@pytest.mark.parametrize("structure", ["full", "diag", "lanczos"])
-@pytest.mark.parametrize("function", [sides, with_scale])
+@pytest.mark.parametrize(("function", "structure"), usual([(with_scale, "lanczos")], (sides, with_scale), STRUCTURES))
 def test_heads_side_by_side_are_last_layers_together(x64, function, structure):
     network = network_of(function)
     expected = HEADS | ({"log_scale"} if function is with_scale else set())

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace.predictive import functional as posterior
@@ -19,7 +20,7 @@ def dense_variance(la, x):
     return np.einsum("ncp,pq,ndq->ncd", jacobian, covariance, jacobian)
 
 
-@pytest.mark.parametrize("num_weights", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("num_weights", usual([3], [1, 2, 3, 4, 5]))
 def test_next_to_no_weights(num_weights, x64):
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.asarray(RNG.normal(size=(num_weights, 1))))
     x, y = RNG.normal(size=(9, num_weights)), RNG.integers(0, 2, size=(9, 1))
@@ -28,7 +29,7 @@ def test_next_to_no_weights(num_weights, x64):
     assert la.predictive(x).shape == (9, 1)
 
 
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("first", usual([True], [False, True]))
 def test_a_leaf_without_numbers(first, x64):
     shapes = {"a": (3, 4), "A" if first else "b": (0,), "c": (4, 2), "d": (2,)}
     params = {name: jnp.asarray(RNG.normal(size=shape)) for name, shape in shapes.items()}
@@ -38,8 +39,13 @@ def test_a_leaf_without_numbers(first, x64):
     np.testing.assert_allclose(la.functional_variance(x), dense_variance(la, x), rtol=1e-8)
 
 
-@pytest.mark.parametrize("widths", [(8, 200, 1), (8, 64, 10), (20, 24, 24, 20)])
-@pytest.mark.parametrize("structure", ["diag", "kron", "full"])
+WIDTHS = (8, 200, 1), (8, 64, 10), (20, 24, 24, 20)
+
+
+@pytest.mark.parametrize(
+    ("structure", "widths"),
+    usual([("kron", WIDTHS[0]), ("full", WIDTHS[1])], ("diag", "kron", "full"), WIDTHS),
+)
 def test_memory_is_bounded(structure, widths, monkeypatch):
     """Temporary arrays of the compiled program, of all outputs and of the diagonal, at one and at many precisions."""
     monkeypatch.setattr(posterior, "JACOBIAN_BYTES", 2**22)

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace import calibration
@@ -60,7 +61,7 @@ def test_gridsearch_with_fewer_probes_than_samples_by_default(unconverged, train
 
 
 @pytest.mark.filterwarnings("ignore:the Laplace bridge is outside of its domain:UserWarning")
-@pytest.mark.parametrize("structure", ["full", "unconverged"])
+@pytest.mark.parametrize("structure", usual(["unconverged"], ["full", "unconverged"]))
 def test_the_curve_is_scored_with_the_link_of_predictive(structure, trained, request):
     """By default that is "probit", which needs neither key nor samples, for covariances and for samples alike."""
     la = request.getfixturevalue(structure)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import random_problem
+from cases import random_problem, usual
 
 import bnnlaplace
 from bnnlaplace.core import memory
@@ -92,7 +92,7 @@ def test_a_decomposition_keeps_the_prior_outside_its_basis(lanczos, full, traine
     assert np.linalg.eigvalsh(found)[0] > -1e-5 * np.trace(found)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", usual(["kron", "krylov"], STRUCTURES))
 def test_within_an_input_it_is_the_functional_variance(name, posteriors, problem):
     la, x = posteriors[name], problem.inputs[:4]
     within = np.einsum("ncnd->ncd", np.asarray(la.functional_posterior(x, microbatch=3).covariance))
@@ -103,7 +103,7 @@ def test_within_an_input_it_is_the_functional_variance(name, posteriors, problem
         np.testing.assert_allclose(within, apart.covariance, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", usual(["diag", "spectral"], STRUCTURES))
 def test_two_inputs_do_not_depend_on_others(name, posteriors, problem):
     la, x = posteriors[name], problem.inputs[:6]
     whole, part = la.functional_posterior(x), la.functional_posterior(x[4:2:-1])
@@ -127,7 +127,7 @@ def test_draws_have_the_covariance(name, seed, posteriors, problem):
     assert np.abs(correlations[:3, 3:]).max() > 0.3  # the test would see draws that ignore it
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("name", usual(["spectral", "krylov"], STRUCTURES))
 def test_samples_at_given_precisions_are_functions_if_asked(name, posteriors, problem):
     """One key means one set of functions, at whatever inputs; and their correlations are those of the posterior."""
     la, x = posteriors[name], problem.inputs[:4]
@@ -169,7 +169,7 @@ def test_a_decomposition_of_the_whole_curvature_is_exact(problem, x64):
     np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["diag", "kron", "full"])
+@pytest.mark.parametrize("name", usual(["full"], ["diag", "kron", "full"]))
 def test_inside_jit(name, posteriors, problem):
     la, x = posteriors[name], jnp.asarray(problem.inputs[:3])
     inside = jax.jit(lambda la, x: la.functional_posterior(x))(la, x)
@@ -254,7 +254,7 @@ def test_a_laplace_is_called_for_its_predictions(posteriors, problem):
     np.testing.assert_array_equal(la(x, "glm", **options), la.predictive(x, "glm", **options))
 
 
-@pytest.mark.parametrize("name", ["full", "krylov"])
+@pytest.mark.parametrize("name", usual(["krylov"], ["full", "krylov"]))
 def test_draws_can_be_differentiated_in_the_inputs(name, problem, x64):
     """Also where they are more than the weights, so that the covariance has a null space: NaN before, silently."""
     structure = "lanczos" if name in ("spectral", "krylov") else name
@@ -275,6 +275,7 @@ def test_draws_can_be_differentiated_in_the_inputs(name, problem, x64):
     np.testing.assert_allclose(jax.jacrev(answers)(1.0), expected, rtol=5e-3)
 
 
+@pytest.mark.exhaustive  # as above in other numbers
 def test_draws_can_be_differentiated_in_float32(posteriors, problem):
     def value(factor):
         posterior = posteriors["krylov"].functional_posterior(factor * problem.inputs[:16])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 
 import bnnlaplace
 
@@ -29,8 +30,12 @@ def test_predictive_tends_to_the_mode_as_the_prior_tightens(full, trained):
         )
 
 
-@pytest.mark.parametrize("name", ["full", "diagonal", "unconverged"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    usual(
+        [("full", np.float32), ("diagonal", np.float64)], ("full", "diagonal", "unconverged"), (np.float32, np.float64)
+    ),
+)
 def test_no_inputs_give_no_predictions(name, request, dtype):
     la = request.getfixturevalue(name).with_prior_precision(1e6)  # where even few vectors are enough
     none = np.empty((0, 64), dtype)

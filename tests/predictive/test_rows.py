@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace.curvature import rows
@@ -68,7 +69,7 @@ def test_covariances_of_rows_are_those_of_factors(posteriors, marginal, monkeypa
     np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("precisions", [GRID[:1], GRID])
+@pytest.mark.parametrize("precisions", usual([GRID], [GRID[:1], GRID]))
 def test_posteriors_that_share_rows_are_those_of_each(posteriors, precisions, monkeypatch, x64):
     """Of the Krylov posterior samples are pushed at one precision, and the basis at three."""
     both, (x, _) = posteriors

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 from jax.tree_util import Partial
 
 import bnnlaplace
@@ -51,10 +52,12 @@ def ece(confidence, is_right, weights):
     return total / weights.sum()
 
 
-@pytest.mark.parametrize("ignore_index", [None, -100])
-@pytest.mark.parametrize("options", [{}, {"link_approx": "mc", "key": jax.random.key(0), "num_samples": 8}])
-def test_labels_count_as_often_as_their_examples(ignore_index, options):
+@pytest.mark.parametrize(
+    ("link", "ignore_index"), usual([("probit", -100), ("mc", None)], ("probit", "mc"), (None, -100))
+)
+def test_labels_count_as_often_as_their_examples(link, ignore_index):
     """None noticed that weights were refused, or an unknown label that entered one of the means."""
+    options = {"link_approx": "mc", "key": jax.random.key(0), "num_samples": 8} if link == "mc" else {}
     labels = LABELS.copy()
     if ignore_index is not None:
         labels[:6, 0], labels[4] = ignore_index, ignore_index
@@ -89,7 +92,7 @@ def masked(likelihood):
     )
 
 
-@pytest.mark.parametrize("kind", ["regression", "masked", "soft", "binary"])
+@pytest.mark.parametrize("kind", usual(["masked", "binary"], ["regression", "masked", "soft", "binary"]))
 def test_numbers_count_as_often_as_their_examples(kind):
     """An example of weight k is k copies of it, and a missing number is none at all."""
     gaussian, draw = bnnlaplace.gaussian(0.7), partial(np.random.default_rng(1).dirichlet, np.ones(3))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 
 from bnnlaplace.curvature import kronecker
 from bnnlaplace.curvature.jacobian import Jacobian, LeafJacobian
@@ -39,7 +40,7 @@ def matrices(structure):
         start += size
 
 
-@pytest.mark.parametrize("max_exact", [512, 0])
+@pytest.mark.parametrize("max_exact", usual([0], [512, 0]))
 def test_a_sum_of_three_tasks(monkeypatch, max_exact):
     """Products are exact. All that needs an inverse belongs to one matrix, which is the sum itself if that is small."""
     monkeypatch.setattr(block_sum, "MAX_EXACT", max_exact)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace import krylov, prior
@@ -62,7 +63,7 @@ def test_samples_in_the_leading_eigenspace_alone_would_fail(full, lanczos, train
     assert (squares / exact).mean() < 0.5
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", usual([1], [1, 2, 3]))
 def test_interval_of_the_optimum_holds_truncation(full, trained, seed):
     """With half the vectors it needs, a decomposition puts the optimum 20 % too high; its probes know nothing of it."""
     network, x, y = trained

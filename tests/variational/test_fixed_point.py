@@ -35,7 +35,7 @@ def flat(tree):
     return np.asarray(jax.flatten_util.ravel_pytree(tree)[0])
 
 
-@pytest.mark.parametrize("targets", ["labels", "soft"])
+@pytest.mark.parametrize("targets", cases.usual(["labels"], ["labels", "soft"]))
 def test_full_is_the_dense_fixed_point(problem, targets):
     one_hot = np.eye(3)[problem.targets]
     given = problem.targets if targets == "labels" else 0.7 * one_hot + 0.1
@@ -59,6 +59,7 @@ def test_diag_is_the_mean_field_fixed_point(problem):
     np.testing.assert_allclose(la.log_marginal_likelihood().mean, expected.elbo, atol=1e-8)
 
 
+@pytest.mark.exhaustive  # the others are compared whole
 def test_kron_has_the_bound_of_its_own_covariance(problem):
     la = fitted(problem, "kron")
     product = [la.structure.product(row) for row in np.eye(43)]

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import problems
 import pytest
+from cases import usual
 
 from bnnlaplace import Laplace, Variational
 from bnnlaplace.structure import KrylovStructure
@@ -26,12 +27,7 @@ def drawn(x64_module):
     return problems.drawn_labels()
 
 
-TABLE = [
-    pytest.param(name, marks=[pytest.mark.exhaustive] * (name not in ("last layer", "layerwise"))) for name in MODELS
-]
-
-
-@pytest.mark.parametrize("model", TABLE)
+@pytest.mark.parametrize("model", usual(["layerwise"], MODELS))
 def test_bound_and_predictions_are_those_of_full(drawn, model):
     num_probes = 12 if model == "last layer" else 32  # fewer than there are weights: the structure stays a Krylov one
     at = np.random.default_rng(7).normal(size=(5, 4))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 from scipy.special import softmax
 
 import bnnlaplace
@@ -38,13 +39,7 @@ MODELS = {
 
 
 # The others read the same samples through other products and closed forms.
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("kron", "lanczos", "last layer")))
-        for name in MODELS
-    ],
-)
+@pytest.mark.parametrize("model", usual(["diag"], MODELS))
 def test_the_bound_is_that_of_dense_sites_and_no_matrix_over_classes_is_formed(problem, model, monkeypatch):
     network, data = problem
     la = Laplace(network, **{"hessian_structure": model, **MODELS[model]})

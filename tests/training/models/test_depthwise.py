@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 from jax import Array
 from jax.test_util import check_grads
 
@@ -63,7 +64,7 @@ def test_convolution_and_both_transposes(x64, pixels, window, dilation, method):
     np.testing.assert_allclose(kernel_bar, expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", usual(["toeplitz", "shifted"], METHODS))
 def test_derivatives_of_higher_order(x64, method):
     x, kernel = draw(1, (1, 3, 4, 2), (3, 3, 1))
     check_grads(lambda x, k: jnp.sin(depthwise_conv(x * x, k, method=method)), (x, kernel), order=3, rtol=1e-4)
