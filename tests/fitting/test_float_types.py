@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import usual
 
 import bnnlaplace
 from bnnlaplace import evidence
@@ -33,9 +34,9 @@ def network(dtype, param_dtype):
     return bnnlaplace.Network.from_linen(Model(dtype, param_dtype), {"params": params})
 
 
-@pytest.fixture(scope="module", params=[jnp.float32, jnp.bfloat16], ids=["weights float32", "weights bfloat16"])
+@pytest.fixture(scope="module", params=usual(["bfloat16"], ["float32", "bfloat16"]), ids="weights {}".format)
 def short(request):
-    return network(jnp.bfloat16, request.param)
+    return network(jnp.bfloat16, jnp.dtype(request.param))
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def reference_of(structure):
     return fitted(network(jnp.float32, jnp.float32), structure)
 
 
-@pytest.mark.parametrize("structure", ["full", "kron", "diag", "lanczos"])
+@pytest.mark.parametrize("structure", usual(["diag", "lanczos"], ["full", "kron", "diag", "lanczos"]))
 def test_every_structure(short, structure):
     la, reference = fitted(short, structure), reference_of(structure)
     assert la.fitted.log_likelihood.num_targets == 180
@@ -83,7 +84,8 @@ def test_products_and_gradients(short, exact):
     np.testing.assert_allclose(*pair, atol=0.05 * np.abs(pair[1]).max())
 
 
-def test_a_prior_of_several_precisions_does_not_move_weights_of_half_precision():
+@pytest.mark.parametrize("structure", usual(["kron"], ["diag", "full", "kron"]))
+def test_a_prior_of_several_precisions_does_not_move_weights_of_half_precision(structure):
     """The network runs at weights that were scaled and scaled back."""
     rng = np.random.default_rng(0)
     params = {
@@ -92,12 +94,9 @@ def test_a_prior_of_several_precisions_does_not_move_weights_of_half_precision()
     }
     network = bnnlaplace.Network.from_function(lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"], params)
     x, y = rng.normal(size=(20, 3)).astype(np.float32), rng.normal(size=(20, 2)).astype(np.float32)
-    for structure in ("diag", "full", "kron"):
-        la = bnnlaplace.Laplace(
-            network, "regression", hessian_structure=structure, prior_precision={"w1": 0.3, "w2": 7.0}
-        )
-        la = la.fit((x, y))
-        np.testing.assert_array_equal(la.predictive(x)[0], network(params, x))
+    la = bnnlaplace.Laplace(network, "regression", hessian_structure=structure, prior_precision={"w1": 0.3, "w2": 7.0})
+    la = la.fit((x, y))
+    np.testing.assert_array_equal(la.predictive(x)[0], network(params, x))
 
 
 def test_the_mode_of_a_linearised_network_in_16_bits_keeps_its_digits():

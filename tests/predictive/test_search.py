@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import exhaustive
 
 import bnnlaplace
 from bnnlaplace.predictive import ValidationCurve, search, searched_curves, validation_curves
@@ -48,19 +49,19 @@ def test_the_whole_grid_is_evaluated_if_nothing_coarse_can_be_chosen():
 
 
 @pytest.mark.filterwarnings("ignore:the Krylov decomposition has not converged")
-def test_only_a_basis_larger_than_all_samples_of_a_search_is_searched(x64):
+@pytest.mark.parametrize(("vectors", "number"), [(40, 12), exhaustive(24, 29)])
+def test_only_a_basis_larger_than_all_samples_of_a_search_is_searched(x64, vectors, number):
     """Two samples at twelve precisions are fewer than 40 vectors; 24 vectors serve the whole grid."""
     network = bnnlaplace.Network.from_function(lambda w, x: jnp.tanh(x @ w), jnp.asarray(RNG.normal(size=(20, 6))))
     x, y = RNG.normal(size=(40, 20)), RNG.integers(6, size=40)
     options = {"link_approx": "mc", "key": jax.random.key(1), "num_samples": 2}
-    for vectors, number in ((40, 12), (24, 29)):
-        la = bnnlaplace.Laplace(network).fit(
-            (x, y), key=jax.random.key(0), num_probes=2, max_vectors=vectors, tolerance=1e-9
-        )
-        (found,) = searched_curves([la.fitted], (x, y), GRID, **options)
-        (expected,) = validation_curves([la.fitted], (x, y), GRID, **options)
-        known = ~np.isnan(found.negative_log_likelihood)
-        assert known.sum() <= number if number == 12 else known.all()
-        for scores, all_scores in zip(found[1:3], expected[1:3], strict=True):
-            np.testing.assert_allclose(scores[known], all_scores[known], rtol=1e-6)
-        np.testing.assert_array_equal(found.converged, expected.converged)
+    la = bnnlaplace.Laplace(network).fit(
+        (x, y), key=jax.random.key(0), num_probes=2, max_vectors=vectors, tolerance=1e-9
+    )
+    (found,) = searched_curves([la.fitted], (x, y), GRID, **options)
+    (expected,) = validation_curves([la.fitted], (x, y), GRID, **options)
+    known = ~np.isnan(found.negative_log_likelihood)
+    assert known.sum() <= number if number == 12 else known.all()
+    for scores, all_scores in zip(found[1:3], expected[1:3], strict=True):
+        np.testing.assert_allclose(scores[known], all_scores[known], rtol=1e-6)
+    np.testing.assert_array_equal(found.converged, expected.converged)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import random_problem
+from cases import random_problem, usual
 from scipy import stats
 
 import bnnlaplace
@@ -44,7 +44,7 @@ def log_evidence(problem, structure, delta, mean):
     return log_prob.sum() - 0.5 * deviation @ (delta * deviation) - 0.5 * determinant
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", usual(["lanczos"], STRUCTURES))
 def test_everything_against_the_dense_posterior(problem, structure):
     la = fitted(problem, structure)
     np.testing.assert_allclose(la.log_marginal_likelihood().mean, log_evidence(problem, structure, DELTA, MEAN))
@@ -80,7 +80,7 @@ def test_a_krylov_decomposition_of_whitened_weights(problem):
     assert abs(estimate.mean - log_evidence(problem, "full", 2 * DELTA, MEAN)) <= 4 * estimate.sem + 1e-3
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", usual(["diag"], STRUCTURES))
 def test_all_ways_to_state_a_prior(problem, structure):
     tree = jax.tree.map(lambda leaf, value: np.full(leaf.shape, value), problem.network.params, LAYERS)
     expected = fitted(problem, structure).log_marginal_likelihood().mean
@@ -117,7 +117,7 @@ def test_the_prior_is_resolved_once(problem, monkeypatch):
     assert len(calls) == 1  # to construct, to fit
 
 
-@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("structure", usual(["diag"], ["full", "diag"]))
 def test_other_precisions_without_fitting_again(problem, structure):
     la = fitted(problem, structure, 1.0)
     for precision in (LAYERS, 3.0, DELTA):
@@ -132,8 +132,10 @@ def test_other_precisions_without_fitting_again(problem, structure):
         la = moved
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("prior_structure", ["layerwise", "diag"])
+@pytest.mark.parametrize(
+    ("prior_structure", "structure"),
+    usual([("layerwise", "full"), ("diag", "lanczos")], ("layerwise", "diag"), STRUCTURES),
+)
 def test_no_slope_at_the_optimum(problem, structure, prior_structure):
     la = fitted(problem, structure, 1.0)
     numbers = np.arange(43) if prior_structure == "diag" else np.repeat(np.arange(4), list(SIZES.values()))
@@ -182,7 +184,7 @@ def test_ratios_are_kept(problem):
     np.testing.assert_allclose(slope, 0, atol=1e-4)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", usual([1], [1, 2, 3]))
 def test_lanczos_layers_by_fitting_again(problem, seed):
     exact = fitted(problem, "full", 1.0).optimize_prior_precision(prior_structure="layerwise")
     options = {"key": jax.random.key(seed), "num_probes": 16, "max_vectors": 32, "tolerance": 0.05}
@@ -198,7 +200,7 @@ def test_lanczos_layers_by_fitting_again(problem, seed):
     assert 0 <= lost < 0.2
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", usual(["diag", "lanczos"], STRUCTURES))
 def test_saved_and_loaded(problem, structure, tmp_path):
     for number, precision in enumerate((LAYERS, DELTA, 2.0)):
         la = fitted(problem, structure, precision)
@@ -219,7 +221,7 @@ def test_the_mean_of_a_subset_is_taken_from_that_of_all(problem):
     assert whole.log_marginal_likelihood() == same.log_marginal_likelihood()
 
 
-@pytest.mark.parametrize("structure", ["full", "diag"])
+@pytest.mark.parametrize("structure", usual(["full"], ["full", "diag"]))
 def test_vectors_that_a_trace_closes_over(problem, structure):
     la = fitted(problem, structure, jnp.asarray(DELTA), jnp.asarray(MEAN))
     x = problem.inputs[:3]
@@ -251,7 +253,7 @@ def test_bad_priors(problem, options, message, unchecked_annotations):
         bnnlaplace.Laplace(problem.network, **options)
 
 
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("structure", usual(["lanczos"], STRUCTURES))
 def test_the_noise_of_a_regression_is_chosen_along(x64, structure):
     """Bayesian linear regression: the evidence in closed form, over noise and prior precision at once."""
     rng = np.random.default_rng(0)
@@ -264,7 +266,9 @@ def test_the_noise_of_a_regression_is_chosen_along(x64, structure):
         return stats.multivariate_normal.logpdf(targets[:, 0], np.zeros(30), covariance)
 
     la = bnnlaplace.Laplace(network, "regression", hessian_structure="full", sigma_noise=1.0)
-    for _ in range(60):  # the mode moves with both
+    before = 0.0
+    while abs(la.prior_precision - before) > 1e-9 * before:  # the mode moves with both
+        before = la.prior_precision
         posterior = features.T @ features / la.sigma_noise**2 + la.prior_precision * np.eye(4)
         weights = np.linalg.solve(posterior, features.T @ targets / la.sigma_noise**2)
         la = bnnlaplace.Laplace(
@@ -295,7 +299,7 @@ def test_the_noise_of_a_regression_is_chosen_along(x64, structure):
     )
 
 
-@pytest.mark.parametrize("noise", [1e-3, 1e-4])
+@pytest.mark.parametrize("noise", usual([1e-4], [1e-3, 1e-4]))
 def test_a_small_noise_is_found_in_single_precision(noise):
     """The search starts at a noise so large that the log likelihood holds no digit of the residuals."""
     rng = np.random.default_rng(0)

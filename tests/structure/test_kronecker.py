@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import two_layers
+from cases import two_layers, usual
 
 import bnnlaplace
 from bnnlaplace import checkpoint
@@ -31,15 +31,14 @@ def mlp_network():
 
 
 def fit_kronecker(network, likelihood, inputs, scale):
-    sums = kronecker.factors(network, likelihood, network.params, inputs, scale=scale, microbatch=8)
-    return KroneckerStructure.fit(sums)
+    return KroneckerStructure.fit(fitted(network, likelihood, inputs, scale=scale, microbatch=8))
 
 
 def hessians(likelihood, outputs, target):
     """Lambda of every example and position, by autodiff of -log p."""
     flat = outputs.reshape(-1, outputs.shape[-1])
     kind = jnp.full(flat.shape[1:], target) if likelihood.target_kind == "array" else jnp.asarray(target)
-    found = jax.vmap(jax.hessian(lambda f: -likelihood.log_prob(f, kind)))(flat)
+    found = jax.jit(jax.vmap(jax.hessian(lambda f: -likelihood.log_prob(f, kind))))(flat)
     return np.asarray(found).reshape(*outputs.shape, outputs.shape[-1])
 
 
@@ -62,13 +61,15 @@ def fitted(network, likelihood, inputs, **options):
     return run(network, inputs)
 
 
-@pytest.mark.parametrize("name", LIKELIHOODS)
-@pytest.mark.parametrize("positions", [(), (2,)])
+@pytest.mark.parametrize(
+    ("positions", "name"), usual([((), "binary"), ((2,), "classification")], ((), (2,)), LIKELIHOODS)
+)
 def test_two_layers(name, positions, x64):
     network, (make, target) = mlp_network(), LIKELIHOODS[name]
     likelihood, params = make(), network.params
-    inputs = jnp.asarray(RNG.normal(size=(5, *positions, 4)))
-    hidden = jnp.tanh(inputs @ params["w1"] + params["b1"])
+    params = jax.tree.map(np.asarray, params)
+    inputs = RNG.normal(size=(5, *positions, 4))
+    hidden = np.tanh(inputs @ params["w1"] + params["b1"])
     outputs = hidden @ params["w2"] + params["b2"]
     curved = hessians(likelihood, outputs, target)
     # Outputs depend on what their own position holds alone: a Jacobian for each.
@@ -79,7 +80,7 @@ def test_two_layers(name, positions, x64):
     moments = [np.einsum("ni,nj->ij", a, a) for a in (inputs.reshape(-1, 4), hidden.reshape(-1, 5))]
     sums = fitted(network, likelihood, inputs, scale=2.5, microbatch=2, shared_weights="expand")
     structure = KroneckerStructure.fit(sums)
-    jacobian = jax.jacfwd(lambda p: two_layers(p, inputs))(params)
+    jacobian = jax.jit(jax.jacfwd(lambda p: two_layers(p, inputs)))(params)
     expected = {
         "b1": output_moment(jacobian["b1"], curved),
         "b2": output_moment(jacobian["b2"], curved),
@@ -133,7 +134,8 @@ def convolutions():
 
 def test_convolutions(convolutions, x64):
     network, variables, perturbations, inputs, sums = convolutions
-    outputs, state = Convolutions().apply(variables, inputs, mutable=["intermediates"])
+    apply = jax.jit(lambda variables: Convolutions().apply(variables, inputs, mutable=["intermediates"]))
+    outputs, state = apply(variables)
     curved = hessians(bnnlaplace.categorical(), outputs, 1)
 
     def disturbed(params, perturbations):
@@ -192,7 +194,8 @@ def single():
         network = bnnlaplace.Network.from_function(outputs, {k: RNG.normal(size=shape) for k, shape in shapes.items()})
         inputs, likelihood = RNG.normal(size=(1, 4)), bnnlaplace.categorical()
         structure = fit_kronecker(network, likelihood, inputs, 2.5)
-        matrix = np.asarray(dense.ggn(network, likelihood, network.params, inputs, scale=2.5))
+        matrix = jax.jit(lambda params: dense.ggn(network, likelihood, params, inputs, scale=2.5))(network.params)
+        matrix = np.asarray(matrix)
         label = np.repeat([0, 1, 2, 3], [5, 3, 20, 15])
         yield structure, matrix * (label[:, None] == label), network, inputs
 
@@ -230,7 +233,7 @@ def test_precisions_within_an_array_are_refused(single, x64):
         structure.effective_parameters(DELTA, np.arange(43))
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", usual([1], [1, 2, 3]))
 def test_samples(single, seed, x64):
     structure, matrix, _, _ = single
     count, delta = 4000, 0.7
