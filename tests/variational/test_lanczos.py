@@ -54,8 +54,10 @@ def test_bound_and_predictions_are_those_of_full(drawn, model):
         assert (np.abs(found - mean) < 4 * np.sqrt(variance / num_probes)).all(), seed
 
 
-def test_no_prior_precision_is_chosen_at_which_the_vectors_have_not_converged(drawn):
+def test_no_prior_precision_is_chosen_at_which_the_vectors_have_not_converged(x64_module):
     # Enough vectors choose a precision far below the one that eight of them have converged at.
+    drawn = problems.drawn_labels(count=60)
+
     def chosen(max_vectors):
         la = Laplace(drawn.network, hessian_structure="lanczos", prior_precision=30.0)
         options = Variational(num_samples=128, prior_structure="scalar", max_iterations=30)
