@@ -94,7 +94,8 @@ def fit_variational(
     _check(state, posterior, data)
     if state.likelihood.sigma_noise is not None:  # the posterior of the linearised network is Gaussian
         _check_prior_stays(options)
-        exact = {"mean": "linear", "num_data": num_data, "microbatch": microbatch, "shared_weights": shared_weights}
+        there = "network" if options.fixed_mean else "linear"
+        exact = {"mean": there, "num_data": num_data, "microbatch": microbatch, "shared_weights": shared_weights}
         return fit(state, settings, data, krylov=krylov, **exact), settings
     checks.key(krylov.key, "fit(key=...), which seeds the samples of the outputs,")
     krylov.check_types()

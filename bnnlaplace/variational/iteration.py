@@ -173,8 +173,8 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
         if move is not None and move.is_held:
             checks.warn(
                 "the lower bound prefers a smaller prior precision, at which the Krylov decomposition has not "
-                f"converged with max_vectors={context.krylov.max_vectors}; the smallest at which it has was used; raise "
-                "max_vectors, or state the prior precision"
+                f"converged with max_vectors={context.krylov.max_vectors}; the smallest at which it has was used; "
+                "raise max_vectors, or state the prior precision"
             )
     return _with_fresh_samples(context, best), progress
 
@@ -241,7 +241,7 @@ def _settled(
         mean,
         scale=context.scale,
         tolerance=OF_TOLERANCE * options.tolerance,
-        max_steps=options.max_newton_steps,
+        max_steps=0 if options.fixed_mean else options.max_newton_steps,
         microbatch=context.microbatch,
     )
     proposed = sites_of(model.likelihood, settled.draws, context.by_samples)

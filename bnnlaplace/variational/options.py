@@ -60,6 +60,12 @@ class Variational:
         The largest number of iterations. Each computes the curvature once.
     max_newton_steps
         The largest number of Newton steps in the mean within an iteration.
+    fixed_mean
+        Keep the mean at the weights of the network, and fit the covariance alone. Use it where the mean of the
+        linearised network is far from the weights, and predicts worse than they do. The bound then prefers a smaller
+        prior precision than held-out data do, because it counts the distance of the weights to the prior mean in full.
+        So choose the precision on held-out data, such as folds of the training set. (Ortega et al., "Fixed-mean
+        Gaussian processes for post-hoc Bayesian deep learning", arXiv 2412.04177.)
     on_iteration
         Called with the `Progress` of each iteration, such as `print`.
 
@@ -74,6 +80,7 @@ class Variational:
     prior_structure: PriorStructure | None = None
     max_iterations: int = 20
     max_newton_steps: int = 8
+    fixed_mean: bool = False
     on_iteration: Callable[[Progress], None] | None = None
 
     def __post_init__(self) -> None:
@@ -92,6 +99,10 @@ class Variational:
             checks.choice(self.prior_structure, "Variational(prior_structure=...)", get_args(PriorStructure))
         checks.count(self.max_iterations, "Variational(max_iterations=...)", advice="try 20")
         checks.count(self.max_newton_steps, "Variational(max_newton_steps=...)", advice="try 8")
+        if not isinstance(self.fixed_mean, bool):
+            raise ValueError(
+                f"Variational(fixed_mean=...) must be True or False; got {self.fixed_mean!r:.80}; try True"
+            )
         if self.on_iteration is not None and not callable(self.on_iteration):
             raise ValueError(
                 "Variational(on_iteration=...) must be a function of a Progress; got "

@@ -36,6 +36,7 @@ study = Study(
     posteriors=(
         Posterior("full", weights="last_layer", trainings=("posthoc",)),
         Posterior("diag", "laplace", folded=True, trainings=("posthoc",)),
+        Posterior("full", weights="last_layer", fixed_mean=True, chosen_by="folds", trainings=("adamw",)),
     ),
     measures=Measures(shifts=("noise",), shift_examples=20, foreign=("inverted",), test_examples=60, samples=24,
                       max_iterations=2),
@@ -93,7 +94,7 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_numbers(tmp_path, monkeypat
     monkeypatch.setattr(fits, "fit_posterior", interrupted)
     status, said = run(root)
     assert status == interruption.EXIT_STATUS and "--resume" in said.err
-    assert len(units(root)) == 3
+    assert len(units(root)) == 4
     status, said = run(root)
     assert status == 2 and "continue it with --resume" in said.err
     assert run(root, "--resume", "--seeds", "0")[0] == 0
@@ -118,12 +119,17 @@ def test_a_study_that_is_stopped_goes_on_to_the_same_numbers(tmp_path, monkeypat
     assert document["regimes"]["clean"]["missing"] == 0
     assert {"map", "map-t-part", "map-t-split", "map-t-validation", "ensemble"} <= {name for _, name in rows}
     assert rows["posthoc", "last-layer-full-variational"]["seeds"] == [0, 1]
+    by_folds = [row for row in document["regimes"]["clean"]["methods"] if row["method"].endswith("fixed-mean-by-folds")]
+    assert sorted((row["prior"], row["link"]) for row in by_folds) == [
+        (prior, link) for prior in ("folds", "validation NLL") for link in ("MC", "probit")
+    ]
     assert rows["posthoc", "diag-laplace-folded"]["differences"]["MAP + T"]["shift_nll"]["low"] is not None
 
 
 def test_a_method_that_fails_is_recorded_and_the_study_goes_on(tmp_path, monkeypatch, capsys):
     config = tmp_path / "tiny_study.py"
-    config.write_text(TINY.replace("seeds=(0, 1)", "seeds=(0,)").replace("ensemble=2, folds=1", "folds=0"))
+    small = TINY.replace("seeds=(0, 1)", "seeds=(0,)").replace("ensemble=2, folds=1", "folds=0")
+    config.write_text(small.replace('chosen_by="folds", ', ""))
 
     def no_memory(posterior, *rest):
         raise MemoryError(f"{posterior.structure} is too large")
@@ -131,4 +137,4 @@ def test_a_method_that_fails_is_recorded_and_the_study_goes_on(tmp_path, monkeyp
     monkeypatch.setattr(fits, "fit_posterior", no_memory)
     assert program.main(["--config", str(config), "--workdir", str(tmp_path / "study")]) == 0
     assert "failed: posthoc, diag-laplace-folded, seed 0: MemoryError: diag is too large" in capsys.readouterr().out
-    assert len(units(tmp_path / "study")) == 4
+    assert len(units(tmp_path / "study")) == 5

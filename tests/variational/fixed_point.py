@@ -55,7 +55,7 @@ def bound(mean, covariance, jacobians, offsets, targets, precision, noise):
     return expected.sum() - divergence, residuals, curvatures
 
 
-def solve(network, params, inputs, targets, precision, key, num_samples, *, keep=lambda ggn: ggn):
+def solve(network, params, inputs, targets, precision, key, num_samples, *, keep=lambda ggn: ggn, fixed_mean=False):
     """Iterate sites, mean and covariance until they do not move; `keep` is what a structure keeps of the GGN."""
     jacobians = oracles.jacobian(network, params, inputs)
     flat = np.asarray(jax.flatten_util.ravel_pytree(params)[0])
@@ -73,6 +73,8 @@ def solve(network, params, inputs, targets, precision, key, num_samples, *, keep
         deviations = np.einsum("ncd,snd->snc", roots, noise)
         for _ in range(30):  # Newton's method, damped by what the gradient says
             _, residuals, there = averages(offsets + jacobians @ mean + deviations, targets)
+            if fixed_mean:
+                break
             ascent = np.einsum("ncp,nc->p", jacobians, residuals) - precision * mean
             step = np.linalg.solve(oracles.ggn(jacobians, there) + precision * identity, ascent)
             mean = mean + min(1, 2 / np.sqrt(max(ascent @ step, 1e-300))) * step

@@ -72,6 +72,7 @@ OPTIONS = {
     "tolerance": [0, -1.0, np.inf, np.nan, "0.5", True],
     "max_iterations": [0, 1.5, None],
     "max_newton_steps": [0, -1],
+    "fixed_mean": [1, "network", None],
     "prior_structure": ["kron", 1],
     "on_iteration": [3],
 }

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import problems
 import pytest
-from cases import usual
+from cases import exhaustive, usual
 from scipy.special import expit, log_softmax, logsumexp
 
 import bnnlaplace
@@ -147,9 +147,9 @@ def covariance_of(structure, precision):
     return inner / root / root[:, None]
 
 
-# Mean and bound are compared with a dense fixed point in `test_fixed_point.py`.
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(("structure", "groups"), [("full", "layerwise"), ("full", "scalar"), ("diag", "scalar")])
+@pytest.mark.parametrize(
+    ("structure", "groups"), [("diag", "scalar"), exhaustive("full", "layerwise"), exhaustive("full", "scalar")]
+)
 def test_the_gradient_is_zero_in_the_mean_and_at_the_best_prior_in_its_precisions(
     drawn, structure, groups, monkeypatch
 ):

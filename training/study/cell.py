@@ -15,6 +15,7 @@ from training.cli import interruption
 from training.config import to_document as config_document
 from training.study import fits, store
 from training.study.config import Study, Training, to_document
+from training.study.held_out import Fold, fit_by_folds
 from training.study.inputs import HeldOut, held_out_images
 from training.study.networks import (
     RegimeData,
@@ -56,9 +57,13 @@ class Cell:
         posterior = next(each for each in self.study.posteriors if each.name == name)
         trained = self._trained(training, self.seed)
         with interruption.promptly(_STOPPED):
-            fit = fits.fit_posterior(posterior, trained, config, self.of, self.study.measures)
+            given = config, self.of, self.study.measures
             rest = (training.name, self.held_out, config, self.study.measures)
-            methods = list(fits.methods_of(fit, posterior, *rest))
+            if posterior.chosen_by == "folds":
+                found = fit_by_folds(posterior, trained, self._folds(training), *given)
+            else:
+                found = [fits.fit_posterior(posterior, trained, *given)]
+            methods = [method for fit in found for method in fits.methods_of(fit, posterior, *rest)]
         for method in methods:
             method.description["seconds"]["training"] = trained.seconds
         return methods
@@ -69,14 +74,20 @@ class Cell:
         network = self._network(training, self.seed)
         yield from points.of_map(network, self.of.data.validation)
         if training.folds:
-            parts = [held_out_part(self.of.data, training, fold)[1] for fold in range(training.folds)]
             networks = [self._network(training, self.seed, fold) for fold in range(training.folds)]
-            yield from points.of_folds(network, networks, parts)
+            yield from points.of_folds(network, networks, [fold.held_out for fold in self._folds(training)])
         if training.ensemble:
             seeds = [self.seed + offset for offset in range(training.ensemble)]
             members = [self._network(training, seed) for seed in seeds]
             seconds = sum(self._trained(training, seed).seconds for seed in seeds)
             yield from points.of_ensemble(members, seconds)
+
+    def _folds(self, training: Training) -> list[Fold]:
+        divided = (held_out_part(self.of.data, training, fold) for fold in range(training.folds))
+        return [
+            Fold(self._trained(training, self.seed, fold), data.train, part)
+            for fold, (data, part) in enumerate(divided)
+        ]
 
     def _network(self, training: Training, seed: int, fold: int | None = None) -> Any:
         config = run_config(self.study, self.of, training, seed)
@@ -122,7 +133,10 @@ def settings_of(study: Study, unit: Unit) -> dict[str, Any]:
     training = next(each for each in study.trainings if each.name == unit.training)
     settings = {"regime": to_document(regime), "training": to_document(training)}
     if unit.name != POINTS:  # a posterior has one network
-        settings["training"] = {name: settings["training"][name] for name in ("name", "settings", "weight_decay")}
+        names = ["name", "settings", "weight_decay"]
+        chosen = next(each for each in study.posteriors if each.name == unit.name)
+        names += ["folds", "held_out"] if chosen.chosen_by == "folds" else []
+        settings["training"] = {name: settings["training"][name] for name in names}
     settings["measures"] = to_document(study.measures)
     base = config_document(study.config)
     base["data"] = {name: value for name, value in base["data"].items() if name not in _OF_PLACE}

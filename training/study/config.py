@@ -85,6 +85,11 @@ class Posterior:
     prior: Literal["training", "scalar", "layerwise", "g"] = "training"
     """What the evidence chooses. training: a common factor of the precisions of training. scalar: one precision.
     layerwise: one precision for each layer. g: a factor of the diagonal of the GGN, bounded below (the g-prior)."""
+    chosen_by: Literal["evidence", "folds"] = "evidence"
+    """What chooses the prior precision. folds: what posteriors of the networks of folds predict for the shares that
+    these have not seen, as for a temperature; see `training.study.held_out`."""
+    fixed_mean: bool = False
+    """A variational posterior whose mean stays at the weights of the network."""
     folded: bool = False
     """Batch normalisation is folded into kernels before the posterior is fitted; see `training.study.fold`."""
     trainings: Names = ()
@@ -95,13 +100,30 @@ class Posterior:
         """Its name in files and tables."""
         subset = {"all": "", "last_layer": "last-layer-", "without_normalisation": "without-norms-"}[self.weights]
         prior = "" if self.prior == "training" else f"-{self.prior}"
-        return f"{subset}{self.structure}-{self.approximation}{prior}{'-folded' if self.folded else ''}"
+        switches = {"-folded": self.folded, "-fixed-mean": self.fixed_mean, "-by-folds": self.chosen_by == "folds"}
+        return f"{subset}{self.structure}-{self.approximation}{prior}" + "".join(
+            name for name, is_on in switches.items() if is_on
+        )
 
     @field_validator("folded")
     @classmethod
     def _of_all(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("weights") != "all":
             raise PydanticCustomError("folded", "Input should be False unless `weights` is all")
+        return value
+
+    @field_validator("chosen_by")
+    @classmethod
+    def _of_one_precision(cls, value: str, info: ValidationInfo) -> str:
+        if value == "folds" and info.data.get("prior") == "layerwise":
+            raise PydanticCustomError("chosen_by", "Input should be evidence where `prior` is layerwise")
+        return value
+
+    @field_validator("fixed_mean")
+    @classmethod
+    def _of_variational(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("approximation") != "variational":
+            raise PydanticCustomError("fixed_mean", "Input should be False unless `approximation` is variational")
         return value
 
 
@@ -160,6 +182,12 @@ class Study:
         named = {name for posterior in value for name in posterior.trainings}
         if unknown := sorted(named - known):
             raise PydanticCustomError("unknown", f"Input should name trainings of the study, not {', '.join(unknown)}")
+        without = {training.name for training in info.data.get("trainings", ()) if not training.folds}
+        for posterior in value:
+            lacking = sorted(without & set(posterior.trainings or without))
+            if posterior.chosen_by == "folds" and lacking:
+                rule = f"Input should name trainings with folds for {posterior.name}, not {', '.join(lacking)}"
+                raise PydanticCustomError("folds", rule)
         return value
 
     @field_validator("reference")

@@ -16,6 +16,7 @@ from bnnlaplace.predictive import link
 from bnnlaplace.prior import by_layer
 from training.cli import program
 from training.config import Config
+from training.data.reading import Split
 from training.posteriors import make_network
 from training.study.config import Measures, Posterior
 from training.study.fold import fold_batch_normalisation
@@ -31,7 +32,7 @@ _FIT_STREAM, _CURVE_STREAM, _SAMPLE_STREAM = 301, 302, 303
 
 Fitting = Callable[[Laplace], Laplace]
 
-EVIDENCE, VALIDATION = "evidence", "validation NLL"
+EVIDENCE, VALIDATION, FOLDS = "evidence", "validation NLL", "folds"
 
 
 class Fit(NamedTuple):
@@ -56,21 +57,13 @@ def fit_posterior(posterior: Posterior, trained: Trained, config: Config, of: Re
     ValueError, MemoryError
         The posterior cannot be fitted.
     """
-    network, subset = _network(posterior, trained, config, of)
-    images, labels = of.data.train
     seconds, started = {}, perf_counter()
-    with _recorded() as said:
-        la = Laplace(
-            network,
-            subset_of_weights=subset,
-            hessian_structure=posterior.structure,
-            prior_precision=_first_precision(posterior, trained, network, subset, (images, labels), config),
-        )
-        along = _chosen_along(posterior, trained)
-        fit_again = _fitting(posterior, along, config, (images, labels), measures)
+    with recorded() as said:
+        la = unfitted(posterior, trained, config, of, of.data.train)
+        fit_again = fitting(posterior, trained, config, of.data.train, measures)
         la = fit_again(la)
         seconds["fit"], started = perf_counter() - started, perf_counter()
-        if along is None:
+        if _chosen_along(posterior, trained) is None:
             la = _with_best_prior(posterior, la, fit_again, measures)
         seconds["prior"], started = perf_counter() - started, perf_counter()
         choices = {EVIDENCE: float(la.prior.precision)} | _by_validation(la, config, of, measures, said)
@@ -165,13 +158,28 @@ def _first_precision(
     return {name: layers[name] for name in dict.fromkeys(map(by_layer, paths))}
 
 
-def _fitting(posterior: Posterior, chosen_along: str | None, config: Config, data: Any, measures: Measures) -> Fitting:
-    """Return the function that fits the posterior, from the beginning or from an earlier fit."""
+def unfitted(posterior: Posterior, trained: Trained, config: Config, of: RegimeData, train: Split) -> Laplace:
+    """Return the posterior before its fit, at the precision that a search begins with."""
+    network, subset = _network(posterior, trained, config, of)
+    return Laplace(
+        network,
+        subset_of_weights=subset,
+        hessian_structure=posterior.structure,
+        prior_precision=_first_precision(posterior, trained, network, subset, tuple(train), config),
+    )
+
+
+def fitting(posterior: Posterior, trained: Trained, config: Config, train: Split, measures: Measures) -> Fitting:
+    """Return the function that fits the posterior to some images, from the beginning or from an earlier fit."""
     curvature, is_variational = config.curvature, posterior.approximation == "variational"
-    samples = measures.samples + measures.samples % 2
-    options = Variational(num_samples=samples, prior_structure=chosen_along, max_iterations=measures.max_iterations)
+    options = Variational(
+        num_samples=measures.samples + measures.samples % 2,
+        prior_structure=_chosen_along(posterior, trained),
+        max_iterations=measures.max_iterations,
+        fixed_mean=posterior.fixed_mean,
+    )
     return lambda la: la.fit(
-        data,
+        tuple(train),
         approximation=options if is_variational else "laplace",
         key=_key(config, _FIT_STREAM),
         num_probes=curvature.num_probes,
@@ -183,7 +191,7 @@ def _fitting(posterior: Posterior, chosen_along: str | None, config: Config, dat
 
 def _chosen_along(posterior: Posterior, trained: Trained) -> str | None:
     """Return which precisions a variational fit chooses by itself. A common factor of unequal ones it does not."""
-    if posterior.approximation == "laplace" or posterior.prior == "g":
+    if posterior.approximation == "laplace" or posterior.prior == "g" or posterior.chosen_by == "folds":
         return None
     if posterior.prior == "layerwise":
         return "layerwise"
@@ -232,7 +240,7 @@ def _reservation(la: Laplace, precision: float) -> str | None:
 
 
 @contextmanager
-def _recorded() -> Iterator[list[str]]:
+def recorded() -> Iterator[list[str]]:
     """Collect the texts of the library's warnings, each once, in a list that has them at the end of the block."""
     said: list[str] = []
     with warnings.catch_warnings(record=True) as caught:

@@ -11,7 +11,8 @@ seeds (ECE, rejection and AUROC: over seeds alone), and a method is called bette
 excludes zero. "+ T" is a temperature: fitted on training images that the networks of folds have not
 seen, or on the validation images. In differences it is that of the folds unless validation is named.
 Posteriors have the prior that the evidence chose (a lower bound for variational ones), or beside it the one with the
-lowest NLL on the validation images, which only those methods and "MAP + T (validation images)" use.
+lowest NLL on the validation images, which only those methods and "MAP + T (validation images)" use; or the one with
+the lowest NLL on the shares of the folds.
 """
 
 

@@ -41,12 +41,14 @@ def test_cells_are_regimes_by_seeds_and_units_are_those_of_each_training():
 
 def test_variants_have_names_of_their_own():
     variants = [
-        Posterior(structure, approximation, weights, prior, folded)
+        Posterior(structure, approximation, weights, prior, chosen_by, fixed_mean, folded)
         for structure in ("diag", "lanczos")
         for approximation in ("laplace", "variational")
         for weights in ("all", "last_layer", "without_normalisation")
         for prior in ("training", "scalar", "layerwise", "g")
         for folded in ((False, True) if weights == "all" else (False,))
+        for chosen_by in (("evidence",) if prior == "layerwise" else ("evidence", "folds"))
+        for fixed_mean in ((False, True) if approximation == "variational" else (False,))
     ]
     assert len({posterior.name for posterior in variants}) == len(variants)
 
@@ -67,6 +69,10 @@ def test_settings_change_the_run_by_name():
         ({"seeds": (1, 1)}, "`study.seeds` must have each name once"),
         ({"reference": "joint"}, "`study.reference` must be one of adamw, posthoc; got 'joint'"),
         ({"posteriors": (Posterior("diag", trainings=("joint",)),)}, "must name trainings of the study, not joint"),
+        (
+            {"trainings": (Training("posthoc", folds=0),), "posteriors": (Posterior("diag", chosen_by="folds"),)},
+            "must name trainings with folds for diag-variational-by-folds, not posthoc",
+        ),
         ({"regimes": ()}, "`study.regimes` must have at least 1 item"),
     ],
 )
@@ -78,6 +84,10 @@ def test_studies_that_contradict_themselves_are_refused(change, message):
 def test_records_refuse_values_that_mean_nothing():
     with pytest.raises(UserError, match="`posterior.folded` must be False unless `weights` is all"):
         Posterior("diag", weights="last_layer", folded=True)
+    with pytest.raises(UserError, match="`posterior.chosen_by` must be evidence where `prior` is layerwise"):
+        Posterior("diag", prior="layerwise", chosen_by="folds")
+    with pytest.raises(UserError, match="`posterior.fixed_mean` must be False unless `approximation` is variational"):
+        Posterior("diag", "laplace", fixed_mean=True)
     with pytest.raises(UserError, match="`training.ensemble` must be 0, or at least 2; got 1"):
         Training("adamw", ensemble=1)
     with pytest.raises(UserError, match="`regime.name` String should match pattern"):

@@ -1,0 +1,80 @@
+"""Choose the prior precision of a posterior by what it predicts for images that its network has not seen.
+
+A temperature is fitted on the shares of the training images that the networks of folds have not seen. The same networks
+and shares choose a prior precision here: at each precision of the grid every network gets a posterior, and the one with
+the lowest NLL of all shares is that of the network of all images. Beside it stands the choice of the validation images.
+"""
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from bnnlaplace import Laplace
+from training.config import Config
+from training.data.reading import Split
+from training.study.config import Measures, Posterior
+from training.study.fits import FOLDS, VALIDATION, Fit, fitting, recorded, unfitted
+from training.study.networks import RegimeData, Trained
+
+
+class Fold(NamedTuple):
+    """A network, the images that it was trained on, and those that it has not seen."""
+
+    trained: Trained
+    train: Split
+    held_out: Split
+
+
+def fit_by_folds(
+    posterior: Posterior,
+    trained: Trained,
+    folds: Sequence[Fold],
+    config: Config,
+    of: RegimeData,
+    measures: Measures,
+) -> Iterator[Fit]:
+    """Yield the posterior at the precision that the folds choose, and at the one that the validation images choose.
+
+    Cost: a fit for each precision of the grid, for the network and for each fold.
+
+    Raises
+    ------
+    ValueError, MemoryError
+        The posterior cannot be fitted.
+    """
+    grid = np.geomspace(config.evaluation.grid_high, config.evaluation.grid_low, config.evaluation.grid_size)
+
+    def along(trained: Trained, train: Split, precisions: Sequence[float]) -> Iterator[Laplace]:
+        la = unfitted(posterior, trained, config, of, train)
+        fit_again = fitting(posterior, trained, config, train, measures)
+        for precision in precisions:  # each fit begins at the one before, at a larger precision
+            la = fit_again(la.with_prior_precision(precision))
+            yield la
+
+    started, totals = perf_counter(), {}
+    with recorded() as said:
+        if folds:
+            of_folds = [
+                [_nll(la, fold.held_out, config) for la in along(fold.trained, fold.train, grid)] for fold in folds
+            ]
+            totals[FOLDS] = np.sum(of_folds, axis=0)
+        totals[VALIDATION] = np.array(
+            [_nll(la, of.data.validation, config) for la in along(trained, of.data.train, grid)]
+        )
+    seconds = {"fit": perf_counter() - started}
+    for choice, total in totals.items():
+        best = int(np.argmin(np.where(np.isfinite(total), total, np.inf)))
+        if best in (0, len(grid) - 1):
+            said.append(f"the precision that {choice} chose is at an end of the grid")
+        *_, la = along(trained, of.data.train, grid[: best + 1])
+        yield Fit(la, {choice: float(grid[best])}, seconds, said)
+
+
+def _nll(la: Laplace, held_out: Split, config: Config) -> float:
+    """Sum the NLL of the probit predictive."""
+    probs = la.predictive(held_out.images, microbatch=config.curvature.microbatch)
+    chosen = np.asarray(probs, np.float64)[np.arange(len(held_out.labels)), held_out.labels]
+    with np.errstate(divide="ignore"):
+        return float(-np.log(chosen).sum())
