@@ -46,30 +46,27 @@ def fit_by_folds(
     """
     grid = np.geomspace(config.evaluation.grid_high, config.evaluation.grid_low, config.evaluation.grid_size)
 
-    def along(trained: Trained, train: Split, precisions: Sequence[float]) -> Iterator[Laplace]:
+    def along(trained: Trained, train: Split) -> Iterator[Laplace]:
         la = unfitted(posterior, trained, config, of, train)
         fit_again = fitting(posterior, trained, config, train, measures)
-        for precision in precisions:  # each fit begins at the one before, at a larger precision
+        for precision in grid:  # each fit begins at the one before, at a larger precision
             la = fit_again(la.with_prior_precision(precision))
             yield la
 
-    started, totals = perf_counter(), {}
+    started, kept, lowest = perf_counter(), {}, np.inf
     with recorded() as said:
-        if folds:
-            of_folds = [
-                [_nll(la, fold.held_out, config) for la in along(fold.trained, fold.train, grid)] for fold in folds
-            ]
-            totals[FOLDS] = np.sum(of_folds, axis=0)
-        totals[VALIDATION] = np.array(
-            [_nll(la, of.data.validation, config) for la in along(trained, of.data.train, grid)]
-        )
+        of_folds = [[_nll(la, fold.held_out, config) for la in along(fold.trained, fold.train)] for fold in folds]
+        chosen = int(np.argmin(np.sum(of_folds, axis=0))) if folds else None
+        for number, la in enumerate(along(trained, of.data.train)):
+            if number == chosen:
+                kept[FOLDS] = la, float(grid[number])
+            of_validation = _nll(la, of.data.validation, config)
+            if of_validation < lowest:
+                lowest, kept[VALIDATION] = of_validation, (la, float(grid[number]))
     seconds = {"fit": perf_counter() - started}
-    for choice, total in totals.items():
-        best = int(np.argmin(np.where(np.isfinite(total), total, np.inf)))
-        if best in (0, len(grid) - 1):
-            said.append(f"the precision that {choice} chose is at an end of the grid")
-        *_, la = along(trained, of.data.train, grid[: best + 1])
-        yield Fit(la, {choice: float(grid[best])}, seconds, said)
+    for choice, (la, precision) in kept.items():
+        ends = ["the precision is at an end of the grid"] if precision in (grid[0], grid[-1]) else []
+        yield Fit(la, {choice: precision}, seconds, said + ends)
 
 
 def _nll(la: Laplace, held_out: Split, config: Config) -> float:
