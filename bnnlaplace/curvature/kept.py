@@ -121,6 +121,12 @@ class KeptRows(NamedTuple):
 
         return product
 
+    def ggn_factor(self, likelihood: Likelihood, at: Sequence[CurvatureAt]) -> Float[Array, "R P"]:
+        """Compute R with R' R = G, one row for each example and column of the factor B, as `dense.factor_rows` does."""
+        pairs = zip(self.batches, at, strict=True)
+        parts = [_factor(likelihood, rows, of_batch, self.shape) for rows, of_batch in pairs]
+        return self._times_factors(jnp.concatenate(parts))
+
     def ggn_diagonal(self, likelihood: Likelihood, at: Sequence[CurvatureAt]) -> Float[Array, " P"]:
         """Compute the diagonal of G, as `diagonal.ggn_diagonal` does, summed over the batches."""
         pairs = zip(self.batches, at, strict=True)
@@ -229,6 +235,17 @@ def _product(
 
     pushed = _pushed(rows, vectors, shape)
     return _pulled(rows, jax.lax.map(curved, pushed, batch_size=min(VECTORS_AT_ONCE, len(vectors))))
+
+
+@partial(jax.jit, static_argnums=3)
+def _factor(
+    likelihood: Likelihood, rows: Float[Array, "num K m P"], at: CurvatureAt, shape: tuple[int, ...]
+) -> Float[Array, "R P"]:
+    """The columns of B' J of each example of a batch, times the root of its weight."""
+    num, _, count, num_weights = rows.shape
+    by_example = rows.swapaxes(1, 2).reshape(num * count, *shape[1:], num_weights)[: shape[0]]
+    factors = jax.vmap(partial(likelihood.factor_transpose_mv, at.points), -1, -1)(by_example)
+    return (mb.over_outputs(jnp.sqrt(at.weights), factors) * factors).reshape(-1, num_weights)
 
 
 @partial(jax.jit, static_argnums=3)

@@ -246,7 +246,7 @@ def _structure_of_products(
     """
     # Not the number of targets, in which the weights of examples are.
     if model.data.num_examples * outputs_of_example(model) <= options.max_vectors:
-        return fit_spectral(model.whitened(prior), scale)
+        return fit_spectral(model.whitened(prior), scale, microbatch=microbatch)
     if size(model.head.params) <= min(options.num_probes, options.max_vectors):  # one block would span all weights
         return _eigenpairs(model.whitened(prior), scale, microbatch=microbatch)
     # Weights that are scaled first are not layers, so rows are those of the network as it is.
@@ -255,13 +255,17 @@ def _structure_of_products(
     return fit_krylov(model.whitened(prior), scale, options, evidence, microbatch=microbatch)
 
 
-def fit_spectral(model: Model, scale: float) -> SpectralStructure:
+def fit_spectral(model: Model, scale: float, *, microbatch: int) -> SpectralStructure:
     """Compute all eigenpairs of G from its factor B' J, which has one row for each output of all data.
 
-    Cost: one backward pass for each output, and the factorisation of N C rows of P numbers. They are in memory twice.
+    Cost: one backward pass for each output, unless the model keeps rows, and the factorisation of N C rows of P
+    numbers. They are in memory twice.
     """
-    rows = [_factor_rows(model.head, model.likelihood, batch) for batch in model.data]
-    structure = _spectral(jnp.sqrt(scale) * jnp.concatenate(rows), rounding_of(model))
+    if model.rows is not None:
+        rows = model.rows.ggn_factor(model.likelihood, model.curvature_at(microbatch=microbatch))
+    else:
+        rows = jnp.concatenate([_factor_rows(model.head, model.likelihood, batch) for batch in model.data])
+    structure = _spectral(jnp.sqrt(scale) * rows, rounding_of(model))
     check_finite(structure.eigenvalues)
     return structure
 

@@ -68,6 +68,8 @@ def test_products_are_those_of_the_matrix(problem):
     np.testing.assert_allclose(rows.ggn_product(likelihood, at, 2.5)(vectors), 2.5 * vectors @ matrix, atol=1e-9)
     np.testing.assert_allclose(scaled.ggn_product(likelihood, at, 1.0)(vectors), vectors @ by_factors, atol=1e-9)
     np.testing.assert_allclose(rows.ggn_diagonal(likelihood, at), np.diagonal(matrix), atol=1e-9)
+    factor = np.asarray(scaled.ggn_factor(likelihood, at))
+    np.testing.assert_allclose(factor.T @ factor, by_factors, atol=1e-9)
     sizes = row_sizes(network, inputs, 4)
     by_parts = diagonal_by_rows(network, likelihood, inputs[:6], at[0], sizes)
     by_parts += diagonal_by_rows(network, likelihood, inputs[6:], CurvatureAt(*(each[:5] for each in at[1])), sizes)
@@ -97,13 +99,19 @@ def test_derivatives_and_linearised_outputs(problem):
 
 
 @pytest.mark.parametrize(
-    ("structure", "layerwise"), [("lanczos", True), exhaustive("lanczos", False), exhaustive("diag", True)]
+    ("structure", "layerwise", "max_vectors"),
+    [
+        ("lanczos", True, 24),
+        ("lanczos", True, 4 * 3 * COUNT),  # all eigenpairs
+        exhaustive("lanczos", False, 24),
+        exhaustive("diag", True, 24),
+    ],
 )
-def test_a_variational_fit_is_the_same_with_and_without_rows(problem, monkeypatch, structure, layerwise):
+def test_a_variational_fit_is_the_same_with_and_without_rows(problem, monkeypatch, structure, layerwise, max_vectors):
     network, inputs, labels, _ = problem
     precision = {"first": 2.0, "second": 0.5} if layerwise else 1.0
     la = Laplace(network, hessian_structure=structure, prior_precision=precision)
-    options = {"key": jax.random.key(1), "num_probes": 8, "max_vectors": 24, "microbatch": 4}
+    options = {"key": jax.random.key(1), "num_probes": 8, "max_vectors": max_vectors, "microbatch": 4}
     chosen = Variational(num_samples=64, max_iterations=1)
 
     def fitted():
