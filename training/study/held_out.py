@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from bnnlaplace import Laplace
+from bnnlaplace.calibration import negative_log_likelihood
 from training.config import Config
 from training.data.reading import Split
 from training.study.config import Measures, Posterior
@@ -37,7 +39,7 @@ def fit_by_folds(
 ) -> Iterator[Fit]:
     """Yield the posterior at the precision that the folds choose, and at the one that the validation images choose.
 
-    Cost: a fit for each precision of the grid, for the network and for each fold.
+    Cost: for the network and for each fold a fit, or a variational one for each precision of the grid.
 
     Raises
     ------
@@ -49,8 +51,14 @@ def fit_by_folds(
     def along(trained: Trained, train: Split) -> Iterator[Laplace]:
         la = unfitted(posterior, trained, config, of, train)
         fit_again = fitting(posterior, trained, config, train, measures)
-        for precision in grid:  # each fit begins at the one before, at a larger precision
-            la = fit_again(la.with_prior_precision(precision))
+        factors = grid / float(la.prior.precision)  # the ratios of the precisions stay
+        precisions = [jax.tree.map(lambda each, factor=factor: factor * each, la.prior_precision) for factor in factors]
+        if posterior.approximation == "laplace":  # its curvature is that of any precision
+            la = fit_again(la)
+        for precision in precisions:
+            la = la.with_prior_precision(precision)
+            if posterior.approximation == "variational":  # each fit begins at the one before, at a larger precision
+                la = fit_again(la)
             yield la
 
     started, kept, lowest = perf_counter(), {}, np.inf
@@ -72,6 +80,4 @@ def fit_by_folds(
 def _nll(la: Laplace, held_out: Split, config: Config) -> float:
     """Sum the NLL of the probit predictive."""
     probs = la.predictive(held_out.images, microbatch=config.curvature.microbatch)
-    chosen = np.asarray(probs, np.float64)[np.arange(len(held_out.labels)), held_out.labels]
-    with np.errstate(divide="ignore"):
-        return float(-np.log(chosen).sum())
+    return len(held_out.labels) * negative_log_likelihood(probs, held_out.labels)

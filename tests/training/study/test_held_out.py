@@ -1,0 +1,67 @@
+"""A prior precision chosen by images that networks of folds have not seen."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bnnlaplace import Laplace, Network, calibration
+from training.config import Config, Evaluation
+from training.data.reading import Split
+from training.study import held_out
+from training.study.config import Measures, Posterior
+
+RNG = np.random.default_rng(0)
+RATIOS = {"w": 2.0, "b": 0.5}
+
+
+def split(count):
+    images = RNG.normal(size=(count, 4)).astype(np.float32)
+    return Split(images, (images @ RNG.normal(size=(4, 3)) + RNG.normal(size=(count, 3))).argmax(axis=1))
+
+
+@pytest.mark.filterwarnings("ignore:the weights are not at a mode")
+@pytest.mark.parametrize("approximation", ["laplace", "variational"])
+def test_the_lowest_nll_chooses_a_factor_and_the_ratios_of_precisions_stay(monkeypatch, approximation):
+    params = {"w": jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32), "b": jnp.zeros(3)}
+    network = Network.from_function(lambda params, x: x @ params["w"] + params["b"], params)
+    fits = []
+
+    def fitting(posterior, trained, config, train, measures):
+        def fit(la):
+            fits.append(la)
+            return la.fit(tuple(train))
+
+        return fit
+
+    la = Laplace(network, hessian_structure="diag", prior_precision=RATIOS)
+    monkeypatch.setattr(held_out, "unfitted", lambda *_: la)
+    monkeypatch.setattr(held_out, "fitting", fitting)
+    config = Config(evaluation=Evaluation(grid_size=4, grid_low=0.1, grid_high=100.0))
+    train, validation, fold = split(30), split(40), held_out.Fold(None, split(25), split(20))
+    of = SimpleNamespace(data=SimpleNamespace(train=train, validation=validation))
+    posterior = Posterior("diag", approximation, chosen_by="folds")
+    found = list(held_out.fit_by_folds(posterior, None, [fold], config, of, Measures()))
+    assert len(fits) == {"laplace": 2, "variational": 8}[approximation]  # of the fold and of the network
+
+    # Each choice against the curve of a posterior that was fitted to the same images.
+    chosen = {name: (fit.la, precision) for fit in found for name, precision in fit.choices.items()}
+    for name, fitted_to, (images, labels) in (
+        (held_out.FOLDS, fold.train, fold.held_out),
+        (held_out.VALIDATION, train, validation),
+    ):
+        grid = np.geomspace(0.1, 100, 4)
+        curve = la.fit(tuple(fitted_to))
+        factor = grid / float(la.prior.precision)
+        nll = [
+            calibration.negative_log_likelihood(
+                curve.with_prior_precision({key: each * ratio for key, ratio in RATIOS.items()}).predictive(images),
+                labels,
+            )
+            for each in factor
+        ]
+        best, precision = chosen[name]
+        assert precision == pytest.approx(grid[int(np.argmin(nll))])
+        assert float(best.prior.precision) == pytest.approx(precision)
+        np.testing.assert_allclose(best.prior.relative, la.prior.relative, rtol=1e-6)
