@@ -1,4 +1,4 @@
-"""What all tests share: tables with exhaustive rows, a small problem with its exact GGN, and larger networks."""
+"""Marks for the rows of tables, a small problem with its exact GGN, and larger networks, for all tests."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence

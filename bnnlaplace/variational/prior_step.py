@@ -72,15 +72,14 @@ def step(
     deviation = mean - np.asarray(prior.mean, np.float64)
     squared = prior.squared_norm(deviation)
     overall = maximiser(structure.log_determinant, LogJoint(0.0), squared, search_range=limits)
-    now = grouping.precisions(prior)
-    proposed = now * overall / float(prior.precision)
-    if len(now) > 1:
-        shifted, effective = proposed, structure.effective_parameters(overall, grouping.numbers)
-        proposed = fixed_point_step(effective, LogJoint(0.0), deviation**2, grouping.numbers, shifted).precisions
-        now = shifted
+    present = grouping.precisions(prior)
+    now, proposed = present, present * overall / float(prior.precision)
+    if len(present) > 1:
+        now, effective = proposed, structure.effective_parameters(overall, grouping.numbers)
+        proposed = fixed_point_step(effective, LogJoint(0.0), deviation**2, grouping.numbers, now).precisions
     # Sites and mean follow, so that the precisions go on in the same direction.
     after = accelerated(now, proposed, None if last is None else (last.before, last.proposed))
-    least = grouping.precisions(prior) * _smallest_converged(structure, overall, max_vectors) / float(prior.precision)
+    least = present * _smallest_converged(structure, overall, max_vectors) / float(prior.precision)
     move = Move(now, proposed, bool((after < least).any()))
     return np.clip(np.maximum(after, least), *limits), move
 

@@ -74,8 +74,9 @@ class Cell:
         network = self._network(training, self.seed)
         yield from points.of_map(network, self.of.data.validation)
         if training.folds:
-            networks = [self._network(training, self.seed, fold) for fold in range(training.folds)]
-            yield from points.of_folds(network, networks, [fold.held_out for fold in self._folds(training)])
+            folds = self._folds(training)
+            networks = [network_of(config, self.of.data, fold.trained) for fold in folds]
+            yield from points.of_folds(network, networks, [fold.held_out for fold in folds])
         if training.ensemble:
             seeds = [self.seed + offset for offset in range(training.ensemble)]
             members = [self._network(training, seed) for seed in seeds]
@@ -89,9 +90,9 @@ class Cell:
             for fold, (data, part) in enumerate(divided)
         ]
 
-    def _network(self, training: Training, seed: int, fold: int | None = None) -> Any:
+    def _network(self, training: Training, seed: int) -> Any:
         config = run_config(self.study, self.of, training, seed)
-        return network_of(config, self.of.data, self._trained(training, seed, fold))
+        return network_of(config, self.of.data, self._trained(training, seed))
 
     def _trained(self, training: Training, seed: int, fold: int | None = None) -> Trained:
         key = training.name, seed, fold
@@ -132,18 +133,17 @@ def settings_of(study: Study, unit: Unit) -> dict[str, Any]:
     regime = next(each for each in study.regimes if each.name == unit.regime)
     training = next(each for each in study.trainings if each.name == unit.training)
     settings = {"regime": to_document(regime), "training": to_document(training)}
-    if unit.name != POINTS:  # a posterior has one network
-        names = ["name", "settings", "weight_decay"]
-        chosen = next(each for each in study.posteriors if each.name == unit.name)
-        names += ["folds", "held_out"] if chosen.chosen_by == "folds" else []
-        settings["training"] = {name: settings["training"][name] for name in names}
     settings["measures"] = to_document(study.measures)
     base = config_document(study.config)
     base["data"] = {name: value for name, value in base["data"].items() if name not in _OF_PLACE}
     settings["config"] = base
     if unit.name != POINTS:
-        posterior = to_document(next(each for each in study.posteriors if each.name == unit.name))
-        settings["posterior"] = {name: value for name, value in posterior.items() if name != "trainings"}
+        posterior = next(each for each in study.posteriors if each.name == unit.name)
+        document = to_document(posterior)
+        settings["posterior"] = {name: value for name, value in document.items() if name != "trainings"}
+        # It has one network, unless folds choose its precision.
+        names = ["name", "settings", "weight_decay", *(["folds", "held_out"] if posterior.chosen_by == "folds" else [])]
+        settings["training"] = {name: settings["training"][name] for name in names}
     return settings
 
 

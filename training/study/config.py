@@ -86,8 +86,8 @@ class Posterior:
     """What the evidence chooses. training: a common factor of the precisions of training. scalar: one precision.
     layerwise: one precision for each layer. g: a factor of the diagonal of the GGN, bounded below (the g-prior)."""
     chosen_by: Literal["evidence", "folds"] = "evidence"
-    """What chooses the prior precision. folds: what posteriors of the networks of folds predict for the shares that
-    these have not seen, as for a temperature; see `training.study.held_out`."""
+    """What chooses the prior precision. evidence: the evidence, or its lower bound. folds: held-out shares of the
+    training images, which choose a temperature in the same way; see `training.study.held_out`."""
     fixed_mean: bool = False
     """A variational posterior whose mean stays at the weights of the network."""
     folded: bool = False
