@@ -175,6 +175,7 @@ def _folder(name: str) -> str:
 
 def _report_iteration(console: Console, progress: Progress) -> None:
     interruption.stop_if_requested(_STOPPED)
+    program.return_memory()  # of the programs that were compiled meanwhile
     console.print(
         f"  iteration {progress.iteration:2d}: lower bound {progress.elbo:.1f} nats at precision "
         f"{progress.prior_precision:.3g}, {progress.newton_steps} Newton steps, {progress.products} products",

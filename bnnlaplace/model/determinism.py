@@ -4,6 +4,7 @@ import inspect
 from functools import lru_cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, PyTree, Shaped
@@ -39,11 +40,12 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
     if PASSED in remembered:
         return
     forward = network.forward
-    make = forward.instance if hasattr(forward, "instance") else partial(partial, forward)
-    call = make(network.frozen, network.params)
-    copies = examples(few, np.zeros(num_examples(few), int))
+    twice = jax.jit(partial(_two_calls, forward))
+    weights, copies = (network.frozen, network.params), examples(few, np.zeros(num_examples(few), int))
     try:
-        first, second, copied, alone = call(few), call(few), call(copies), call(examples(few, slice(1)))
+        first, second = twice(*weights, few)
+        check_outputs(shape_or_fault(first), num_examples(few))
+        (copied, _), (alone, _) = twice(*weights, copies), twice(*weights, examples(few, slice(1)))
     except (InvalidRngError, ModifyScopeVariableError) as error:
         raise ValueError(
             f"a network must be deterministic; the module raised {type(error).__name__}, as dropout that is live or "
@@ -57,7 +59,6 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
                 f"{_fix(forward)}"
             ) from error
         raise call_refused("fit(data=(x, y)): x must be what the network takes", few, error) from error
-    check_outputs(shape_or_fault(first), num_examples(few))
     precision = max((first.dtype, number_type(network.params)), key=lambda dtype: jnp.finfo(dtype).eps)
     first, second, copied, alone = (np.asarray(outputs, np.float64) for outputs in (first, second, copied, alone))
     largest = np.abs(first).max()
@@ -81,6 +82,15 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
     # If all examples have the same outputs, a dependence on the batch could not have shown.
     if np.isfinite(first).all() and np.abs(first - first[:1]).max() > negligible:
         remembered.add(PASSED)
+
+
+def _two_calls(forward: Any, frozen: PyTree, params: PyTree, x: PyTree) -> tuple[Any, Any]:
+    """Call one model twice in one program, which computes twice only what differs between the calls.
+
+    Called operation by operation, a convolutional network would be compiled into hundreds of programs.
+    """
+    call = forward.instance(frozen, params) if hasattr(forward, "instance") else partial(forward, frozen, params)
+    return call(x), call(x)
 
 
 @lru_cache(maxsize=64)

@@ -20,6 +20,9 @@ from training.study.config import Measures, Posterior
 from training.study.fits import FOLDS, VALIDATION, Fit, fitting, recorded, unfitted
 from training.study.networks import RegimeData, Trained
 
+# Precisions of the grid without a lower NLL after which the walk ends.
+PATIENCE = 4
+
 
 class Fold(NamedTuple):
     """A network, the images that it was trained on, and those that it has not seen."""
@@ -27,6 +30,14 @@ class Fold(NamedTuple):
     trained: Trained
     train: Split
     held_out: Split
+
+
+class _Lowest(NamedTuple):
+    """The lowest NLL so far, where on the grid it was, and the posterior there."""
+
+    nll: float
+    number: int
+    la: Laplace
 
 
 def fit_by_folds(
@@ -39,7 +50,10 @@ def fit_by_folds(
 ) -> Iterator[Fit]:
     """Yield the posterior at the precision that the folds choose, and at the one that the validation images choose.
 
-    Cost: for the network and for each fold a fit, or a variational one for each precision of the grid.
+    The grid is walked from its largest precision down, where a fit takes fewest steps, until both choices have long
+    been passed.
+
+    Cost: for the network and for each fold a fit, or a variational one for each precision on the way.
 
     Raises
     ------
@@ -61,20 +75,22 @@ def fit_by_folds(
                 la = fit_again(la)
             yield la
 
-    started, kept, lowest = perf_counter(), {}, np.inf
+    started, lowest = perf_counter(), {}
     with recorded() as said:
-        of_folds = [[_nll(la, fold.held_out, config) for la in along(fold.trained, fold.train)] for fold in folds]
-        chosen = int(np.argmin(np.sum(of_folds, axis=0))) if folds else None
-        for number, la in enumerate(along(trained, of.data.train)):
-            if number == chosen:
-                kept[FOLDS] = la, float(grid[number])
-            of_validation = _nll(la, of.data.validation, config)
-            if of_validation < lowest:
-                lowest, kept[VALIDATION] = of_validation, (la, float(grid[number]))
+        walks = [along(trained, of.data.train), *(along(fold.trained, fold.train) for fold in folds)]
+        for number, (la, *of_folds) in enumerate(zip(*walks, strict=True)):
+            nll = {VALIDATION: _nll(la, of.data.validation, config)}
+            if folds:
+                nll[FOLDS] = sum(_nll(each, fold.held_out, config) for each, fold in zip(of_folds, folds, strict=True))
+            for choice, value in nll.items():
+                if choice not in lowest or value < lowest[choice].nll:
+                    lowest[choice] = _Lowest(value, number, la)
+            if number - max(each.number for each in lowest.values()) == PATIENCE:
+                break
     seconds = {"fit": perf_counter() - started}
-    for choice, (la, precision) in kept.items():
-        ends = ["the precision is at an end of the grid"] if precision in (grid[0], grid[-1]) else []
-        yield Fit(la, {choice: precision}, seconds, said + ends)
+    for choice, (_, number, la) in lowest.items():
+        ends = ["the precision is at an end of the grid"] if number in (0, len(grid) - 1) else []
+        yield Fit(la, {choice: float(grid[number])}, seconds, said + ends)
 
 
 def _nll(la: Laplace, held_out: Split, config: Config) -> float:
