@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from study_results import SUMMARY, read_study, write_study
+import study_results
+from study_results import write_study
 
 Row = list[Any]
 Record = dict[str, Any]
@@ -305,16 +306,15 @@ TABLES = [
     Table(
         "study",
         "A posterior by the evidence alone against MAP with a temperature",
-        "python -m training.study --config configs/study_digits_short.py --workdir checkpoints/study_digits_short",
+        study_results.BY_EVIDENCE.command,
         "Networks trained by AdamW on few digits; means over five seeds on 360 test images. A full posterior of the "
         "last layer, whose prior precision the evidence, or its lower bound, chooses from the training images alone; "
         "probit link. Differences in NLL have 95 % intervals over seeds and images; bold ones exclude zero. The last "
         "temperature knows 180 validation images, which no other method sees. AUROC is against images of noise.",
-        ("training images", "method", "NLL", "minus MAP", "minus MAP + T of folds")
-        + ("under shifts, minus MAP + T of folds", "ECE", "AUROC"),
-        read_study,
+        study_results.COLUMNS,
+        study_results.BY_EVIDENCE.read,
         write_study,
-        SUMMARY,
+        study_results.BY_EVIDENCE.record,
         remarks="""\
 - The optimum of the Laplace evidence costs .25 to .32 nats an image on clean labels: the Gaussian at the mode is too
   wide. The variational posterior by its bound does not.

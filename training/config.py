@@ -258,6 +258,9 @@ class Curvature:
     (in the metric of the posterior precision, against the effective number of parameters), or at `max_vectors`."""
     microbatch: Count = 64
     """Images linearised at a time; bounds the memory of one product."""
+    examples: Count | None = None
+    """Compute likelihood and curvature from this many training images (stratified by class), times the number of all
+    over theirs; default: all."""
     variational_iterations: CountOrZero = 0
     """Fit variational posteriors, too, in at most this many iterations; 0: those of Laplace alone. An iteration takes
     about as long as a Laplace fit."""

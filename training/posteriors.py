@@ -19,6 +19,8 @@ from training import sealed, settings
 from training.cli import interruption, program
 from training.config import Config
 from training.data.load import ImageData
+from training.data.reading import Split
+from training.data.shuffle import stratified_indices
 from training.errors import UserError
 from training.workdir import POSTERIORS, continue_command, write_atomically
 
@@ -30,6 +32,8 @@ VARIATIONAL = {"diagonal, variational": "diagonal", "Lanczos, variational": "Lan
 _SECONDS_FILE, _SETTINGS_FILE = "seconds.json", "settings.json"
 _STOPPED = "stopped while fitting the posteriors; the trained network is kept"
 _PROBE_STREAM = 101
+# The same part of the images in every run.
+_PART_SEED = 2**63 + 5
 # Nats: the noise of a decomposition in the bound is about one.
 _TOLERANCE = 2.0
 
@@ -42,7 +46,7 @@ def make_network(module: nn.Module, params: Any, batch_stats: Any) -> Network:
 def fit(
     config: Config, data: ImageData, network: Network, prior_precision: float | dict[str, float], console: Console
 ) -> dict[str, Laplace]:
-    """Fit all posteriors on all training images, unaugmented and in fixed order.
+    """Fit all posteriors on all training images or on a part of them, unaugmented and in fixed order.
 
     Each has the prior precision of training: one number, or one for each layer. If training did not choose that by the
     evidence, the lower bound chooses the one of the variational posteriors.
@@ -53,7 +57,7 @@ def fit(
         Ctrl-C or SIGTERM came, and nothing is kept. If a block of the decomposition takes longer than
         `interruption.SECONDS_TO_UNWIND`, the process ends.
     """
-    posteriors, curvature = {}, config.curvature
+    posteriors, curvature, images = {}, config.curvature, curvature_images(config, data)
     chosen = Variational(
         prior_structure="scalar" if config.prior.update == "posthoc" else None,
         max_iterations=max(1, curvature.variational_iterations),
@@ -71,7 +75,8 @@ def fit(
         with interruption.promptly(_STOPPED), _warnings_on(console):
             interruption.stop_if_requested(_STOPPED)
             posteriors[name] = state.fit(
-                (data.train.images, data.train.labels),
+                tuple(images),
+                num_data=len(data.train.labels),
                 key=probe_key(config),
                 num_probes=curvature.num_probes,
                 max_vectors=curvature.max_vectors,
@@ -81,6 +86,15 @@ def fit(
             )
         program.return_memory()  # that the next posterior needs
     return posteriors
+
+
+def curvature_images(config: Config, data: ImageData) -> Split:
+    """Return the training images that posteriors are fitted on: all, or a stratified part of them."""
+    train, count = data.train, config.curvature.examples
+    if count is None or count >= len(train.labels):
+        return train
+    chosen = stratified_indices(train.labels, count, _PART_SEED)
+    return Split(train.images[chosen], train.labels[chosen])
 
 
 def names(config: Config) -> list[str]:

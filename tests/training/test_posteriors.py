@@ -113,6 +113,17 @@ def test_both_structures_are_fitted_on_all_training_images(fitted):
     assert lanczos.mean > diagonal.mean + 1
 
 
+def test_a_part_of_the_images_counts_as_all_of_them():
+    config = replace(CONFIG, curvature=replace(CONFIG.curvature, examples=13))
+    images, labels = posteriors.curvature_images(config, DATA)
+    assert np.bincount(labels).tolist() == [5, 4, 4]
+    fitted = posteriors.fit(config, DATA, NETWORK, 2.0, console())
+    whole = ggn(images) * (26 / 13)
+    for name, curvature in (("diagonal", np.diag(np.diag(whole))), ("Lanczos", whole)):
+        expected = np.linalg.slogdet(np.eye(len(whole)) + curvature / 2.0)[1]
+        np.testing.assert_allclose(fitted[name].structure.log_determinant(2.0).mean(), expected, rtol=1e-5)
+
+
 def test_posteriors_come_back_as_they_were_saved(fitted, tmp_path):
     posteriors.save(tmp_path, fitted, CONFIG, seconds=12.5)
     loaded = posteriors.load(tmp_path, NETWORK, CONFIG, refuse)
