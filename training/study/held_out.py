@@ -53,7 +53,8 @@ def fit_by_folds(
     The grid is walked from its largest precision down, where a fit takes fewest steps, until both choices have long
     been passed.
 
-    Cost: for the network and for each fold a fit, or a variational one for each precision on the way.
+    Cost: for the network and for each fold a fit and the derivatives of the images that it predicts, or both of them
+    for each precision on the way of a variational posterior.
 
     Raises
     ------
@@ -62,26 +63,30 @@ def fit_by_folds(
     """
     grid = np.geomspace(config.evaluation.grid_high, config.evaluation.grid_low, config.evaluation.grid_size)
 
-    def along(trained: Trained, train: Split) -> Iterator[Laplace]:
-        la = unfitted(posterior, trained, config, of, train)
+    def walk(trained: Trained, train: Split, scored: Split) -> Iterator[tuple[Laplace, float]]:
+        """Yield the posterior at each precision of the grid, with the NLL of some images."""
+        la, microbatch = unfitted(posterior, trained, config, of, train), config.curvature.microbatch
         fit_again = fitting(posterior, trained, config, train, measures)
         factors = grid / float(la.prior.precision)  # the ratios of the precisions stay
         precisions = [jax.tree.map(lambda each, factor=factor: factor * each, la.prior_precision) for factor in factors]
-        if posterior.approximation == "laplace":  # its curvature is that of any precision
+        if posterior.approximation == "laplace":  # its curvature is that of any precision, and so are the derivatives
             la = fit_again(la)
-        for precision in precisions:
-            la = la.with_prior_precision(precision)
-            if posterior.approximation == "variational":  # each fit begins at the one before, at a larger precision
-                la = fit_again(la)
-            yield la
+            curve = la.validation_curve(*scored, grid, microbatch=microbatch).negative_log_likelihood
+            for precision, nll in zip(precisions, curve, strict=True):
+                yield la.with_prior_precision(precision), len(scored.labels) * float(nll)
+            return
+        for precision in precisions:  # each fit begins at the one before, at a larger precision
+            la = fit_again(la.with_prior_precision(precision))
+            probs = la.predictive(scored.images, microbatch=microbatch)
+            yield la, len(scored.labels) * negative_log_likelihood(probs, scored.labels)
 
     started, lowest = perf_counter(), {}
     with recorded() as said:
-        walks = [along(trained, of.data.train), *(along(fold.trained, fold.train) for fold in folds)]
-        for number, (la, *of_folds) in enumerate(zip(*walks, strict=True)):
-            nll = {VALIDATION: _nll(la, of.data.validation, config)}
+        walks = [walk(trained, of.data.train, of.data.validation), *(walk(*fold) for fold in folds)]
+        for number, ((la, of_validation), *of_folds) in enumerate(zip(*walks, strict=True)):
+            nll = {VALIDATION: of_validation}
             if folds:
-                nll[FOLDS] = sum(_nll(each, fold.held_out, config) for each, fold in zip(of_folds, folds, strict=True))
+                nll[FOLDS] = sum(value for _, value in of_folds)
             for choice, value in nll.items():
                 if choice not in lowest or value < lowest[choice].nll:
                     lowest[choice] = _Lowest(value, number, la)
@@ -92,8 +97,3 @@ def fit_by_folds(
         ends = ["the precision is at an end of the grid"] if number in (0, len(grid) - 1) else []
         yield Fit(la, {choice: float(grid[number])}, seconds, said + ends)
 
-
-def _nll(la: Laplace, held_out: Split, config: Config) -> float:
-    """Sum the NLL of the probit predictive."""
-    probs = la.predictive(held_out.images, microbatch=config.curvature.microbatch)
-    return len(held_out.labels) * negative_log_likelihood(probs, held_out.labels)
