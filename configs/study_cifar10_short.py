@@ -43,7 +43,6 @@ study = Study(
         Posterior("full", "laplace", weights="last_layer"),
         Posterior("full", "variational", weights="last_layer"),
         Posterior("full", "laplace", weights="last_layer", chosen_by="folds"),
-        Posterior("lanczos", "laplace", chosen_by="folds"),
     ),
     measures=Measures(
         foreign=("inverted", "noise", "cifar100"), shift_examples=200, test_examples=2_000, max_iterations=20

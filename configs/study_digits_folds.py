@@ -1,4 +1,18 @@
-"""placeholder"""
+"""Does a Laplace approximation whose prior the folds choose predict better than MAP with a temperature of the folds?
+
+Command    python -m training.study --config configs/study_digits_folds.py --workdir checkpoints/study_digits_folds \
+           --resume
+Data       digits (embedded): 100 and 300 training images, clean and with 20 % wrong labels; 180 validation and 360 test
+           images, 10 classes; 5 shifts of 200 test images at 5 severities; the test images inverted, and noise
+Hardware   2 CPU cores, no GPU, under 4 GB of memory
+Time       about 50 minutes on one core: a cell takes 2 to 3 minutes, six networks and their posteriors
+Expected   The table of docs/results.md: with 100 images MAP .61, with a temperature from folds .56, the posterior
+           by the same folds .53
+Methods    MAP by AdamW, alone and with a temperature from folds of the training images, from one share of them, and
+           from validation images; the Laplace approximation of all weights with Lanczos, whose prior precision the
+           same networks of folds choose.
+"""
+
 from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
 from training.study.config import Measures, Posterior, Regime, Study, Training
 
@@ -25,9 +39,7 @@ study = Study(
     trainings=(Training("adamw", weight_decay=0.5),),
     posteriors=(
         Posterior("lanczos", "laplace", chosen_by="folds"),
-        Posterior("lanczos", "laplace"),
-        Posterior("lanczos", "variational"),
     ),
     measures=Measures(foreign=("inverted", "noise"), max_iterations=20),
-    shown=("adamw.map", "adamw.map-t-split", "adamw.lanczos-laplace-by-folds", "adamw.lanczos-variational"),
+    shown=("adamw.map", "adamw.map-t-split", "adamw.lanczos-laplace-by-folds"),
 )

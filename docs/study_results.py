@@ -81,8 +81,6 @@ BY_FOLDS = StudyTable(
     _MAP
     | {
         ("lanczos-laplace-by-folds", "folds", "probit"): "all weights, Laplace, by folds",
-        ("lanczos-laplace", "evidence", "probit"): "all weights, Laplace, by the evidence",
-        ("lanczos-variational", "evidence", "probit"): "all weights, variational, by the evidence",
     },
     _DIGITS,
 )
@@ -92,7 +90,6 @@ NATURAL = StudyTable(
     | _BY_EVIDENCE
     | {
         ("last-layer-full-laplace-by-folds", "folds", "probit"): "last layer, Laplace, by a held-out tenth",
-        ("lanczos-laplace-by-folds", "folds", "probit"): "all weights, Laplace, by a held-out tenth",
     },
     {"clean_2000": "2,000 images"},
 )
