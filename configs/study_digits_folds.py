@@ -37,9 +37,7 @@ study = Study(
     ),
     seeds=(0, 1, 2, 3, 4),
     trainings=(Training("adamw", weight_decay=0.5),),
-    posteriors=(
-        Posterior("lanczos", "laplace", chosen_by="folds"),
-    ),
+    posteriors=(Posterior("lanczos", "laplace", chosen_by="folds"),),
     measures=Measures(foreign=("inverted", "noise"), max_iterations=20),
     shown=("adamw.map", "adamw.map-t-split", "adamw.lanczos-laplace-by-folds"),
 )

@@ -1,19 +1,19 @@
-"""VAN on 10,000 images of CIFAR-10: natural colour images, 32 x 32 pixels, sized for a CPU.
+"""VAN on a fifth of CIFAR-10: natural colour images, 32 x 32 pixels, sized for a CPU.
 
 Command    python -m training.fit_van --config configs/van_cifar10_subset.py --data.dir DIR
-Data       cifar10, prepared by TFDS in array_record format: 10,000 training images without augmentation, 1,000
+Data       cifar10, prepared by TFDS in array_record format: 9,000 training images without augmentation, 1,000
            validation and 2,000 test images, 10 classes; 2,000 of the test images, inverted
 Hardware   2 CPU cores, no GPU
 Time       TIME
 Expected   EXPECTED
 Methods    MAP, MAP with a temperature, and the diagonal and the Lanczos posterior, whose curvature is that of 512
-           training images, times 10,000 / 512.
+           training images, times 9,000 / 512.
 """
 
 from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
 
 config = Config(
-    data=Data(name="cifar10", train_examples=10_000, validation_examples=1_000),
+    data=Data(name="cifar10", train_examples=9_000, validation_examples=1_000),
     model=Model(variant="cifar"),
     optimizer=Optimizer(
         learning_rate=2e-3,
@@ -24,6 +24,6 @@ config = Config(
         polish_learning_rate=5e-4,
     ),
     prior=Prior(precision=1.0),
-    curvature=Curvature(num_probes=32, max_vectors=32, microbatch=64, examples=512),
+    curvature=Curvature(num_probes=32, max_vectors=96, microbatch=64, examples=512),
     evaluation=Evaluation(examples=2_000),
 )

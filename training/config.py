@@ -259,8 +259,8 @@ class Curvature:
     microbatch: Count = 64
     """Images linearised at a time; bounds the memory of one product."""
     examples: Count | None = None
-    """Compute likelihood and curvature from this many training images (stratified by class), times the number of all
-    over theirs; default: all."""
+    """Estimate likelihood and curvature of the posteriors from at most this many training images (stratified by class),
+    scaled up to all of them; default: all."""
     variational_iterations: CountOrZero = 0
     """Fit variational posteriors, too, in at most this many iterations; 0: those of Laplace alone. An iteration takes
     about as long as a Laplace fit."""

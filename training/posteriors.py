@@ -20,7 +20,6 @@ from training.cli import interruption, program
 from training.config import Config
 from training.data.load import ImageData
 from training.data.reading import Split
-from training.data.shuffle import stratified_indices
 from training.errors import UserError
 from training.workdir import POSTERIORS, continue_command, write_atomically
 
@@ -32,8 +31,8 @@ VARIATIONAL = {"diagonal, variational": "diagonal", "Lanczos, variational": "Lan
 _SECONDS_FILE, _SETTINGS_FILE = "seconds.json", "settings.json"
 _STOPPED = "stopped while fitting the posteriors; the trained network is kept"
 _PROBE_STREAM = 101
-# The same part of the images in every run.
-_PART_SEED = 2**63 + 5
+# The same part of the images in every run, whose posteriors then differ by their weights alone.
+_CURVATURE_SEED = 2**63 + 7
 # Nats: the noise of a decomposition in the bound is about one.
 _TOLERANCE = 2.0
 
@@ -57,7 +56,7 @@ def fit(
         Ctrl-C or SIGTERM came, and nothing is kept. If a block of the decomposition takes longer than
         `interruption.SECONDS_TO_UNWIND`, the process ends.
     """
-    posteriors, curvature, images = {}, config.curvature, curvature_images(config, data)
+    posteriors, curvature, images = {}, config.curvature, curvature_images(config, data.train)
     chosen = Variational(
         prior_structure="scalar" if config.prior.update == "posthoc" else None,
         max_iterations=max(1, curvature.variational_iterations),
@@ -88,13 +87,9 @@ def fit(
     return posteriors
 
 
-def curvature_images(config: Config, data: ImageData) -> Split:
-    """Return the training images that posteriors are fitted on: all, or a stratified part of them."""
-    train, count = data.train, config.curvature.examples
-    if count is None or count >= len(train.labels):
-        return train
-    chosen = stratified_indices(train.labels, count, _PART_SEED)
-    return Split(train.images[chosen], train.labels[chosen])
+def curvature_images(config: Config, train: Split) -> Split:
+    """Return the training images that posteriors are fitted on: `curvature.examples` of them, or all."""
+    return train.stratified(config.curvature.examples, _CURVATURE_SEED)
 
 
 def names(config: Config) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import ArrayLike, PyTree, Shaped
 
 from bnnlaplace.core.tree import examples, num_examples, number_type
+from bnnlaplace.model.forward import PlainForward
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, call_refused, check_outputs, shape_or_fault
 
@@ -39,19 +40,18 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
     remembered = _remembered(NetworkSpec.of(network, few))
     if PASSED in remembered:
         return
-    forward = network.forward
-    twice = jax.jit(partial(_two_calls, forward))
-    weights, copies = (network.frozen, network.params), examples(few, np.zeros(num_examples(few), int))
+    forward, count, seen = network.forward, num_examples(few), []
+    others = examples(few, np.zeros(count, int)), examples(few, slice(1))
     try:
-        first, second = twice(*weights, few)
-        check_outputs(shape_or_fault(first), num_examples(few))
-        (copied, _), (alone, _) = twice(*weights, copies), twice(*weights, examples(few, slice(1)))
+        first, second, copied, alone = _calls(network, few, *others, seen)
     except (InvalidRngError, ModifyScopeVariableError) as error:
         raise ValueError(
             f"a network must be deterministic; the module raised {type(error).__name__}, as dropout that is live or "
             f"batch normalisation in training mode does; {_fix(forward)}"
         ) from error
-    except Exception as error:  # whatever a user's model raises
+    except Exception as error:  # whatever a user's model raises, and JAX where outputs are not arrays
+        if seen:
+            check_outputs(seen[0], count)
         if "unbound axis name" in str(error):
             raise ValueError(
                 "a network must be called without pmap or shard_map; the module raised "
@@ -59,6 +59,7 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
                 f"{_fix(forward)}"
             ) from error
         raise call_refused("fit(data=(x, y)): x must be what the network takes", few, error) from error
+    check_outputs(seen[0], count)
     precision = max((first.dtype, number_type(network.params)), key=lambda dtype: jnp.finfo(dtype).eps)
     first, second, copied, alone = (np.asarray(outputs, np.float64) for outputs in (first, second, copied, alone))
     largest = np.abs(first).max()
@@ -84,13 +85,31 @@ def check_deterministic(network: Network, inputs: PyTree[Shaped[ArrayLike, "N ..
         remembered.add(PASSED)
 
 
-def _two_calls(forward: Any, frozen: PyTree, params: PyTree, x: PyTree) -> tuple[Any, Any]:
-    """Call one model twice in one program, which computes twice only what differs between the calls.
+def _calls(network: Network, few: PyTree, copies: PyTree, alone: PyTree, seen: list[Any]) -> tuple[Any, ...]:
+    """Return the outputs for some examples, for them again, for copies of the first one, and for it alone.
 
-    Called operation by operation, a convolutional network would be compiled into hundreds of programs.
+    `seen` gets the shape of the outputs, or what they are in place of an array.
     """
-    call = forward.instance(frozen, params) if hasattr(forward, "instance") else partial(forward, frozen, params)
-    return call(x), call(x)
+    forward, frozen, params = network.forward, network.frozen, network.params
+    # A function may keep state of its own, in which a trace would leave what is of no use outside of it.
+    if isinstance(forward, PlainForward):
+        call = partial(forward, frozen, params)
+        first = call(few)
+        seen.append(shape_or_fault(first))
+        return first, call(few), call(copies), call(alone)
+
+    # A module is called in two programs, one for each shape. Operation by operation, a convolutional one would be
+    # compiled into hundreds. The second call is made while the first is traced: a state that it changes shows there,
+    # and what is the same is computed once.
+    @jax.jit
+    def twice(frozen: PyTree, params: PyTree, x: PyTree) -> tuple[Any, Any]:
+        call = forward.instance(frozen, params) if hasattr(forward, "instance") else partial(forward, frozen, params)
+        first = call(x)
+        seen.append(shape_or_fault(first))
+        return first, call(x)
+
+    (first, second), (copied, _), (single, _) = (twice(frozen, params, x) for x in (few, copies, alone))
+    return first, second, copied, single
 
 
 @lru_cache(maxsize=64)

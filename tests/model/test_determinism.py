@@ -1,5 +1,7 @@
 """Random networks and networks that mix examples are refused. Rounding is not mistaken for either."""
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -28,6 +30,40 @@ REFUSED = {
         "whatever else is in its batch; .* alone",
     ),
 }
+
+
+class Outputs(nn.Module):
+    """A module whose outputs are of a kind."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x):
+        logits = nn.Dense(3)(x)
+        return {"dictionary": {"logits": logits}, "word": "logits", "vector": logits[:, 0]}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "word", "vector"])
+def test_a_module_with_other_outputs_is_refused_for_its_outputs(kind):
+    """The program of the check cannot return a word, and JAX says so in words of its own."""
+    module = Outputs(kind)
+    variables = nn.Dense(3).init(jax.random.key(0), X)["params"]
+    network = Network.from_linen(module, {"params": {"Dense_0": variables}})
+    with pytest.raises(ValueError, match="^a network's outputs must be one array"):
+        check_deterministic(network, X)
+
+
+def test_a_function_that_keeps_state_is_called_and_not_traced():
+    """A trace would leave its own values in the state, and what is refused here would be broken."""
+    state = {"key": jax.random.key(0)}
+
+    def noisy(w, x):
+        state["key"], key = jax.random.split(state["key"])
+        return x @ w + jax.random.normal(key, (len(x), 3))
+
+    with pytest.raises(ValueError, match="^a network must give the same outputs at every call"):
+        check_deterministic(Network.from_function(noisy, jnp.ones((X.shape[1], 3))), X)
+    jax.random.split(state["key"])
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -70,9 +106,9 @@ def test_is_called_to_be_checked_once():
 
     network = Network.from_function(counted, jnp.ones((2, 3)))
     check_deterministic(network, X[:, :2])
-    assert calls == [5, 5, 1, 1]  # traced twice for each of two shapes
+    assert calls == [5, 5, 5, 1]
     check_deterministic(network.with_params(jnp.zeros((2, 3))), X[:, :2])
-    assert calls == [5, 5, 1, 1]  # traced twice for each of two shapes
+    assert calls == [5, 5, 5, 1]
     broken = Network.from_function(lambda w, x: x @ w * np.random.default_rng().normal(), jnp.ones((2, 3)))
     for _ in range(2):  # what has not passed is not remembered
         with pytest.raises(ValueError, match="same outputs at every call"):

@@ -115,7 +115,7 @@ def test_both_structures_are_fitted_on_all_training_images(fitted):
 
 def test_a_part_of_the_images_counts_as_all_of_them():
     config = replace(CONFIG, curvature=replace(CONFIG.curvature, examples=13))
-    images, labels = posteriors.curvature_images(config, DATA)
+    images, labels = posteriors.curvature_images(config, DATA.train)
     assert np.bincount(labels).tolist() == [5, 4, 4]
     fitted = posteriors.fit(config, DATA, NETWORK, 2.0, console())
     whole = ggn(images) * (26 / 13)

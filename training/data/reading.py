@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from training.data import catalog
+from training.data.shuffle import stratified_indices
 from training.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,6 +30,13 @@ class Split(NamedTuple):
     """uint8, shape (N, H, W, C), C = 1 or 3."""
     labels: np.ndarray
     """int32, shape (N,), from 0 to the number of classes - 1."""
+
+    def stratified(self, count: int | None, seed: int) -> "Split":
+        """Choose `count` examples at random, of which each class keeps its share. None or too many: all examples."""
+        if count is None or count >= len(self.labels):
+            return self
+        chosen = stratified_indices(self.labels, count, seed)
+        return Split(self.images[chosen], self.labels[chosen])
 
 
 def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tuple[str, ...]]:

@@ -22,7 +22,6 @@ from training.config import Config
 from training.data.foreign import out_of_distribution
 from training.data.load import ImageData
 from training.data.reading import Split
-from training.data.shuffle import stratified_indices
 from training.errors import UserError
 from training.report.command import command_of
 from training.report.examples import chosen_examples
@@ -50,11 +49,7 @@ def evaluated_split(config: Config, data: ImageData) -> Split:
     The choice is stratified by class and depends on the run's seed alone. A larger one contains a smaller one.
     """
     split: Split = getattr(data, config.evaluation.split)
-    count = config.evaluation.examples
-    if count is None or count >= len(split.labels):
-        return split
-    chosen = stratified_indices(split.labels, count, (config.seed + _SUBSET_STREAM) % 2**63)
-    return Split(split.images[chosen], split.labels[chosen])
+    return split.stratified(config.evaluation.examples, (config.seed + _SUBSET_STREAM) % 2**63)
 
 
 def evaluate(

@@ -97,6 +97,10 @@ def reservations(results: RunResults) -> list[str]:
         for method in results.methods
         if method.temperature_at_bound
     ]
+    if (part := _part(results)) is not None:
+        sentences.append(
+            f"Evidence and curvature are estimates from {part:,} of {results.num_images['train']:,} training images."
+        )
     if not results.krylov.converged:
         sentences.append(
             "The decomposition of Lanczos Laplace missed its tolerance: a posterior sample is off by up to "
@@ -190,8 +194,19 @@ def about_krylov(results: RunResults) -> str:
     )
 
 
+def _part(results: RunResults) -> int | None:
+    """Return how many training images the posteriors were fitted to; None if it was all of them."""
+    count = results.config.get("curvature", {}).get("examples")
+    return None if count is None or count >= results.num_images["train"] else count
+
+
 def about_modes(results: RunResults) -> list[str]:
-    """Write how far the weights are from the modes, where Laplace approximations belong."""
+    """Write how far the weights are from the modes, where Laplace approximations belong.
+
+    The gradient of a part of the images has the noise of the part, which would count as a distance. Then: nothing.
+    """
+    if _part(results) is not None:
+        return []
     relative = results.gradient_norm / results.prior_gradient_norm
     here, there = results.mode_in_training, results.mode_of_evidence
     is_mode = here.decrement <= _NEAR_MODE * here.effective_parameters

@@ -17,7 +17,7 @@ from bnnlaplace.prior import by_layer
 from training.cli import program
 from training.config import Config
 from training.data.reading import Split
-from training.posteriors import make_network
+from training.posteriors import curvature_images, make_network
 from training.study.config import Measures, Posterior
 from training.study.fold import fold_batch_normalisation
 from training.study.inputs import HeldOut
@@ -137,7 +137,7 @@ def _is_of_no_normalisation(path: str) -> bool:
 
 
 def _first_precision(
-    posterior: Posterior, trained: Trained, network: Network, subset: Any, data: tuple[Any, Any], config: Config
+    posterior: Posterior, trained: Trained, network: Network, subset: Any, train: Split, config: Config
 ) -> Any:
     """Return the precision that the search begins with. For all priors but "layerwise", its ratios stay."""
     layers = trained.prior if isinstance(trained.prior, dict) else None
@@ -146,7 +146,7 @@ def _first_precision(
         diagonal = Laplace(network, subset_of_weights=subset, hessian_structure="diag", prior_precision=common)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the weights are not at a mode; only the curvature is used
-            diagonal = diagonal.fit(data, microbatch=config.curvature.microbatch)
+            diagonal = diagonal.fit(tuple(train), microbatch=config.curvature.microbatch)
         share = np.asarray(diagonal.structure.diagonal, np.float64)
         share = np.maximum(share / share.mean(), LEAST_SHARE)
         return common * share / np.exp(np.log(share).mean())  # a geometric mean of `common`
@@ -165,13 +165,14 @@ def unfitted(posterior: Posterior, trained: Trained, config: Config, of: RegimeD
         network,
         subset_of_weights=subset,
         hessian_structure=posterior.structure,
-        prior_precision=_first_precision(posterior, trained, network, subset, tuple(train), config),
+        prior_precision=_first_precision(posterior, trained, network, subset, train, config),
     )
 
 
 def fitting(posterior: Posterior, trained: Trained, config: Config, train: Split, measures: Measures) -> Fitting:
     """Return the function that fits the posterior to some images, from the beginning or from an earlier fit."""
     curvature, is_variational = config.curvature, posterior.approximation == "variational"
+    images = curvature_images(config, train)
     options = Variational(
         num_samples=measures.samples + measures.samples % 2,
         prior_structure=_chosen_along(posterior, trained),
@@ -179,7 +180,8 @@ def fitting(posterior: Posterior, trained: Trained, config: Config, train: Split
         fixed_mean=posterior.fixed_mean,
     )
     return lambda la: la.fit(
-        tuple(train),
+        tuple(images),
+        num_data=len(train.labels),
         approximation=options if is_variational else "laplace",
         key=_key(config, _FIT_STREAM),
         num_probes=curvature.num_probes,

@@ -7,20 +7,21 @@ the lowest NLL of all shares is that of the network of all images. Beside it sta
 
 from collections.abc import Iterator, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from bnnlaplace import Laplace
 from bnnlaplace.calibration import negative_log_likelihood
 from training.config import Config
 from training.data.reading import Split
 from training.study.config import Measures, Posterior
-from training.study.fits import FOLDS, VALIDATION, Fit, fitting, recorded, unfitted
+from training.study.fits import FOLDS, VALIDATION, Fit, Fitting, fitting, recorded, unfitted
 from training.study.networks import RegimeData, Trained
 
-# Precisions of the grid without a lower NLL after which the walk ends.
+# Precisions of the grid without a lower NLL after which a walk ends.
 PATIENCE = 4
 
 
@@ -32,12 +33,21 @@ class Fold(NamedTuple):
     held_out: Split
 
 
-class _Lowest(NamedTuple):
-    """The lowest NLL so far, where on the grid it was, and the posterior there."""
+class _Walk(NamedTuple):
+    """What every walk along the grid has in common."""
 
-    nll: float
-    number: int
-    la: Laplace
+    posterior: Posterior
+    config: Config
+    of: RegimeData
+    measures: Measures
+    grid: Float[np.ndarray, " D"]
+
+    def begun(self, fold: Fold) -> tuple[Laplace, Fitting, list[Any]]:
+        """Return the posterior before its fit, the fit, and the precisions of the grid with the ratios of its prior."""
+        la = unfitted(self.posterior, fold.trained, self.config, self.of, fold.train)
+        fit = fitting(self.posterior, fold.trained, self.config, fold.train, self.measures)
+        factors = self.grid / float(la.prior.precision)
+        return la, fit, [jax.tree.map(lambda each, by=factor: by * each, la.prior_precision) for factor in factors]
 
 
 def fit_by_folds(
@@ -50,10 +60,7 @@ def fit_by_folds(
 ) -> Iterator[Fit]:
     """Yield the posterior at the precision that the folds choose, and at the one that the validation images choose.
 
-    The grid is walked from its largest precision down, where a fit takes fewest steps, until both choices have long
-    been passed.
-
-    Cost: for the network and for each fold a fit and the derivatives of the images that it predicts, or both of them
+    Cost: for the network and for each fold a Laplace fit and one pass over the images that it predicts, or both of them
     for each precision on the way of a variational posterior.
 
     Raises
@@ -62,38 +69,58 @@ def fit_by_folds(
         The posterior cannot be fitted.
     """
     grid = np.geomspace(config.evaluation.grid_high, config.evaluation.grid_low, config.evaluation.grid_size)
-
-    def walk(trained: Trained, train: Split, scored: Split) -> Iterator[tuple[Laplace, float]]:
-        """Yield the posterior at each precision of the grid, with the NLL of some images."""
-        la, microbatch = unfitted(posterior, trained, config, of, train), config.curvature.microbatch
-        fit_again = fitting(posterior, trained, config, train, measures)
-        factors = grid / float(la.prior.precision)  # the ratios of the precisions stay
-        precisions = [jax.tree.map(lambda each, factor=factor: factor * each, la.prior_precision) for factor in factors]
-        if posterior.approximation == "laplace":  # its curvature is that of any precision, and so are the derivatives
-            la = fit_again(la)
-            curve = la.validation_curve(*scored, grid, microbatch=microbatch).negative_log_likelihood
-            for precision, nll in zip(precisions, curve, strict=True):
-                yield la.with_prior_precision(precision), len(scored.labels) * float(nll)
-            return
-        for precision in precisions:  # each fit begins at the one before, at a larger precision
-            la = fit_again(la.with_prior_precision(precision))
-            probs = la.predictive(scored.images, microbatch=microbatch)
-            yield la, len(scored.labels) * negative_log_likelihood(probs, scored.labels)
-
-    started, lowest = perf_counter(), {}
+    walk, whole = _Walk(posterior, config, of, measures, grid), Fold(trained, of.data.train, of.data.validation)
+    started = perf_counter()
     with recorded() as said:
-        walks = [walk(trained, of.data.train, of.data.validation), *(walk(*fold) for fold in folds)]
-        for number, ((la, of_validation), *of_folds) in enumerate(zip(*walks, strict=True)):
-            nll = {VALIDATION: of_validation}
-            if folds:
-                nll[FOLDS] = sum(value for _, value in of_folds)
-            for choice, value in nll.items():
-                if choice not in lowest or value < lowest[choice].nll:
-                    lowest[choice] = _Lowest(value, number, la)
-            if number - max(each.number for each in lowest.values()) == PATIENCE:
-                break
+        choose = _of_laplace if posterior.approximation == "laplace" else _of_variational
+        chosen = choose(walk, whole, folds)
     seconds = {"fit": perf_counter() - started}
-    for choice, (_, number, la) in lowest.items():
+    for choice, (number, la) in chosen.items():
         ends = ["the precision is at an end of the grid"] if number in (0, len(grid) - 1) else []
         yield Fit(la, {choice: float(grid[number])}, seconds, said + ends)
 
+
+def _of_laplace(walk: _Walk, whole: Fold, folds: Sequence[Fold]) -> dict[str, tuple[int, Laplace]]:
+    """Choose from whole curves: one fit has the curvature, and one pass the derivatives, for all precisions."""
+
+    def curve_of(fold: Fold) -> tuple[Float[np.ndarray, " D"], Laplace, list[Any]]:
+        la, fit, precisions = walk.begun(fold)
+        la = fit(la)
+        curve = la.validation_curve(*fold.held_out, walk.grid, microbatch=walk.config.curvature.microbatch)
+        nll = np.where(curve.converged, curve.negative_log_likelihood, np.inf)
+        return len(fold.held_out.labels) * nll, la, precisions
+
+    of_validation, la, precisions = curve_of(whole)
+    curves = {FOLDS: sum(curve_of(fold)[0] for fold in folds), VALIDATION: of_validation}
+    if not all(np.isfinite(curve).any() for curve in curves.values()):
+        raise ValueError(
+            "the decompositions must have converged at one precision of the grid at least; use more "
+            "`curvature.max_vectors`"
+        )
+    numbers = {choice: int(np.nanargmin(curve)) for choice, curve in curves.items()}
+    return {choice: (number, la.with_prior_precision(precisions[number])) for choice, number in numbers.items()}
+
+
+def _of_variational(walk: _Walk, whole: Fold, folds: Sequence[Fold]) -> dict[str, tuple[int, Laplace]]:
+    """Walk from the largest precision down, where a fit takes fewest steps, until both choices have been passed.
+
+    The posteriors of all networks are in memory together.
+    """
+
+    def along(fold: Fold) -> Iterator[tuple[float, Laplace]]:
+        la, fit, precisions = walk.begun(fold)
+        images, labels = fold.held_out
+        for precision in precisions:  # each fit begins at the one before, at a larger precision
+            la = fit(la.with_prior_precision(precision))
+            probs = la.predictive(images, microbatch=walk.config.curvature.microbatch)
+            yield len(labels) * negative_log_likelihood(probs, labels), la
+
+    lowest = {FOLDS: np.inf, VALIDATION: np.inf}
+    chosen: dict[str, tuple[int, Laplace]] = {}
+    for number, ((of_validation, la), *of_folds) in enumerate(zip(*map(along, [whole, *folds]), strict=True)):
+        for choice, nll in ((FOLDS, sum(value for value, _ in of_folds)), (VALIDATION, of_validation)):
+            if nll < lowest[choice]:
+                lowest[choice], chosen[choice] = nll, (number, la)
+        if chosen and number - max(best for best, _ in chosen.values()) == PATIENCE:
+            break
+    return chosen
