@@ -2,37 +2,9 @@
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import study_results
-from study_results import write_study
-
-Row = list[Any]
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Table:
-    """One table: where its numbers come from, and how they are written."""
-
-    name: str
-    """Its key in `results.json`."""
-    heading: str
-    command: str
-    """The command that prints these numbers."""
-    text: str
-    """What is measured, in Markdown, above the table."""
-    columns: Sequence[str]
-    read: Callable[[list[Record]], list[Row]]
-    """Turns the records into rows of numbers. A KeyError says that a record is not of a whole benchmark."""
-    write: Callable[[Row], list[str]]
-    """Turns a row of numbers into the cells of the table."""
-    record: str | None = None
-    """A file of `benchmarks/results`, or one by its path from the root; None for the metrics of the runs."""
-    remarks: str = ""
-    """What follows from the table, in Markdown, below it."""
-
+from result_table import Record, Row, Table
 
 # --- how numbers are written ----------------------------------------------------------------------------------------
 
@@ -303,65 +275,7 @@ TABLES = [
         write_modes,
         remarks="The weights are near a mode, but not at it, so the evidence is that of a point beside its mode.",
     ),
-    Table(
-        "study",
-        "A posterior by the evidence alone against MAP with a temperature",
-        study_results.BY_EVIDENCE.command,
-        "Networks trained by AdamW on few digits; means over five seeds on 360 test images. A full posterior of the "
-        "last layer, whose prior precision the evidence, or its lower bound, chooses from the training images alone; "
-        "probit link. Differences in NLL have 95 % intervals over seeds and images; bold ones exclude zero. The last "
-        "temperature knows 180 validation images, which no other method sees. AUROC is against images of noise.",
-        study_results.COLUMNS,
-        study_results.BY_EVIDENCE.read,
-        write_study,
-        study_results.BY_EVIDENCE.record,
-        remarks="""\
-- The optimum of the Laplace evidence costs .25 to .32 nats an image on clean labels: the Gaussian at the mode is too
-  wide. The variational posterior by its bound does not.
-- With wrong labels the variational posterior by its bound alone is **better than MAP**. With clean ones the images do
-  not tell them apart.
-- Against MAP with a temperature from folds it is better under shifts of 300 clean images, and not told apart on their
-  test images, on those of 100 clean ones, and on those of 300 with wrong labels. It is **worse** with 100 images of
-  which a fifth has wrong labels, and under shifts wherever labels are wrong. There the features have learnt the wrong
-  labels, and the evidence of a last layer takes its features as given. Networks of folds have not seen the labels that
-  they predict. They cost five more trainings.""",
-    ),
-    Table(
-        "study_folds",
-        "A posterior by folds against MAP with a temperature by the same folds",
-        study_results.BY_FOLDS.command,
-        "The same networks and images. A Lanczos posterior of all weights, whose prior precision is the one at which "
-        "the posteriors of five networks, each trained without another fifth of the training images, predict these "
-        "fifths best. The temperature of the folds is chosen in the same way by the same networks. Neither sees a "
-        "validation image.",
-        study_results.COLUMNS,
-        study_results.BY_FOLDS.read,
-        write_study,
-        study_results.BY_FOLDS.record,
-        remarks="""\
-- With 100 clean images the posterior is better than MAP, and **better than MAP with the temperature of 180 validation
-  images**, which it has not seen. The study also prints the log likelihood of each method at its best temperature:
-  there, too, it is better than MAP, so that no temperature gives MAP what the posterior has. From the temperature of
-  the same folds its test NLL is not told apart.
-- With 300 clean images no method is told apart from another on the test images, but MAP is worse under shifts.
-- Labels of which a fifth is wrong mislead the folds, because they score by these labels: the test labels are right. So
-  both choices are too cautious on the test images, the posterior's more than the temperature's. Under shifts that
-  caution is right, and the posterior is the better one.""",
-    ),
-    Table(
-        "study_natural",
-        "Natural images: a posterior of the last layer against MAP with a temperature",
-        study_results.NATURAL.command,
-        "CIFAR-10, 2,000 training images without augmentation; means over three seeds on 2,000 test images. One "
-        "further network, trained without a tenth of the training images, chooses the temperature of the folds and the "
-        "prior precision of the last row. The columns are those of the tables above.",
-        study_results.COLUMNS,
-        study_results.NATURAL.read,
-        write_study,
-        study_results.NATURAL.record,
-        remarks="""\
-REMARKS_NATURAL""",
-    ),
+    *study_results.TABLES,
     Table(
         "krylov",
         "Lanczos, Arnoldi and their adjoints beside matfree",

@@ -83,3 +83,22 @@ def metrics(accuracy):
         "mode_in_training": mode,
         "mode_of_evidence": mode,
     }
+
+
+def test_a_study_of_which_units_are_missing_is_kept(results):
+    """A difference whose interval excludes zero is bold; that of the reference to itself is a dash."""
+    import study_results
+
+    row = {"method": "map", "prior": None, "link": None, "numbers": {"nll": 0.5, "ece": 0.1, "auroc": {"noise": 0.9}}}
+    row["differences"] = {"MAP + T": {"nll": {"value": 0.2, "low": 0.1, "high": 0.3}, "shift_nll": None}}
+    shown = study_results.Shown("study", {("map", None, None): "MAP"}, {"few": "10 images"})
+    summary = {"regimes": {"few": {"missing": 0, "methods": [row]}}}
+    (numbers,) = shown.read([summary])
+    assert study_results.write(numbers) == [
+        *("10 images", "MAP", "0.500", "\N{EN DASH}", "**+0.200 [+0.100, +0.300]**"),
+        *("\N{EN DASH}", "\N{EN DASH}", "0.100", "0.900"),
+    ]
+    assert len(shown.table("name", "heading", "text", "").columns) == len(numbers)
+    summary["regimes"]["few"]["missing"] = 2
+    with pytest.raises(KeyError, match="2 units of few"):
+        shown.read([summary])

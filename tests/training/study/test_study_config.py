@@ -109,7 +109,7 @@ def test_a_study_may_grow_and_not_shrink(tmp_path):
         store.claim_study(tmp_path, STUDY, resume=True)
 
 
-@pytest.mark.parametrize("name", ["study_digits", "study_digits_short", "study_cifar10"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("study_*.py")))
 def test_the_studies_of_the_repository_can_be_run(name):
     study = load_definition(
         ROOT / "configs" / f"{name}.py", "study", Study, lambda record: from_document(to_document(record))
