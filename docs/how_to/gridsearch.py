@@ -97,7 +97,7 @@ panel.legend(frameon=False)
 # %% Without validation data
 # Five networks are trained, each without another fifth of the training data. Their posteriors predict those fifths, and
 # the precision with the lowest NLL of all of them is that of the posterior of all training data. It costs five more
-# trainings, and no images that the network could have learnt from.
+# trainings. In return, no data are set aside.
 
 folds = np.arange(len(train[1])) % 5
 nll_of_folds = np.zeros(len(precisions))
