@@ -33,8 +33,8 @@ class Fold(NamedTuple):
     held_out: Split
 
 
-class _Walk(NamedTuple):
-    """What every walk along the grid has in common."""
+class _Setting(NamedTuple):
+    """What the posteriors of all networks have in common."""
 
     posterior: Posterior
     config: Config
@@ -69,24 +69,24 @@ def fit_by_folds(
         The posterior cannot be fitted.
     """
     grid = np.geomspace(config.evaluation.grid_high, config.evaluation.grid_low, config.evaluation.grid_size)
-    walk, whole = _Walk(posterior, config, of, measures, grid), Fold(trained, of.data.train, of.data.validation)
+    setting, whole = _Setting(posterior, config, of, measures, grid), Fold(trained, of.data.train, of.data.validation)
     started = perf_counter()
     with recorded() as said:
         choose = _of_laplace if posterior.approximation == "laplace" else _of_variational
-        chosen = choose(walk, whole, folds)
+        chosen = choose(setting, whole, folds)
     seconds = {"fit": perf_counter() - started}
     for choice, (number, la) in chosen.items():
         ends = ["the precision is at an end of the grid"] if number in (0, len(grid) - 1) else []
         yield Fit(la, {choice: float(grid[number])}, seconds, said + ends)
 
 
-def _of_laplace(walk: _Walk, whole: Fold, folds: Sequence[Fold]) -> dict[str, tuple[int, Laplace]]:
+def _of_laplace(setting: _Setting, whole: Fold, folds: Sequence[Fold]) -> dict[str, tuple[int, Laplace]]:
     """Choose from whole curves: one fit has the curvature, and one pass the derivatives, for all precisions."""
 
     def curve_of(fold: Fold) -> tuple[Float[np.ndarray, " D"], Laplace, list[Any]]:
-        la, fit, precisions = walk.begun(fold)
+        la, fit, precisions = setting.begun(fold)
         la = fit(la)
-        curve = la.validation_curve(*fold.held_out, walk.grid, microbatch=walk.config.curvature.microbatch)
+        curve = la.validation_curve(*fold.held_out, setting.grid, microbatch=setting.config.curvature.microbatch)
         nll = np.where(curve.converged, curve.negative_log_likelihood, np.inf)
         return len(fold.held_out.labels) * nll, la, precisions
 
@@ -101,18 +101,18 @@ def _of_laplace(walk: _Walk, whole: Fold, folds: Sequence[Fold]) -> dict[str, tu
     return {choice: (number, la.with_prior_precision(precisions[number])) for choice, number in numbers.items()}
 
 
-def _of_variational(walk: _Walk, whole: Fold, folds: Sequence[Fold]) -> dict[str, tuple[int, Laplace]]:
+def _of_variational(setting: _Setting, whole: Fold, folds: Sequence[Fold]) -> dict[str, tuple[int, Laplace]]:
     """Walk from the largest precision down, where a fit takes fewest steps, until both choices have been passed.
 
     The posteriors of all networks are in memory together.
     """
 
     def along(fold: Fold) -> Iterator[tuple[float, Laplace]]:
-        la, fit, precisions = walk.begun(fold)
+        la, fit, precisions = setting.begun(fold)
         images, labels = fold.held_out
         for precision in precisions:  # each fit begins at the one before, at a larger precision
             la = fit(la.with_prior_precision(precision))
-            probs = la.predictive(images, microbatch=walk.config.curvature.microbatch)
+            probs = la.predictive(images, microbatch=setting.config.curvature.microbatch)
             yield len(labels) * negative_log_likelihood(probs, labels), la
 
     lowest = {FOLDS: np.inf, VALIDATION: np.inf}
