@@ -1,6 +1,6 @@
 """VAN on a fifth of CIFAR-10: natural colour images, 32 x 32 pixels, sized for a CPU.
 
-Command    python -m training.fit_van --config configs/van_cifar10_subset.py --data.dir DIR
+Command    python -m training.fit_van --config configs/van_cifar10_subset.py
 Data       cifar10, prepared by TFDS in array_record format: 9,000 training images without augmentation, 1,000
            validation and 2,000 test images, 10 classes; 2,000 of the test images, inverted
 Hardware   2 CPU cores, no GPU
