@@ -1,4 +1,4 @@
-"""The networks that come with the repository are whole, small, and of no particular machine."""
+"""The networks that come with the repository are whole, small, of no particular machine, and predict what they should."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,13 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
+from bnnlaplace.model.batched import outputs
+from training import posteriors
+from training.data.load import load
+from training.models import van
+from training.report.evaluation import evaluated_split
 from training.train.checkpoints import load_trained
 from training.workdir import load_saved_config
 
@@ -20,13 +26,29 @@ def refuse(message: str) -> None:
 @pytest.mark.parametrize(("name", "num_weights"), [("digits", 19_466), ("cifar10", 273_578)])
 def test_a_shipped_network_is_whole(name, num_weights):
     """Its arrays, its settings and its config vouch for each other."""
-    workdir = CHECKPOINTS / name
-    config = load_saved_config(workdir, refuse)
-    trained = load_trained(workdir, config, refuse)
+    directory = CHECKPOINTS / name
+    config = load_saved_config(directory, refuse)
+    trained = load_trained(directory, config, refuse)
     assert sum(np.size(leaf) for leaf in jax.tree.leaves(trained.params)) == num_weights
-    metrics = json.loads((workdir / "metrics.json").read_text())
+    metrics = json.loads((directory / "metrics.json").read_text())
     assert config.data.dir is None
     assert metrics["config"]["data"]["dir"] is None
     assert not any(part.startswith("/") for part in metrics["command"])
-    kept = [workdir / "config.json", workdir / "log.jsonl", workdir / "metrics.json", *(workdir / "train").rglob("*")]
-    assert sum(path.stat().st_size for path in kept if path.is_file()) < 4e6
+    shipped = [directory / each for each in ("config.json", "log.jsonl", "metrics.json")]  # evaluations come on top
+    shipped += (directory / "train").rglob("*")
+    assert sum(path.stat().st_size for path in shipped if path.is_file()) < 4e6
+
+
+def test_digits_are_predicted_as_the_metrics_say():
+    directory = CHECKPOINTS / "digits"
+    config = load_saved_config(directory, refuse)
+    trained, data = load_trained(directory, config, refuse), load(config.data)
+    module = van.from_config(config, len(data.class_names))
+    network = posteriors.make_network(module, trained.params, trained.batch_stats)
+    split = evaluated_split(config, data)
+    logits = np.asarray(outputs(network, split.images, microbatch=64), np.float64)
+    log_probs = log_softmax(logits, axis=1)
+    metrics = json.loads((directory / "metrics.json").read_text())["methods"][0]["metrics"]
+    nll = -log_probs[np.arange(len(split.labels)), split.labels].mean()
+    assert nll == pytest.approx(metrics["nll"]["value"], rel=1e-3)
+    assert np.mean(logits.argmax(1) == split.labels) == pytest.approx(metrics["accuracy"]["value"])
