@@ -1,4 +1,4 @@
-"""The networks that come with the repository are whole, small, of no particular machine, and predict what they should."""
+"""The networks of the repository are whole, small, of no particular machine, and predict what they should."""
 
 import json
 from pathlib import Path
