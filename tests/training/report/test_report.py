@@ -355,12 +355,20 @@ def at_temperature_bound(results):
     return dataclasses.replace(results, methods=methods)
 
 
+def of_part(results, count):
+    return dataclasses.replace(results, config=results.config | {"curvature": {"examples": count}})
+
+
 QUALIFIED = {
     "validation images": (
         lambda results: dataclasses.replace(
             results, split="validation", num_images={**results.num_images, "validation": NUM_IMAGES}
         ),
         "The evaluated images are the validation images, which also chose the temperature",
+    ),
+    "part of the images": (
+        lambda results: of_part(results, 40),
+        "Evidence and curvature are estimates from 40 of 300 training images",
     ),
     "evidence": (
         lambda results: with_lanczos(results, evidence_optimum=1e6, evidence_at_bound=True),
@@ -456,6 +464,8 @@ def test_krylov_error_and_modes_are_stated(results, page):
     text = findings.about_krylov(results)
     assert "at most 3.1 %" in text and "between 120.25 and 121.75 nats" in text and text in page.words
     gradient, here, there = findings.about_modes(results)
+    assert findings.about_modes(of_part(results, 40)) == []  # the noise of a part would count as a distance
+    assert findings.about_modes(of_part(results, 300)) == [gradient, here, there]
     assert "norm is 0.02, 0.20 % of that of the prior's gradient" in gradient
     assert "of training, 1, the mode is 0.7 standard deviations away" in here and here.endswith("practical purposes.")
     assert "prefers, 3, the mode is 3.0 standard deviations away, where a posterior sample is 14.1" in there
