@@ -1,4 +1,4 @@
-"""What does the evidence choose for a posterior of all weights, where images are few?
+"""Can a posterior of all weights be acted on at the precision of its evidence, where images are few?
 
 Command    python -m training.study --config configs/study_digits_weights.py \
            --workdir checkpoints/study_digits_weights --resume

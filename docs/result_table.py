@@ -1,4 +1,4 @@
-"""What a table of results is. See `docs/results.py`."""
+"""One table of the results, as `docs/results.py` reads and writes it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -62,8 +62,8 @@ class Shown:
                 numbers, to = by_key[key]["numbers"], by_key[key]["differences"]
                 differences = [_interval(to.get(other, {}).get("nll")) for other in self.differences]
                 shifted = _interval(to.get("MAP + T", {}).get("shift_nll"))
-                rows.append([label, name, numbers["nll"], *differences, shifted])
-                rows[-1] += [numbers["ece"], numbers["auroc"]["noise"]]
+                measured = numbers["ece"], numbers["auroc"]["noise"]
+                rows.append([label, name, numbers["nll"], *differences, shifted, *measured])
         return rows
 
 

@@ -66,7 +66,7 @@ def load(config: Data) -> ImageData:
         train, validation = _hold_out(train, config.validation_examples)
     if config.train_examples is not None:
         _check_count("data.train_examples", config.train_examples, len(train.labels))
-        train = _take(train, stratified_indices(train.labels, config.train_examples, _SUBSET_SEED))
+        train = train.stratified(config.train_examples, _SUBSET_SEED)
     _check_shapes(config, train, validation, test)
     if config.wrong_labels:
         train = Split(train.images, with_wrong_labels(train.labels, config.wrong_labels, len(class_names)))
@@ -172,7 +172,7 @@ def _hold_out(train: Split, count: int | None) -> tuple[Split, Split]:
         count = max(total // 10, 1)
     _check_count("data.validation_examples", count, total - 1)
     held_out = stratified_indices(train.labels, count, _HOLD_OUT_SEED)
-    return _take(train, np.setdiff1d(np.arange(total), held_out)), _take(train, held_out)
+    return train.take(np.setdiff1d(np.arange(total), held_out)), train.take(held_out)
 
 
 def _check_count(option: str, count: int, available: int) -> None:
@@ -180,10 +180,6 @@ def _check_count(option: str, count: int, available: int) -> None:
         raise UserError(
             f"`{option}` must lie in 1 to {available}, as there are no more training images; got {count}; use fewer"
         )
-
-
-def _take(split: Split, indices: np.ndarray) -> Split:
-    return Split(split.images[indices], split.labels[indices])
 
 
 def _check_shapes(config: Data, *splits: Split) -> None:

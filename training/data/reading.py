@@ -31,12 +31,15 @@ class Split(NamedTuple):
     labels: np.ndarray
     """int32, shape (N,), from 0 to the number of classes - 1."""
 
+    def take(self, indices: np.ndarray) -> "Split":
+        """Return the examples with these numbers, in their order."""
+        return Split(self.images[indices], self.labels[indices])
+
     def stratified(self, count: int | None, seed: int) -> "Split":
         """Choose `count` examples at random, of which each class keeps its share. None or too many: all examples."""
         if count is None or count >= len(self.labels):
             return self
-        chosen = stratified_indices(self.labels, count, seed)
-        return Split(self.images[chosen], self.labels[chosen])
+        return self.take(stratified_indices(self.labels, count, seed))
 
 
 def load_split(name: str, split: str, data_dir: Path | None) -> tuple[Split, tuple[str, ...]]:

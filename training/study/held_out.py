@@ -34,7 +34,7 @@ class Fold(NamedTuple):
 
 
 class _Setting(NamedTuple):
-    """What the posteriors of all networks have in common."""
+    """The posterior that every network gets, and the grid of its precisions."""
 
     posterior: Posterior
     config: Config

@@ -10,7 +10,6 @@ import numpy as np
 
 from training.data.foreign import foreign_sets
 from training.data.load import ImageData
-from training.data.reading import Split
 from training.data.shifts import SEVERITIES, shifted
 from training.data.shuffle import stratified_indices
 from training.study.config import Measures
@@ -53,11 +52,8 @@ def held_out_images(data: ImageData, measures: Measures, data_dir: Path | None) 
     UserError
         A foreign set is not prepared.
     """
-    test = data.test
-    count = min(measures.test_examples or len(test.labels), len(test.labels))
-    chosen = stratified_indices(test.labels, count, _TEST_SEED)
-    test = Split(test.images[chosen], test.labels[chosen])
-    moved = stratified_indices(test.labels, min(measures.shift_examples, count), _SHIFT_SEED)
+    test = data.test.stratified(measures.test_examples, _TEST_SEED)
+    moved = stratified_indices(test.labels, min(measures.shift_examples, len(test.labels)), _SHIFT_SEED)
     arrays = [test.images]
     arrays += [
         shifted(name, test.images[moved], severity, _IMAGE_SEED) for name in measures.shifts for severity in SEVERITIES

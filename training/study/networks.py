@@ -97,8 +97,7 @@ def held_out_part(data: ImageData, training: Training, fold: int) -> tuple[Image
         part = rest[stratified_indices(train.labels[rest], count, _PART_SEED)]
         rest = np.setdiff1d(rest, part)
     rest = np.setdiff1d(np.arange(len(train.labels)), part)
-    remaining, held_out = (Split(train.images[chosen], train.labels[chosen]) for chosen in (rest, part))
-    return data._replace(train=remaining), held_out
+    return data._replace(train=train.take(rest)), train.take(part)
 
 
 def train_network(

@@ -12,9 +12,8 @@ from training.data.reading import Split
 from training.study import held_out
 from training.study.config import Measures, Posterior
 
-RNG = np.random.default_rng(0)
 RATIOS = {"w": 2.0, "b": 0.5}
-WEIGHTS = RNG.normal(size=(4, 3))
+WEIGHTS = np.random.default_rng(0).normal(size=(4, 3))
 
 
 def split(count, seed):
