@@ -6,17 +6,28 @@ from typing import Any
 
 from result_table import Row, Table
 
-# Name of a method, how its prior was chosen, link.
-Method = tuple[str, str | None, str | None]
+Method = tuple[str, str, str | None, str | None]
+"""Training, name of a method, how its prior was chosen, link."""
+
+
+def point(name: str, training: str = "adamw") -> Method:
+    """A method without a posterior."""
+    return training, name, None, None
+
+
+def posterior(name: str, training: str = "adamw", choice: str = "evidence") -> Method:
+    """A posterior whose predictions go through the probit link."""
+    return training, name, choice, "probit"
+
 
 _MAP: dict[Method, str] = {
-    ("map", None, None): "MAP",
-    ("map-t-split", None, None): "MAP + temperature, from folds of the training images",
-    ("map-t-validation", None, None): "MAP + temperature, from the validation images",
+    point("map"): "MAP",
+    point("map-t-split"): "MAP + temperature, from folds of the training images",
+    point("map-t-validation"): "MAP + temperature, from the validation images",
 }
 _LAST_LAYER: dict[Method, str] = {
-    ("last-layer-full-laplace", "evidence", "probit"): "last layer, Laplace, by the evidence",
-    ("last-layer-full-variational", "evidence", "probit"): "last layer, variational, by the evidence",
+    posterior("last-layer-full-laplace"): "last layer, Laplace, by the evidence",
+    posterior("last-layer-full-variational"): "last layer, variational, by the evidence",
 }
 _DIGITS = {
     "clean_100": "100 images",
@@ -24,6 +35,7 @@ _DIGITS = {
     "clean_300": "300 images",
     "wrong_300": "300 images, 20 % wrong labels",
 }
+_KEY = ("training", "method", "prior", "link")
 # What a difference in NLL is to, by its name in a summary.
 _TO_FOLDS = {"MAP": "minus MAP", "MAP + T": "minus MAP + T of folds"}
 _TO_ALL = _TO_FOLDS | {"MAP + T (validation)": "minus MAP + T of validation"}
@@ -57,7 +69,7 @@ class Shown:
             of_regime = records[0]["regimes"][regime]
             if of_regime["missing"]:
                 raise KeyError(f"{of_regime['missing']} units of {regime}")
-            by_key = {(row["method"], row["prior"], row["link"]): row for row in of_regime["methods"]}
+            by_key = {tuple(row[part] for part in _KEY): row for row in of_regime["methods"]}
             for key, name in self.methods.items():
                 numbers, to = by_key[key]["numbers"], by_key[key]["differences"]
                 differences = [_interval(to.get(other, {}).get("nll")) for other in self.differences]
@@ -108,8 +120,8 @@ TABLES = [
         "study_digits_weights",
         _MAP
         | {
-            ("lanczos-laplace", "evidence", "probit"): "all weights, Laplace, by the evidence",
-            ("lanczos-variational", "evidence", "probit"): "all weights, variational, by the evidence",
+            posterior("lanczos-laplace"): "all weights, Laplace, by the evidence",
+            posterior("lanczos-variational"): "all weights, variational, by the evidence",
         },
         {name: _DIGITS[name] for name in ("clean_100", "wrong_100")},
     ).table(
@@ -127,7 +139,7 @@ TABLES = [
     ),
     Shown(
         "study_digits_folds",
-        _MAP | {("lanczos-laplace-by-folds", "folds", "probit"): "all weights, Laplace, by folds"},
+        _MAP | {posterior("lanczos-laplace-by-folds", choice="folds"): "all weights, Laplace, by folds"},
         _DIGITS,
     ).table(
         "study_folds",
@@ -150,11 +162,11 @@ TABLES = [
     Shown(
         "study_cifar10_short",
         {
-            ("map", None, None): "MAP",
-            ("map-t-split", None, None): "MAP + temperature, from a held-out tenth of the training images",
-            ("map-t-validation", None, None): "MAP + temperature, from the validation images",
+            point("map"): "MAP",
+            point("map-t-split"): "MAP + temperature, from a held-out tenth of the training images",
+            point("map-t-validation"): "MAP + temperature, from the validation images",
             **_LAST_LAYER,
-            ("last-layer-full-laplace-by-folds", "folds", "probit"): "last layer, Laplace, by the held-out tenth",
+            posterior("last-layer-full-laplace-by-folds", choice="folds"): "last layer, Laplace, by the held-out tenth",
         },
         {"clean_2000": "2,000 images"},
     ).table(

@@ -146,7 +146,8 @@ def _first_precision(
         diagonal = Laplace(network, subset_of_weights=subset, hessian_structure="diag", prior_precision=common)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that the weights are not at a mode; only the curvature is used
-            diagonal = diagonal.fit(tuple(train), microbatch=config.curvature.microbatch)
+            images = curvature_images(config, train)
+            diagonal = diagonal.fit(tuple(images), num_data=len(train.labels), microbatch=config.curvature.microbatch)
         share = np.asarray(diagonal.structure.diagonal, np.float64)
         share = np.maximum(share / share.mean(), LEAST_SHARE)
         return common * share / np.exp(np.log(share).mean())  # a geometric mean of `common`

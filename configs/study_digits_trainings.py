@@ -1,0 +1,56 @@
+"""Does training under the evidence make a network that predicts better, where images are few?
+
+Command    python -m training.study --config configs/study_digits_trainings.py \
+           --workdir checkpoints/study_digits_trainings --resume
+Data       digits (embedded): 100 training images, clean and with 20 % wrong labels; 180 validation and 360 test images,
+           10 classes; 5 shifts of 200 test images at 5 severities; the test images inverted, and noise
+Hardware   2 CPU cores, no GPU, under 4 GB of memory
+Time       not yet measured
+Expected   not yet measured
+Methods    MAP by AdamW, alone and with a temperature from folds of the training images; a deep ensemble of five; MAP
+           for a prior that stays ("posthoc"), that the evidence updates ("online", one precision or one for each
+           layer), and that follows the gradient of the evidence with the weights ("joint"), each with variational
+           posteriors of the last layer and of all weights, by their bound alone.
+"""
+
+from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
+from training.study.config import Measures, Posterior, Regime, Study, Training
+
+FEW = {"data.train_examples": 100, "optimizer.epochs": 120, "optimizer.polish_epochs": 240}
+WRONG = {"data.wrong_labels": 0.2}
+# The gradient of the log-determinant is held for some steps, in which the weights must not go far.
+SMALL_STEPS = {"optimizer.polish_learning_rate": 1e-3}
+
+study = Study(
+    config=Config(
+        data=Data(name="digits"),
+        model=Model(variant="digits"),
+        optimizer=Optimizer(learning_rate=3e-3, batch_size=32, polish_learning_rate=1e-2),
+        prior=Prior(precision=0.1),
+        curvature=Curvature(num_probes=32, max_vectors=384, microbatch=64),
+        evaluation=Evaluation(grid_size=17, grid_low=1e-1, grid_high=1e7),
+    ),
+    regimes=(
+        Regime("clean_100", FEW),
+        Regime("wrong_100", FEW | WRONG),
+    ),
+    seeds=(0, 1, 2, 3, 4),
+    trainings=(
+        Training("adamw", weight_decay=0.5, ensemble=5),
+        Training("posthoc", folds=0),
+        Training("online", {"prior.update": "online"}, folds=0),
+        Training("joint", {"prior.update": "joint", "prior.every_steps": 5, **SMALL_STEPS}, folds=0),
+    ),
+    posteriors=(
+        Posterior("full", "variational", weights="last_layer"),
+        Posterior("lanczos", "laplace"),
+        Posterior("lanczos", "variational"),
+        # One switch each.
+        Posterior("lanczos", "variational", folded=True, trainings=("adamw",)),
+        Posterior("lanczos", "variational", weights="without_normalisation", trainings=("adamw",)),
+        Posterior("lanczos", "variational", prior="g", trainings=("adamw",)),
+        Posterior("lanczos", "variational", prior="g", folded=True, trainings=("adamw",)),
+    ),
+    measures=Measures(foreign=("inverted", "noise"), max_iterations=20),
+    shown=("adamw.map", "adamw.map-t-split", "adamw.ensemble", "online.map", "online.lanczos-variational"),
+)
