@@ -238,7 +238,10 @@ class Fitted(NamedTuple):
             precisions = np.geomspace(max(1e-3 * best, self.structure.resolution()), 1e3 * best, 61)
         grid = checked_grid(precisions, "evidence_curve(precisions=...)")
         self._warn_of_rounding(grid.min())
-        return curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, grid)
+        found = curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, grid)
+        if self.bound is None:
+            return found
+        return found._replace(log_marginal_likelihood=self.bound.of(found.log_marginal_likelihood))
 
     def evidence_optimum(self) -> PriorOptimum:
         """The tau that maximises the evidence, and an interval for the errors of probes and truncation."""

@@ -28,7 +28,7 @@ from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
 from bnnlaplace.prior.gaussian import Groups, Precision, Prior, by_layer
 from bnnlaplace.prior.scalar import PriorOptimum, checked_grid
 from bnnlaplace.structure import KrylovError, KrylovStructure, Structure
-from bnnlaplace.variational.choose_prior import choose_prior
+from bnnlaplace.variational.choose_prior import by_validation, choose_prior
 from bnnlaplace.variational.fit import fit_posterior
 from bnnlaplace.variational.options import Variational
 
@@ -260,7 +260,8 @@ class Laplace:
     def evidence_curve(self, precisions: Iterable[float] | None = None) -> EvidenceCurve:
         """The log evidence at many prior precisions, by default 61 over six decades around the maximum.
 
-        If the prior is not isotropic they are geometric means over the weights, whose ratios are kept.
+        If the prior is not isotropic they are geometric means over the weights, whose ratios are kept. Of a variational
+        posterior it is a `LowerBound`, with the mean and the averaged curvature of the fit at all precisions.
         """
         return self.fitted.evidence_curve(precisions)
 
@@ -311,8 +312,7 @@ class Laplace:
         if method == "marglik":
             best = choose_prior(chosen, **evidence_options, max_refits=max_refits)
         else:
-            curve = validation_curve(self.fitted, validation, precisions, **how)
-            best = chosen.times(curve.choose() / self.prior.precision)
+            best = by_validation(chosen, validation_curve(self.fitted, validation, precisions, **how))
         return Laplace._of(best.fitted, best.settings)
 
     def validation_curve(

@@ -26,4 +26,5 @@ class Bound(NamedTuple):
 
     def of(self, estimate: Estimate) -> LowerBound:
         """The bound, from an estimate without the error of the expected log likelihood."""
-        return LowerBound(estimate.mean, float(np.hypot(estimate.sem, self.sem)))
+        sem = np.hypot(estimate.sem, self.sem)
+        return LowerBound(estimate.mean, sem if np.ndim(sem) else float(sem))

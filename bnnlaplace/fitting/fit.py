@@ -124,7 +124,8 @@ def fit_structure(
 ) -> Structure:
     """Compute the curvature alone, at the points of the data, for a likelihood of `model.likelihoods.sites`.
 
-    "lanczos" converges at the prior precision. Cost: that of `fit` without the log likelihood.
+    "lanczos" converges at the prior precision, unless the options name another one. Cost: that of `fit` without the
+    log likelihood.
     """
     if name == "diag" and model.rows is not None and sites.of_sample(model.likelihood) is None:
         diagonal_sum = model.rows.ggn_diagonal(model.likelihood, model.curvature_at(microbatch=microbatch))
@@ -133,7 +134,8 @@ def fit_structure(
         step = _curvature_of_batch(model, name, microbatch=microbatch, shared_weights=shared_weights)
         curvature, scale = model.accumulate(step)
         return _in_coordinates(prior, exact_structure(name, curvature, scale, rounding_of(model)))
-    krylov = replace(krylov, target_precision=float(prior.precision))
+    if krylov.target_precision is None:
+        krylov = replace(krylov, target_precision=float(prior.precision))
     return _structure_of_products(model, prior, model.scale(), krylov, microbatch=microbatch)
 
 

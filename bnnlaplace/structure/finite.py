@@ -12,8 +12,12 @@ from bnnlaplace.structure.kronecker import KroneckerStructure
 from bnnlaplace.structure.protocol import Structure
 
 
+class NotFiniteError(ValueError):
+    """A curvature is not finite in the type of its numbers."""
+
+
 def check_finite(curvature: PyTree) -> None:
-    """Raise ValueError if a number is infinite or NaN."""
+    """Raise NotFiniteError if a number is infinite or NaN."""
     leaves = jax.tree.leaves(curvature)
     on_host = [leaf for leaf in leaves if isinstance(leaf, np.ndarray)]
     on_device = [leaf for leaf in leaves if not isinstance(leaf, np.ndarray)]
@@ -31,7 +35,7 @@ _are_finite = jax.jit(are_finite)
 
 
 def check_in_range(structure: Structure) -> Structure:
-    """Return a structure, or raise ValueError if its curvature has left the range of its numbers.
+    """Return a structure, or raise NotFiniteError if its curvature has left the range of its numbers.
 
     Curvature is checked where it is computed. It can leave the range later: multiplied by a scale, divided by a noise
     variance or by relative precisions, or as a product of Kronecker factors. A traced structure passes.
@@ -45,7 +49,7 @@ def check_in_range(structure: Structure) -> Structure:
 
 
 def check_products(structure: Structure) -> Structure:
-    """Return a structure of finite numbers, or raise ValueError if a product of its Kronecker factors is too large."""
+    """Return a structure of finite numbers, or raise NotFiniteError if a product of Kronecker factors is too large."""
     if isinstance(structure, KroneckerStructure):
         dtype = jax.tree.leaves(structure)[0].dtype
         if max(block.range[1] for block in structure.blocks) > float(jnp.finfo(dtype).max):
@@ -53,9 +57,9 @@ def check_products(structure: Structure) -> Structure:
     return structure
 
 
-def not_finite(dtype: Any) -> ValueError:
+def not_finite(dtype: Any) -> NotFiniteError:
     """The error for a curvature that is not finite in a type."""
-    return ValueError(
+    return NotFiniteError(
         f"the curvature must be finite in {dtype}; got infinite or NaN entries, as it holds squares of derivatives "
         "that are too large; standardise the inputs (subtract their mean, divide by their standard deviation), or "
         "compute in float64"

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from bnnlaplace.core import checks
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.fitting.optimize_prior import NEGLIGIBLE_FACTOR, Chosen, PriorStructure, by_evidence
+from bnnlaplace.predictive.validation import ValidationCurve
 from bnnlaplace.prior import accelerated
 from bnnlaplace.prior.gaussian import Precision
 from bnnlaplace.structure import SampleStructure
@@ -32,6 +33,15 @@ def choose_prior(
     return best
 
 
+def by_validation(chosen: Chosen, curve: ValidationCurve) -> Chosen:
+    """Take the precision with the lowest NLL on validation data, with mean and curvature as they are."""
+    factor = curve.choose() / float(chosen.fitted.prior.precision)
+    if chosen.fitted.bound is not None:
+        remedy = "the NLL of each precision is that of a fit at another one; fit at each of them, and compare these"
+        _warn_of_old_sites(abs(float(np.log(factor))), remedy)
+    return chosen.times(factor)
+
+
 def _by_bound(
     chosen: Chosen, prior_structure: PriorStructure | None, optimize_sigma_noise: bool, max_refits: int
 ) -> Chosen:
@@ -50,7 +60,10 @@ def _by_bound(
             chosen = by_evidence(now, prior_structure, optimize_sigma_noise=optimize_sigma_noise, max_refits=1)
         change = float(np.abs(np.log(_precisions(chosen.fitted) / _precisions(now.fitted))).max())
         if chosen.refit is None:
-            _warn_of_old_sites(change)
+            remedy = (
+                "pass optimize_prior_precision(refit=lambda la: la.fit(data, key=key, approximation='variational'))"
+            )
+            _warn_of_old_sites(change, f"{remedy} to settle both")
             return chosen
         is_fitted = prior_structure == "layerwise" and isinstance(chosen.fitted.structure, SampleStructure)
         if not is_fitted:
@@ -84,10 +97,9 @@ def _precisions(fitted: Fitted) -> Float[np.ndarray, "..."]:
     return float(fitted.prior.precision) * np.atleast_1d(np.asarray(fitted.prior.relative, np.float64))
 
 
-def _warn_of_old_sites(change: float) -> None:
+def _warn_of_old_sites(change: float, remedy: str) -> None:
     if change > np.log(NEGLIGIBLE_FACTOR):
         checks.warn(
             f"the prior precision has moved by a factor of {np.exp(change):.2g}, and the averaged curvature is still "
-            "that of the former one; pass optimize_prior_precision(refit=lambda la: la.fit(data, key=key, "
-            "approximation='variational')) to settle both"
+            f"that of the former one; {remedy}"
         )

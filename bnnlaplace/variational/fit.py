@@ -40,6 +40,7 @@ from bnnlaplace.model.spec import output_shape
 from bnnlaplace.prior import Prior
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
+from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.draws import Draws
 from bnnlaplace.variational.iteration import Context, Iterate, iterate
 from bnnlaplace.variational.mean import with_mean
@@ -92,6 +93,11 @@ def fit_variational(
     checks.known("fit", state, settings)
     num_data = check_options(settings.hessian_structure, num_data, mean, shared_weights)
     _check(state, posterior, data)
+    if options.fixed_mean and mean == "linear":
+        raise ValueError(
+            "fit(mean=...) must be 'network' with Variational(fixed_mean=True), which keeps the mean at the weights; "
+            "got 'linear'; leave one of the two out"
+        )
     if state.likelihood.sigma_noise is not None:  # the posterior of the linearised network is Gaussian
         _check_prior_stays(options)
         there = "network" if options.fixed_mean else "linear"
@@ -153,11 +159,17 @@ def _context(
 
 
 def _start(state: Unfitted | Fitted, settings: Settings, context: Context) -> tuple[Prior, Structure | None]:
-    """The prior and the structure with which the iteration begins."""
+    """The prior and the structure with which the iteration begins.
+
+    Weights that are to share a precision begin at the geometric mean of theirs.
+    """
     prior = settings.prior(context.model.network) if state.prior is None else state.prior
     structure = state.structure if isinstance(state, Fitted) else None
-    if context.options.prior_structure == "scalar" and not prior.is_isotropic:
-        return Prior(prior.precision, 1.0, prior.mean), None  # the structure is in the coordinates of the old ratios
+    if context.grouping is not None:
+        dtype = number_type(context.model.network.params)
+        shared = prior_step.prior_with(context.grouping, context.grouping.precisions(prior), prior.mean, dtype)
+        if not np.allclose(shared.relative, prior.relative, rtol=1e-4):
+            return shared, None  # the structure is in the coordinates of the old ratios
     return prior, structure
 
 

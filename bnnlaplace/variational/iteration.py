@@ -19,6 +19,7 @@ from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.prior import Prior, range_above
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
+from bnnlaplace.structure.finite import NotFiniteError
 from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.draws import Draws, draw, without_spread
 from bnnlaplace.variational.expectations import Expectations, expectations
@@ -32,6 +33,9 @@ from bnnlaplace.variational.sites import Sites, at_sites, sites_of
 FIRST_DAMPING, GROWTH, CAUTIOUS_DAMPING, LEAST_DAMPING = 0.7, 1.25, 0.35, 1 / 64
 # Newton's method ends if it gains less than this part of the tolerance.
 OF_TOLERANCE = 0.1
+# The bound has settled if so many accepted steps, one after another, change it by less than the tolerance. A single one
+# may be the turning point between two large ones.
+QUIET_STEPS = 2
 # A prior precision has settled if it moves by less than this factor.
 SETTLED_FACTOR = 1.1
 
@@ -95,6 +99,10 @@ class Terms(NamedTuple):
     effective: float
 
 
+OVERFLOWED = Terms(-math.inf, -math.inf, 0.0, math.nan)
+"""The bound of a posterior that is not finite."""
+
+
 class Iterate(NamedTuple):
     """A posterior on the way.
 
@@ -110,6 +118,8 @@ class Iterate(NamedTuple):
         The sites that its own outputs have.
     terms
         Its bound.
+    has_overflowed
+        Whether the curvature of a step from here was not finite.
     """
 
     settled: MeanStep
@@ -118,6 +128,7 @@ class Iterate(NamedTuple):
     sites: Sites | None
     proposed: Sites
     terms: Terms
+    has_overflowed: bool = False
 
 
 def iterate(context: Context, prior: Prior, structure: Structure | None) -> tuple[Iterate, list[Progress]]:
@@ -129,45 +140,43 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
         The model and the options.
     prior, structure
         The prior and the structure to begin with. Without one it begins at the curvature of the weights as they are.
+
+    Raises
+    ------
+    ValueError
+        If no posterior that was tried has a finite bound.
     """
-    options, damping = context.options, FIRST_DAMPING
-    mean, sites = np.asarray(ravel(context.model.network.params), np.float64), None
-    if structure is None:
-        posterior = _posterior(context, mean, prior, None)
-        start = without_spread(posterior, context.model.data, microbatch=context.microbatch)
-        sites = sites_of(context.model.likelihood, list(start), context.by_samples)
-        structure = _structure_at(context, sites, prior)
-    current = best = None
-    progress, change, move, ratio = [], math.inf, None, 1.0
-    for iteration in range(1, options.max_iterations + 1):
-        new = _settled(context, mean, prior, structure, sites)
-        elbo = new.terms.elbo if math.isfinite(new.terms.elbo) else -math.inf
-        change = math.inf if current is None else elbo - current.terms.elbo
-        progress.append(_progress(iteration, new, 1.0 if current is None else damping))
-        if options.on_iteration is not None:
-            options.on_iteration(progress[-1])
+    options, damping, quiet, ratio, move = context.options, FIRST_DAMPING, 0, 1.0, None
+    current = best = _first(context, prior, structure)
+    progress, change, accepted = [], math.inf, True
+    _report(context, progress, current, 1.0)
+    # A step may not fall below the best bound. The sites of a fitted posterior are not known, so that the step from
+    # there cannot be shortened: the iteration goes on from where it leads, and that is the first bound to keep.
+    reference = -math.inf if current.sites is None else current.terms.elbo
+    while quiet < QUIET_STEPS and damping >= LEAST_DAMPING and len(progress) < options.max_iterations:
+        prior = current.prior
+        if context.grouping is not None and accepted and math.isfinite(current.terms.elbo):
+            prior, ratio, move = _moved(context, current, move)
+        new, share = _step(context, current, prior, damping)
+        _report(context, progress, new, share)
         # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
-        accepted = current is None or elbo > best.terms.elbo - max(options.tolerance, new.terms.sem)
+        accepted = new.terms.elbo > reference - max(options.tolerance, current.terms.sem)
         if not accepted:
             damping /= 2
-        elif current is not None:  # a fall within the error may be the sign of a step that was too long
-            damping = min(1.0, GROWTH * damping) if change > 0 else max(damping / 2, min(damping, CAUTIOUS_DAMPING))
-        current = new if accepted else current
-        best = new if best is None or elbo > best.terms.elbo else best
-        has_settled = accepted and abs(change) < options.tolerance and ratio < SETTLED_FACTOR
-        gives_up = damping < LEAST_DAMPING
-        if has_settled or gives_up or iteration == options.max_iterations:
-            break
-        mean, prior = current.settled.mean, current.prior
-        if context.grouping is not None and accepted:
-            prior, ratio, move = _moved(context, current, move)
-        sites = current.proposed
-        if current.sites is not None:
-            sites = current.sites.towards(sites, damping)
-        structure = _structure_at(context, sites, prior)
-    if not has_settled:
-        _warn_unless_settled(change, ratio, gives_up, len(progress))
-    best = current if has_settled else best
+            current = current._replace(has_overflowed=new.has_overflowed)
+            continue
+        change = new.terms.elbo - current.terms.elbo
+        # A fall within the error may be the sign of a step that was too long.
+        damping = min(1.0, GROWTH * damping) if change > 0 else max(damping / 2, min(damping, CAUTIOUS_DAMPING))
+        quiet = quiet + 1 if abs(change) < options.tolerance and ratio < SETTLED_FACTOR else 0
+        current, reference = new, max(reference, new.terms.elbo)
+        best = new if new.terms.elbo > best.terms.elbo else best
+    if quiet < QUIET_STEPS:
+        _warn_unless_settled(change, ratio, damping < LEAST_DAMPING, len(progress))
+    elif current.terms.elbo > best.terms.elbo - max(options.tolerance, best.terms.sem):
+        best = current
+    if not math.isfinite(best.terms.elbo):
+        raise _overflow(context, best.prior)
     if context.grouping is not None:
         _warn_of_bounds(context.grouping, best)
         if move is not None and move.is_held:
@@ -179,10 +188,62 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
     return _with_fresh_samples(context, best), progress
 
 
-def _progress(iteration: int, new: Iterate, damping: float) -> Progress:
+def _first(context: Context, prior: Prior, structure: Structure | None) -> Iterate:
+    """The posterior with which the iteration begins."""
+    mean, sites = np.asarray(ravel(context.model.network.params), np.float64), None
+    if structure is None:
+        posterior = _posterior(context, mean, prior, None)
+        start = without_spread(posterior, context.model.data, microbatch=context.microbatch)
+        sites = sites_of(context.model.likelihood, list(start), context.by_samples)
+        structure = _structure_at(context, sites, prior)
+    try:
+        return _settled(context, mean, prior, structure, sites)
+    except np.linalg.LinAlgError:
+        raise _overflow(context, prior) from None
+
+
+def _step(context: Context, current: Iterate, prior: Prior, damping: float) -> tuple[Iterate, float]:
+    """Fit the curvature to sites on the way from those of an iterate to the ones it proposes; return how far it went.
+
+    If the last step from here overflowed, sites are averages over samples that are drawn towards the mean. Where the
+    likelihood grows exponentially its average over all samples may be infinite, and so would be any share of that.
+    """
+    share, likelihood = damping, context.model.likelihood
+    if current.has_overflowed:
+        nearer = [each._replace(deviations=share * each.deviations) for each in current.settled.draws]
+        sites = sites_of(likelihood, nearer, context.by_samples)
+    elif current.sites is None:
+        share, sites = 1.0, current.proposed
+    else:
+        sites = current.sites.towards(current.proposed, share)
+    try:
+        if sites.are_finite():
+            structure = _structure_at(context, sites, prior)
+            new = _settled(context, current.settled.mean, prior, structure, sites)
+            # Without sites there is no shorter step but to nearer samples.
+            is_lost = current.sites is None and not math.isfinite(new.terms.elbo)
+            return new._replace(has_overflowed=is_lost), share
+    except (np.linalg.LinAlgError, NotFiniteError):
+        pass
+    no_steps = current.settled._replace(steps=0, products=0)
+    return current._replace(settled=no_steps, terms=OVERFLOWED, has_overflowed=True), share
+
+
+def _report(context: Context, progress: list[Progress], new: Iterate, damping: float) -> None:
     settled, terms = new.settled, new.terms
-    precision = float(new.prior.precision)
-    return Progress(iteration, terms.elbo, terms.expected, precision, damping, settled.steps, settled.products)
+    numbers = terms.elbo, terms.expected, float(new.prior.precision), damping, settled.steps, settled.products
+    progress.append(Progress(len(progress) + 1, *numbers))
+    if context.options.on_iteration is not None:
+        context.options.on_iteration(progress[-1])
+
+
+def _overflow(context: Context, prior: Prior) -> ValueError:
+    """The error for a fit without a finite bound."""
+    return ValueError(
+        "fit(approximation='variational') must find a posterior with a finite evidence lower bound; got none, as the "
+        f"log likelihood of {context.model.likelihood.name!r} overflows at samples of the outputs at prior precision "
+        f"{float(prior.precision):.3g}; use a larger prior precision, or compute in float64"
+    )
 
 
 def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tuple[Prior, float, prior_step.Move]:
@@ -226,6 +287,7 @@ def _warn_of_bounds(grouping: Grouping, best: Iterate) -> None:
     grouping.warn_of_bounds("the lower bound", precisions, at_bound)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a bound that is not finite is refused
 def _settled(
     context: Context, mean: Float[np.ndarray, " P"], prior: Prior, structure: Structure, sites: Sites | None
 ) -> Iterate:
@@ -297,4 +359,4 @@ def _terms(
     elbo = expected - 0.5 * (quadratic - effective + forms.mean())
     # The noise of covariances that probes estimate is not in it: to first order gamma has the same, and it cancels.
     sem = context.scale * math.sqrt(sum(each.squared_error for each in averages))
-    return Terms(float(elbo), float(expected), sem, effective)
+    return Terms(float(elbo), float(expected), sem, effective) if math.isfinite(elbo) else OVERFLOWED

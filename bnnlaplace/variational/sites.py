@@ -33,6 +33,10 @@ class Sites(NamedTuple):
     by_samples: bool
     turn: int = 0
 
+    def are_finite(self) -> bool:
+        """Whether all numbers are."""
+        return all(np.isfinite(batch).all() for batch in self.batches)
+
     def towards(self, other: "Sites", share: float) -> "Sites":
         """Go a part of the way to other sites.
 

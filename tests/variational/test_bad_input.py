@@ -47,6 +47,14 @@ FITS = {
     "num_data below the data": (lambda: fit(untrained(), num_data=3), "at least that of data, 12; got 3"),
     "num_data that is no count": (lambda: fit(untrained(), num_data=1.5), "fit(num_data=...) must be an integer"),
     "unknown mean": (lambda: fit(untrained(), mean="mode"), "fit(mean=...) must be 'network' or 'linear'"),
+    "a mean beside one that is fixed": (
+        lambda: fit(untrained(), mean="linear", approximation=Variational(fixed_mean=True)),
+        "fit(mean=...) must be 'network' with Variational(fixed_mean=True)",
+    ),
+    "a target precision that is no number": (
+        lambda: fit(untrained("lanczos"), target_precision="x", num_probes=4, max_vectors=16),
+        "fit(target_precision=...)",
+    ),
     "shared_weights without kron": (
         lambda: fit(untrained(), shared_weights="expand"),
         "fit(shared_weights=...) must be left out unless hessian_structure='kron'",
@@ -129,6 +137,12 @@ def test_a_variational_refit_of_a_laplace_approximation_is_refused():
 def test_a_prior_that_has_moved_without_a_refit_warns(la):
     with pytest.warns(UserWarning, match=r"the averaged curvature is still that of the former one; pass .*refit="):
         la.with_prior_precision(30.0).optimize_prior_precision()
+
+
+@pytest.mark.filterwarnings("ignore:the validation NLL is lowest at an end")
+def test_a_grid_search_warns_that_the_curvature_is_that_of_another_precision(la):
+    with pytest.warns(UserWarning, match="is still that of the former one; the NLL of each precision is that of a fit"):
+        la.optimize_prior_precision("gridsearch", validation=(X, Y), precisions=[10.0, 30.0, 90.0])
 
 
 def test_all_targets_left_out_are_refused():

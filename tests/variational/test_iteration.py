@@ -1,0 +1,97 @@
+"""How the iteration goes on where a step was too long, and when it may end."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import problems
+import pytest
+
+import bnnlaplace
+from bnnlaplace import Laplace, Likelihood, Variational
+
+KEY = jax.random.key(1)
+DRAWN = problems.drawn_labels(40, dtype=np.float32)
+# Six times the weights that made the labels, under hardly any prior: each full step of the sites goes too far.
+SHARP = bnnlaplace.Network.from_function(
+    problems.cases.two_layers, jax.tree.map(lambda leaf: 6 * leaf, DRAWN.network.params)
+)
+
+
+def fit(la, progress, **options):
+    chosen = Variational(on_iteration=progress.append, **options)
+    return la.fit(DRAWN.data, key=KEY, approximation=chosen)
+
+
+def sharp():
+    return Laplace(SHARP, hessian_structure="full", prior_precision=1e-3)
+
+
+@pytest.fixture(scope="module")
+def settled():
+    """A fit that has converged to a fifth of the usual tolerance."""
+    return fit(sharp(), [], tolerance=0.1, max_iterations=60)
+
+
+@pytest.mark.parametrize("first_iterations", [3, 4])
+@pytest.mark.filterwarnings("ignore:the variational posterior has not converged")
+def test_a_fit_that_goes_on_shortens_steps_that_lower_the_bound(settled, first_iterations):
+    """The sites of a fitted posterior are not known, so that its first step can only be a whole one."""
+    progress = []
+    again = fit(fit(sharp(), [], max_iterations=first_iterations), progress)
+    bounds = [step.elbo for step in progress]
+    assert progress[1].damping == 1
+    assert min(np.diff(bounds)) < 0, "no step went too far: another problem is needed"
+    expected, found = settled.log_marginal_likelihood(), again.log_marginal_likelihood()
+    assert found.mean > expected.mean - 1 - 4 * np.hypot(found.sem, expected.sem)
+
+
+def test_it_ends_after_two_steps_that_change_the_bound_little(settled):
+    """One alone may be the turning point between two large ones."""
+    progress = []
+    fit(settled.with_prior_precision(1.0), progress)
+    assert (np.abs(np.diff([step.elbo for step in progress])[-2:]) < Variational().tolerance).all()
+
+
+def poisson(prior_precision):
+    """Counts whose rates are tiny at the weights and overflow at samples of a wide posterior."""
+
+    def log_prob(outputs, targets):
+        return jnp.sum(targets * outputs - jnp.exp(outputs) - jax.scipy.special.gammaln(targets + 1), axis=-1)
+
+    likelihood = Likelihood("poisson", "array", log_prob, lambda f, u: jnp.exp(f / 2) * u, mean=jnp.exp)
+    rng = np.random.default_rng(0)
+    inputs = np.concatenate([rng.normal(size=(12, 20)), np.ones((12, 1))], axis=1).astype(np.float32)
+    counts = (np.arange(12)[:, None] < 2).astype(np.float32)
+    weights = jnp.zeros((21, 1)).at[-1].set(-8.0)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, weights)
+    return Laplace(network, likelihood, hessian_structure="full", prior_precision=prior_precision), (inputs, counts)
+
+
+def test_samples_that_overflow_are_drawn_nearer_to_the_mean():
+    la, data = poisson(1e-2)
+    progress = []
+    chosen = Variational(on_iteration=progress.append, max_iterations=12)
+    with pytest.warns(UserWarning, match="has not converged in 12 iterations"):
+        fitted = la.fit(data, key=KEY, approximation=chosen)
+    bounds = np.array([step.elbo for step in progress])
+    assert bounds[0] == -np.inf and np.isfinite(bounds).any()
+    assert np.isfinite(fitted.log_marginal_likelihood().mean)
+    assert np.isfinite(fitted.predictive(data[0], link_approx="mc", key=KEY)).all()
+
+
+def test_a_bound_that_is_finite_nowhere_is_an_error():
+    la, data = poisson(1e-2)
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="finite evidence lower bound.*'poisson' overflows"):
+        la.fit(data, key=KEY, approximation=Variational(max_iterations=1))
+
+
+@pytest.mark.filterwarnings("ignore:the variational posterior was stopped after one iteration")
+def test_the_stated_precision_is_that_of_the_posterior_from_the_first_iteration():
+    """One precision for each weight becomes one for each layer before anything is fitted."""
+    unequal = jax.tree.map(lambda leaf: np.linspace(0.1, 10, leaf.size).reshape(leaf.shape), DRAWN.network.params)
+    la = Laplace(DRAWN.network, hessian_structure="full", prior_precision=unequal)
+    chosen = Variational(prior_structure="layerwise", max_iterations=1)
+    la = la.fit(DRAWN.data, key=KEY, approximation=chosen)
+    np.testing.assert_allclose(
+        la.log_marginal_likelihood(la.prior_precision).mean, la.log_marginal_likelihood().mean, atol=1e-3
+    )
