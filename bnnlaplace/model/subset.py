@@ -62,7 +62,7 @@ def last_layer(network: Network, inputs: PyTree) -> frozenset[str]:
     Parameters
     ----------
     network
-        The network, whose forward pass is traced once.
+        The network, whose forward pass is traced once. If it was linearised: that of the network before.
     inputs
         Examples; only their shapes are used.
 
@@ -72,7 +72,9 @@ def last_layer(network: Network, inputs: PyTree) -> frozenset[str]:
         If several weights enter at once, as in a scan over layers. Also if outputs depend on weights that are not a
         head of their own; the message lists them.
     """
-    return _last_layer(NetworkSpec.of(network, inputs))
+    # A linearised network computes with its weights in another order: its derivatives enter one by one.
+    names = frozenset(leaf_names(network.params))
+    return _last_layer(NetworkSpec.of(network.whole().subset(names.__contains__), inputs))
 
 
 @lru_cache(maxsize=64)

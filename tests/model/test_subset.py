@@ -9,7 +9,7 @@ from cases import usual
 
 import bnnlaplace
 from bnnlaplace.checkpoint.pytree import CheckpointError
-from bnnlaplace.core.tree import ravel
+from bnnlaplace.core.tree import leaf_names, ravel
 from bnnlaplace.model.data import as_data
 from bnnlaplace.model.subset import last_layer
 
@@ -134,6 +134,37 @@ def test_last_layer_behind_rematerialisation():
     np.testing.assert_allclose(la.predictive(X[:3]), reference.predictive(X[:3]), rtol=1e-5)
 
 
+FLAT = {"w1": (4, 5), "b1": (5,), "w2": (5, 3), "b2": (3,)}
+
+
+def flat(params, x):
+    """Weights without modules: the last layer is told by the order in which they enter alone."""
+    return jnp.tanh(x @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+
+
+@pytest.mark.parametrize("structure", usual(["diag"], [*STRUCTURES, "kron"]))
+def test_a_fit_of_a_fit_keeps_its_last_layer(x64, structure):
+    """The second fit is given the linearised network of the first, which computes with its weights in another order."""
+    network = bnnlaplace.Network.from_function(flat, nested(FLAT))
+    la = bnnlaplace.Laplace(network, hessian_structure=structure, subset_of_weights="last_layer")
+
+    def fitted(la, **options):
+        return la.fit((X, Y), key=jax.random.key(0), **options)
+
+    def variational(la):
+        return fitted(la, approximation="variational")
+
+    once = fitted(la, mean="linear")
+    twice = fitted(once, mean="linear")
+    assert leaf_names(twice.network.params) == ["b2", "w2"]
+    np.testing.assert_allclose(twice.log_marginal_likelihood().mean, once.log_marginal_likelihood().mean, rtol=1e-4)
+    bounds = [variational(start).log_marginal_likelihood().mean for start in (la, once, variational(la))]
+    np.testing.assert_allclose(bounds, bounds[0], atol=0.05)
+    with pytest.warns(UserWarning, match="have not settled after 1 fit"):
+        chosen = variational(la).optimize_prior_precision(refit=variational, max_refits=1)
+    assert leaf_names(chosen.network.params) == ["b2", "w2"]
+
+
 def test_last_layer_of_a_loop_is_not_guessed():
     def scanned(params, x):
         step = lambda h, w: (jnp.tanh(h @ w["first"] @ w["second"]), None)  # noqa: E731
@@ -219,7 +250,8 @@ HEADS = {"left/w", "left/b", "right/w", "right/b"}
 def test_heads_side_by_side_are_last_layers_together(x64, function, structure):
     network = network_of(function)
     expected = HEADS | ({"log_scale"} if function is with_scale else set())
-    assert last_layer(network, X) == expected
+    for given in (network, network.linearised(), network.subset(expected.__contains__).linearised()):
+        assert last_layer(given, X) == expected
     targets = np.random.default_rng(1).normal(size=(40, 3 + (function is with_scale)))
     for subset in ("last_layer", expected.__contains__):
         options = {"hessian_structure": structure, "subset_of_weights": subset, "sigma_noise": 0.5}
