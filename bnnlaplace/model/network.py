@@ -213,7 +213,7 @@ class Network:
         ----------
         selected
             A function from the path of a weight, such as "Dense_0/kernel", to whether the weight keeps its posterior.
-            `bnnlaplace.leaf_names(network.params)` lists the paths.
+            `bnnlaplace.core.leaf_names(network.params)` lists the paths.
 
         Returns
         -------
