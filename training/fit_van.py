@@ -31,7 +31,8 @@ from training.models import van
 from training.report import evaluation
 from training.report.html import write_results
 from training.train import loop
-from training.train.checkpoints import seconds_of
+from training.train.checkpoints import list_steps, seconds_of
+from training.train.evidence import check_window
 from training.workdir import claimed, continue_command
 
 
@@ -54,6 +55,9 @@ def fit(argv: Sequence[str], console: Console) -> None:
         config = dataclasses.replace(arguments.settings, data=section)
         module = van.from_config(config, len(data.class_names))
         _check(config, data, module)
+        # A run that was begun may be finished; `train` checks it if it is not.
+        if not (arguments.resume and list_steps(arguments.workdir / "train")):
+            check_window(config)
         foreign = evaluation.foreign_images(config, data)
     with (
         claimed(arguments.workdir, config, arguments.resume, report) as config,

@@ -48,6 +48,7 @@ def run(module, capsys, *arguments):
         (["--model.variant", "b0"], "images"),
         (["--evaluation.ood", "imagenet21k"], "imagenet21k"),
         (["--optimizer.batch-size", "5000"], "batch_size"),
+        (["--prior.update", "online", "--optimizer.epochs", "3", "--optimizer.polish-epochs", "3"], "every_epochs` 10"),
         (["--optimizer.learning-rate", "fast"], "--optimizer.learning-rate: could not convert string to float: 'fast'"),
         (["--seed", "1.5"], "--seed: invalid literal for int() with base 10: '1.5'"),
         (["--prior.update", "sometimes"], "invalid choice 'sometimes' for argument '--prior.update'"),

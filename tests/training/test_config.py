@@ -26,6 +26,7 @@ from training.config import (
 )
 from training.errors import UserError
 from training.settings import describe_difference, require_recorded
+from training.train.evidence import check_window
 from training.workdir import continue_command, load_saved_config, open_workdir, save_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -614,7 +615,7 @@ def test_a_workdir_that_does_not_hold_a_run_is_left_alone(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("van_*.py")), ids=lambda file: file.stem)
 def test_every_shipped_config_is_an_experiment_card(file: Path) -> None:
-    load_config(file)
+    check_window(load_config(file))
     card = file.read_text().split('"""')[1]
     for entry in ("Command", "Data", "Hardware", "Time", "Expected"):
         assert re.search(rf"^{entry} +\S", card, re.MULTILINE)

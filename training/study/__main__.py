@@ -26,6 +26,7 @@ from training.errors import UserError
 from training.study import store, summary
 from training.study.cell import run_cells
 from training.study.config import Study, from_document, to_document
+from training.study.networks import check_trainings
 
 PROGRAM = "python -m training.study"
 
@@ -68,6 +69,7 @@ def run(argv: Sequence[str], console: Console) -> None:
     again = shlex.join([(sys.orig_argv or ["python"])[0], "-m", "training.study", *_with_resume(argv)])
     with lock.held(root, report=report), program.continued_by(again):
         if not arguments.summary_only:
+            check_trainings(study, arguments.regimes)
             store.claim_study(root, study, arguments.resume)
             run_cells(study, units, root=root, data_dir=arguments.data_dir, console=console)
         command = shlex.join(["python", "-m", "training.study", *argv])

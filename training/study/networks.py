@@ -9,7 +9,7 @@ The cells of other seeds take the members of their ensembles from here. A traini
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from training.study.config import Regime, Study, Training, applied
 from training.study.decoupled import train_decoupled
 from training.train import loop
 from training.train.checkpoints import seconds_of
+from training.train.evidence import check_window
 from training.workdir import claimed
 
 # The same shares are held out in every cell.
@@ -77,6 +78,17 @@ def load_regime(study: Study, regime: Regime, data_dir: Path | None) -> RegimeDa
 def run_config(study: Study, of: RegimeData, training: Training, seed: int) -> Config:
     """Return the complete settings of one run."""
     return applied(study.config, of.regime.settings, training.settings, of.pixels, {"seed": seed})
+
+
+def check_trainings(study: Study, regimes: Sequence[str] = ()) -> None:
+    """Raise a UserError if a training by the evidence would never compute it, in some regimes or, by default, any."""
+    for regime in study.regimes:
+        for training in study.trainings if not regimes or regime.name in regimes else ():
+            try:
+                if training.weight_decay is None:  # AdamW has no prior
+                    check_window(applied(study.config, regime.settings, training.settings))
+            except UserError as error:
+                raise UserError(f"training {training.name} of regime {regime.name}: {error}") from None
 
 
 def make_module(config: Config, data: ImageData) -> van.VAN:

@@ -30,7 +30,7 @@ from bnnlaplace.marglik.objective import half_log_determinant
 from training.config import Config, Prior
 from training.data.load import ImageData
 from training.data.shuffle import stratified_indices
-from training.train.batches import Plan
+from training.errors import UserError
 
 # Trained precisions stay within these bounds. If the weights of a layer have died or are hardly trained yet, the
 # maximiser of the evidence can be zero or infinite.
@@ -117,18 +117,40 @@ class Window(NamedTuple):
         return self.first <= epoch <= self.last
 
 
-def window(config: Prior, plan: Plan) -> Window | None:
+def window(config: Config) -> Window | None:
     """Return when the evidence counts; None for posthoc.
 
     It ends half way through polishing, so that the run ends at a mode of the log joint under the prior that it reports.
     """
-    if config.update == "posthoc":
+    prior, optimizer = config.prior, config.optimizer
+    if prior.update == "posthoc":
         return None
-    every = config.option("every_epochs" if config.update == "online" else "every_steps")
-    last = plan.epochs + plan.polish_epochs // 2
-    # After the very last epoch no step would move the weights to the new mode.
-    last = min(last, plan.total_epochs - 1) if config.update == "online" else last
-    return Window(config.option("burn_in") + 1, last, every)
+    every = prior.option("every_epochs" if prior.update == "online" else "every_steps")
+    last = optimizer.epochs + optimizer.polish_epochs // 2
+    if prior.update == "online":
+        # After the very last epoch no step would move the weights to the new mode.
+        last = min(last, optimizer.epochs + optimizer.polish_epochs - 1)
+    return Window(prior.option("burn_in") + 1, last, every)
+
+
+def check_window(config: Config) -> None:
+    """Raise a UserError if training by the evidence would never compute it, and would be that of posthoc."""
+    counts = window(config)
+    if counts is None:
+        return
+    prior, optimizer, is_online = config.prior, config.optimizer, config.prior.update == "online"
+    epochs = range(counts.first, counts.last + 1)
+    if any(epoch % counts.every == 0 for epoch in epochs) if is_online else len(epochs):
+        return
+    every = f"`prior.{'every_epochs' if is_online else 'every_steps'}` {counts.every}"
+    due = f"after each multiple of {counts.every}" if is_online else "in each"
+    raise UserError(
+        f"`prior.update` {prior.update} must compute the evidence in at least one epoch; got `prior.burn_in` "
+        f"{prior.option('burn_in')}, {every}, `optimizer.epochs` {optimizer.epochs} and `optimizer.polish_epochs` "
+        f"{optimizer.polish_epochs}: it would be computed {due} from epoch {counts.first} to {counts.last}, which is "
+        "none; lower --prior.burn-in"
+        f"{' or --prior.every-epochs' if is_online else ''}, or raise --optimizer.epochs"
+    )
 
 
 class EvidenceSteps(NamedTuple):

@@ -44,7 +44,16 @@ from training.train.checkpoints import (
     rewrite_log,
     save_progress,
 )
-from training.train.evidence import EvidenceSteps, Window, at_rest, forgotten, make_evidence_steps, window, without_sums
+from training.train.evidence import (
+    EvidenceSteps,
+    Window,
+    at_rest,
+    check_window,
+    forgotten,
+    make_evidence_steps,
+    window,
+    without_sums,
+)
 from training.train.objective import Batches, JointGradient, Passes, evaluate, joint_gradient, make_passes, norm_of
 from training.train.prior import by_layer_or_none, geometric_mean
 from training.train.step import Steps, TrainState, frozen_state, initial_state, make_steps, no_sums
@@ -104,9 +113,9 @@ def train(
     Raises
     ------
     UserError
-        The batch is larger than the training set. Loss, evidence or a gradient is not finite: the message names the
-        step, and the last good checkpoint is kept. There are checkpoints, but none is good, or they record other
-        settings.
+        The batch is larger than the training set. The evidence is to train the prior, but in no epoch. Loss, evidence
+        or a gradient is not finite: the message names the step, and the last good checkpoint is kept. There are
+        checkpoints, but none is good, or they record other settings.
     Interrupted
         Ctrl-C or SIGTERM came. The running step was finished, and a checkpoint was written.
 
@@ -117,6 +126,8 @@ def train(
     """
     run = _prepare(config, data, module, workdir, console)
     state, journal = (_restore(run) if resume else None) or _begin(run)
+    if journal.step < run.plan.total_steps:  # a run that an earlier release finished can still be evaluated
+        check_window(config)
     rewrite_log(workdir, journal.history)
     with (
         interruption.watch() as interrupted,
@@ -171,7 +182,7 @@ def _prepare(config: Config, data: ImageData, module: nn.Module, workdir: Path, 
         workdir=workdir,
         console=console,
         evidence=make_evidence_steps(config, data, module),
-        window=window(config.prior, plan),
+        window=window(config),
     )
 
 

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from training.cli.arguments import load_definition
-from training.config import Config, Data
+from training.config import Config, Data, Prior
 from training.errors import UserError
 from training.study import store
 from training.study.config import Measures, Posterior, Regime, Study, Training, applied, from_document, to_document
+from training.study.networks import check_trainings
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -109,11 +110,26 @@ def test_a_study_may_grow_and_not_shrink(tmp_path):
         store.claim_study(tmp_path, STUDY, resume=True)
 
 
+def test_a_training_by_the_evidence_computes_it_in_every_regime():
+    online = dataclasses.replace(STUDY, trainings=(*STUDY.trainings, Training("online", {"prior.update": "online"})))
+    check_trainings(online)
+    short = dataclasses.replace(
+        online, regimes=(Regime("short", {"optimizer.epochs": 5, "optimizer.polish_epochs": 4}), *STUDY.regimes)
+    )
+    with pytest.raises(UserError, match="training online of regime short: .* at least one epoch; .*every_epochs` 10"):
+        check_trainings(short)
+    check_trainings(short, ["few"])
+    # AdamW has no prior to train.
+    of_adamw = dataclasses.replace(short, config=dataclasses.replace(STUDY.config, prior=Prior(update="online")))
+    check_trainings(dataclasses.replace(of_adamw, trainings=STUDY.trainings[:1], posteriors=()))
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("study_*.py")))
 def test_the_studies_of_the_repository_can_be_run(name):
     study = load_definition(
         ROOT / "configs" / f"{name}.py", "study", Study, lambda record: from_document(to_document(record))
     )
+    check_trainings(study)
     card = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
     assert all(f"\n{entry} " in card for entry in ("Command", "Data", "Hardware", "Time", "Expected"))
     assert len(study.shown) <= 6

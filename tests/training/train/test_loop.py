@@ -702,6 +702,43 @@ def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None
         run(tmp_path, replace(CONFIG, optimizer=Optimizer(batch_size=64)))
 
 
+@pytest.mark.parametrize(
+    ("prior", "epochs", "polish_epochs", "message"),
+    [
+        ({"update": "joint"}, 3, 0, "`prior.burn_in` 5, `prior.every_steps` 20, `optimizer.epochs` 3 and .* 6 to 3"),
+        ({"update": "joint"}, 4, 3, "`optimizer.polish_epochs` 3.* lower --prior.burn-in, or raise --optimizer.epochs"),
+        ({"update": "online"}, 3, 0, "`prior.every_epochs` 10.* after each multiple of 10 from epoch 1 to 2"),
+        ({"update": "online"}, 5, 5, "lower --prior.burn-in or --prior.every-epochs, or raise --optimizer.epochs"),
+        ({"update": "online", "burn_in": 4, "every_epochs": 2}, 3, 3, "`prior.burn_in` 4, `prior.every_epochs` 2"),
+        ({"update": "joint"}, 5, 2, None),
+        ({"update": "joint", "burn_in": 0}, 1, 0, None),
+        ({"update": "online"}, 6, 8, None),
+        ({"update": "online", "every_epochs": 1}, 2, 0, None),
+        ({}, 1, 0, None),
+    ],
+)
+def test_training_by_the_evidence_computes_it_or_is_refused(
+    prior: dict[str, Any], epochs: int, polish_epochs: int, message: str | None, tmp_path: Path
+) -> None:
+    """With too few epochs the run would be that of posthoc."""
+    optimizer = replace(CONFIG.optimizer, epochs=epochs, polish_epochs=polish_epochs, warmup_epochs=0)
+    config = replace(CONFIG, prior=Prior(**prior), optimizer=optimizer)
+    if message is None:
+        evidence.check_window(config)
+        return
+    with pytest.raises(UserError, match=f"must compute the evidence in at least one epoch; got .*{message}"):
+        run(tmp_path, config, module=Logistic())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_without_evidence_of_an_earlier_release_is_still_read(monkeypatch, tmp_path: Path) -> None:
+    config = replace(CONFIG, prior=Prior(update="joint"), optimizer=replace(CONFIG.optimizer, polish_epochs=0))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(loop, "check_window", lambda config: None)
+        finished = run(tmp_path, config, module=Logistic())
+    assert_same_result(run(tmp_path, config, module=Logistic(), resume=True), finished)
+
+
 # --- batches and display --------------------------------------------------------------------------------------------
 
 
