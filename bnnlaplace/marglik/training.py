@@ -40,7 +40,8 @@ class MarglikResult(NamedTuple):
         with one number for each group.
     history
         One dictionary for each epoch, of numbers that JSON has: `epoch`; `phase` ("burn-in", "evidence" or "settle");
-        `loss`, the negative log joint in nats an example; `log_evidence` and `log_evidence_sem` in nats, or None where
+        `loss`, the negative log joint in nats an example, averaged over the steps of the epoch, in which a batch
+        counts by its examples; `log_evidence` and `log_evidence_sem` in nats, or None where
         no evidence was computed; `prior_precision` at the end of the epoch; `gradient_norm` and
         `log_determinant_gradient_norm`, of the last step in nats; `seconds_per_step` and `seconds_per_evidence_step`.
     state
@@ -215,6 +216,8 @@ def _epoch(
     model = plan.settings, plan.network, plan.likelihood
     evidences: list[Any] = []
     seconds, evidence_seconds, num_steps, batch = 0.0, 0.0, 0, None
+    # The sums stay on the device until the end of the epoch.
+    losses, counts = jnp.zeros_like(state.loss), jnp.zeros_like(state.loss)
     for number, batch in enumerate(_batches(plan, epoch)):
         step = int(state.step)
         if is_joint and (step % plan.every == 0 or (number == 0 and not any(r["phase"] == phase for r in history))):
@@ -224,6 +227,7 @@ def _epoch(
             evidence_seconds += time.perf_counter() - began
         began = time.perf_counter()
         state = map_step(*model, state, batch, _key(plan, _FORWARD, step), train_prior=is_joint)
+        losses, counts = _with_loss(losses, counts, state.loss, batch[2])
         jax.block_until_ready(state.step)
         seconds, num_steps = seconds + time.perf_counter() - began, num_steps + 1
     if phase == "evidence" and plan.settings.method == "online" and (epoch - plan.burn_in) % plan.every == 0:
@@ -235,7 +239,7 @@ def _epoch(
     return state, {
         "epoch": epoch,
         "phase": phase,
-        "loss": float(state.loss),
+        "loss": float(losses / counts),
         "log_evidence": mean,
         "log_evidence_sem": sem,
         "prior_precision": precision_of(state.log_precision),
@@ -244,6 +248,13 @@ def _epoch(
         "seconds_per_step": seconds / max(num_steps, 1),
         "seconds_per_evidence_step": evidence_seconds / len(evidences) if evidences else None,
     }
+
+
+@jax.jit
+def _with_loss(losses: Array, counts: Array, loss: Array, weights: Array) -> tuple[Array, Array]:
+    """Add the loss of a batch to the sums of an epoch, as often as its examples count."""
+    count = jnp.sum(weights).astype(counts.dtype)
+    return losses + count * loss, counts + count
 
 
 def _norm(tree: Any) -> float:

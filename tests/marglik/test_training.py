@@ -193,8 +193,14 @@ def test_the_history_has_errors_and_gradient_norms():
     assert first["log_evidence_sem"] > 0 and second["log_evidence_sem"] is None
     assert first["gradient_norm"] > 0 and first["log_determinant_gradient_norm"] > 0
     assert first["seconds_per_evidence_step"] > 0 and math.isfinite(first["loss"])
-    online = train(num_epochs=1, method="online", evidence_every=1).history[0]
+    batches = [(X[:40], Y[:40]), (X[40:], Y[40:])]
+    online = train(data=batches, optimizer=optax.sgd(0.0), num_epochs=1, method="online", evidence_every=1).history[0]
     assert online["log_evidence_sem"] > 0 and online["log_determinant_gradient_norm"] == 0
+    # The weights stay, so that the loss of the epoch is that of all data; each batch has another one.
+    negative = -jax.nn.log_softmax(outputs(WEIGHTS, X))[jnp.arange(60), Y]
+    squares = 0.5 * sum(np.sum(leaf**2) for leaf in jax.tree.leaves(WEIGHTS))
+    assert online["loss"] == pytest.approx((float(negative.sum()) + squares) / 60, rel=1e-5)
+    assert abs(negative[:40].mean() - negative[40:].mean()) > 0.01
 
 
 BAD = {
