@@ -86,6 +86,7 @@ def checked_plan(
     checks.count(size, f"{CALLER}(curvature_batch_size=...)", most=first, advice=f"the data give {first} at a time")
     every = evidence_every if evidence_every is not None else 10 if method == "joint" else 1
     checks.count(every, f"{CALLER}(evidence_every=...)", advice="try 10")
+    _check_evidence_is_due(method, every, num_epochs, burn_in_epochs, settle_epochs)
     checks.count(evidence_memory, f"{CALLER}(evidence_memory=...)", advice="try 10")
     if prior_optimizer is None:
         import optax  # whoever trains with an optax optimiser has it
@@ -144,6 +145,17 @@ def _check_epochs(num_epochs: int, burn_in_epochs: int, settle_epochs: int) -> N
         raise ValueError(
             f"{CALLER}(num_epochs=...) must leave epochs between burn_in_epochs and settle_epochs; got {num_epochs} "
             f"with {burn_in_epochs} and {settle_epochs}; train longer"
+        )
+
+
+def _check_evidence_is_due(method: str, every: int, num_epochs: int, burn_in_epochs: int, settle_epochs: int) -> None:
+    """Raise ValueError if no epoch is due for an evidence step. "joint" takes its first in the first of them."""
+    between = num_epochs - burn_in_epochs - settle_epochs
+    if method == "online" and every > between:
+        raise ValueError(
+            f"{CALLER}(evidence_every=...) must be at most the number of epochs between burn_in_epochs and "
+            f"settle_epochs, {between}, or the prior would stay as it is; got {every} with num_epochs={num_epochs}, "
+            f"burn_in_epochs={burn_in_epochs} and settle_epochs={settle_epochs}; lower it, or train longer"
         )
 
 

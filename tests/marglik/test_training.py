@@ -218,6 +218,10 @@ BAD = {
     ),
     "gradient of online": ({"method": "online", "gradient": "quadrature"}, "must be left out unless method='joint'"),
     "no epochs left": ({"burn_in_epochs": 3, "settle_epochs": 1}, "must leave epochs between .*; got 4 with 3 and 1"),
+    "no evidence": (
+        {"method": "online", "evidence_every": 4, "burn_in_epochs": 1},
+        r"evidence_every=...\) must be at most .* 3, .*; got 4 with num_epochs=4, burn_in_epochs=1 and settle",
+    ),
     "another group": ({"prior_precision": {"middle": 1.0}}, r"one for each of \['first', 'last'\]; got the names"),
     "precision zero": ({"prior_precision": 0.0}, r"prior_precision=...\) must be one positive, finite number; got 0.0"),
     "batches read once": ({"data": iter([(X, Y)])}, r"data=...\) must be .*read again; got an iterator"),
