@@ -39,7 +39,7 @@ class MarglikResult(NamedTuple):
         The trained prior precision in the form that `Laplace(prior_precision=...)` takes: one number, or a dictionary
         with one number for each group.
     history
-        One dictionary for each epoch, of numbers that JSON has: `epoch`; `phase` ("burn-in", "evidence" or "settle");
+        One dictionary for each epoch, of what JSON has: `epoch`; `method`; `phase` ("burn-in", "evidence" or "settle");
         `loss`, the negative log joint in nats an example, averaged over the steps of the epoch, in which a batch
         counts by its examples; `log_evidence` and `log_evidence_sem` in nats, or None where
         no evidence was computed; `prior_precision` at the end of the epoch; `gradient_norm` and
@@ -71,8 +71,8 @@ def marglik_training(
     burn_in_epochs: int = 0,
     settle_epochs: int = 0,
     evidence_every: int | None = None,
-    evidence_memory: int = 10,
-    batch_size: int = 64,
+    evidence_memory: int | None = None,
+    batch_size: int | None = None,
     curvature_batch_size: int | None = None,
     num_matvecs: int | None = None,
     num_probes: int | None = None,
@@ -121,9 +121,11 @@ def marglik_training(
         How many steps ("joint", by default 10) or epochs ("online", by default 1) lie between two evidence steps. In
         between, "joint" holds the gradient of the log-determinant.
     evidence_memory
-        How many evidence steps of "joint" the held gradient is averaged over. More make it less noisy, and older.
+        How many evidence steps of "joint" the held gradient is averaged over, by default 10. More make it less noisy,
+        and older.
     batch_size
-        Examples in a batch of arrays. What is left over at the end of an epoch is dropped, and differs each time.
+        Examples in a batch of arrays, by default 64; at most all of them. What is left over at the end of an epoch is
+        dropped, and differs each time. Leave it out if the data are batches.
     curvature_batch_size
         Examples in a curvature batch; by default as many as in a batch. More make the estimate less biased.
     num_matvecs, num_probes
@@ -142,6 +144,7 @@ def marglik_training(
         Examples in one step of the inner loop of the curvature; it bounds memory.
     start
         A result to continue from, with the same other arguments. A run that is continued ends with the same numbers.
+        Weights and prior precisions are those of the result, and `num_epochs` counts its epochs, too.
     on_epoch
         Called after each epoch with the result so far, for instance to save it.
 
@@ -154,7 +157,7 @@ def marglik_training(
     ------
     ValueError
         If an option is unknown, or belongs to the other method or structure; if data do not fit the model, or can be
-        read only once.
+        read only once; if `start` is of another method, prior, network or optimiser, or longer than `num_epochs`.
     FloatingPointError
         If the loss, the evidence or a gradient is not finite. The message names the step. The result of the last good
         epoch was given to `on_epoch`.
@@ -179,8 +182,8 @@ def marglik_training(
     >>> sorted(result.prior_precision), len(result.history)
     (['w'], 2)
     """
-    # All arguments but the last two, before there are other local variables.
-    arguments = {name: value for name, value in locals().items() if name not in ("start", "on_epoch")}
+    # All arguments but the last, before there are other local variables.
+    arguments = {name: value for name, value in locals().items() if name != "on_epoch"}
     plan = checked_plan(**arguments)
     if start is None:
         state, history = initial_state(plan.settings, network, prior_precision, prior_structure), []
@@ -238,6 +241,7 @@ def _epoch(
     mean, sem = _mean_and_sem(evidences)
     return state, {
         "epoch": epoch,
+        "method": plan.settings.method,
         "phase": phase,
         "loss": float(losses / counts),
         "log_evidence": mean,

@@ -11,7 +11,7 @@ import pytest
 from cases import exhaustive, usual
 
 import bnnlaplace
-from bnnlaplace.marglik import MarglikSettings, evidence_step, initial_state, map_step
+from bnnlaplace.marglik import MarglikResult, MarglikSettings, evidence_step, initial_state, map_step
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 2)).astype(np.float32)
@@ -32,9 +32,12 @@ NETWORK = bnnlaplace.Network.from_function(outputs, WEIGHTS)
 
 
 def train(network=NETWORK, data=(X, Y), optimizer=None, **options):
-    options = {"num_epochs": 4, "batch_size": 20, "evidence_every": 2, "num_matvecs": 4, **options}
-    if options.get("hessian_structure") == "diag":
-        options.pop("num_matvecs")
+    usual_options = {"num_epochs": 4, "evidence_every": 2}
+    if options.get("hessian_structure") != "diag":
+        usual_options["num_matvecs"] = 4
+    if isinstance(data, tuple):
+        usual_options["batch_size"] = 20
+    options = usual_options | options
     return bnnlaplace.marglik_training(KEY, network, data, optimizer or optax.adam(1e-2), **options)
 
 
@@ -222,6 +225,23 @@ BAD = {
         {"method": "online", "evidence_every": 4, "burn_in_epochs": 1},
         r"evidence_every=...\) must be at most .* 3, .*; got 4 with num_epochs=4, burn_in_epochs=1 and settle",
     ),
+    "no curvature": ({"curvature_batch_size": 0}, r"curvature_batch_size=...\) must be an integer from 1 to 60; got 0"),
+    "gradient of a diagonal": (
+        {"hessian_structure": "diag", "gradient": "quadrature"},
+        r"gradient=...\) must be left out unless hessian_structure='lanczos'; got 'quadrature' with 'diag'",
+    ),
+    "memory of online": (
+        {"method": "online", "evidence_memory": 10},
+        r"evidence_memory=...\) must be left out unless method='joint'",
+    ),
+    "groups of one precision": (
+        {"prior_structure": "scalar", "prior_groups": lambda path: path},
+        r"prior_groups=...\) must be left out unless prior_structure='layerwise'",
+    ),
+    "size of batches": (
+        {"data": [(X, Y)], "batch_size": 20},
+        r"batch_size=...\) must be left out unless the data are arrays; got 20 with batches",
+    ),
     "another group": ({"prior_precision": {"middle": 1.0}}, r"one for each of \['first', 'last'\]; got the names"),
     "precision zero": ({"prior_precision": 0.0}, r"prior_precision=...\) must be one positive, finite number; got 0.0"),
     "batches read once": ({"data": iter([(X, Y)])}, r"data=...\) must be .*read again; got an iterator"),
@@ -235,3 +255,30 @@ def test_bad_arguments_are_named(fault, unchecked_annotations):
     options, message = BAD[fault]
     with pytest.raises(ValueError, match=message):
         train(**options)
+
+
+SETTINGS = MarglikSettings(optax.adam(1e-2), optax.adam(0.03), 60)
+# As if after two epochs of "joint" with one precision for each layer.
+TWO_EPOCHS = [{"epoch": epoch, "method": "joint", "phase": "evidence"} for epoch in (1, 2)]
+START = MarglikResult(NETWORK, {"first": 1.0, "last": 1.0}, TWO_EPOCHS, initial_state(SETTINGS, NETWORK))
+OTHER_START = {
+    "shorter": ({"num_epochs": 1}, r"num_epochs=...\) must count the epochs of start, too; got 1 with a start of 2"),
+    "method": ({"method": "online"}, r"method=...\) must be that of start, 'joint'; got 'online'"),
+    "structure": ({"prior_structure": "scalar"}, r"prior_structure=...\) must be that of start, 'layerwise'; got 'sc"),
+    "groups": ({"prior_groups": lambda path: path}, r"prior_groups=...\) must give the groups of start, \['first',"),
+    "network": ({"network": NETWORK.linearised()}, r"network=...\) must be that of start; .* other names or shapes"),
+    "optimizer": ({"optimizer": optax.sgd(0.1)}, r"\(optimizer=...\) must be that of start"),
+    "prior optimizer": ({"prior_optimizer": optax.sgd(0.1)}, r"prior_optimizer=...\) must be that of start"),
+}
+
+
+@pytest.mark.parametrize("fault", OTHER_START)
+def test_a_start_of_another_training_is_named(fault):
+    options, message = OTHER_START[fault]
+    with pytest.raises(ValueError, match=message):
+        train(start=START, **options)
+
+
+def test_a_start_that_is_as_long_as_the_run_is_its_result():
+    result = train(start=START, num_epochs=2)
+    assert same_bits(result.state, START.state) and result.history == START.history
