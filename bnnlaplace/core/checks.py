@@ -8,7 +8,8 @@ names are those of common arguments: ``checks.key(key, "sample(key=...)")``.
 import operator
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Integer
 
-from bnnlaplace.core.tree import on_one_line
+from bnnlaplace.core.tree import described, on_one_line
 
 Probs = Float[np.ndarray, "N C"] | Float[Array, "N C"]
 Labels = Integer[np.ndarray, " N"] | Integer[Array, " N"]
@@ -178,6 +179,24 @@ def choice(value: Any, where: str, options: Sequence[str]) -> None:
         names = [repr(option) for option in options]
         listed = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
         raise ValueError(f"{where} must be {listed}; got {on_one_line(value)}")
+
+
+def function(value: Any, where: str, form: str) -> None:
+    """Raise ValueError unless `value` can be called; `form` is an example of what can."""
+    if not callable(value):
+        raise ValueError(f"{where} must be a function; got {described(value)}; try {form}")
+
+
+@contextmanager
+def renamed(caller: str, *others: str) -> Iterator[None]:
+    """Let errors name the function that the user called, where a message begins with the name of another function."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        name, parenthesis, rest = str(error).partition("(")
+        if name in others:
+            error.args = (f"{caller}{parenthesis}{rest}",)
+        raise
 
 
 # --- traces -----------------------------------------------------------------------------------------------------

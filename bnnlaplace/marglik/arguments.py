@@ -1,5 +1,6 @@
 """The arguments of `marglik_training`, checked, and what the loop makes of them."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,13 +9,14 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import described, num_examples
+from bnnlaplace.core.tree import described, num_examples, on_one_line, size
 from bnnlaplace.marglik.objective import EvidenceOptions
-from bnnlaplace.marglik.steps import MarglikSettings, TrainForward
+from bnnlaplace.marglik.steps import MarglikSettings, MarglikState, TrainForward
 from bnnlaplace.model import likelihood as likelihoods
 from bnnlaplace.model.data import Data, as_data, check_fits_model
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
+from bnnlaplace.model.spec import Shapes, call_refused, output_shape
 from bnnlaplace.prior import Groups, by_layer, group_names, resolve
 
 CALLER = "marglik_training"
@@ -63,31 +65,34 @@ def checked_plan(
     train_forward: TrainForward | None,
     microbatch: int,
     start: Any,
+    on_epoch: Any,
 ) -> Plan:
     """Check all arguments and fill in what was left out."""
     checks.key(key, f"{CALLER}(key=...)")
+    _check_types(network, prior_groups, train_forward, start, on_epoch)
     _check_choices(method, hessian_structure, prior_structure, gradient)
     _check_products(hessian_structure, num_matvecs, num_probes, gradient)
     of_joint = {"prior_optimizer": prior_optimizer, "evidence_memory": evidence_memory}
     _check_method(method, of_joint | {"gradient": None if gradient == "adjoint" else gradient})
     for name, value in (("optimizer", optimizer), ("prior_optimizer", prior_optimizer)):
-        if value is not None and not (hasattr(value, "init") and hasattr(value, "update")):
+        is_left_out = value is None and name == "prior_optimizer"
+        if not is_left_out and not (hasattr(value, "init") and hasattr(value, "update")):
             raise ValueError(
                 f"{CALLER}({name}=...) must be an optax optimiser; got {described(value)}; try optax.adam(1e-3)"
             )
     _check_epochs(num_epochs, burn_in_epochs, settle_epochs)
-    likelihood = likelihoods.resolve(likelihood, sigma_noise)
-    _check_prior(prior_precision, prior_structure, network, prior_groups)
-    data = as_data(data)
-    data.check_repeatable(f"{CALLER}(data=...) must be arrays or batches that can be read again")
+    checks.count(microbatch, f"{CALLER}(microbatch=...)", advice="try 128")
+    with checks.renamed(CALLER, "Laplace", "fit"):
+        likelihood = likelihoods.resolve(likelihood, sigma_noise)
+        _check_prior(prior_precision, prior_structure, network, prior_groups)
+        data = _checked_data(data, network, likelihood)
     is_array = data.length is not None
-    data = data.checked(lambda inputs, targets: check_fits_model(network, likelihood, inputs, targets))
-    for _ in data:  # a pass that checks the data and counts the examples
-        pass
     first = num_examples(data.first)
     batch_size = _batch_size(batch_size, first, is_array)
-    size = batch_size if curvature_batch_size is None else curvature_batch_size
-    checks.count(size, f"{CALLER}(curvature_batch_size=...)", most=first, advice=f"the data give {first} at a time")
+    if train_forward is not None:
+        _check_train_forward(train_forward, network, Shapes.of_example(data.first).batch(batch_size), key)
+    used = batch_size if curvature_batch_size is None else curvature_batch_size
+    checks.count(used, f"{CALLER}(curvature_batch_size=...)", most=first, advice=f"the data give {first} at a time")
     every = evidence_every if evidence_every is not None else 10 if method == "joint" else 1
     checks.count(every, f"{CALLER}(evidence_every=...)", advice="try 10")
     _check_evidence_is_due(method, every, num_epochs, burn_in_epochs, settle_epochs)
@@ -97,10 +102,9 @@ def checked_plan(
         import optax  # whoever trains with an optax optimiser has it
 
         prior_optimizer = optax.adam(0.03)
-    defaults = (10, 1) if method == "joint" else (20, 8)
-    options = EvidenceOptions(
-        hessian_structure, num_matvecs or defaults[0], num_probes or defaults[1], gradient, microbatch
-    )
+    depth, probes = (10, 1) if method == "joint" else (20, 8)
+    depth = _depth(num_matvecs, depth, network, data, used)
+    options = EvidenceOptions(hessian_structure, depth, num_probes or probes, gradient, microbatch)
     num_data = float(data.total_weight)
     settings = MarglikSettings(
         optimizer, prior_optimizer, num_data, method, options, prior_groups, train_forward, memory
@@ -108,7 +112,64 @@ def checked_plan(
     if start is not None:
         _check_start(start, settings, network, prior_structure, num_epochs)
     last = num_epochs - settle_epochs
-    return Plan(settings, network, likelihood, data, key, burn_in_epochs, last, every, batch_size, size, is_array)
+    return Plan(settings, network, likelihood, data, key, burn_in_epochs, last, every, batch_size, used, is_array)
+
+
+def _check_types(network: Any, groups: Any, train_forward: Any, start: Any, on_epoch: Any) -> None:
+    """Raise TypeError or ValueError for what is of another type than it must be, before anything is asked of it."""
+    if not isinstance(network, Network):
+        raise TypeError(
+            f"{CALLER}(network=...) must be a bnnlaplace.Network; got {type(network).__name__}; wrap a Flax model by "
+            "Network.from_linen(module, variables) or Network.from_nnx(model), a function by from_function"
+        )
+    checks.function(groups, f"{CALLER}(prior_groups=...)", "lambda path: path.split('/')[0]")
+    checks.function(on_epoch, f"{CALLER}(on_epoch=...)", "results.append")
+    if train_forward is not None:
+        checks.function(train_forward, f"{CALLER}(train_forward=...)", "lambda params, frozen, x, key: ...")
+    state, history = getattr(start, "state", None), getattr(start, "history", None)
+    is_history = isinstance(history, list) and all(isinstance(record, dict) for record in history)
+    if start is not None and not (isinstance(state, MarglikState) and is_history):
+        raise ValueError(
+            f"{CALLER}(start=...) must be a MarglikResult, with a MarglikState and a list of dictionaries; got "
+            f"{type(start).__name__}; pass what {CALLER} returned or gave to on_epoch"
+        )
+
+
+def _checked_data(data: Any, network: Network, likelihood: Likelihood) -> Data:
+    """Return data that can be read again, after a pass that checks them and counts the examples."""
+    data = as_data(data)
+    data.check_repeatable(f"{CALLER}(data=...) must be arrays or batches that can be read again")
+    data = data.checked(lambda inputs, targets: check_fits_model(network, likelihood, inputs, targets))
+    for _ in data:
+        pass
+    return data
+
+
+def _check_train_forward(train_forward: TrainForward, network: Network, inputs: PyTree, key: Array) -> None:
+    """Raise ValueError unless the network in training mode has the outputs of `network` and gives `frozen` back."""
+    where = f"{CALLER}(train_forward=...)"
+    try:
+        result = jax.eval_shape(train_forward, network.params, network.frozen, inputs, key)
+    except Exception as error:  # whatever a user's function raises
+        raise call_refused(f"{where} must take (params, frozen, x, key)", inputs, error) from error
+    wanted = output_shape(network, inputs)
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    if not is_pair or getattr(result[0], "shape", None) != wanted or not _are_alike(result[1], network.frozen):
+        got = jax.tree.map(lambda leaf: leaf.shape, result)
+        raise ValueError(
+            f"{where} must return (outputs, frozen), with outputs {wanted} for a batch and arrays like those "
+            f"of network.frozen; got shapes {on_one_line(got)}; return frozen as it is if nothing in it changes"
+        )
+
+
+def _depth(num_matvecs: int | None, default: int, network: Network, data: Data, curvature_size: int) -> int:
+    """The Krylov depth: at most the length of the shorter vectors, which are those of weights and of outputs."""
+    outputs = curvature_size * math.prod(output_shape(network, data.first)[1:])
+    most = min(size(network.params), outputs)
+    if num_matvecs is not None:
+        advice = f"a curvature batch has {outputs} outputs, the network {size(network.params)} weights"
+        checks.count(num_matvecs, f"{CALLER}(num_matvecs=...)", most=most, advice=advice)
+    return min(default, most) if num_matvecs is None else num_matvecs
 
 
 def _check_choices(method: str, hessian_structure: str, prior_structure: str, gradient: str) -> None:

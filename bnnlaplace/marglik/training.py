@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
+from bnnlaplace.core import checks
 from bnnlaplace.core.tree import examples
 from bnnlaplace.marglik.arguments import CALLER, Plan, checked_plan
 from bnnlaplace.marglik.objective import Batch, precision_of
@@ -129,7 +130,8 @@ def marglik_training(
     curvature_batch_size
         Examples in a curvature batch; by default as many as in a batch. More make the estimate less biased.
     num_matvecs, num_probes
-        Krylov depth and number of probes of "lanczos"; by default 10 and 1 for "joint", 20 and 8 for "online".
+        Krylov depth and number of probes of "lanczos"; by default 10 and 1 for "joint", 20 and 8 for "online". The
+        depth is at most the number of weights, and of outputs of a curvature batch.
     gradient
         How "joint" differentiates the log-determinant: "adjoint" by the exact gradient of the estimate, "quadrature" by
         an estimate of its own at about a third of the cost.
@@ -155,6 +157,8 @@ def marglik_training(
 
     Raises
     ------
+    TypeError
+        If `network` is not a `bnnlaplace.Network`.
     ValueError
         If an option is unknown, or belongs to the other method or structure; if data do not fit the model, or can be
         read only once; if `start` is of another method, prior, network or optimiser, or longer than `num_epochs`.
@@ -182,9 +186,7 @@ def marglik_training(
     >>> sorted(result.prior_precision), len(result.history)
     (['w'], 2)
     """
-    # All arguments but the last, before there are other local variables.
-    arguments = {name: value for name, value in locals().items() if name != "on_epoch"}
-    plan = checked_plan(**arguments)
+    plan = checked_plan(**locals())  # all arguments, as there is no other local variable yet
     if start is None:
         state, history = initial_state(plan.settings, network, prior_precision, prior_structure), []
     else:
@@ -281,8 +283,9 @@ def _key(plan: Plan, stream: int, number: int) -> Array:
 def _batches(plan: Plan, epoch: int) -> Iterator[Batch]:
     """The batches of an epoch. Those of arrays depend on the key and the epoch alone."""
     if not plan.is_array:
-        for batch in plan.data:
-            yield batch.inputs, batch.targets, batch.weights
+        with checks.renamed(CALLER, "fit"):  # each pass checks that it gives as many examples as the first
+            for batch in plan.data:
+                yield batch.inputs, batch.targets, batch.weights
         return
     whole = next(iter(plan.data))
     count = len(whole.targets)

@@ -242,6 +242,34 @@ BAD = {
         {"data": [(X, Y)], "batch_size": 20},
         r"batch_size=...\) must be left out unless the data are arrays; got 20 with batches",
     ),
+    "a function as network": ({"network": outputs}, r"^marglik_training\(network=...\) must be a bnnlaplace.Network"),
+    "a number as start": ({"start": 3}, r"^marglik_training\(start=...\) must be a MarglikResult.*; got int"),
+    "no optimizer": ({"optimizer": (None,)}, r"^marglik_training\(optimizer=...\) must be an optax optimiser"),
+    "groups": ({"prior_groups": 3}, r"^marglik_training\(prior_groups=...\) must be a function; got int 3; try lambda"),
+    "groups without names": ({"prior_groups": len}, r"^marglik_training\(prior_groups=...\) must return the name"),
+    "train_forward": ({"train_forward": 3}, r"^marglik_training\(train_forward=...\) must be a function; got int 3"),
+    "train_forward of two": (
+        {"train_forward": outputs},
+        r"^marglik_training\(train_forward=...\) must take \(params, frozen, x, key\); .* raised TypeError",
+    ),
+    "train_forward without state": (
+        {"train_forward": lambda params, frozen, x, key: outputs(params, x)},
+        r"^marglik_training\(train_forward=...\) must return \(outputs, frozen\), with outputs \(20, 3\)",
+    ),
+    "on_epoch": ({"on_epoch": 3}, r"^marglik_training\(on_epoch=...\) must be a function; got int 3"),
+    "likelihood": (
+        {"likelihood": "regresion"},
+        r"^marglik_training\(likelihood=...\) must be one of .*got 'regresion'",
+    ),
+    "noise": ({"sigma_noise": 2.0}, r"^marglik_training\(sigma_noise=...\) must be left out unless"),
+    "depth": ({"num_matvecs": 1000}, r"^marglik_training\(num_matvecs=...\) must be an integer from 1 to 36; got 1000"),
+    "depth of few": (
+        {"curvature_batch_size": 1},
+        r"from 1 to 3; got 4; a curvature batch has 3 outputs, the network 36",
+    ),
+    "microbatch": ({"microbatch": 0}, r"^marglik_training\(microbatch=...\) must be an integer of at least 1; got 0"),
+    "no data": ({"data": 3}, r"^marglik_training\(data=...\) must be two arrays"),
+    "too few labels": ({"data": (X, Y[1:])}, r"^marglik_training\(data=\(x, y\)\) must hold as many targets"),
     "another group": ({"prior_precision": {"middle": 1.0}}, r"one for each of \['first', 'last'\]; got the names"),
     "precision zero": ({"prior_precision": 0.0}, r"prior_precision=...\) must be one positive, finite number; got 0.0"),
     "batches read once": ({"data": iter([(X, Y)])}, r"data=...\) must be .*read again; got an iterator"),
@@ -253,8 +281,20 @@ BAD = {
 @pytest.mark.parametrize("fault", BAD)
 def test_bad_arguments_are_named(fault, unchecked_annotations):
     options, message = BAD[fault]
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         train(**options)
+
+
+def test_batches_that_become_fewer_are_named():
+    class Dwindling:
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([(X[:20], Y[:20])] * (3 if self.passes == 1 else 2))
+
+    with pytest.raises(ValueError, match=r"^marglik_training\(data=...\) must give the same batches in every pass"):
+        train(data=Dwindling(), method="online")
 
 
 SETTINGS = MarglikSettings(optax.adam(1e-2), optax.adam(0.03), 60)
