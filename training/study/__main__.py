@@ -44,7 +44,8 @@ class Arguments:
     """A Python file that defines `study`; default: the study that the work directory holds. It is code that is
     executed: use files that you trust."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Continue the study in the work directory. The config may have more regimes, seeds, trainings and posteriors."""
+    """Continue the study in the work directory. The config may have more regimes, seeds, trainings and posteriors, and
+    show other methods. All that is there must have been computed with its settings."""
     summary_only: tyro.conf.FlagCreatePairsOff[bool] = False
     """Compute nothing but the summary of what is there."""
     regimes: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
@@ -79,6 +80,8 @@ def run(argv: Sequence[str], console: Console) -> None:
 
 def _study(arguments: Arguments) -> Study:
     """Read the study from the config file, or from the work directory, and check what is asked of it."""
+    if arguments.summary_only:
+        store.require_study(arguments.workdir)
     if arguments.config is None:
         study = store.load_study(arguments.workdir)
     else:

@@ -12,9 +12,8 @@ from rich.console import Console
 
 from training import faults
 from training.cli import interruption
-from training.config import to_document as config_document
 from training.study import fits, store
-from training.study.config import Study, Training, to_document
+from training.study.config import Study, Training
 from training.study.held_out import Fold, fit_by_folds
 from training.study.inputs import HeldOut, held_out_images
 from training.study.networks import (
@@ -30,8 +29,6 @@ from training.study.points import PointMethods
 from training.study.scores import Method
 from training.study.store import POINTS, Result, Unit
 
-# Settings that change no number of a unit.
-_OF_PLACE = ("dir",)
 _STOPPED = "stopped; the units that were finished are kept"
 _VERSIONS = ("bnnlaplace", "jax", "flax", "optax", "numpy")
 
@@ -116,7 +113,7 @@ def run_cells(study: Study, units: Sequence[Unit], *, root: Path, data_dir: Path
     cell_of: dict[tuple[str, int], Cell] = {}
     for unit in units:
         interruption.stop_if_requested(_STOPPED)
-        if store.load_unit(root, unit, settings_of(study, unit)) is not None:
+        if store.load_unit(root, unit, store.settings_of(study, unit)) is not None:
             continue
         if (unit.regime, unit.seed) not in cell_of:
             cell_of.clear()  # a cell that is finished
@@ -124,27 +121,8 @@ def run_cells(study: Study, units: Sequence[Unit], *, root: Path, data_dir: Path
             cell_of[unit.regime, unit.seed] = Cell(study, of, held_out, unit.seed, root=root, console=console)
             console.print(f"[bold]{unit.regime}, seed {unit.seed}[/bold]")
         result = _result(cell_of[unit.regime, unit.seed], unit)
-        store.save_unit(root, unit, result, settings_of(study, unit))
+        store.save_unit(root, unit, result, store.settings_of(study, unit))
         _say(console, unit, result)
-
-
-def settings_of(study: Study, unit: Unit) -> dict[str, Any]:
-    """Return what a unit is computed with, by the words of the config: a change of any makes it another unit."""
-    regime = next(each for each in study.regimes if each.name == unit.regime)
-    training = next(each for each in study.trainings if each.name == unit.training)
-    settings = {"regime": to_document(regime), "training": to_document(training)}
-    settings["measures"] = to_document(study.measures)
-    base = config_document(study.config)
-    base["data"] = {name: value for name, value in base["data"].items() if name not in _OF_PLACE}
-    settings["config"] = base
-    if unit.name != POINTS:
-        posterior = next(each for each in study.posteriors if each.name == unit.name)
-        document = to_document(posterior)
-        settings["posterior"] = {name: value for name, value in document.items() if name != "trainings"}
-        # It has one network, unless folds choose its precision.
-        names = ["name", "settings", "weight_decay", *(["folds", "held_out"] if posterior.chosen_by == "folds" else [])]
-        settings["training"] = {name: settings["training"][name] for name in names}
-    return settings
 
 
 def _loaded(study: Study, name: str, data_dir: Path | None) -> tuple[RegimeData, HeldOut]:

@@ -29,6 +29,7 @@ from training.models import van
 from training.posteriors import make_network
 from training.study.config import Regime, Study, Training, applied
 from training.study.decoupled import train_decoupled
+from training.study.store import NETWORKS
 from training.train import loop
 from training.train.checkpoints import seconds_of
 from training.train.evidence import check_window
@@ -145,7 +146,7 @@ def train_network(
         Ctrl-C or SIGTERM came. The training was saved, and goes on at the next call.
     """
     name = f"seed_{seed}" if fold is None else f"seed_{seed}_fold_{fold}"
-    workdir = root / "networks" / of.regime.name / training.name / name
+    workdir = root / NETWORKS / of.regime.name / training.name / name
     config = run_config(study, of, training, seed)
     data = of.data if fold is None else held_out_part(of.data, training, fold)[0]
     module = make_module(config, data)

@@ -19,18 +19,25 @@ import numpy as np
 
 from bnnlaplace.checkpoint import CheckpointError, load_pytree, save_pytree
 from training import sealed
+from training.config import to_document as config_document
 from training.errors import UserError
-from training.study.config import Study, from_document, to_document
+from training.study.config import Study, applied, from_document, to_document
 from training.study.scores import Method
 from training.workdir import write_atomically
 
-STUDY_FILE, CELLS, SUMMARY = "study.json", "cells", "summary"
+STUDY_FILE, NETWORKS, CELLS, SUMMARY = "study.json", "networks", "cells", "summary"
 
 POINTS = "points"
 """The unit of the methods without a posterior."""
 
 # What a study may change and keep its results: it may have more of these.
 _MAY_GROW = ("regimes", "seeds", "trainings", "posteriors")
+
+# Settings that change no number of a unit.
+_OF_PLACE = ("dir",)
+
+# Sections of the settings of a run that change no weight of a network.
+_AFTER_TRAINING = ("curvature", "evaluation")
 
 
 class Unit(NamedTuple):
@@ -56,6 +63,25 @@ class Result(NamedTuple):
     seconds: float
     about: dict[str, Any]
     """Facts of the cell: number of images, versions, device."""
+
+
+def settings_of(study: Study, unit: Unit) -> dict[str, Any]:
+    """Return what a unit is computed with, by the words of the config: a change of any makes it another unit."""
+    regime = next(each for each in study.regimes if each.name == unit.regime)
+    training = next(each for each in study.trainings if each.name == unit.training)
+    settings = {"regime": to_document(regime), "training": to_document(training)}
+    settings["measures"] = to_document(study.measures)
+    base = config_document(study.config)
+    base["data"] = {name: value for name, value in base["data"].items() if name not in _OF_PLACE}
+    settings["config"] = base
+    if unit.name != POINTS:
+        posterior = next(each for each in study.posteriors if each.name == unit.name)
+        document = to_document(posterior)
+        settings["posterior"] = {name: value for name, value in document.items() if name != "trainings"}
+        # It has one network, unless folds choose its precision.
+        names = ["name", "settings", "weight_decay", *(["folds", "held_out"] if posterior.chosen_by == "folds" else [])]
+        settings["training"] = {name: settings["training"][name] for name in names}
+    return settings
 
 
 def save_unit(root: Path, unit: Unit, result: Result, settings: Any) -> None:
@@ -94,12 +120,18 @@ def load_unit(root: Path, unit: Unit, settings: Any = None) -> Result | None:
         result = Result(methods, record["failed"], record["seconds"], record["about"])
     except (CheckpointError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} must be as it was written; {error}; remove it to have it computed again") from None
-    if settings is not None and (differences := list(_differences(record["settings"], settings))):
-        raise UserError(
-            f"{path} must be of the settings of this study; got {'; '.join(differences)}; remove it, or use another "
-            "--workdir"
-        )
+    if settings is not None:
+        _require_equal(path, record["settings"], settings)
     return result
+
+
+def _require_equal(path: Path, there: Any, here: Any) -> None:
+    """Refuse what was computed with other settings. The message names the directory and all that differs."""
+    if differences := list(_differences(there, here)):
+        raise UserError(
+            f"{path} must be of the settings of this study; got {'; '.join(differences)}; put back what it was "
+            "computed with, or use another --workdir"
+        )
 
 
 def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
@@ -114,15 +146,15 @@ def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
 
 
 def claim_study(root: Path, study: Study, resume: bool) -> None:
-    """Save the study in its work directory, or compare it with the one that is there.
+    """Save the study in its work directory, if all that is there was computed with its settings.
 
-    A study that is resumed may have more regimes, seeds, trainings and posteriors. Other changes are left to the units,
-    each of which records its settings.
+    A study that is resumed may have more regimes, seeds, trainings and posteriors, and other settings where nothing was
+    computed with them. A study that is refused leaves the directory as it was.
 
     Raises
     ------
     UserError
-        The directory holds a study and it is not to be resumed, or something else.
+        The directory holds something else, a study that is not to be resumed, or results of other settings.
     """
     path = root / STUDY_FILE
     others = sorted(entry.name for entry in root.iterdir() if not entry.name.startswith(".")) if root.exists() else []
@@ -134,7 +166,9 @@ def claim_study(root: Path, study: Study, resume: bool) -> None:
     if others and not resume:
         raise UserError(f"a study must not overwrite another; {root} holds one; continue it with --resume")
     if others:
-        _require_kept(load_study(root), study)
+        _require_kept(root, study)
+        for unit in units_of(study):
+            load_unit(root, unit, settings_of(study, unit))
     write_atomically(path, sealed.dump(to_document(study), indent=2))
 
 
@@ -146,24 +180,71 @@ def load_study(root: Path) -> Study:
     UserError
         There is none, or it was changed after it was saved.
     """
+    return _saved(root)
+
+
+def require_study(root: Path) -> None:
+    """Refuse a work directory that holds no study."""
+    if not (root / STUDY_FILE).exists():
+        raise UserError(f"`--workdir` must hold a study; {root} has no {STUDY_FILE}; check the path")
+
+
+def _saved(root: Path, without: Sequence[str] = ()) -> Study:
+    """Read the saved study. Fields that are left out take their defaults."""
+    require_study(root)
     path = root / STUDY_FILE
     try:
-        return from_document(sealed.load(path)[0])
-    except FileNotFoundError:
-        raise UserError(f"`--workdir` must hold a study; {root} has no {STUDY_FILE}; check the path") from None
+        document = sealed.load(path)[0]
+        return from_document({name: value for name, value in document.items() if name not in without})
     except UserError as error:
-        raise UserError(f"{path} must be a study as it was saved; {error}; restore it") from None
+        raise UserError(f"{path} must be a study as it was saved; {error}; restore it, or pass its --config") from None
 
 
-def _require_kept(there: Study, here: Study) -> None:
-    """Refuse a study that lacks what the saved one has; it would be out of its summary without a word."""
+def _require_kept(root: Path, study: Study) -> None:
+    """Refuse a study that lacks what the saved one has, or that would train other networks than those that are there.
+
+    What it lacks would be out of its summary without a word.
+
+    Raises
+    ------
+    UserError
+        It does, or there is no saved one.
+    """
+    # What figures show decides no result. So a study that names a method wrongly there can be mended.
+    there = _saved(root, without=("shown",))
     for name in _MAY_GROW:
-        names = [[getattr(entry, "name", entry) for entry in getattr(each, name)] for each in (there, here)]
+        names = [[getattr(entry, "name", entry) for entry in getattr(each, name)] for each in (there, study)]
         if missing := [str(entry) for entry in names[0] if entry not in names[1]]:
             raise UserError(
                 f"a study that goes on must have the {name} that it had; the config lacks {', '.join(missing)}; put "
                 "them back, or use another --workdir"
             )
+    units = set(units_of(study))
+    for unit in units_of(there):  # A posterior may be of fewer trainings than it was.
+        if unit not in units and (root / unit.place).exists():
+            raise UserError(
+                f"a study that goes on must have the posteriors of each training that it had; the config has no "
+                f"{unit.name} of {unit.training}, and {root / unit.place} does; put it back, or use another --workdir"
+            )
+    for regime in there.regimes:
+        for training in there.trainings:
+            # Results have records of their settings, which count more than those of the study.
+            has_results = any((root / CELLS / regime.name).glob(f"seed_*/{training.name}.*"))
+            path = root / NETWORKS / regime.name / training.name
+            if any(path.glob("seed_*")) and not has_results:
+                with_folds = any(path.glob("seed_*_fold_*"))
+                settings = [_trained_with(each, regime.name, training.name, with_folds) for each in (there, study)]
+                _require_equal(path, *settings)
+
+
+def _trained_with(study: Study, regime: str, training: str, with_folds: bool) -> dict[str, Any]:
+    """Return what the networks of a training in a regime depend on, beside their seeds."""
+    of = next(each for each in study.regimes if each.name == regime)
+    by = next(each for each in study.trainings if each.name == training)
+    config = config_document(applied(study.config, of.settings, by.settings))
+    config["data"] = {name: value for name, value in config["data"].items() if name not in _OF_PLACE}
+    settings = {name: value for name, value in config.items() if name not in (*_AFTER_TRAINING, "seed")}
+    return settings | {"weight_decay": by.weight_decay} | ({"held_out": by.held_out} if with_folds else {})
 
 
 def units_of(study: Study, regimes: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Unit]:

@@ -51,7 +51,7 @@ def summarise(root: Path, study: Study, command: str) -> list[str]:
     Raises
     ------
     UserError
-        A unit is damaged.
+        A unit is damaged, or was computed with other settings than those of the study.
     """
     found = [regime for regime in _collected(root, study) if regime.methods or regime.failures]
     document = {
@@ -77,7 +77,7 @@ def _collected(root: Path, study: Study) -> Iterable[Regime]:
     """Read all units, regime by regime."""
     for regime in study.regimes:
         units = [unit for unit in store.units_of(study) if unit.regime == regime.name]
-        results = {unit: result for unit in units if (result := store.load_unit(root, unit)) is not None}
+        results = {unit: result for unit in units if (result := _loaded(root, study, unit)) is not None}
         methods: dict[Key, dict[int, Method]] = {}
         seconds: dict[str, list[float]] = {}
         for unit, result in results.items():
@@ -90,6 +90,10 @@ def _collected(root: Path, study: Study) -> Iterable[Regime]:
         about = next((result.about for result in results.values()), {})
         means = {name: float(np.mean(each)) for name, each in seconds.items()}
         yield Regime(regime.name, methods, failures, about, means, len(units) - len(results))
+
+
+def _loaded(root: Path, study: Study, unit: store.Unit) -> store.Result | None:
+    return store.load_unit(root, unit, store.settings_of(study, unit))
 
 
 def key_of(method: Method) -> Key:

@@ -8,18 +8,20 @@ import pytest
 from training.cli.arguments import load_definition
 from training.config import Config, Data, Prior
 from training.errors import UserError
+from training.study import __main__ as program
 from training.study import store
 from training.study.config import Measures, Posterior, Regime, Study, Training, applied, from_document, to_document
 from training.study.networks import check_trainings
 
 ROOT = Path(__file__).resolve().parents[3]
 
+FULL = Posterior("full", weights="last_layer", trainings=("posthoc",))
 STUDY = Study(
     config=Config(data=Data(mean=(0.5,), std=(0.25,))),
     regimes=(Regime("few", {"data.train_examples": 30}), Regime("wrong", {"data.wrong_labels": 0.2})),
     seeds=(3, 1),
     trainings=(Training("adamw", weight_decay=0.1, ensemble=2), Training("posthoc", {"prior.precision": 0.5})),
-    posteriors=(Posterior("kron", "laplace"), Posterior("full", weights="last_layer", trainings=("posthoc",))),
+    posteriors=(Posterior("kron", "laplace"), FULL),
     measures=Measures(shifts=("blur",)),
 )
 
@@ -122,6 +124,84 @@ def test_a_training_by_the_evidence_computes_it_in_every_regime():
     # AdamW has no prior to train.
     of_adamw = dataclasses.replace(short, config=dataclasses.replace(STUDY.config, prior=Prior(update="online")))
     check_trainings(dataclasses.replace(of_adamw, trainings=STUDY.trainings[:1], posteriors=()))
+
+
+def computed(root, study, *units):
+    """Write results of some units, as of the settings of a study."""
+    for unit in units:
+        store.save_unit(root, unit, store.Result([], "MemoryError", 1.0, {}), store.settings_of(study, unit))
+
+
+POINTS_OF_ADAMW = store.Unit("few", 3, "adamw", store.POINTS)
+KRON_OF_ADAMW = store.Unit("few", 3, "adamw", "kron-laplace")
+
+
+def with_trainings(**changes):
+    """The study, with a change of its first training."""
+    first, *rest = STUDY.trainings
+    return dataclasses.replace(STUDY, trainings=(dataclasses.replace(first, **changes), *rest))
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (with_trainings(weight_decay=0.5), "training.weight_decay: 0.1 there, 0.5 now; put back what"),
+        (dataclasses.replace(STUDY, measures=Measures(shifts=("noise",))), "measures.shifts: .'blur'. there"),
+        (dataclasses.replace(STUDY, config=Config(seed=1)), "config.seed: 0 there, 1 now"),
+        (with_trainings(folds=3), "training.folds: 5 there, 3 now"),
+    ],
+)
+def test_a_refused_study_leaves_the_saved_one_as_it_is(tmp_path, other, message):
+    store.claim_study(tmp_path, STUDY, resume=False)
+    computed(tmp_path, STUDY, KRON_OF_ADAMW, POINTS_OF_ADAMW)
+    with pytest.raises(UserError, match=f"cells/few/seed_3/adamw.points must be of the .* {message}"):
+        store.claim_study(tmp_path, other, resume=True)
+    assert store.load_study(tmp_path) == STUDY
+    store.claim_study(tmp_path, store.load_study(tmp_path), resume=True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        with_trainings(folds=3, ensemble=0),
+        dataclasses.replace(STUDY, reference="posthoc"),
+        dataclasses.replace(STUDY, regimes=(*STUDY.regimes, Regime("many"))),
+    ],
+)
+def test_what_no_result_depends_on_may_change(tmp_path, other):
+    """Only the methods without a posterior depend on folds and on an ensemble, and there are none of them yet."""
+    store.claim_study(tmp_path, STUDY, resume=False)
+    computed(tmp_path, STUDY, KRON_OF_ADAMW)
+    store.claim_study(tmp_path, other, resume=True)
+    assert store.load_study(tmp_path) == other
+
+
+def test_a_posterior_keeps_the_trainings_that_have_results_of_it(tmp_path):
+    store.claim_study(tmp_path, STUDY, resume=False)
+    narrower = dataclasses.replace(STUDY, posteriors=(Posterior("kron", "laplace", trainings=("posthoc",)), FULL))
+    computed(tmp_path, STUDY, KRON_OF_ADAMW)
+    with pytest.raises(UserError, match="the config has no kron-laplace of adamw, and .*adamw.kron-laplace does"):
+        store.claim_study(tmp_path, narrower, resume=True)
+    assert store.load_study(tmp_path) == STUDY
+
+
+def test_networks_without_results_keep_their_settings(tmp_path):
+    store.claim_study(tmp_path, STUDY, resume=False)
+    (tmp_path / store.NETWORKS / "few" / "adamw" / "seed_3").mkdir(parents=True)
+    with pytest.raises(UserError, match="networks/few/adamw must be of .* weight_decay: 0.1 there, 0.5 now"):
+        store.claim_study(tmp_path, with_trainings(weight_decay=0.5), resume=True)
+    assert store.load_study(tmp_path) == STUDY
+    store.claim_study(tmp_path, with_trainings(held_out=0.1), resume=True)
+    (tmp_path / store.NETWORKS / "few" / "adamw" / "seed_3_fold_0").mkdir()
+    with pytest.raises(UserError, match="held_out: 0.1 there, 0.2 now"):
+        store.claim_study(tmp_path, STUDY, resume=True)
+
+
+def test_a_summary_needs_a_study(tmp_path, capsys):
+    config, root = ROOT / "configs" / "study_digits_short.py", tmp_path / "misspelt"
+    assert program.main(["--workdir", str(root), "--config", str(config), "--summary-only"]) == 2
+    assert "`--workdir` must hold a study" in capsys.readouterr().err
+    assert not root.exists()
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs").glob("study_*.py")))

@@ -47,8 +47,8 @@ def root(tmp_path):
             reference.append(method("adamw", "ensemble", np.full(N, np.inf), 0.4))
         for training, methods in (("adamw", reference), ("posthoc", ours)):
             result = Result(methods, None, 10.0 * (seed + 1), {"images": {"test": N}})
-            settings = {"measures": {"samples": 8}, "regime": {"settings": {}}}
-            store.save_unit(tmp_path, Unit("few", seed, training, POINTS), result, settings)
+            unit = Unit("few", seed, training, POINTS)
+            store.save_unit(tmp_path, unit, result, store.settings_of(STUDY, unit))
     return tmp_path
 
 
@@ -85,7 +85,8 @@ def test_only_intervals_that_exclude_zero_say_better_and_they_are_those_of_hand_
 
 def test_missing_and_failed_units_are_told(root):
     failure = Result([], "MemoryError: too large", 1.0, {"images": {"test": N}})
-    store.save_unit(root, Unit("few", 2, "posthoc", POINTS), failure, {})
+    unit = Unit("few", 2, "posthoc", POINTS)
+    store.save_unit(root, unit, failure, store.settings_of(STUDY, unit))
     grown = dataclasses.replace(STUDY, seeds=(0, 1, 2, 3))
     summary.summarise(root, grown, "")
     assert read(root)["missing"] == 2
@@ -100,11 +101,20 @@ def test_one_seed_has_intervals_over_images_alone(root):
     assert (against["ece"]["low"], against["ece"]["verdict"]) == (None, "not told")
 
 
+def test_results_of_other_settings_are_not_summarised_as_those_of_this_study(root):
+    other = dataclasses.replace(STUDY, trainings=(Training("adamw", weight_decay=0.5), STUDY.trainings[1]))
+    with pytest.raises(
+        UserError, match="adamw.points must be of the settings .* training.weight_decay: 0.1 there, 0.5"
+    ):
+        summary.summarise(root, other, "")
+    assert not (root / "summary").exists()
+
+
 def test_a_unit_of_other_settings_or_a_damaged_one_is_named(root):
     unit = Unit("few", 0, "adamw", POINTS)
-    with pytest.raises(UserError, match="got measures.samples: 8 there, 9 now; remove it"):
+    with pytest.raises(UserError, match="got measures.samples: 100 there, 9 now; put back what it was computed with"):
         store.load_unit(root, unit, {"measures": {"samples": 9, "later": 1}, "regime": {"settings": {}}})
-    with pytest.raises(UserError, match="got regime.settings.seed: None there, 3 now; remove it"):
+    with pytest.raises(UserError, match="got regime.settings.seed: None there, 3 now; put back"):
         store.load_unit(root, unit, {"regime": {"settings": {"seed": 3}}})
     victim = max((root / unit.place).rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x00")
