@@ -9,6 +9,7 @@ directory.
 
 import functools
 import json
+import re
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -90,7 +91,7 @@ def describe(error: ValidationError) -> str:
     option = ".".join([*section, *(key for key in fault["loc"] if isinstance(key, str))])
     if fault["type"] == "unexpected_keyword_argument":
         return f"every setting must be a known one; got `{option}`"
-    rule = fault["msg"].replace("greater than or equal to", "at least").removesuffix(" after validation, not 0")
+    rule = re.sub(r" after validation, not \d+$", "", fault["msg"].replace("greater than or equal to", "at least"))
     for subject in ("Input should", "Tuple should"):
         rule = rule.replace(subject, "must")
     name = f"`{option}`" if option else "the file"

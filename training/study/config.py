@@ -15,6 +15,7 @@ from pydantic_core import PydanticCustomError
 from training.config import Config, Count, CountOrZero, Positive, Seed, Text, describe, section
 from training.data.shifts import STRENGTHS
 from training.errors import UserError
+from training.study import method_names
 
 
 def _as_tuple(value: Any) -> Any:
@@ -24,6 +25,8 @@ def _as_tuple(value: Any) -> Any:
 def _items(least: int = 0) -> Any:
     return Field(min_length=least), BeforeValidator(_as_tuple)
 
+
+MOST_SHOWN = 6  # methods in a figure: as many as there are colours
 
 # Names become names of folders.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
@@ -164,10 +167,12 @@ class Study:
     reference: Name | None = None
     """The training whose MAP, and MAP with a temperature, all methods are compared with; default: the first."""
 
-    shown: Annotated[tuple[Text, ...], *_items()] = ()
-    """The methods of the figures, as TRAINING.METHOD, at most six; default: the reference, and some posteriors."""
+    shown: Annotated[tuple[Text, ...], Field(max_length=MOST_SHOWN), *_items()] = ()
+    """The methods of the figures, as TRAINING.METHOD, at most six; default: the reference, and some posteriors. METHOD
+    is the name of a posterior, or one of `training.study.method_names`. A posterior is shown at the prior of its own
+    choice, evidence or folds, through the probit link."""
 
-    @field_validator("regimes", "seeds", "trainings", "posteriors")
+    @field_validator("regimes", "seeds", "trainings", "posteriors", "shown")
     @classmethod
     def _each_once(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [getattr(entry, "name", entry) for entry in value]
@@ -196,6 +201,23 @@ class Study:
         known = [training.name for training in info.data.get("trainings", ())]
         if value is not None and value not in known:
             raise PydanticCustomError("unknown", f"Input should be one of {', '.join(known)}")
+        return value
+
+    @field_validator("shown")
+    @classmethod
+    def _of_methods(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        trainings = {training.name: training for training in info.data.get("trainings", ())}
+        for shown in value if {"trainings", "posteriors"} <= info.data.keys() else ():
+            name, _, method = shown.partition(".")
+            if name not in trainings:
+                rule = f"Input should be TRAINING.METHOD, of the trainings {', '.join(trainings)}, which {shown} is not"
+                raise PydanticCustomError("unknown", rule)
+            training = trainings[name]
+            known = method_names.names_of(training.folds, training.ensemble)
+            known += [each.name for each in info.data["posteriors"] if name in (each.trainings or (name,))]
+            if method not in known:
+                rule = f"Input should name methods that the study has, of {name} {', '.join(known)}, not {shown}"
+                raise PydanticCustomError("unknown", rule)
         return value
 
     @property

@@ -1,21 +1,19 @@
 """The figures of a study: a metric against the severity of shifts, accuracy against rejection, and detection."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bnnlaplace.calibration import Interval, intervals, paired_interval, rejection_curve, resample
-from training.study import points
-from training.study.config import Study
-from training.study.fits import EVIDENCE
+from training.study import method_names
+from training.study.config import MOST_SHOWN, Study
 from training.study.scores import Method
 from training.workdir import writing
 
-MOST = 6  # methods in a figure: as many as there are colours
-
-_CHOSEN = (EVIDENCE, "MC")
+# The link of the posteriors, as in the tables of results.
+_LINK = "probit"
 
 Methods = Mapping[Any, Mapping[int, Method]]
 
@@ -24,7 +22,8 @@ def draw(directory: Path, regime: str, methods: Methods, study: Study) -> None:
     """Write the figures of one regime."""
     from bnnlaplace import plots  # Matplotlib takes most of a second to load.
 
-    shown = {_label(key): list(methods[key].values()) for key in _shown(methods, study)}
+    keys = _shown(methods, study)
+    shown = {label: list(methods[key].values()) for label, key in zip(_labels(keys), keys, strict=True)}
     if not shown:
         return
     looks = plots.looks(shown)
@@ -50,20 +49,25 @@ def draw(directory: Path, regime: str, methods: Methods, study: Study) -> None:
 def _shown(methods: Methods, study: Study) -> list[Any]:
     """Choose the methods of the figures: those that the study names, or the reference and some posteriors."""
     reference = study.reference_name
-    usual = [(reference, name, None, None) for name in (points.MAP, points.MAP_T_SPLIT, points.ENSEMBLE)]
-    wanted: Iterable[Any] = usual + [
-        (training.name, posterior.name, EVIDENCE, "MC")
+    posteriors = {
+        (training.name, posterior.name): (training.name, posterior.name, posterior.chosen_by, _LINK)
         for training in reversed(study.trainings)
         for posterior in study.posteriors_of(training)
-    ]
+    }
+    usual = (method_names.MAP, method_names.MAP_T_SPLIT, method_names.ENSEMBLE)
+    wanted: list[Any] = [(reference, name, None, None) for name in usual]
+    wanted += posteriors.values()
     if study.shown:
         named = [tuple(name.split(".", 1)) for name in study.shown]
-        wanted = [key for name in named for key in methods if key[:2] == name and key[2:] in ((None, None), _CHOSEN)]
-    return [key for key in wanted if key in methods][:MOST]
+        wanted = [posteriors.get(name, (*name, None, None)) for name in named]
+    return [key for key in wanted if key in methods][:MOST_SHOWN]
 
 
-def _label(key: Any) -> str:
-    return f"{key[0]}: {points.NAMES.get(key[1], key[1]).split(' (')[0]}"
+def _labels(keys: Sequence[Any]) -> list[str]:
+    """Name methods, in few words where these differ."""
+    whole = [f"{training}: {method_names.label(method)}" for training, method, *_ in keys]
+    short = [label.split(" (")[0] for label in whole]
+    return [brief if short.count(brief) == 1 else label for brief, label in zip(short, whole, strict=True)]
 
 
 def _joined(methods: Iterable[Method], name: str) -> np.ndarray:

@@ -12,20 +12,8 @@ from bnnlaplace.model.batched import outputs
 from training.config import Config
 from training.data.reading import Split
 from training.study.inputs import HeldOut
+from training.study.method_names import ENSEMBLE, MAP, MAP_PART, MAP_T_PART, MAP_T_SPLIT, MAP_T_VALIDATION
 from training.study.scores import Method, measured
-
-MAP, MAP_PART = "map", "map-part"
-MAP_T_SPLIT, MAP_T_PART, MAP_T_VALIDATION = "map-t-split", "map-t-part", "map-t-validation"
-ENSEMBLE = "ensemble"
-
-NAMES = {
-    MAP: "MAP",
-    MAP_PART: "MAP of the first fold",
-    MAP_T_SPLIT: "MAP + T (held-out folds)",
-    MAP_T_PART: "MAP + T (first fold, its held-out share)",
-    MAP_T_VALIDATION: "MAP + T (validation images)",
-    ENSEMBLE: "ensemble",
-}
 
 
 class PointMethods:

@@ -13,7 +13,7 @@ import scipy
 
 from bnnlaplace.calibration import Interval, intervals, paired_interval, resample
 from training import sealed
-from training.study import figures, points, store, tables
+from training.study import figures, method_names, store, tables
 from training.study.config import Study, to_document
 from training.study.scores import Method
 from training.workdir import write_atomically
@@ -107,10 +107,10 @@ def _of_regime(regime: Regime, study: Study) -> dict[str, Any]:
     rows = []
     for key, by_seed in regime.methods.items():
         against = {
-            "MAP": (reference, points.MAP, None, None),
-            "MAP + T": (reference, points.MAP_T_SPLIT, None, None),
-            "MAP + T (validation)": (reference, points.MAP_T_VALIDATION, None, None),
-            "own MAP": (key[0], points.MAP, None, None),
+            "MAP": (reference, method_names.MAP, None, None),
+            "MAP + T": (reference, method_names.MAP_T_SPLIT, None, None),
+            "MAP + T (validation)": (reference, method_names.MAP_T_VALIDATION, None, None),
+            "own MAP": (key[0], method_names.MAP, None, None),
         }
         differences = {
             name: _differences(by_seed, regime.methods[other])

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from training.study import points
+from training.study import method_names
 
 INTRODUCTION = """\
 Numbers are means over seeds. A difference is that to the reference training, with its 95 % interval over images and
@@ -114,7 +114,7 @@ def _table(
 
 def _name(row: dict[str, Any]) -> str:
     chosen = ", ".join(filter(None, (row["prior"], row["link"])))
-    return f"{row['training']}: {points.NAMES.get(row['method'], row['method'])}{f' ({chosen})' if chosen else ''}"
+    return f"{row['training']}: {method_names.label(row['method'])}{f' ({chosen})' if chosen else ''}"
 
 
 def _value(*names: str) -> Callable[[dict[str, Any]], str]:

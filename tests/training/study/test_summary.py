@@ -1,6 +1,7 @@
 """Verdicts and means of the summary, from units whose scores are known."""
 
 import dataclasses
+import itertools
 import json
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 import pytest
 import scipy
 
+from bnnlaplace import plots
 from training.config import Config
 from training.errors import UserError
-from training.study import store, summary
-from training.study.config import Measures, Regime, Study, Training
+from training.study import figures, fits, store, summary
+from training.study.config import Measures, Posterior, Regime, Study, Training
 from training.study.scores import Method
 from training.study.store import POINTS, Result, Unit
 
@@ -99,6 +101,34 @@ def test_one_seed_has_intervals_over_images_alone(root):
     against = rows["posthoc", "map"]["differences"]["MAP"]
     assert against["nll"]["verdict"] == "better"
     assert (against["ece"]["low"], against["ece"]["verdict"]) == (None, "not told")
+
+
+CHOICES = {(fits.EVIDENCE, "evidence"), (fits.FOLDS, "folds")}
+
+
+@pytest.mark.parametrize(("named", "chosen_by"), sorted(CHOICES))
+def test_figures_show_each_posterior_at_the_prior_of_its_own_choice(root, monkeypatch, named, chosen_by):
+    """And through the link of the tables of results, by the names that the study gives or without them."""
+    posterior = Posterior("diag", "laplace", chosen_by=chosen_by)
+    study = dataclasses.replace(STUDY, posteriors=(posterior,), shown=(f"adamw.{posterior.name}", "posthoc.map"))
+    unit, looks, original = Unit("few", 0, "adamw", posterior.name), [], plots.looks
+    choices = itertools.product((named, fits.VALIDATION), ("MC", "probit"))
+    methods = [method("adamw", posterior.name, np.ones(N), 0.1, prior=prior, link=link) for prior, link in choices]
+    store.save_unit(root, unit, Result(methods, None, 1.0, {}), store.settings_of(study, unit))
+    monkeypatch.setattr(plots, "looks", lambda shown: looks.append(shown) or original(shown))
+    rows = {summary.key_of(each): {0: each} for each in methods}
+    assert figures._shown(rows, study) == [("adamw", posterior.name, named, "probit")]
+    assert figures._shown(rows, dataclasses.replace(study, shown=())) == figures._shown(rows, study)
+    summary.summarise(root, study, "")
+    assert [list(shown) for shown in looks] == [[f"adamw: {posterior.name}", "posthoc: MAP"]]
+
+
+def test_methods_of_figures_that_differ_in_a_bracket_alone_have_whole_names():
+    keys = [("adamw", name, None, None) for name in ("map", "map-t-split", "map-t-validation")]
+    assert figures._labels(keys) == [
+        "adamw: MAP", "adamw: MAP + T (held-out folds)", "adamw: MAP + T (validation images)"
+    ]  # fmt: skip
+    assert figures._labels(keys[:2]) == ["adamw: MAP", "adamw: MAP + T"]
 
 
 def test_results_of_other_settings_are_not_summarised_as_those_of_this_study(root):
