@@ -225,7 +225,7 @@ def _by_validation(
         microbatch=config.curvature.microbatch,
     )
     try:
-        return {VALIDATION: curve.best_precision}
+        return {VALIDATION: curve.choose()}  # with a warning if it is at an end of the grid
     except ValueError as error:
         said.append(f"no prior precision chosen on validation images: {error}")
         return {}

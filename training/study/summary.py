@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,7 +117,7 @@ def _of_regime(regime: Regime, study: Study) -> dict[str, Any]:
             for name, other in against.items()
             if other in regime.methods and other != key
         }
-        rows.append({**_means(key, list(by_seed.values())), "seeds": sorted(by_seed), "differences": differences})
+        rows.append({**_means(key, by_seed), "seeds": sorted(by_seed), "differences": differences})
     return {
         "about": regime.about,
         "methods": rows,
@@ -127,10 +127,10 @@ def _of_regime(regime: Regime, study: Study) -> dict[str, Any]:
     }
 
 
-def _means(key: Key, methods: Sequence[Method]) -> dict[str, Any]:
+def _means(key: Key, by_seed: dict[int, Method]) -> dict[str, Any]:
     """Average the numbers of a method over its seeds. One that is not finite for a seed is None."""
-    numbers = [method.numbers for method in methods]
-    described = [method.description for method in methods]
+    numbers = [method.numbers for method in by_seed.values()]
+    described = [method.description for method in by_seed.values()]
     precisions = [each["prior_precision"] for each in described if "prior_precision" in each]
     return {
         **dict(zip(("training", "method", "prior", "link"), key, strict=True)),
@@ -139,9 +139,25 @@ def _means(key: Key, methods: Sequence[Method]) -> dict[str, Any]:
         "temperature": _mean([each.get("temperature") for each in described]),
         "log_evidence": _mean([each.get("log_evidence") for each in described]),
         "seconds": _mean([each.get("seconds", {}) for each in described]),
-        "reservations": sorted({each["reservation"] for each in described if each.get("reservation")}),
+        "reservations": [
+            *sorted({each["reservation"] for each in described if each.get("reservation")}),
+            *_of_temperatures(by_seed),
+        ],
         "warnings": sorted({text for each in described for text in each["warnings"]}),
     }
+
+
+def _of_temperatures(by_seed: dict[int, Method]) -> Iterator[str]:
+    """Say for which seeds the search for the temperature ended at which end of its range."""
+    at_end: dict[float, list[int]] = {}
+    for seed, method in sorted(by_seed.items()):
+        if method.description.get("temperature_at_bound"):
+            at_end.setdefault(method.description["temperature"], []).append(seed)
+    for temperature, seeds in sorted(at_end.items()):
+        yield (
+            f"the temperature is at the end of its search range, {temperature:g}, for seed "
+            f"{', '.join(map(str, seeds))}: the optimum is not inside it"
+        )
 
 
 def _mean(values: Sequence[Any]) -> Any:

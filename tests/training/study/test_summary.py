@@ -38,6 +38,10 @@ def method(training: str, name: str, nll: np.ndarray, ece: float, **description:
     return Method(described, numbers | {"shifts": {"blur": curve}, "auroc": {"noise": 0.9}}, arrays)
 
 
+def row_of(root, training: str, name: str) -> dict[str, Any]:
+    return next(row for row in read(root)["methods"] if (row["training"], row["method"]) == (training, name))
+
+
 @pytest.fixture
 def root(tmp_path):
     """Three seeds: the second training is better by .2 in NLL in all, and in ECE by .1, .2 and .3."""
@@ -101,6 +105,22 @@ def test_one_seed_has_intervals_over_images_alone(root):
     against = rows["posthoc", "map"]["differences"]["MAP"]
     assert against["nll"]["verdict"] == "better"
     assert (against["ece"]["low"], against["ece"]["verdict"]) == (None, "not told")
+
+
+def test_a_temperature_at_an_end_of_its_search_is_told(root):
+    for seed, (temperature, at_bound) in enumerate([(0.1, True), (10.0, True), (0.1, True)]):
+        unit = Unit("few", seed, "adamw", POINTS)
+        ended = method("adamw", "map-t-split", np.ones(N), 0.4, temperature=temperature, temperature_at_bound=at_bound)
+        inside = method("adamw", "map-t-part", np.ones(N), 0.4, temperature=2.0, temperature_at_bound=False)
+        store.save_unit(root, unit, Result([ended, inside], None, 1.0, {}), store.settings_of(STUDY, unit))
+    summary.summarise(root, STUDY, "")
+    notes = row_of(root, "adamw", "map-t-split")["reservations"]
+    assert notes == [
+        f"the temperature is at the end of its search range, {end}, for seed {seeds}: the optimum is not inside it"
+        for end, seeds in (("0.1", "0, 2"), ("10", "1"))
+    ]
+    assert not row_of(root, "adamw", "map-t-part")["reservations"]
+    assert "; ".join(notes) in (root / "summary" / "summary.md").read_text()
 
 
 CHOICES = {(fits.EVIDENCE, "evidence"), (fits.FOLDS, "folds")}
