@@ -9,6 +9,10 @@ class UserError(Exception):
     """
 
 
+class NoDataSetError(UserError):
+    """There is no data set of a name. A program adds to the message which of its options names the data directory."""
+
+
 class StorageError(UserError):
     """The disk or the memory refused. The work so far is kept, and goes on when there is room."""
 

@@ -38,7 +38,7 @@ from training.workdir import claimed, continue_command
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return program.run(lambda console: fit(sys.argv[1:] if argv is None else argv, console))
+    return program.run(lambda console: fit(sys.argv[1:] if argv is None else argv, console), "--data.dir")
 
 
 def fit(argv: Sequence[str], console: Console) -> None:

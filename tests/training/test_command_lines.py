@@ -1,14 +1,18 @@
 """Command lines that cannot be used are one line, and nothing is left behind; nothing is trained here."""
 
+import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from training import evaluate, fit_van, summarise
 from training.cli import program
 from training.cli.arguments import load_config
+from training.study import __main__ as study
 from training.workdir import save_config
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
 from training.config import Config, Data, Optimizer
 
@@ -78,6 +82,34 @@ def test_bad_options_of_the_other_programs(module, arguments, message, capsys):
     status, error = run(module, capsys, *arguments)
     assert status == 2 and message in error
     assert error.startswith("error: ") and error.endswith("--help\n") and error.count("\n") == 1
+
+
+STUDY = """
+from training.config import Config, Data
+from training.study.config import Measures, Regime, Study, Training
+
+study = Study(Config(data=Data(train_examples=60)), (Regime("few"),), (0,), (Training("adamw"),),
+              measures=Measures(foreign=("noize",)))
+"""
+
+
+def test_a_misspelt_foreign_set_is_told_with_what_there_is_and_the_option_of_the_program(config_file, tmp_path, capsys):
+    shutil.copytree(ROOT / "checkpoints" / "digits", tmp_path / "run")
+    (tmp_path / "study.py").write_text(STUDY)
+    new = ["--workdir", tmp_path / "new", "--config"]
+    for module, arguments, option in (
+        (fit_van, [*new, config_file, "--evaluation.ood", "noize"], "--data.dir"),
+        (evaluate, [tmp_path / "run", "--ood", "noize"], "--data-dir"),
+        (study, [*new, tmp_path / "study.py"], "--data-dir"),
+    ):
+        status, error = run(module, capsys, *arguments)
+        assert status == 2 and error.count("\n") == 1
+        assert error.startswith(
+            "error: the foreign images must be inverted, noise, or those of a data set: digits, one prepared in "
+        )
+        assert error.endswith(f"got 'noize'; choose one of these, or name the directory that holds it by {option}\n")
+    misspelt = ["--workdir", tmp_path / "other", "--config", config_file, "--data.name", "digit"]
+    assert run(fit_van, capsys, *misspelt)[1].endswith("or name the directory that holds it by --data.dir\n")
 
 
 def test_a_signal_while_reading_the_data(config_file, tmp_path, capsys, monkeypatch):

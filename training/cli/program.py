@@ -17,7 +17,7 @@ from rich.console import Console
 from bnnlaplace.checkpoint import CheckpointError
 from training import faults
 from training.cli import interruption
-from training.errors import Interrupted, StorageError, UserError
+from training.errors import Interrupted, NoDataSetError, StorageError, UserError
 from training.workdir import why_not_writable
 
 USER_FAULT, INTERRUPTED = 2, interruption.EXIT_STATUS
@@ -25,8 +25,15 @@ USER_FAULT, INTERRUPTED = 2, interruption.EXIT_STATUS
 _UNBOUNDED = 10_000  # Columns: more than any line printed here has.
 
 
-def run(main: Callable[[Console], None]) -> int:
+def run(main: Callable[[Console], None], data_option: str = "$TFDS_DATA_DIR") -> int:
     """Run a program and turn a fault that the user can mend into one line on stderr.
+
+    Parameters
+    ----------
+    main
+        The program.
+    data_option
+        Its option that names the data directory, for the message that a data set is not there.
 
     Returns
     -------
@@ -47,6 +54,8 @@ def run(main: Callable[[Console], None]) -> int:
                 sys.stdout.flush()  # which may find that the disk is full
             finally:
                 stopped = interruption.insisted()
+    except NoDataSetError as error:
+        return _end(f"error: {error} by {data_option}", USER_FAULT)
     except (UserError, CheckpointError) as error:
         return _end(f"error: {error}", USER_FAULT)
     except Interrupted as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from training.data import catalog
-from training.errors import UserError
+from training.errors import NoDataSetError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         catalog.prepare(options.name, directory)
         builder = catalog.open_set(options.name, directory)
+    except NoDataSetError as error:
+        print(f"error: {error} by --dir", file=sys.stderr)
+        return 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

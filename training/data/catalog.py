@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from training.errors import UserError
+from training.errors import NoDataSetError, UserError
 
 if TYPE_CHECKING:
     import tensorflow_datasets as tfds
@@ -224,9 +224,15 @@ def _not_prepared(name: str, directory: Path) -> UserError:
             f"data set {name!r} must be prepared in array_record format; {directory} holds {here}; "
             f"with a network, and TensorFlow for most sets, run: {prepare_command(name, directory)}"
         )
-    return UserError(
-        f"the data set must be {EMBEDDED}, one prepared in {directory} (there: {here}), or one that TFDS knows; "
-        f"got {name!r}; choose one of these, or point --data.dir at the directory that holds it"
+    return no_data_set("the data set must be", name, directory)
+
+
+def no_data_set(rule: str, name: str, directory: Path) -> NoDataSetError:
+    """Return the error that says that there is no set of a name. The rule says of what, and what else it may be."""
+    here = ", ".join(prepared_names(directory)) or "nothing"
+    return NoDataSetError(
+        f"{rule} {EMBEDDED}, one prepared in {directory} (there: {here}), or one that TFDS knows; got {name!r}; choose "
+        "one of these, or name the directory that holds it"
     )
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from training.data import catalog
 from training.data.reading import Split, load_split
 from training.data.shuffle import permutation
-from training.errors import UserError
+from training.errors import NoDataSetError, UserError
 
 # Streams of the run's seed. The epochs use the streams 0, 1, ...
 _NOISE_STREAM, _FOREIGN_STREAM = 2**63 + 1, 2**63 + 2
@@ -45,7 +46,11 @@ def out_of_distribution(name: str, split: Split, data_dir: Path | None, seed: in
     if name == "noise":
         rng = np.random.default_rng((seed % 2**64, _NOISE_STREAM))
         return rng.integers(256, size=split.images.shape, dtype=np.uint8)
-    foreign, _ = load_split(name, "test", data_dir)
+    try:
+        foreign, _ = load_split(name, "test", data_dir)
+    except NoDataSetError:
+        rule = "the foreign images must be inverted, noise, or those of a data set:"
+        raise catalog.no_data_set(rule, name, catalog.data_directory(data_dir)) from None
     chosen = np.sort(permutation(seed, _FOREIGN_STREAM, len(foreign.images))[: len(split.images)])
     _, height, width, channels = split.images.shape
     return _resize(_to_channels(foreign.images[chosen], channels), height, width)

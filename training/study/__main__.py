@@ -58,7 +58,7 @@ class Arguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program and return its exit status."""
-    return program.run(lambda console: run(sys.argv[1:] if argv is None else argv, console))
+    return program.run(lambda console: run(sys.argv[1:] if argv is None else argv, console), "--data-dir")
 
 
 def run(argv: Sequence[str], console: Console) -> None:

@@ -107,7 +107,7 @@ def test_prepare_command_writes_the_embedded_set_once(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_such_set", "got 'no_such_set'"),
+        ("no_such_set", "got 'no_such_set'; choose one of these, or name the directory that holds it by --dir\n"),
         ("../cifar10", "got '../cifar10'"),
         ("cifar10_corrupted/no_such_config", "must be one of: brightness_1, "),
         ("mnist/no_such_config", "must be one of: none; got 'no_such_config'"),

@@ -244,5 +244,6 @@ def test_real_foreign_sets_take_the_shape_of_the_images(shape):
 
 def test_unknown_foreign_set(tmp_path):
     split = Split(np.zeros((1, 8, 8, 1), np.uint8), np.zeros(1, np.int32))
-    with pytest.raises(UserError, match="got 'inverse'"):
+    message = r"must be inverted, noise, or those of a data set: digits, one .* \(there: nothing\), .* got 'inverse'"
+    with pytest.raises(UserError, match=message):
         out_of_distribution("inverse", split, tmp_path, seed=0)
