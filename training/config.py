@@ -10,6 +10,7 @@ directory.
 import functools
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -65,7 +66,7 @@ Deviations = Annotated[tuple[Positive, ...], Field(min_length=1), BeforeValidato
 Section = TypeVar("Section")
 
 
-def section(record: type[Section]) -> type[Section]:
+def section(record: type[Section], remedy: str = "change it in the config file or by an option") -> type[Section]:
     """Make a class a frozen dataclass that checks its values and names a bad one in a `UserError` of one line."""
     # A field that does not exist is refused. Defaults are checked too, because some ranges depend on other fields.
     settings = ConfigDict(extra="forbid", validate_default=True, strict=True)
@@ -78,17 +79,25 @@ def section(record: type[Section]) -> type[Section]:
             construct(self, *args, **kwargs)
         except ValidationError as error:
             # Not a `ValueError`, which tyro would print in its own words.
-            raise UserError(f"{describe(error)}; change it in the config file or by an option") from None
+            raise UserError(f"{describe(error, [each.name for each in fields(record)])}; {remedy}") from None
 
     record.__init__ = construct_or_explain
     return record
 
 
-def describe(error: ValidationError) -> str:
-    """Say in one line which setting is at fault, what it must be, and what it is."""
+def describe(error: ValidationError, names: Sequence[str] = ()) -> str:
+    """Say in one line which setting is at fault, what it must be, and what it is.
+
+    Names are those of the fields of a record in their order, of which some may have been given without their names.
+    """
     fault = error.errors()[0]
+    first, *rest = fault["loc"] or ("",)
+    if isinstance(first, int) and first < len(names):
+        first = names[first]
     section = [] if error.title == Config.__name__ else [error.title.lower()]
-    option = ".".join([*section, *(key for key in fault["loc"] if isinstance(key, str))])
+    option = ".".join([*section, *(key for key in (first, *rest) if key and isinstance(key, str))])
+    if fault["type"] == "missing":
+        return f"`{option}` must be given; got nothing"
     if fault["type"] == "unexpected_keyword_argument":
         return f"every setting must be a known one; got `{option}`"
     rule = re.sub(r" after validation, not \d+$", "", fault["msg"].replace("greater than or equal to", "at least"))

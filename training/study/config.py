@@ -7,9 +7,19 @@ and in nothing else.
 
 import dataclasses
 import json
+import re
+from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from training.config import Config, Count, CountOrZero, Positive, Seed, Text, describe, section
@@ -28,13 +38,36 @@ def _items(least: int = 0) -> Any:
 
 MOST_SHOWN = 6  # methods in a figure: as many as there are colours
 
-# Names become names of folders.
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=60)]
+_LONGEST = 60  # characters of a name
+
+# Settings that AdamW with a decoupled decay of the weights does not have.
+_OF_THE_LOOP = ("prior.", "optimizer.polish_learning_rate", "optimizer.second_moment_decay")
+
+
+def _as_name(value: str) -> str:
+    """Return a name, if a folder can have it on every system."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]*", value) or len(value) > _LONGEST:
+        rule = (
+            f"begin with a letter from a to z or a digit, have only these, - and _, and at most {_LONGEST} characters"
+        )
+        raise PydanticCustomError("name", f"Input should {rule}")
+    return value
+
+
+def _without_seed(value: dict[str, Any]) -> dict[str, Any]:
+    if "seed" in value:
+        raise PydanticCustomError("seed", "Input should leave out seed, which `study.seeds` has")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_as_name)]
 Names = Annotated[tuple[Name, ...], *_items()]
-Settings = dict[str, Any]
+Settings = Annotated[dict[str, Any], AfterValidator(_without_seed)]
+
+record = partial(section, remedy="change it in the config file")
 
 
-@section
+@record
 class Regime:
     """The data of some cells."""
 
@@ -43,7 +76,7 @@ class Regime:
     """Settings of the run by their dotted names, such as {"data.train_examples": 100}."""
 
 
-@section
+@record
 class Training:
     """How weights are trained."""
 
@@ -51,8 +84,9 @@ class Training:
     settings: Settings = dataclasses.field(default_factory=dict)
     """Settings of the run by their dotted names, such as {"prior.update": "joint"}."""
     weight_decay: Positive | None = None
-    """AdamW with this decoupled decay of all kernels, for the epochs of both phases, without a prior. None: the loop of
-    the program, which trains to a mode of the log joint, with its prior."""
+    """AdamW with this decoupled decay of all kernels, for the epochs of both phases, without a prior: `settings` may
+    have none of the prior or of the phase of polishing beside it. None: the loop of the program, which trains to a mode
+    of the log joint, with its prior."""
     ensemble: CountOrZero = 0
     """Networks of a deep ensemble: those of the cell's seed and of the seeds that follow it. 0: no ensemble."""
     folds: CountOrZero = 5
@@ -61,6 +95,15 @@ class Training:
     0: no such networks."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """The share that each of them does not see."""
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _without_a_prior(cls, value: float | None, info: ValidationInfo) -> float | None:
+        ignored = [name for name in info.data.get("settings", ()) if name.startswith(_OF_THE_LOOP)]
+        if value is not None and ignored:
+            rule = f"Input should be None beside {', '.join(ignored)}, which AdamW with a decoupled decay does not have"
+            raise PydanticCustomError("owner", rule)
+        return value
 
     @field_validator("ensemble")
     @classmethod
@@ -77,7 +120,7 @@ class Training:
         return value
 
 
-@section
+@record
 class Posterior:
     """A Gaussian posterior of the weights of a trained network, and one switch each for its variants."""
 
@@ -130,7 +173,7 @@ class Posterior:
         return value
 
 
-@section
+@record
 class Measures:
     """What methods are measured on."""
 
@@ -153,12 +196,12 @@ class Measures:
     """Fits after the first, in the search for the best prior precision of a variational posterior."""
 
 
-@section
+@record
 class Study:
     """One study."""
 
     config: Config
-    """The base of all runs. Its seed is not used. `evaluation.bins`, `resamples` and the grid of precisions are."""
+    """The base of all runs. Its seed is not used. `evaluation.bins` and the grid of precisions are."""
     regimes: Annotated[tuple[Regime, ...], *_items(1)]
     seeds: Annotated[tuple[Seed, ...], *_items(1)]
     trainings: Annotated[tuple[Training, ...], *_items(1)]
@@ -240,18 +283,18 @@ def applied(config: Config, *settings: Settings) -> Config:
     """
     for name, value in (entry for each in settings for entry in each.items()):
         part, _, entry = name.rpartition(".")
-        record = getattr(config, part, None) if part else config
-        if not dataclasses.is_dataclass(record) or entry not in {each.name for each in dataclasses.fields(record)}:
+        of = getattr(config, part, None) if part else config
+        if not dataclasses.is_dataclass(of) or entry not in {each.name for each in dataclasses.fields(of)}:
             raise UserError(f"the settings of a regime or training must be those of a run; got {name!r}; see --help of "
                             "training.fit_van")  # fmt: skip
-        changed = dataclasses.replace(record, **{entry: value})
+        changed = dataclasses.replace(of, **{entry: value})
         config = dataclasses.replace(config, **{part: changed}) if part else changed
     return config
 
 
-def to_document(record: Any) -> dict[str, Any]:
+def to_document(entry: Any) -> dict[str, Any]:
     """Return a record of a study as values that JSON has."""
-    return TypeAdapter(type(record)).dump_python(record, mode="json")
+    return TypeAdapter(type(entry)).dump_python(entry, mode="json")
 
 
 def from_document(document: Any) -> Study:

@@ -119,8 +119,37 @@ def test_records_refuse_values_that_mean_nothing():
         Posterior("diag", "laplace", fixed_mean=True)
     with pytest.raises(UserError, match="`training.ensemble` must be 0, or at least 2; got 1"):
         Training("adamw", ensemble=1)
-    with pytest.raises(UserError, match="`regime.name` String should match pattern"):
-        Regime(name="../elsewhere")
+    with pytest.raises(UserError, match="`training.weight_decay` must be None beside prior.update, which AdamW with"):
+        Training("adamw", {"optimizer.epochs": 3, "prior.update": "joint"}, weight_decay=0.5)
+    with pytest.raises(UserError, match="must be None beside optimizer.polish_learning_rate, which"):
+        Training("adamw", {"optimizer.polish_learning_rate": 0.1}, weight_decay=0.5)
+    with pytest.raises(UserError, match="`regime.settings` must leave out seed, which `study.seeds` has"):
+        Regime("few", {"seed": 1})
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "Few", "few images", "", "-few", "a" * 61, "few\n"])
+def test_a_name_that_no_folder_should_have_is_refused_in_words(name):
+    rule = "must begin with a letter from a to z or a digit, have only these, - and _, and at most 60 characters; got "
+    for construct in (lambda: Regime(name), lambda: Regime(name=name)):
+        with pytest.raises(UserError, match=f"^`regime.name` {rule}") as caught:
+            construct()
+        assert str(caught.value).endswith(f"got {name!r}; change it in the config file")
+    assert Regime("a" * 60).name and Regime("0_few-images").name
+
+
+@pytest.mark.parametrize(
+    ("construct", "message"),
+    [
+        (lambda: Posterior("ful"), "`posterior.structure` must be 'diag', 'kron', 'full' or 'lanczos'; got 'ful'"),
+        (lambda: Posterior("full", "lap"), "`posterior.approximation` must be 'laplace' or 'variational'; got 'lap'"),
+        (lambda: Posterior(), "`posterior.structure` must be given; got nothing"),
+        (lambda: Regime("few", 3), "`regime.settings` must be a valid dictionary; got 3"),
+        (lambda: Study(Config(), [3]), "`study.regimes` must be .*; got 3"),
+    ],
+)
+def test_a_value_without_a_name_is_told_by_the_name_of_its_field(construct, message):
+    with pytest.raises(UserError, match=f"^{message}; change it in the config file$"):
+        construct()
 
 
 def test_a_study_may_grow_and_not_shrink(tmp_path):
