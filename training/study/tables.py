@@ -35,13 +35,17 @@ def short(document: dict[str, Any]) -> Iterator[str]:
     heads = ["method", "NLL", "minus MAP", "minus MAP + T", "ECE", "accuracy"]
     for name, regime in document["regimes"].items():
         yield f"{name}: {_sizes(regime)}"
-        yield from _table(heads, [*columns, _value("accuracy")], regime["methods"])
+        if regime["methods"]:
+            yield from _table(heads, [*columns, _value("accuracy")], regime["methods"])
         yield from _failures(regime)
 
 
 def _regime(name: str, regime: dict[str, Any]) -> Iterator[str]:
     rows = regime["methods"]
     yield from ("", f"## {name}", "", _sizes(regime), "")
+    if not rows:
+        yield from _failures(regime)
+        return
     yield from _table(
         ["method", "NLL", "minus MAP", "minus MAP + T", "minus MAP + T (validation)", "minus MAP of its training"],
         [
@@ -88,8 +92,10 @@ def _regime(name: str, regime: dict[str, Any]) -> Iterator[str]:
 
 
 def _sizes(regime: dict[str, Any]) -> str:
+    if not (regime["methods"] or regime["failures"]):
+        return f"Nothing has been computed: all {regime['missing']} units are missing."
     images = regime["about"].get("images", {})
-    seeds = sorted({seed for row in regime["methods"] for seed in row["seeds"]})
+    seeds = sorted({seed for row in regime["methods"] for seed in row["seeds"]}) or ["none"]
     missing = f"; {regime['missing']} units are missing" if regime["missing"] else ""
     words = ", ".join(f"{count:,} {name}" for name, count in images.items())
     return f"Images: {words}. Seeds: {', '.join(map(str, seeds))}{missing}."

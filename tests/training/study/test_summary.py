@@ -59,9 +59,7 @@ def root(tmp_path):
 
 
 def read(root) -> dict[str, Any]:
-    document = json.loads((root / "summary" / "summary.json").read_text())["regimes"]
-    assert list(document) == ["few"]
-    return document["few"]
+    return json.loads((root / "summary" / "summary.json").read_text())["regimes"]["few"]
 
 
 def test_only_intervals_that_exclude_zero_say_better_and_they_are_those_of_hand_computations(root):
@@ -97,6 +95,20 @@ def test_missing_and_failed_units_are_told(root):
     summary.summarise(root, grown, "")
     assert read(root)["missing"] == 2
     assert "failed: posthoc, points, seed 2: MemoryError: too large" in (root / "summary" / "summary.md").read_text()
+
+
+def test_a_regime_without_results_is_listed_as_missing(root):
+    failure = Result([], "MemoryError: too large", 1.0, {"images": {"test": N}})
+    failed = dataclasses.replace(STUDY, regimes=(*STUDY.regimes, Regime("failed")))
+    unit = Unit("failed", 0, "adamw", POINTS)
+    store.save_unit(root, unit, failure, store.settings_of(failed, unit))
+    lines = summary.summarise(root, failed, "")
+    page = (root / "summary" / "summary.md").read_text().split("\n## ")
+    assert "empty: Nothing has been computed: all 6 units are missing." in lines
+    assert page[2].splitlines() == ["empty", "", "Nothing has been computed: all 6 units are missing.", ""]
+    assert "Images: 50 test. Seeds: none; 5 units are missing." in page[3] and "- failed: adamw, points" in page[3]
+    document = json.loads((root / "summary" / "summary.json").read_text())["regimes"]
+    assert list(document) == ["few", "empty", "failed"] and document["empty"]["missing"] == 6
 
 
 def test_one_seed_has_intervals_over_images_alone(root):
