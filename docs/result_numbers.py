@@ -1,11 +1,12 @@
 """How numbers are written in the tables of results."""
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 
 def digits(value: float | None, count: int = 3) -> str:
     """Write a number with at most `count` digits that count, and without powers of ten."""
-    return "–" if value is None else f"{float(f'{value:.{count}g}'):,.10g}"
+    return "–" if value is None else f"{Decimal(f'{value:.{count}g}'):,f}"
 
 
 def spread(values: Sequence[float] | None, written: Callable[[float], str] = "{:.3f}".format) -> str:

@@ -23,6 +23,7 @@ from training import sealed
 from training.cli import program
 from training.cli.arguments import parse_record
 from training.errors import UserError
+from training.report.numbers import digits
 from training.report.results import FORMAT_VERSION
 from training.settings import flattened
 
@@ -166,7 +167,7 @@ def table(runs: Sequence[Run]) -> list[str]:
     lines = [f"| method | {averaged} | " + " | ".join(_METRICS) + " |", "|---" * (len(_METRICS) + 2) + "|"]
     for index, label in enumerate(first.labels):
         precisions = [run.precisions[index] for run in runs]
-        cells = [label, "–" if precisions[0] is None else _range(precisions, _digits, statistics.geometric_mean)]
+        cells = [label, "–" if precisions[0] is None else _range(precisions, digits, statistics.geometric_mean)]
         cells += [_range([run.scores[index][name] for run in runs], "{:.3f}".format) for name in _METRICS]
         lines.append("| " + " | ".join(cells) + " |")
     seconds = [run.seconds for run in runs]
@@ -212,11 +213,6 @@ def _range(
     if len(values) == 1:
         return written(values[0])
     return f"{written(mean(values))} [{written(min(values))}, {written(max(values))}]"
-
-
-def _digits(value: float) -> str:
-    """Write a number with three significant digits and without powers of ten: 0.0834, 1.5, 56,200."""
-    return f"{float(f'{value:.3g}'):,.10g}"
 
 
 if __name__ == "__main__":

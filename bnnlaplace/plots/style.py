@@ -5,6 +5,7 @@ the same distinctions for print in grey.
 """
 
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,12 +85,18 @@ def finish(panel: Axes, ylabel: str, xlabel: str = "") -> None:
 
 def number(value: float) -> str:
     """Write a number with two significant digits and without powers of ten: 0.083, 1.7, 560, 1,800."""
-    return f"{float(f'{value:.2g}'):,.10g}"
+    return _plain(f"{value:.2g}")
 
 
 def tick(value: float | np.integer, position: int | None) -> str:  # as matplotlib calls a formatter
     """Write the number of a tick without powers of ten and with a proper minus sign."""
-    return f"{value:,.10g}".replace("-", "\N{MINUS SIGN}")
+    return _plain(f"{value:.10g}").replace("-", "\N{MINUS SIGN}")
+
+
+def _plain(text: str) -> str:
+    """Write a number that may have a power of ten without it, and with commas between thousands."""
+    number = Decimal(text)
+    return f"{number:,f}" if number.is_finite() else text
 
 
 def log_axis(panel: Axes) -> None:

@@ -13,7 +13,7 @@ from readable import assert_readable
 
 from bnnlaplace import krylov, plots
 from bnnlaplace.calibration.metrics import expected_calibration_error, reliability_bins
-from bnnlaplace.plots import Guess, Picture, PrecisionCurve
+from bnnlaplace.plots import Guess, Picture, PrecisionCurve, style
 
 GRID = np.logspace(-2, 4, 13)
 
@@ -300,3 +300,13 @@ def test_nothing_to_draw_is_refused():
     for draw, message in refused:
         with pytest.raises(ValueError, match=message):
             draw()
+
+
+def test_numbers_have_no_powers_of_ten():
+    assert [style.number(value) for value in (1.414e-5, 0.0834, 1.74, 563.0, 1800.0, 2e12)] == [
+        "0.000014", "0.083", "1.7", "560", "1,800", "2,000,000,000,000"
+    ]  # fmt: skip
+    assert [style.tick(value, None) for value in (-1e-5, 0.1, 1e4, 1e11)] == [
+        "\N{MINUS SIGN}0.00001", "0.1", "10,000", "100,000,000,000"
+    ]  # fmt: skip
+    assert style.number(np.inf) == "inf"

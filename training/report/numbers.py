@@ -1,6 +1,7 @@
 """How the report writes numbers: with fixed decimals, and differences with as many as decide their sign."""
 
 import math
+from decimal import Decimal
 
 import numpy as np
 
@@ -20,7 +21,16 @@ def number(value: float, decimals: int = 3) -> str:
 
 def precision(value: float) -> str:
     """Write a prior precision with two significant digits: 0.083, 1.7, 560, 1,800."""
-    return f"{float(f'{value:.2g}'):,.10g}"
+    return digits(value, 2)
+
+
+def digits(value: float, count: int = 3, sign: str = "") -> str:
+    """Write a number with so many significant digits and without powers of ten: 0.0000141, 0.0834, 1.5, 56,200.
+
+    A sign of "+" marks numbers that are not negative, too.
+    """
+    text = f"{value:.{count}g}"
+    return f"{Decimal(text):{sign},f}" if math.isfinite(value) else text
 
 
 def ends(interval: Interval) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from training.report.numbers import digits
 from training.study import method_names
 
 INTRODUCTION = """\
@@ -128,13 +129,13 @@ def _value(*names: str) -> Callable[[dict[str, Any]], str]:
         value = row["numbers"]
         for name in names:
             value = None if value is None else value.get(name)
-        return "not finite" if value is None else _digits(value)
+        return "not finite" if value is None else digits(value)
 
     return column
 
 
 def _of(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda row: "" if row[name] is None else _digits(row[name])
+    return lambda row: "" if row[name] is None else digits(row[name])
 
 
 def _difference(score: str, other: str) -> Callable[[dict[str, Any]], str]:
@@ -143,9 +144,9 @@ def _difference(score: str, other: str) -> Callable[[dict[str, Any]], str]:
         if entry is None:
             return ""
         if entry["low"] is None:
-            return f"{_digits(entry['value'], '+')}"
-        low, high = _digits(entry["low"], "+"), _digits(entry["high"], "+")
-        return f"{_digits(entry['value'], '+')} [{low}, {high}] {entry['verdict']}"
+            return f"{digits(entry['value'], sign='+')}"
+        low, high = digits(entry["low"], sign="+"), digits(entry["high"], sign="+")
+        return f"{digits(entry['value'], sign='+')} [{low}, {high}] {entry['verdict']}"
 
     return column
 
@@ -156,7 +157,7 @@ def _severities(shift: str) -> Callable[[dict[str, Any]], str]:
         if values is None:
             return "not finite"
         return " / ".join(
-            "not finite" if values[severity] is None else _digits(values[severity]) for severity in (1, 3, 5)
+            "not finite" if values[severity] is None else digits(values[severity]) for severity in (1, 3, 5)
         )
 
     return column
@@ -164,13 +165,8 @@ def _severities(shift: str) -> Callable[[dict[str, Any]], str]:
 
 def _seconds(row: dict[str, Any]) -> str:
     seconds = row["seconds"] or {}
-    return " + ".join(_digits(seconds[name]) for name in ("fit", "prior") if name in seconds)
+    return " + ".join(digits(seconds[name]) for name in ("fit", "prior") if name in seconds)
 
 
 def _notes(row: dict[str, Any]) -> str:
     return "; ".join([*row["reservations"], *row["warnings"]]).replace("|", "/")
-
-
-def _digits(value: float, sign: str = "") -> str:
-    """Write a number with three significant digits and without powers of ten: 0.0834, 1.5, 56,200."""
-    return f"{float(f'{value:.3g}'):{sign},.10g}"

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -24,7 +25,7 @@ from training.report import findings
 from training.report.figures import evidence_keys, method_looks
 from training.report.findings import reservations
 from training.report.html import draw_figures, print_table, write_report
-from training.report.numbers import difference, number, precision
+from training.report.numbers import difference, digits, number, precision
 from training.report.results import (
     Example,
     KrylovResult,
@@ -506,6 +507,10 @@ def test_numbers_are_written_for_readers():
         "0.123", "−1.500", "0.000", "1,234.500", "∞", "−∞", "undefined",
     ]  # fmt: skip
     assert [precision(value) for value in (0.0834, 1.74, 563.0, 1800.0)] == ["0.083", "1.7", "560", "1,800"]
+    assert [digits(value) for value in (1.414e-5, -0.08342, 1.5, 0.0, 56_249.0, 1.2e12)] == [
+        "0.0000141", "-0.0834", "1.5", "0", "56,200", "1,200,000,000,000"
+    ]  # fmt: skip
+    assert [digits(value, sign="+") for value in (1.414e-5, -1e-7, math.inf)] == ["+0.0000141", "-0.0000001", "inf"]
 
 
 def test_incomplete_records_are_refused(results):

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -182,3 +183,13 @@ def test_a_unit_of_other_settings_or_a_damaged_one_is_named(root):
     victim.write_bytes(victim.read_bytes()[:-1] + b"\x00")
     with pytest.raises(UserError, match="must be as it was written"):
         summary.summarise(root, STUDY, "")
+
+
+def test_small_numbers_are_written_without_powers_of_ten(root):
+    unit = Unit("few", 0, "posthoc", POINTS)
+    tiny = method("posthoc", "map", np.full(N, 1.41e-5), 1e-6, seconds={"fit": 20.9, "prior": 1e-5})
+    store.save_unit(root, unit, Result([tiny], None, 1.0, {}), store.settings_of(STUDY, unit))
+    summary.summarise(root, dataclasses.replace(STUDY, seeds=(0,)), "")
+    page = (root / "summary" / "summary.md").read_text()
+    assert "| 0.0000141 |" in page and "| 0.000001 |" in page and "| 20.9 + 0.00001 |" in page
+    assert not re.search(r"\de[+-]\d", page)
