@@ -89,9 +89,10 @@ def test_a_study_of_which_units_are_missing_is_kept(results):
     """A difference whose interval excludes zero is bold; that of the reference to itself is a dash."""
     import study_results
 
-    row = {"method": "map", "prior": None, "link": None, "numbers": {"nll": 0.5, "ece": 0.1, "auroc": {"noise": 0.9}}}
+    row = dict(zip(study_results._KEY, study_results.point("map"), strict=True))
+    row["numbers"] = {"nll": 0.5, "ece": 0.1, "auroc": {"noise": 0.9}}
     row["differences"] = {"MAP + T": {"nll": {"value": 0.2, "low": 0.1, "high": 0.3}, "shift_nll": None}}
-    shown = study_results.Shown("study", {("map", None, None): "MAP"}, {"few": "10 images"})
+    shown = study_results.Shown("study", {study_results.point("map"): "MAP"}, {"few": "10 images"})
     summary = {"regimes": {"few": {"missing": 0, "methods": [row]}}}
     (numbers,) = shown.read([summary])
     assert study_results.write(numbers) == [
