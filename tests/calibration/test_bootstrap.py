@@ -116,6 +116,23 @@ def test_paired_differences_are_sharper_than_the_intervals(case):
     assert all(interval == (0, 0, 0) for interval in itself.values())
 
 
+@pytest.mark.parametrize("resamples", [1, 39, 40, 41, 200, 1000])
+def test_the_interval_of_a_difference_is_the_mirror_image_of_that_of_its_negative(case, resamples):
+    probs, labels, ood = case
+    flatter = 0.9 * probs + 0.1 / probs.shape[1]
+    ours, theirs = (calibration.bootstrap(p, labels, ood, seed=5, resamples=resamples) for p in (flatter, probs))
+    mirrored = paired_differences(theirs, ours)
+    for name, (value, low, high) in paired_differences(ours, theirs).items():
+        assert mirrored[name] == (-value, -high, -low), name
+
+
+def test_a_fortieth_of_the_replicates_lies_at_or_beyond_each_end():
+    replicates = np.random.default_rng(0).permutation(np.arange(1000.0))
+    assert intervals(Bootstrap({"nll": 500.0}, {"nll": replicates}, ()))["nll"] == (500, 24, 975)
+    replicates[replicates > 970] = np.inf
+    assert intervals(Bootstrap({"nll": 500.0}, {"nll": replicates}, ()))["nll"] == (500, 24, np.inf)
+
+
 def test_differences_of_infinite_scores_are_nan_and_unequal_resamples_refused():
     infinite = Bootstrap({"nll": np.inf}, {"nll": np.array([np.inf, 1.0])}, ())
     assert all(math.isnan(end) for end in paired_differences(infinite, infinite)["nll"])

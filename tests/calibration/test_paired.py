@@ -52,6 +52,12 @@ def test_widths_are_those_of_normal_theory():
         assert widths[name] == pytest.approx(expected, rel={"seeds": 0.12, "examples": 0.03, "residual": 0.15}[name])
 
 
+def test_the_interval_of_a_difference_is_the_mirror_image_of_that_of_its_negative():
+    table = differences(np.random.default_rng(5), 5, 40, 1, 1, 1, mean=0.5)
+    value, low, high = paired_interval(table, np.zeros_like(table), seed=0)
+    assert paired_interval(np.zeros_like(table), table, seed=0) == (-value, -high, -low)
+
+
 def test_replicates_are_those_of_the_documented_formula():
     rng = np.random.default_rng(4)
     table = differences(rng, 3, 7, 1, 1, 1, mean=0.5)
