@@ -53,7 +53,7 @@ class Run(NamedTuple):
     scores: tuple[dict[str, float | None], ...]
     """For each method, its value of each metric."""
     evidence: dict[str, float | None]
-    """Highest log evidence on the grid, by structure."""
+    """Highest log evidence on the grid, or lower bound of a variational posterior, by structure."""
     config: dict[str, Any]
     """Settings by the dotted name of their field."""
     nll_differences: tuple[tuple[float | None, float | None], ...]
@@ -85,7 +85,8 @@ def summarise(argv: Sequence[str], console: Console) -> None:
     arguments = parse_record(Arguments, argv, "python -m training.summarise")
     if not arguments.workdirs:
         raise UserError(
-            "at least one work directory must be named; got none; try python -m training.summarise checkpoints/*"
+            "the work directories of one or more finished runs must be named; got none; try python -m "
+            "training.summarise checkpoints/digits"
         )
     for line in table([read(workdir) for workdir in arguments.workdirs]):
         console.out(line, highlight=False)
@@ -178,7 +179,7 @@ def table(runs: Sequence[Run]) -> list[str]:
     )
     for name in first.evidence:
         highest = _range([run.evidence[name] for run in runs], "{:.0f}".format)
-        lines.append(f"Highest log evidence on the grid, {name}: {highest} nats.")
+        lines.append(f"Highest log evidence or lower bound on the grid, {name}: {highest} nats.")
     lines += ["", "NLL against that of MAP, by the paired 95 % interval of each run:"]
     for index, label in enumerate(first.labels[1:], start=1):
         lines.append(f"- {label}: {_verdicts([run.nll_differences[index] for run in runs])}")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +67,7 @@ def test_prior_precisions_are_averaged_geometrically_and_scores_are_not(summary)
     assert first.startswith("| MAP | – | 0.200 [0.100, 0.300] |")
     assert second.startswith("| Lanczos (validation NLL, MC) | 10,000 [100, 100,000] | 0.200 [0.100, 0.300] |")
     assert "digits, test, 360 images; out of distribution: inverted; seeds 0, 1, 2; 12 to 12 s a run." in printed
-    assert "Highest log evidence on the grid, Lanczos: -6 [-7, -5] nats." in printed
+    assert "Highest log evidence or lower bound on the grid, Lanczos: -6 [-7, -5] nats." in printed
 
 
 def test_one_run_is_shown_without_a_mean(summary):
@@ -129,7 +130,17 @@ def test_no_runs_at_all_is_one_line(capsys):
     assert summarise.main([]) == 2
     printed, error = capsys.readouterr()
     assert printed == "" and error.count("\n") == 1
-    assert "at least one work directory must be named; got none; try python -m training.summarise" in error
+    assert (
+        "work directories of one or more finished runs must be named; got none; try python -m training.summa" in error
+    )
+
+
+def test_what_is_tried_without_runs_works_in_a_clone(capsys, monkeypatch):
+    monkeypatch.chdir(Path(__file__).resolve().parents[2])
+    assert summarise.main([]) == 2
+    tried = capsys.readouterr().err.split("try python -m training.summarise ")[1].split()
+    assert summarise.main(tried) == 0
+    assert "| MAP |" in capsys.readouterr().out
 
 
 def test_runs_of_different_experiments_are_refused(summary):
