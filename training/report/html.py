@@ -75,17 +75,6 @@ def write_results(directory: Path, results: RunResults, console: Console) -> Non
     interruption.stop_if_requested("stopped when all was written")
 
 
-def write_report(path: Path, results: RunResults, figures: Mapping[str, "Figure"]) -> None:
-    """Write what `render_report` returns, atomically.
-
-    Raises
-    ------
-    StorageError
-        The file cannot be written.
-    """
-    write_atomically(path, render_report(results, figures))
-
-
 def render_report(results: RunResults, figures: Mapping[str, "Figure"]) -> str:
     """Return the self-contained report as HTML.
 

@@ -22,9 +22,10 @@ from bnnlaplace.plots import PrecisionCurve
 from bnnlaplace.variational.saturation import TrainingFit
 from training.errors import UserError
 from training.report import findings
+from training.report import html as html_module
 from training.report.figures import evidence_keys, method_looks
 from training.report.findings import reservations
-from training.report.html import draw_figures, print_table, write_report
+from training.report.html import draw_figures, print_table, render_report, write_results
 from training.report.numbers import difference, digits, number, precision
 from training.report.results import (
     Example,
@@ -172,9 +173,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html(results, tmp_path_factory):
-    path = tmp_path_factory.mktemp("report") / "deep" / "report.html"
-    write_report(path, results, draw_figures(results))
-    return path.read_text(encoding="utf-8")
+    directory = tmp_path_factory.mktemp("report") / "deep"
+    write_results(directory, results, Console(file=io.StringIO()))
+    return (directory / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +255,7 @@ def test_configuration_time_and_versions_are_shown(page):
     assert {"jax", "device"} < set(page.words)
 
 
-def test_without_out_of_distribution_images_the_columns_go(results, tmp_path):
+def test_without_out_of_distribution_images_the_columns_go(results):
     def without(evaluated):
         keep = [name for name in evaluated.values if name not in ("auroc", "fpr95")]
         return evaluated._replace(
@@ -264,8 +265,7 @@ def test_without_out_of_distribution_images_the_columns_go(results, tmp_path):
 
     methods = [dataclasses.replace(method, bootstrap=without(method.bootstrap)) for method in results.methods]
     plain = dataclasses.replace(results, ood=None, methods=methods)
-    write_report(tmp_path / "report.html", plain, {})
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page = Page(render_report(plain, {}))
     assert [len(row) for row in page.rows] == [2 + 3] * page.tables[1] + [2 + 6] * (len(page.rows) - page.tables[1])
     assert "AUROC" not in " ".join(" ".join(row) for row in page.rows)
     assert [headline.metric for headline in findings.headlines(plain)] == ["NLL", "ECE"]
@@ -400,7 +400,7 @@ QUALIFIED = {
 
 
 @pytest.mark.parametrize("case", QUALIFIED)
-def test_what_qualifies_the_numbers_is_said_on_the_console_and_in_the_report(results, case, tmp_path):
+def test_what_qualifies_the_numbers_is_said_on_the_console_and_in_the_report(results, case):
     change, sentence = QUALIFIED[case]
     qualified = change(results)
     assert [sentence in each for each in reservations(qualified)] == [True]
@@ -409,8 +409,7 @@ def test_what_qualifies_the_numbers_is_said_on_the_console_and_in_the_report(res
         print_table(console, qualified)
         _, note = " ".join(console.file.getvalue().split()).split("note: ")
         assert sentence in note
-    write_report(tmp_path / "report.html", qualified, {})
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    page = Page(render_report(qualified, {}))
     assert sentence in "".join(page.words)
 
 
@@ -590,7 +589,8 @@ def test_a_failed_write_leaves_the_old_file(results, tmp_path, monkeypatch):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["metrics.json"]
 
 
-def test_a_directory_that_cannot_be_made_is_a_clear_error(results, tmp_path):
+def test_a_directory_that_cannot_be_made_is_a_clear_error(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(html_module, "draw_figures", lambda results: {})
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="must be writable"):
-        write_report(tmp_path / "file" / "report.html", results, {})
+        write_results(tmp_path / "file", results, Console(file=io.StringIO()))
