@@ -1,4 +1,4 @@
-"""Train a Visual Attention Network, put both Laplace posteriors on it, and evaluate them on held-out images.
+"""Train a Visual Attention Network, fit Laplace and variational posteriors to it, and evaluate all on held-out images.
 
 python -m training.fit_van --config configs/van_digits.py --workdir checkpoints/van_digits --seed 1
 """

@@ -64,7 +64,7 @@ def first_paragraph(box: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Train a Visual Attention Network, put a Laplace approximation on it, and evaluate both on held-out images.
+    """Train a Visual Attention Network, fit Laplace and variational posteriors to it, and evaluate all of them.
 
     Every setting below comes from the config file, or with --resume from the work directory. An option overrides it.
     """
