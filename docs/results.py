@@ -8,6 +8,7 @@ stand, and the script says so.
 To add a table, add a `Table` to `TABLES` in `docs/result_tables.py`.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -68,6 +69,22 @@ def environment_of(record: Record) -> Record:
     return {**record["versions"], **peers, "device": record["device"], "cores": record["cores"]}
 
 
+def read_record(path: Path) -> Record:
+    """Read a record, and compare it with its digest if it has one: `training.sealed` says what that is of.
+
+    The digest is computed here, because `make results` needs no installed package.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if "sha256" in record:
+        sealed = record.pop("sha256")
+        content = json.dumps(record, sort_keys=True, separators=(",", ":"))
+        if sealed != hashlib.sha256(content.encode()).hexdigest():
+            raise SystemExit(
+                f"{path} must be as it was written; its entry sha256 is not the digest of the rest; write it anew"
+            )
+    return record
+
+
 def update(numbers: Record, runs: Sequence[Path]) -> list[str]:
     """Put the records of this machine into `numbers`; return one line about each table."""
     report = []
@@ -79,7 +96,7 @@ def update(numbers: Record, runs: Sequence[Path]) -> list[str]:
             names = ", ".join(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path) for path in missing)
             report.append(f"{table.name}: kept, as this machine has no {names}")
             continue
-        records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+        records = [read_record(path) for path in paths]
         try:
             rows = table.read(records)
         except (KeyError, TypeError) as error:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from training import sealed
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -64,6 +66,18 @@ def test_results_come_from_the_records_of_this_machine_where_they_are_whole(resu
     page = results.page(numbers).replace("\N{NO-BREAK SPACE}", " ")
     assert "| Lanczos | 4 [4, 4] | 0.600 [0.500, 0.700] |" in page
     assert "*Measured on cpu, 3 cores, with jax 1.0.*" in page
+
+
+def test_a_record_that_was_edited_is_refused(results, tmp_path):
+    """One with a digest; those of benchmarks have none."""
+    path = tmp_path / "metrics.json"
+    path.write_text(sealed.dump(metrics(0.5), indent=1))
+    assert results.read_record(path) == metrics(0.5)
+    path.write_text(path.read_text().replace("0.5", "0.75"))
+    with pytest.raises(SystemExit, match="metrics.json must be as it was written"):
+        results.read_record(path)
+    path.write_text(json.dumps(metrics(0.75)))
+    assert results.read_record(path) == metrics(0.75)
 
 
 def metrics(accuracy):

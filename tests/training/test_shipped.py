@@ -1,6 +1,5 @@
 """The networks of the repository are whole, small, of no particular machine, and predict what they should."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import pytest
 from scipy.special import log_softmax
 
 from bnnlaplace.model.batched import outputs
-from training import posteriors
+from training import posteriors, sealed
 from training.data.load import load
 from training.models import van
 from training.report.evaluation import evaluated_split
@@ -25,12 +24,13 @@ def refuse(message: str) -> None:
 
 @pytest.mark.parametrize(("name", "num_weights"), [("digits", 19_466), ("cifar10", 273_578)])
 def test_a_shipped_network_is_whole(name, num_weights):
-    """Its arrays, its settings and its config vouch for each other."""
+    """Its arrays, its settings and its config vouch for each other, and its metrics for themselves."""
     directory = CHECKPOINTS / name
     config = load_saved_config(directory, refuse)
     trained = load_trained(directory, config, refuse)
     assert sum(np.size(leaf) for leaf in jax.tree.leaves(trained.params)) == num_weights
-    metrics = json.loads((directory / "metrics.json").read_text())
+    metrics, verified = sealed.load(directory / "metrics.json")
+    assert verified
     assert config.data.dir is None
     assert metrics["config"]["data"]["dir"] is None
     assert not any(part.startswith("/") for part in metrics["command"])
@@ -48,7 +48,7 @@ def test_digits_are_predicted_as_the_metrics_say():
     split = evaluated_split(config, data)
     logits = np.asarray(outputs(network, split.images, microbatch=64), np.float64)
     log_probs = log_softmax(logits, axis=1)
-    metrics = json.loads((directory / "metrics.json").read_text())["methods"][0]["metrics"]
+    metrics = sealed.load(directory / "metrics.json")[0]["methods"][0]["metrics"]
     nll = -log_probs[np.arange(len(split.labels)), split.labels].mean()
     assert nll == pytest.approx(metrics["nll"]["value"], rel=1e-3)
     assert np.mean(logits.argmax(1) == split.labels) == pytest.approx(metrics["accuracy"]["value"])
