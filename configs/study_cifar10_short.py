@@ -2,9 +2,10 @@
 
 Command    python -m training.study --config configs/study_cifar10_short.py --workdir checkpoints/study_cifar10_short \
            --resume --data-dir DIR
-Data       cifar10 and cifar100, prepared by TFDS in array_record format: 2,000 training images without augmentation,
-           1,000 validation and 2,000 test images, 10 classes; 5 shifts of 200 test images at 5 severities; inverted
-           images, noise and CIFAR-100
+Data       a subset of CIFAR-10 with 10,000 training images and 2,000 test images, prepared as cifar10 in the
+           array_record format of TFDS, and cifar100: 2,000 of the images train, without augmentation, and 1,000
+           validate; 2,000 test images, 10 classes; 5 shifts of 200 test images at 5 severities; inverted images, noise
+           and CIFAR-100. With all of CIFAR-10 the same options choose other images
 Hardware   2 CPU cores, no GPU, under 4 GB of memory
 Time       about 20 minutes a seed on one core: 12 to train two networks, 1 for Laplace by the evidence, 5 for the
            variational posterior, and 2 for Laplace by a held-out tenth
