@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
-from training import lock, posteriors
+from training import lock, posteriors, trained_on
 from training.cli import interruption, program
 from training.cli.arguments import parse_record
 from training.config import Config
@@ -88,6 +88,7 @@ def _evaluate(workdir: Path, directory: Path, config: Config, console: Console) 
     with watch.stage("data"), interruption.promptly("stopped in stage data; nothing is written"):
         trained = load_trained(workdir, config, report)
         data = load(config.data)
+        trained_on.require_same(workdir, data, config.data.dir)
         foreign = evaluation.foreign_images(config, data)
         config = dataclasses.replace(config, data=with_statistics(config.data, data.train.images))
         module = van.from_config(config, len(data.class_names))

@@ -21,7 +21,7 @@ import numpy as np
 from rich.console import Console
 
 from bnnlaplace import Laplace, Network
-from training import posteriors
+from training import posteriors, trained_on
 from training.cli import interruption, program
 from training.cli.arguments import Arguments, parse
 from training.config import Config
@@ -76,6 +76,7 @@ def _train_and_evaluate(
 ) -> None:
     """Do what comes after the data, in a work directory that this run has claimed."""
     workdir, console = arguments.workdir, watch.console
+    trained_on.claim(workdir, data, config.data.dir)
     with watch.stage("training"):
         trained = loop.train(
             config,

@@ -16,6 +16,9 @@ from training.settings import describe_difference
 
 CONFIG_FILE = "config.json"
 
+DATA_FILE = "data.json"
+"""The digests of the images that a run was trained on; see `training.trained_on`."""
+
 POSTERIORS = "laplace"
 """The folder of a work directory that holds the fitted posteriors."""
 
@@ -78,8 +81,10 @@ def open_workdir(
         save_config(workdir, config)
         return config
     saved = load_saved_config(workdir, report)
-    # An empty file, such as the log before its first record, holds nothing that could be lost.
-    holds_more = any(entry.name != CONFIG_FILE and not _is_empty_file(entry) for entry in entries)
+    # An empty file, such as the log before its first record, holds nothing that could be lost. A run writes the digests
+    # of its images before it trains.
+    known = (CONFIG_FILE, DATA_FILE)
+    holds_more = any(entry.name not in known and not _is_empty_file(entry) for entry in entries)
     if not holds_more and not resume:
         save_config(workdir, config)
         return config

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import log_softmax
 
 from bnnlaplace.model.batched import outputs
-from training import posteriors, sealed
+from training import posteriors, sealed, trained_on
 from training.data.load import load
 from training.models import van
 from training.report.evaluation import evaluated_split
@@ -34,7 +34,10 @@ def test_a_shipped_network_is_whole(name, num_weights):
     assert config.data.dir is None
     assert metrics["config"]["data"]["dir"] is None
     assert not any(part.startswith("/") for part in metrics["command"])
-    shipped = [directory / each for each in ("config.json", "log.jsonl", "metrics.json")]  # evaluations come on top
+    digests, verified = sealed.load(directory / "data.json")
+    assert verified and digests.keys() == {"train", "validation"}  # and no path of a machine
+    shipped = [directory / f"{each}.json" for each in ("config", "data", "metrics")]  # evaluations come on top
+    shipped.append(directory / "log.jsonl")
     shipped += (directory / "train").rglob("*")
     assert sum(path.stat().st_size for path in shipped if path.is_file()) < 4e6
 
@@ -43,6 +46,7 @@ def test_digits_are_predicted_as_the_metrics_say():
     directory = CHECKPOINTS / "digits"
     config = load_saved_config(directory, refuse)
     trained, data = load_trained(directory, config, refuse), load(config.data)
+    trained_on.require_same(directory, data, None)
     module = van.from_config(config, len(data.class_names))
     network = posteriors.make_network(module, trained.params, trained.batch_stats)
     split = evaluated_split(config, data)
