@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from bnnlaplace.plots.style import FONT, GREY, LINE_STYLES, NARROW, PALETTE, finish, log_axis, new_figure, number
+from bnnlaplace.plots.style import FONT, GREY, LINE_STYLES, NARROW, NEUTRAL, finish, log_axis, new_figure, number
 
 # The colour of values that have not converged, and the residual norm up to which a Ritz value counts as converged,
 # relative to the value: an eigenvalue is that near.
@@ -27,7 +27,7 @@ def spectrum(
     A Ritz value is an eigenvalue of the GGN only if it has converged. The others, the smaller ones above all, are
     averages over what the recurrence has not resolved. Where it stopped they fall off a cliff that the GGN does not
     have. So only those that have converged are drawn as a curve. The rest are small crosses, and the legend counts
-    them.
+    them. Everything is grey: colours are left to the methods of a report.
 
     Parameters
     ----------
@@ -71,10 +71,9 @@ def spectrum(
     if count < total:
         name = f"not converged: {total - count} of {total}"
         panel.plot(ranks[~has_converged], values[~has_converged], "x", color=UNSURE, ms=3, mew=0.7, label=name)
-    for (name, precision), colour, style in zip(
-        prior_precisions.items(), cycle(PALETTE), cycle(LINE_STYLES), strict=False
-    ):
-        panel.axhline(precision, color=colour, ls=style, lw=1.5, label=f"{name}: {number(precision)}")
+    # The solid line is that of the eigenvalues.
+    for (name, precision), style in zip(prior_precisions.items(), cycle(LINE_STYLES[1:]), strict=False):
+        panel.axhline(precision, color=NEUTRAL[0], ls=style, lw=1.5, label=f"{name}: {number(precision)}")
     finish(panel, "eigenvalue (1 / variance of a weight)", "rank")
     log_axis(panel)
     figure.legend(loc="outside upper left", fontsize=FONT, frameon=False)

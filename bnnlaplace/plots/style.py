@@ -18,6 +18,8 @@ BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE = "#0072B2", "#D55E00", "#009E73", 
 PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, SKY, ORANGE)
 LINE_STYLES = ("-", (0, (5, 1.5)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (7, 1, 1, 1)), (0, (3, 1)))
 GREY = "#555555"
+NEUTRAL = ("#222222", "#666666", "#999999")
+"""Greys of curves that belong to no method: in a report a colour stands for a method throughout."""
 FONT = 9.0
 
 

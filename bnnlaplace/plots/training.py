@@ -11,9 +11,10 @@ from matplotlib.ticker import MaxNLocator
 
 from bnnlaplace.plots.style import (
     FONT,
+    GREY,
     LINE_STYLES,
     NARROW,
-    PALETTE,
+    NEUTRAL,
     Look,
     finish,
     log_axis,
@@ -28,8 +29,14 @@ GRADIENTS = {
 }
 
 
+# The mark of the trained network.
+_OPEN = {"marker": "o", "ms": 6, "mfc": "white", "mew": 1.5, "ls": "none"}
+
+
 def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw loss and accuracy over the epochs, and evidence, prior precision and gradient norms if recorded.
+
+    All curves are grey: colours are left to the methods of a report.
 
     Parameters
     ----------
@@ -61,7 +68,7 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
     axes = figure.subplots(len(recorded), 1, sharex=True, squeeze=False)[:, 0]
     epochs = _series(history, "epoch")
     for panel, (label, corner, series) in zip(axes, recorded, strict=True):
-        for (key, name), colour, style in zip(series.items(), PALETTE, LINE_STYLES, strict=False):
+        for (key, name), colour, style in zip(series.items(), NEUTRAL, LINE_STYLES, strict=False):
             values = _series(history, key)
             present = np.isfinite(values)
             if not present.any():
@@ -91,7 +98,10 @@ def training_curve(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def evidence_history(
-    history: Sequence[Mapping[str, Any]], keys: Mapping[str, str], looks: Mapping[str, Look] | None = None
+    history: Sequence[Mapping[str, Any]],
+    keys: Mapping[str, str],
+    looks: Mapping[str, Look] | None = None,
+    trained: Mapping[str, tuple[float, float]] | None = None,
 ) -> Figure:
     """Draw the negative log evidence of a network in training against the epoch, of several curvatures.
 
@@ -104,6 +114,9 @@ def evidence_history(
         name with `_sem` behind, and may be missing.
     looks
         Colour and line style of each name; by default by their order. See `bnnlaplace.plots.looks`.
+    trained
+        By name, log evidence and standard error of the trained network, which may be another estimate than that of
+        `history`. It is an open circle at the last epoch, apart from the line. Names without a line are left out.
 
     Returns
     -------
@@ -129,6 +142,11 @@ def evidence_history(
             epochs[known], values[known], yerr=error,
             color=colour, ls=style, lw=1.6, marker="o", ms=3.5, capsize=2.5, elinewidth=1, label=name,
         )  # fmt: skip
+        if trained and name in trained:
+            value, error = trained[name]
+            panel.errorbar(epochs[-1:], [-value], yerr=[error], color=colour, capsize=2.5, elinewidth=1, **_OPEN)
+    if trained and not present.keys().isdisjoint(trained):
+        panel.plot([], [], color=GREY, label="trained network", **_OPEN)
     _shade_polishing(panel, history, label="polishing phase")
     finish(panel, "negative log evidence (nats)", "epoch")
     log_axis(panel)

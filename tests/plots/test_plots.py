@@ -200,6 +200,20 @@ def test_training_curve_shows_what_was_recorded():
     assert_readable(figure)
 
 
+def test_what_is_of_no_method_is_grey():
+    """The blue of one method was also that of the training loss and of the best evidence of another."""
+    history = [record | {"log_evidence": -50.0 * 0.5 ** record["epoch"]} for record in HISTORY]
+    panels = plots.training_curve(history).axes + plots.spectrum(np.geomspace(1, 9, 9), {"a": 2.0, "b": 3.0}).axes
+    lines = [line for panel in panels for line in panel.lines]
+    bands = [band.get_facecolor()[0, :3] for panel in panels for band in panel.collections]
+    assert len(lines) > 8 and bands
+    for red, green, blue in [matplotlib.colors.to_rgb(line.get_color()) for line in lines] + bands:
+        assert red == green == blue
+    for panel in panels:  # and the line style tells two greys apart
+        looks = [(line.get_color(), line.get_linestyle(), line._unscaled_dash_pattern) for line in panel.lines]
+        assert len({str(look) for look in looks}) == len(looks)
+
+
 def test_training_curve_leaves_out_what_says_nothing():
     history = [{"epoch": n, "phase": "train", "loss": 1.0 / (n + 1), "prior_precision": 1.0} for n in range(3)]
     figure = plots.training_curve(history)
@@ -224,6 +238,21 @@ def test_evidence_by_epoch_has_a_curve_for_each_curvature_that_was_recorded():
     assert assert_readable(figure)[:3] == ["Lanczos Laplace", "diagonal Laplace", "polishing phase"]
     with pytest.raises(ValueError, match="history must hold an evidence; got none under"):
         plots.evidence_history(HISTORY, keys)
+
+
+def test_evidence_by_epoch_ends_with_the_trained_network():
+    """The curve ends at the last update, epochs before the end of training."""
+    history = [{"epoch": n, "phase": "train", "log_evidence": -500.0 if n == 2 else None} for n in range(1, 9)]
+    figure = plots.evidence_history(
+        history, {"Lanczos": "log_evidence"}, trained={"Lanczos": (-450.0, 5.0), "another": (-1.0, 0.0)}
+    )
+    line, end = figure.axes[0].containers
+    assert list(line.lines[0].get_xdata()) == [2]
+    assert (list(end.lines[0].get_xdata()), list(end.lines[0].get_ydata())) == ([8], [450])
+    assert end.lines[2][0].get_segments()[0][:, 1].tolist() == [445, 455]
+    assert end.lines[0].get_color() == line.lines[0].get_color() and end.lines[0].get_markerfacecolor() == "white"
+    assert assert_readable(figure)[:2] == ["Lanczos", "trained network"]
+    assert "trained network" not in assert_readable(plots.evidence_history(history, {"Lanczos": "log_evidence"}))
 
 
 def test_pictures_say_what_each_method_predicts():

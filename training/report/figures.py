@@ -1,6 +1,8 @@
-"""The figures of the report. A method has one colour in all of them, and in the table."""
+"""The figures of the report. A method has one colour in all of them, and in the table; what is of none is grey."""
 
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from training.report.results import Example, MethodResult, RunResults
 
@@ -36,10 +38,11 @@ def draw_figures(results: RunResults) -> dict[str, "Figure"]:
     looks = method_looks(results)
     shown = {method.name: method for method in results.short_table if method.name in _SHOWN}
     curve = results.curves["Lanczos"]
-    optima = {"best evidence": curve.evidence_optimum, "best validation NLL": curve.nll_optimum}
+    own = results.posterior_name("Lanczos")
+    optima = {f"best evidence, {own}": curve.evidence_optimum, f"best validation NLL, {own}": curve.nll_optimum}
     figures = {}
     if keys := evidence_keys(results):
-        figures["evidence_by_epoch"] = plots.evidence_history(results.history, keys, looks)
+        figures["evidence_by_epoch"] = plots.evidence_history(results.history, keys, looks, trained_evidence(results))
     figures["evidence"] = plots.evidence_curve(
         {results.posterior_name(name): curve for name, curve in results.curves.items()}, looks
     )
@@ -67,6 +70,15 @@ def evidence_keys(results: RunResults) -> dict[str, str]:
     names = {"diagonal Laplace" if trained_by == "diagonal" else "Lanczos Laplace": "log_evidence"}
     names.setdefault("diagonal Laplace", "log_evidence_diagonal")
     return {name: key for name, key in names.items() if any(record.get(key) is not None for record in results.history)}
+
+
+def trained_evidence(results: RunResults) -> dict[str, tuple[float, float]]:
+    """Return the highest log evidence of the trained network on the grid, with its standard error, by posterior."""
+    best = {name: int(np.nanargmax(curve.log_evidence)) for name, curve in results.curves.items()}
+    return {
+        results.posterior_name(name): (float(curve.log_evidence[best[name]]), float(curve.log_evidence_sem[best[name]]))
+        for name, curve in results.curves.items()
+    }
 
 
 def _pictures(results: RunResults) -> "dict[str, list[Picture]]":

@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 _CAPTIONS = {
     "evidence_by_epoch": "The evidence of the network during training, with standard errors; lower in the figure is "
-    "better. Lanczos computes it from the whole curvature of the loss, diagonal from the diagonal of that alone.",
+    "better. Lanczos computes it from the whole curvature of the loss, diagonal from the diagonal of that alone. "
+    "Shaded: the polishing phase, the last epochs of training. Where it starts, batch statistics freeze and the "
+    "learning rate begins high again, so that the evidence can jump. Open circles: the trained network, by the "
+    "posteriors of this report, at the prior precision of the highest evidence. Training estimates the evidence from "
+    "--prior.examples images, and a small part of all images makes the estimate too high.",
     "evidence": "Evidence (of a variational posterior: the lower bound, with everything but the precision as fitted) "
     "and validation NLL against the prior precision. Dots: what the evidence chose, with its error, and what that "
     "costs in NLL. Diamonds: the lowest NLL. Bands: two standard errors, and upwards what stopping Lanczos early may "

@@ -484,6 +484,9 @@ def test_the_evidence_of_training_is_that_of_its_curvature(results):
     assert list(evidence_keys(dataclasses.replace(results, history=both))) == names
     by_diagonal = dataclasses.replace(results, config={"prior": {"curvature": "diagonal"}})
     assert evidence_keys(by_diagonal) == {"diagonal Laplace": "log_evidence"}
+    by_epoch = draw_figures(results)["evidence_by_epoch"]  # and ends with that of the trained network
+    highest = results.curves["Lanczos"].log_evidence.max()
+    assert [list(part.lines[0].get_ydata())[-1] for part in by_epoch.axes[0].containers] == [7.0, -highest]
     without = [record | {"log_evidence": None} for record in results.history]
     figures = draw_figures(dataclasses.replace(results, history=without))
     assert list(figures)[0] == "evidence" and "evidence_by_epoch" not in figures
