@@ -39,6 +39,9 @@ class PrecisionCurve(NamedTuple):
         Whether the optimum is at an end of its search range, and may lie beyond it.
     nll_optimum
         The prior precision with the lowest validation NLL among those whose samples have converged.
+    from_training
+        Whether `evidence_optimum` is the precision that training chose. The posterior keeps it, whatever its own
+        evidence prefers.
     """
 
     precision: Float[np.ndarray, " G"]
@@ -54,6 +57,7 @@ class PrecisionCurve(NamedTuple):
     evidence_at_bound: bool
     nll_optimum: float
     nll_at_bound: bool
+    from_training: bool = False
 
 
 def evidence_curve(curves: Mapping[str, PrecisionCurve], looks: Mapping[str, Look] | None = None) -> Figure:
@@ -72,8 +76,9 @@ def evidence_curve(curves: Mapping[str, PrecisionCurve], looks: Mapping[str, Loo
     Returns
     -------
     Figure
-        Two panels over one logarithmic axis. Dots mark the precision that the evidence prefers, with its error band in
-        the upper panel, and in the lower one what that choice costs in NLL. Diamonds mark the lowest NLL.
+        Two panels over one logarithmic axis. Dots mark the precision that the evidence prefers, or that a posterior
+        keeps from training, with its error band in the upper panel, and in the lower one what that choice costs in NLL.
+        Diamonds mark the lowest NLL.
 
     Raises
     ------
@@ -127,8 +132,10 @@ def _draw_posterior(axes: Sequence[Axes], name: str, curve: PrecisionCurve, look
 
 def _keys(curves: Mapping[str, PrecisionCurve]) -> list[Line2D]:
     """Entries of the legend for what all posteriors share."""
+    kept = any(curve.from_training for curve in curves.values())
+    preferred = "precision that the evidence prefers" + (", or of training" if kept else "")
     marks = [
-        Line2D([], [], color=GREY, label="precision that the evidence prefers", **_DOT),
+        Line2D([], [], color=GREY, label=preferred, **_DOT),
         Line2D([], [], color=GREY, label="precision of the lowest validation NLL", **_DIAMOND),
     ]
     if all(np.all(curve.converged) for curve in curves.values()):
@@ -137,7 +144,9 @@ def _keys(curves: Mapping[str, PrecisionCurve]) -> list[Line2D]:
 
 
 def _evidence_optimum(curve: PrecisionCurve) -> str:
-    """Write the optimum for the legend, with its error band or the remark that it is at an end of its search."""
+    """Write the optimum for the legend, with its error band, or where it is from if it is not the inner optimum."""
+    if curve.from_training:
+        return f"{number(curve.evidence_optimum)} (of training)"
     if curve.evidence_at_bound:
         return f"{number(curve.evidence_optimum)} (at end)"
     low, high = number(curve.evidence_optimum_low), number(curve.evidence_optimum_high)

@@ -62,7 +62,8 @@ def evaluate(
 ) -> RunResults:
     """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
 
-    The first precision maximises the evidence; a variational posterior keeps the one that it was fitted at. The second
+    The first precision maximises the evidence; a variational posterior keeps the one that it was fitted at, which is
+    that of training if training chose one. The second
     has the lowest NLL of the Monte Carlo predictive on the validation images, among the precisions of the grid at which
     the samples have converged. The temperature is chosen on the validation images too. `foreign` comes from
     `foreign_images`.
@@ -149,7 +150,7 @@ def precision_curves(
         microbatch=config.curvature.microbatch,
     )
     return {
-        name: precision_curve(name, la, grid, scores)
+        name: precision_curve(name, la, grid, scores)._replace(from_training=is_from_training(config, la))
         for (name, la), scores in zip(posteriors.items(), heldout, strict=True)
     }
 
@@ -181,11 +182,16 @@ def precision_curve(name: str, la: Laplace, grid: np.ndarray, heldout: Validatio
     )
 
 
+def is_from_training(config: Config, la: Laplace) -> bool:
+    """Whether a posterior keeps the prior precision that training chose: a variational one, unless that was posthoc."""
+    return la.fitted.bound is not None and config.prior.update != "posthoc"
+
+
 def evidence_choice(la: Laplace) -> PriorOptimum:
     """Return the prior precision that the evidence prefers.
 
-    That of a variational posterior is its own: the fit maximised the bound over it, and the curve at the sites as they
-    are would lead elsewhere.
+    That of a variational posterior is the one that it was fitted at: training chose it, or after posthoc training the
+    fit maximised the bound over it. The curve at the sites as they are would lead elsewhere.
     """
     if la.fitted.bound is None:
         return la.evidence_optimum()

@@ -66,8 +66,7 @@ def draw_figures(results: RunResults) -> dict[str, "Figure"]:
 
 def evidence_keys(results: RunResults) -> dict[str, str]:
     """Return which evidences training recorded: the entry of its records, by the name of the posterior."""
-    trained_by = results.config.get("prior", {}).get("curvature")
-    names = {"diagonal Laplace" if trained_by == "diagonal" else "Lanczos Laplace": "log_evidence"}
+    names = {results.trained_by: "log_evidence"}
     names.setdefault("diagonal Laplace", "log_evidence_diagonal")
     return {name: key for name, key in names.items() if any(record.get(key) is not None for record in results.history)}
 

@@ -151,10 +151,12 @@ def about_precisions(results: RunResults) -> list[str]:
     curve = results.curves[method.curve]
     ratio = curve.nll_optimum / curve.evidence_optimum
     times = precision(max(ratio, 1 / ratio))
-    sentences = [
-        f"For {method.name} the evidence chose {precision(curve.evidence_optimum)} and the validation NLL "
+    chosen_by = "training" if curve.from_training else "the evidence"
+    sentences = [] if results.kept_precision is None else [results.kept_precision]
+    sentences.append(
+        f"For {method.name} {chosen_by} chose {precision(curve.evidence_optimum)} and the validation NLL "
         f"{precision(curve.nll_optimum)}, {times} times as {'large' if ratio >= 1 else 'small'}."
-    ]
+    )
     if results.history and results.history[-1].get("prior_precision_by_layer"):
         sentences.append("Every layer has a precision of its own; the numbers are geometric means over the weights.")
     unconverged: dict[str, list[str]] = {}

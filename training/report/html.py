@@ -33,9 +33,9 @@ _CAPTIONS = {
     "posteriors of this report, at the prior precision of the highest evidence. Training estimates the evidence from "
     "--prior.examples images, and a small part of all images makes the estimate too high.",
     "evidence": "Evidence (of a variational posterior: the lower bound, with everything but the precision as fitted) "
-    "and validation NLL against the prior precision. Dots: what the evidence chose, with its error, and what that "
-    "costs in NLL. Diamonds: the lowest NLL. Bands: two standard errors, and upwards what stopping Lanczos early may "
-    "hide.",
+    "and validation NLL against the prior precision. Dots: what the evidence chose, with its error, or what a "
+    "variational posterior keeps from training, and what that costs in NLL. Diamonds: the lowest NLL. Bands: two "
+    "standard errors, and upwards what stopping Lanczos early may hide.",
     "reliability": "Reliability. On the dashed line a prediction made with 70 % confidence is right 70 % of the time. "
     "Below: how many images have which confidence.",
     "detection": "Confidence on own and on foreign images, and how well it tells them apart (ROC curve, whose area is "

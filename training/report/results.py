@@ -217,6 +217,22 @@ class RunResults:
         """MAP with a temperature. None if the run has none."""
         return next((method for method in self.methods if method.temperature is not None), None)
 
+    @property
+    def trained_by(self) -> str:
+        """Name of the posterior whose evidence training recorded."""
+        is_diagonal = self.config.get("prior", {}).get("curvature") == "diagonal"
+        return "diagonal Laplace" if is_diagonal else "Lanczos Laplace"
+
+    @property
+    def kept_precision(self) -> str | None:
+        """What a reader has to know of the prior precision of variational posteriors, if it is that of training."""
+        if not any(curve.from_training for curve in self.curves.values()):
+            return None
+        return (
+            "Variational posteriors keep the prior precision that training chose by the evidence of "
+            f"{self.trained_by}: their own lower bound did not choose it."
+        )
+
     def posterior_name(self, curve: str) -> str:
         """Name of a curve in tables and figures: `Lanczos Laplace` for `Lanczos`."""
         return next((method.name for method in self.methods if method.curve == curve), curve)

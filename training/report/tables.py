@@ -115,10 +115,11 @@ def print_table(console: Console, results: RunResults) -> None:
         table.add_row(escape(method.name), row["precision"], *cells)
     console.print(table)
     intervals = "" if wide else "intervals, "
+    kept = "" if results.kept_precision is None else f"{results.kept_precision} "
     console.print(
-        "Posteriors by the evidence alone, probit link. Bold: best, or not told from the best by these images (paired "
-        f"bootstrap, 95 %). All else ({intervals}precisions by the validation NLL, Monte Carlo link, more metrics): "
-        "metrics.json, report.html.",
+        f"Posteriors by the evidence alone, probit link. {kept}Bold: best, or not told from the best by these images "
+        f"(paired bootstrap, 95 %). All else ({intervals}precisions by the validation NLL, Monte Carlo link, more "
+        "metrics): metrics.json, report.html.",
         style="dim",
         highlight=False,
     )

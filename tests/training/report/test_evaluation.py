@@ -1,17 +1,24 @@
 """The validation NLL chooses among prior precisions whose samples have converged, and says where its choice ends."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from bnnlaplace import Laplace, Network
-from training.config import Config, Curvature, Evaluation
+from training.config import Config, Curvature, Evaluation, Prior
 from training.data.load import ImageData
 from training.data.reading import Split
 from training.errors import UserError
-from training.report.evaluation import evaluated_split, foreign_images, lowest_nll, precision_curves
+from training.report.evaluation import (
+    evaluated_split,
+    foreign_images,
+    is_from_training,
+    lowest_nll,
+    precision_curves,
+)
 
 GRID = np.array([0.1, 1.0, 10.0, 100.0])
 ALL = np.ones(4, bool)
@@ -66,6 +73,15 @@ def test_curves_say_where_the_samples_have_converged():
     assert not expected[0] and expected[-1]
     assert curve.nll_optimum in curve.precision[curve.converged]
     assert curves["diagonal"].converged.all()
+
+
+@pytest.mark.parametrize("update", ["posthoc", "online", "joint"])
+def test_a_variational_posterior_keeps_the_precision_that_training_chose(update):
+    """Labels, legends and remarks called it the choice of its own bound."""
+    config = dataclasses.replace(CONFIG, prior=Prior(update=update))
+    laplace, variational = (SimpleNamespace(fitted=SimpleNamespace(bound=bound)) for bound in (None, object()))
+    assert not is_from_training(config, laplace)
+    assert is_from_training(config, variational) == (update != "posthoc")
 
 
 def test_foreign_images_are_those_of_the_evaluated_split():

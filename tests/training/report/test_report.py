@@ -334,6 +334,36 @@ def test_precisions_of_evidence_and_validation_are_compared(results):
     assert sentence == "For Lanczos variational the evidence chose 1.2 and the validation NLL 40, 33 times as large."
 
 
+def test_a_precision_that_is_kept_from_training_is_called_that(results, tmp_path):
+    """In the report, in the legend of its figure and on the console. One that the bound chose is not."""
+    sentence = (
+        "Variational posteriors keep the prior precision that training chose by the evidence of Lanczos Laplace: "
+        "their own lower bound did not choose it."
+    )
+    name = "Lanczos, variational"
+    kept = dataclasses.replace(
+        results, curves=results.curves | {name: results.curves[name]._replace(from_training=True)}
+    )
+    assert findings.about_precisions(kept) == [
+        sentence,
+        "For Lanczos variational training chose 1.2 and the validation NLL 40, 33 times as large.",
+    ]
+    for each, count in ((kept, 2), (results, 0)):
+        figures = draw_figures(each)
+        write_report(tmp_path / "report.html", each, {})
+        page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+        assert " ".join(page.words).count(sentence) == count
+        words = [text.get_text() for text in figures["evidence"].legends[0].get_texts()]
+        assert ("Lanczos variational: ● 1.2 (of training) ◇ 40" in words) == bool(count)
+        assert ("precision that the evidence prefers, or of training" in words) == bool(count)
+        assert "Lanczos Laplace: ● 0.8 (0.73 to 0.88) ◇ 100" in words
+        console = Console(file=io.StringIO(), width=400)
+        print_table(console, each)
+        assert (sentence in console.file.getvalue()) == bool(count)
+    by_diagonal = dataclasses.replace(kept, config={"prior": {"curvature": "diagonal"}})
+    assert by_diagonal.kept_precision == sentence.replace("Lanczos Laplace", "diagonal Laplace")
+
+
 def test_training_fits_say_whether_the_evidence_is_kept(results, page):
     texts = [findings.about_training_fit(name, fit) for name, fit in results.training_fits.items()]
     small, large = (text.replace("\N{NO-BREAK SPACE}", " ") for text in texts)
