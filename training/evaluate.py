@@ -77,12 +77,13 @@ def evaluate(argv: Sequence[str], console: Console) -> None:
     directory = arguments.workdir / f"evaluation-{config.evaluation.split}-{config.evaluation.ood}"
     if fault := why_not_writable(directory):
         raise UserError(f"the work directory must be writable; got {fault}; evaluate a copy of it")
-    command = shlex.join([(sys.orig_argv or ["python"])[0], "-m", "training.evaluate", *argv])
+    words = ["-m", "training.evaluate", *argv]
+    command = shlex.join([(sys.orig_argv or ["python"])[0], *words])
     with lock.held(arguments.workdir, shared=True, report=report), program.continued_by(command):
-        _evaluate(arguments.workdir, directory, config, console)
+        _evaluate(arguments.workdir, directory, config, ["python", *words], console)
 
 
-def _evaluate(workdir: Path, directory: Path, config: Config, console: Console) -> None:
+def _evaluate(workdir: Path, directory: Path, config: Config, command: Sequence[str], console: Console) -> None:
     report = program.reporter(console)
     watch = program.Stopwatch(console)
     with watch.stage("data"), interruption.promptly("stopped in stage data; nothing is written"):
@@ -100,6 +101,8 @@ def _evaluate(workdir: Path, directory: Path, config: Config, console: Console) 
             fitted = posteriors.fit(config, data, network, trained.prior, console)
     with watch.stage("evaluation"):
         results = evaluation.evaluate(config, data, foreign, trained, fitted, watch.seconds)
+        # Not the command that trains, which would make another network.
+        results = dataclasses.replace(results, command=command)
     with lock.held(directory, report=report):
         write_results(directory, results, console)
 

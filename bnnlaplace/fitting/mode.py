@@ -45,8 +45,9 @@ def warn_unless_mode(fitted: Fitted) -> None:
     checks.warn(
         f"the weights are not at a mode of the log joint for prior precision {float(fitted.prior.precision):.3g}: one "
         f"Gauss-Newton step would gain {up_to}{0.5 * decrement:.3g} nats and move {up_to}{decrement**0.5:.3g} "
-        f"posterior standard deviations (a posterior sample moves {effective**0.5:.3g}); train longer, pass the prior "
-        "precision used in training (weight decay times the number of examples), or use fit(mean='linear')"
+        f"posterior standard deviations (samples of the posterior are about {effective**0.5:.3g} away from its mean); "
+        "train longer, pass the prior precision used in training (weight decay times the number of examples), or use "
+        "fit(mean='linear')"
         + ("; with prior=..., train with the penalty -prior.log_density" if fitted.prior.curvature is not None else ""),
         NotAModeWarning,
     )

@@ -103,6 +103,7 @@ def test_evaluating_again_gives_the_same_numbers(finished, capsys):
     status, _ = run(evaluate, capsys, finished)
     assert status == 0
     again = json.loads((finished / "evaluation-test-inverted" / "metrics.json").read_text())
+    assert again["command"] == ["python", "-m", "training.evaluate", str(finished)]
     before = json.loads((finished / "metrics.json").read_text())
     for ours, theirs in zip(again["methods"], before["methods"], strict=True):
         for name, interval in theirs["metrics"].items():

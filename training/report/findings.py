@@ -33,7 +33,8 @@ def headlines(results: RunResults) -> list[Headline]:
     """Write NLL, ECE and AUROC of the foremost method beside the baselines; without foreign images two of them."""
     own = f"a {results.split} image"
     meaning = {
-        "nll": f"The cost of {own}: \N{MINUS SIGN}log of the probability of its class, in nats; lower is better.",
+        "nll": f"The cost of {own}: \N{MINUS SIGN}log of the probability of its class, in nats (the unit "
+        "of natural logarithms); lower is better.",
         "ece": "Calibration error: how far confidence and accuracy are apart on average; lower is better.",
         "auroc": f"The chance that {own} gets more confidence than a foreign one ({results.ood}); higher is better.",
     }
@@ -213,17 +214,18 @@ def about_modes(results: RunResults) -> list[str]:
     here, there = results.mode_in_training, results.mode_of_evidence
     is_mode = here.decrement <= _NEAR_MODE * here.effective_parameters
     return [
-        f"Laplace expands at a mode, where the gradient of the log joint is zero: here its norm is "
-        f"{results.gradient_norm:.2g}, {number(100 * relative, 2)} % of that of the prior's gradient.",
-        f"At the prior precision of training, {precision(here.prior_precision)}, the mode is {_distance(here)}: "
-        + ("a mode for practical purposes." if is_mode else "not quite a mode, so train longer to come closer."),
-        f"At the precision that the evidence of Lanczos Laplace prefers, {precision(there.prior_precision)}, the mode "
-        f"is {_distance(there)}.",
+        "Laplace expands at a mode, where the gradient of the log joint (log likelihood plus log prior) is zero. At "
+        f"the trained weights the norm of this gradient is {results.gradient_norm:.2g}, which is "
+        f"{number(100 * relative, 2)} % of the norm of the prior's part.",
+        f"At the prior precision of training, {precision(here.prior_precision)}, {_distance(here)} "
+        + ("They are at a mode for practical purposes." if is_mode else "Train longer to come closer to the mode."),
+        f"At the precision that the evidence of Lanczos Laplace prefers, {precision(there.prior_precision)}, "
+        f"{_distance(there)}",
     ]
 
 
 def _distance(mode: ModeDistance) -> str:
     return (
-        f"{number(mode.decrement**0.5, 1)} standard deviations away, where a posterior sample is "
-        f"{number(mode.effective_parameters**0.5, 1)} away"
+        f"the weights are {number(mode.decrement**0.5, 1)} standard deviations of the posterior away from the mode. "
+        f"Samples of the posterior are about {number(mode.effective_parameters**0.5, 1)} away from its mean."
     )

@@ -32,19 +32,22 @@ _CAPTIONS = {
     "learning rate begins high again, so that the evidence can jump. Open circles: the trained network, by the "
     "posteriors of this report, at the prior precision of the highest evidence. Training estimates the evidence from "
     "--prior.examples images, and a small part of all images makes the estimate too high.",
-    "evidence": "Evidence (of a variational posterior: the lower bound, with everything but the precision as fitted) "
-    "and validation NLL against the prior precision. Dots: what the evidence chose, with its error, or what a "
-    "variational posterior keeps from training, and what that costs in NLL. Diamonds: the lowest NLL. Bands: two "
-    "standard errors, and upwards what stopping Lanczos early may hide.",
+    "evidence": "Evidence and validation NLL against the prior precision. The curve of a variational posterior is its "
+    "lower bound of the evidence, with everything but the precision as fitted. Dots: what the evidence chose, with "
+    "its error, or what a variational posterior keeps from training, and what that costs in NLL. Diamonds: the lowest "
+    "NLL. The bands reach two standard errors up and down. Where Lanczos stopped early the evidence can be too low, "
+    "and its band reaches further up by as much.",
     "reliability": "Reliability. On the dashed line a prediction made with 70 % confidence is right 70 % of the time. "
     "Below: how many images have which confidence.",
     "detection": "Confidence on own and on foreign images, and how well it tells them apart (ROC curve, whose area is "
     "the AUROC).",
     "rejection": "Accuracy if the least confident predictions are left to someone else.",
     "images": "Some of the evaluated images. A cross marks a wrong prediction.",
-    "training": "Training. The loss is the negative log joint divided by the number of training images.",
-    "spectrum": "Eigenvalues of the curvature. The data determine the directions above a line, the prior the ones "
-    "below. Crosses have not converged: they are averages over smaller eigenvalues.",
+    "training": "Training. The loss is the negative log joint (log likelihood plus log prior), divided by the number "
+    "of training images. Shaded: the polishing phase, the last epochs, in which batch statistics are frozen.",
+    "spectrum": "Eigenvalues of the curvature of the loss, the generalised Gauss-Newton matrix (GGN). Lanczos "
+    "approximates them by Ritz values. The data determine the directions above a line, the prior the ones below. "
+    "Crosses are Ritz values that have not converged: averages over smaller eigenvalues.",
 }
 _STOPPED = "stopped in stage evaluation; nothing of it is written"
 

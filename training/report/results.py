@@ -186,7 +186,7 @@ class RunResults:
     """For each Laplace posterior, named as in `curves`, at the prior precision that its evidence prefers: NLL of some
     training images beside -log evidence / N."""
     command: Sequence[str]
-    """The words to type to have the run again."""
+    """The words to type to have the run again, or the evaluation if it is one of a finished run."""
     chosen_on: str = "validation"
     """The split that the temperature and the second prior precision of each structure were chosen on."""
 

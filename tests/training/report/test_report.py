@@ -248,6 +248,24 @@ def test_strings_are_escaped(page):
     assert "training.fit_van \\\n    --seed 7 \\\n    --data.dir 'a <b> c'" in text
 
 
+@pytest.mark.parametrize(
+    ("term", "explained"),
+    [
+        ("nats", "nats (the unit of natural logarithms)"),
+        ("logits", "logits (the outputs before the softmax)"),
+        ("link", "link averages the softmax over the Gaussian of the outputs: probit by a formula, MC over posterior"),
+        ("log joint", "log joint (log likelihood plus log prior)"),
+        ("polishing phase", "polishing phase, the last epochs"),
+        ("GGN", "the generalised Gauss-Newton matrix (GGN)"),
+        ("Ritz values", "Lanczos approximates them by Ritz values"),
+    ],
+)
+def test_a_term_is_explained_where_it_comes_first(page, term, explained):
+    text = " ".join("".join(page.words).split())
+    start = text.index(explained)
+    assert start <= re.search(rf"\b{term}\b", text).start() < start + len(explained)
+
+
 def test_configuration_time_and_versions_are_shown(page):
     entries = list(zip(page.words, page.words[1:], strict=False))
     assert ("data.name", HOSTILE) in entries and ("data.mean", "(0.25, 0.5)") in entries
@@ -496,11 +514,12 @@ def test_krylov_error_and_modes_are_stated(results, page):
     gradient, here, there = findings.about_modes(results)
     assert findings.about_modes(of_part(results, 40)) == []  # the noise of a part would count as a distance
     assert findings.about_modes(of_part(results, 300)) == [gradient, here, there]
-    assert "norm is 0.02, 0.20 % of that of the prior's gradient" in gradient
-    assert "of training, 1, the mode is 0.7 standard deviations away" in here and here.endswith("practical purposes.")
-    assert "prefers, 3, the mode is 3.0 standard deviations away, where a posterior sample is 14.1" in there
+    assert "norm of this gradient is 0.02, which is 0.20 % of the norm of the prior's part" in gradient
+    away = "standard deviations of the posterior away from the mode"
+    assert f"of training, 1, the weights are 0.7 {away}" in here and here.endswith("practical purposes.")
+    assert f"prefers, 3, the weights are 3.0 {away}. Samples of the posterior are about 14.1 away from its" in there
     far = dataclasses.replace(results, mode_in_training=ModeDistance(1.0, 50.0, 300.0))
-    assert "not quite a mode" in findings.about_modes(far)[1]
+    assert "Train longer" in findings.about_modes(far)[1]
 
 
 # --- figures ----------------------------------------------------------------------------------------------------
