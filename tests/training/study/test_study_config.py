@@ -275,17 +275,9 @@ def test_the_studies_of_the_repository_can_be_run(name):
         ROOT / "configs" / f"{name}.py", "study", Study, lambda record: from_document(to_document(record))
     )
     check_trainings(study)
-
-    load_definition(ROOT / "configs" / f"{name}.py", "study", Study, lambda record: from_document(to_document(record)))
     card = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
     assert all(f"\n{entry} " in card for entry in ("Command", "Data", "Hardware", "Time", "Expected"))
-
-
-    assert len(study.shown) <= 6
     data = study.config.data
     if data.name == "cifar10":  # each can be run on the subset on which the numbers of the repository were measured
         assert data.train_examples + data.validation_examples <= 10_000
         assert "subset" in card
-    named = {f"{unit.training}.{unit.name}" for unit in store.units_of(study)}
-    points = {"map", "map-t-split", "map-t-part", "map-t-validation", "ensemble"}
-    assert all(name in named or name.split(".")[1] in points for name in study.shown)
