@@ -4,6 +4,7 @@
 # make test-peers  compare with other packages, which it installs
 # make test-campaign   feed in what is damaged, forged or wrong, and print counts of what became of it, by kind
 # make docs        build the documentation into site/
+# make measure     run the commands of docs/results.md whose records this machine lacks; ARGS=--list says how long
 # make results     write the tables of docs/results.md and README.md from the records of this machine
 #
 # Every target creates .venv first. A stage of the installation ends with a stamp, so what an interruption leaves half
@@ -17,7 +18,7 @@ INSTALL := $(VENV)/python -m pip install --quiet --disable-pip-version-check --e
 # A file stays on one worker: its tests share fixtures and compiled programs.
 PYTEST := $(VENV)/python -m pytest --numprocesses auto --dist loadfile --max-worker-restart 1
 
-.PHONY: fit-van test test-all test-peers test-campaign docs readme-figure results clean
+.PHONY: fit-van test test-all test-peers test-campaign docs readme-figure measure results clean
 
 fit-van: .venv/installed-training
 	$(VENV)/python -m training.fit_van --workdir $(WORKDIR) --resume $(ARGS)
@@ -39,6 +40,9 @@ docs: .venv/installed-docs
 
 readme-figure: .venv/installed-docs
 	$(VENV)/python docs/readme_figure.py
+
+measure: .venv/installed-peers
+	$(VENV)/python docs/measure.py $(ARGS)
 
 results: .venv/created
 	$(VENV)/python docs/results.py $(ARGS)

@@ -288,9 +288,9 @@ class Laplace:
         Parameters
         ----------
         method
-            "marglik": maximise the evidence, or its lower bound, and warn if the posterior does not fit training data.
-            "gridsearch": try `precisions`, all in one pass, and choose among those at which "lanczos" has converged.
-            Both warn if the optimum is at an end of what they search.
+            "marglik": maximise the evidence, or its lower bound, and warn if the posterior does not fit training data,
+            of which a loaded one has none. "gridsearch": try `precisions`, all in one pass, and choose among those at
+            which "lanczos" has converged. Both warn if the optimum is at an end of what they search.
         prior_structure
             What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
             ("layerwise"), or for each weight ("diag"). None chooses a common factor without computing curvature again.

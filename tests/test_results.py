@@ -64,7 +64,7 @@ def test_results_come_from_the_records_of_this_machine_where_they_are_whole(resu
     assert numbers["modes"]["rows"][0][1:] == pytest.approx([50, 50])
     assert numbers["modes"]["rows"][1][1:] == pytest.approx([3, 3])
     page = results.page(numbers).replace("\N{NO-BREAK SPACE}", " ")
-    assert "| Lanczos | 4 [4, 4] | 0.600 [0.500, 0.700] |" in page
+    assert "| Lanczos | 4 [4, 4] | 0.600 [0.500, 0.700] |" in page and "| 0 better, 2 worse of 2 |" in page
     assert "*Measured on cpu, 3 cores, with jax 1.0.*" in page
 
 
@@ -85,11 +85,12 @@ def metrics(accuracy):
     names = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
     values = {name: {"value": accuracy} for name in names}
     mode = {"decrement": 9.0, "effective_parameters": 16.0}
+    worse = {"low": 0.1, "high": 0.3}
     return {
         "environment": {"jax": "1.0", "device": "cpu", "cpu_count": 3},
         "methods": [
-            {"label": "MAP", "prior_precision": None, "metrics": values},
-            {"label": "Lanczos", "prior_precision": 4.0, "metrics": values},
+            {"label": "MAP", "prior_precision": None, "metrics": values, "difference_from_map": {"nll": None}},
+            {"label": "Lanczos", "prior_precision": 4.0, "metrics": values, "difference_from_map": {"nll": worse}},
         ],
         "curves": {"Lanczos": {"log_evidence": [-5.0, -3.0, None]}},
         "gradient_norm": 1.0,
@@ -117,3 +118,14 @@ def test_a_study_of_which_units_are_missing_is_kept(results):
     summary["regimes"]["few"]["missing"] = 2
     with pytest.raises(KeyError, match="2 units of few"):
         shown.read([summary])
+
+
+def test_every_table_has_a_command_that_measures_it(results):
+    """What `make measure` runs writes all records that `make results` reads."""
+    import measure
+
+    records = {each.record for each in measure.MEASUREMENTS}
+    read = {table.record for table in results.TABLES if table.record}
+    assert {record if "/" in record else f"benchmarks/results/{record}" for record in read} <= records
+    assert {f"{run}/metrics.json" for run in results.RUNS} <= records
+    assert measure.main(["--list", "krylov"]) == 0

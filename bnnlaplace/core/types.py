@@ -36,7 +36,8 @@ class LowerBound(Estimate):
         The estimate of the bound, in nats.
     sem
         Its standard error over the samples of the outputs and over probes. It does not say how far below the evidence
-        the bound is.
+        the bound is. With more than 64 outputs an example it lacks the error of their covariances, which samples of the
+        weights estimate: that may be several times as large, except with "lanczos", where most of it cancels.
     """
 
     __slots__ = ()

@@ -22,13 +22,14 @@ class Progress(NamedTuple):
     iteration
         Its number, from 1.
     elbo
-        The evidence lower bound in nats.
+        The evidence lower bound in nats; -inf if it, or the curvature, was not finite, so that the step was refused.
     expected_log_likelihood
         The average of log p(D | f) under the posterior, in nats: the bound without its divergence from the prior.
     prior_precision
         The prior precision, or its geometric mean over the weights.
     damping
-        How far the sites went towards their averages, between 0 and 1. It is halved where the bound would fall.
+        How far the sites went towards their averages, between 0 and 1. It is halved where the bound would fall. The
+        first step of a fit that goes on from a fitted posterior is a whole one.
     newton_steps, products
         Newton steps of the mean, and how often their conjugate gradients multiplied by the GGN.
     """
@@ -46,13 +47,15 @@ class Progress(NamedTuple):
 class Variational:
     """The options of `Laplace.fit(approximation=Variational(...))`.
 
+    A regression has the posterior of Laplace, which needs neither samples nor iterations.
+
     Attributes
     ----------
     num_samples
         Samples of the outputs at each training input, an even number: expectations are averages over these. By default
         512 for up to 16 outputs, and fewer for more of them, down to 32.
     tolerance
-        The iteration ends if the evidence lower bound changes by less than this, in nats.
+        The iteration ends if two steps, one after another, change the evidence lower bound by less than this, in nats.
     prior_structure
         Also maximise over the prior precision, a step in each iteration: one for all weights ("scalar"), one for each
         group of `prior_groups` ("layerwise"), or one for each weight ("diag"). By default it stays as it is.

@@ -71,7 +71,10 @@ print(f"{caught[0].category.__name__}: {caught[0].message}")
 # The variational posterior is the Gaussian with the largest evidence lower bound (ELBO) for the linearised network. Its
 # curvature and its mean are averaged under its own predictions, so that it knows where the likelihood falls. It needs a
 # key for samples of the outputs, and data that can be read several times. Every structure and every likelihood can be
-# used; for a regression the result is that of Laplace. `on_iteration=print` would show each iteration.
+# used. For a regression the result is that of Laplace, and options of samples and iterations have no effect. Where the
+# curvature of a likelihood is its Fisher information, as that of "heteroscedastic" is, so is the averaged one: the
+# bound is that of the Gaussian at hand, and another one may have a larger bound. `on_iteration=print` would show each
+# iteration.
 #
 # With `prior_structure="scalar"` the fit also chooses the prior precision by the bound, a step in each iteration.
 # "layerwise" and "diag" choose one for each layer and for each weight. Without it the prior stays as it is.
