@@ -352,7 +352,7 @@ def test_precisions_of_evidence_and_validation_are_compared(results):
     assert sentence == "For Lanczos variational the evidence chose 1.2 and the validation NLL 40, 33 times as large."
 
 
-def test_a_precision_that_is_kept_from_training_is_called_that(results, tmp_path):
+def test_a_precision_that_is_kept_from_training_is_called_that(results):
     """In the report, in the legend of its figure and on the console. One that the bound chose is not."""
     sentence = (
         "Variational posteriors keep the prior precision that training chose by the evidence of Lanczos Laplace: "
@@ -368,8 +368,7 @@ def test_a_precision_that_is_kept_from_training_is_called_that(results, tmp_path
     ]
     for each, count in ((kept, 2), (results, 0)):
         figures = draw_figures(each)
-        write_report(tmp_path / "report.html", each, {})
-        page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+        page = Page(render_report(each, {}))
         assert " ".join(page.words).count(sentence) == count
         words = [text.get_text() for text in figures["evidence"].legends[0].get_texts()]
         assert ("Lanczos variational: ● 1.2 (of training) ◇ 40" in words) == bool(count)
