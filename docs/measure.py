@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from results import RUNS
+
 ROOT = Path(__file__).resolve().parents[1]
 # Stands for a directory of prepared images in a command.
 DATA = "DIR"
@@ -23,7 +25,7 @@ class Measurement(NamedTuple):
 
     name: str
     arguments: str
-    """What follows the interpreter."""
+    """What Python is started with."""
     record: str
     """By its path from the root."""
     minutes: int
@@ -34,12 +36,10 @@ class Measurement(NamedTuple):
         return (ROOT / self.record).exists()
 
 
-def run(seed: int) -> Measurement:
+def run(seed: int, workdir: str) -> Measurement:
     """The default run with one seed."""
-    name = "van_digits" if seed == 0 else f"van_digits_{seed}"
-    workdir = f"checkpoints/{name}"
     arguments = f"-m training.fit_van --seed {seed} --workdir {workdir} --resume"
-    return Measurement(name, arguments, f"{workdir}/metrics.json", 4)
+    return Measurement(Path(workdir).name, arguments, f"{workdir}/metrics.json", 4)
 
 
 def study(name: str, minutes: int, options: str = "") -> Measurement:
@@ -56,7 +56,7 @@ def benchmark(name: str, minutes: int, options: str = "", suffix: str = "") -> M
 
 
 MEASUREMENTS = (
-    *map(run, range(3)),
+    *(run(seed, workdir) for seed, workdir in enumerate(RUNS)),
     benchmark("variational", 15),
     study("study_digits_short", 20),
     study("study_digits_weights", 25),
@@ -85,14 +85,14 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{len(missing)} to measure, about {sum(each.minutes for each in missing)} minutes on 2 cores")
     failed = []
     for each in missing:
-        needs_data = DATA in each.arguments
         given = each.arguments.replace(DATA, shlex.quote(options.data)) if options.data else each.arguments
         print(f"{each.name}: python {given} (about {each.minutes} minutes)", flush=True)
-        if needs_data and not options.data:
+        if DATA in each.arguments and not options.data:
             print("  left out: it needs prepared images; pass --data DIR")
-        elif (
-            not options.list and subprocess.run([sys.executable, *shlex.split(given)], cwd=ROOT, check=False).returncode
-        ):
+            continue
+        if options.list:
+            continue
+        if subprocess.run([sys.executable, *shlex.split(given)], cwd=ROOT, check=False).returncode:
             failed.append(each.name)
     if failed:
         print(f"failed: {', '.join(failed)}; start again to go on", file=sys.stderr)

@@ -121,7 +121,7 @@ def test_a_study_of_which_units_are_missing_is_kept(results):
 
 
 def test_every_table_has_a_command_that_measures_it(results):
-    """What `make measure` runs writes all records that `make results` reads."""
+    """`make measure` writes every record that `make results` reads."""
     import measure
 
     records = {each.record for each in measure.MEASUREMENTS}

@@ -10,7 +10,7 @@ class UserError(Exception):
 
 
 class NoDataSetError(UserError):
-    """There is no data set of a name. A program adds to the message which of its options names the data directory."""
+    """The name of a data set is not known. A program adds its option for the data directory to the message."""
 
 
 class StorageError(UserError):

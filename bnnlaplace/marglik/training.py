@@ -186,7 +186,7 @@ def marglik_training(
     >>> sorted(result.prior_precision), len(result.history)
     (['w'], 2)
     """
-    plan = checked_plan(**locals())  # all arguments, as there is no other local variable yet
+    plan = checked_plan(**locals())  # the arguments are the only local variables so far
     if start is None:
         state, history = initial_state(plan.settings, network, prior_precision, prior_structure), []
     else:

@@ -220,7 +220,7 @@ def _step(context: Context, current: Iterate, prior: Prior, damping: float) -> t
         if sites.are_finite():
             structure = _structure_at(context, sites, prior)
             new = _settled(context, current.settled.mean, prior, structure, sites)
-            # Without sites there is no shorter step but to nearer samples.
+            # Without sites, only samples nearer to the mean make a shorter step.
             is_lost = current.sites is None and not math.isfinite(new.terms.elbo)
             return new._replace(has_overflowed=is_lost), share
     except (np.linalg.LinAlgError, NotFiniteError):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training.cli import interruption
+from training.cli import interruption, program
 
 Examples = Sequence[tuple[np.ndarray, int]]
 
@@ -19,6 +19,15 @@ def png(image: np.ndarray) -> bytes:
     encoded = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(encoded, format="PNG")
     return encoded.getvalue()
+
+
+@pytest.fixture(scope="module")
+def private_directories(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The tests of a module share their data, and change no setting of JAX."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
+        patch.setattr(program, "use_compilation_cache", lambda: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -7,26 +7,17 @@ from pathlib import Path
 import pytest
 
 from training import evaluate, fit_van, summarise
-from training.cli import program
 from training.cli.arguments import load_config
 from training.study import __main__ as study
 from training.workdir import save_config
 
+pytestmark = pytest.mark.usefixtures("private_directories")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = """
 from training.config import Config, Data, Optimizer
 
 config = Config(data=Data(name="digits", train_examples=90), optimizer=Optimizer(batch_size=30))
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def private_directories(tmp_path_factory):
-    """These tests share their data, and change no setting of JAX."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-        patch.setattr(program, "use_compilation_cache", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from training import evaluate, fit_van, sealed, trained_on
-from training.cli import program
 from training.config import Config, Data
 from training.data.load import load
 from training.data.reading import Split
@@ -16,16 +15,8 @@ from training.errors import UserError
 from training.train import loop
 from training.workdir import DATA_FILE, open_workdir
 
+pytestmark = pytest.mark.usefixtures("private_directories")
 SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "digits"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def private_directories(tmp_path_factory):
-    """These tests share their data, and change no setting of JAX."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TFDS_DATA_DIR", str(tmp_path_factory.mktemp("tfds")))
-        patch.setattr(program, "use_compilation_cache", lambda: None)
-        yield
 
 
 @pytest.fixture(scope="module")

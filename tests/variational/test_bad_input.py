@@ -51,7 +51,7 @@ FITS = {
         lambda: fit(untrained(), mean="linear", approximation=Variational(fixed_mean=True)),
         "fit(mean=...) must be 'network' with Variational(fixed_mean=True)",
     ),
-    "a target precision that is no number": (
+    "a target precision that is not a number": (
         lambda: fit(untrained("lanczos"), target_precision="x", num_probes=4, max_vectors=16),
         "fit(target_precision=...)",
     ),

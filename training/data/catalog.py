@@ -228,7 +228,7 @@ def _not_prepared(name: str, directory: Path) -> UserError:
 
 
 def no_data_set(rule: str, name: str, directory: Path) -> NoDataSetError:
-    """Return the error that says that there is no set of a name. The rule says of what, and what else it may be."""
+    """Return the error for the name of a set that is not known. It begins with `rule`, as in "the data set must be"."""
     here = ", ".join(prepared_names(directory)) or "nothing"
     return NoDataSetError(
         f"{rule} {EMBEDDED}, one prepared in {directory} (there: {here}), or one that TFDS knows; got {name!r}; choose "

@@ -63,10 +63,9 @@ def evaluate(
     """Evaluate MAP, MAP with a temperature, and each posterior at two prior precisions and through two links.
 
     The first precision maximises the evidence; a variational posterior keeps the one that it was fitted at, which is
-    that of training if training chose one. The second
-    has the lowest NLL of the Monte Carlo predictive on the validation images, among the precisions of the grid at which
-    the samples have converged. The temperature is chosen on the validation images too. `foreign` comes from
-    `foreign_images`.
+    that of training if training chose one. The second has the lowest NLL of the Monte Carlo predictive on the
+    validation images, among the precisions of the grid at which the samples have converged. The temperature is chosen
+    on the validation images too. `foreign` comes from `foreign_images`.
 
     Raises
     ------

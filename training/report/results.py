@@ -225,7 +225,7 @@ class RunResults:
 
     @property
     def kept_precision(self) -> str | None:
-        """What a reader has to know of the prior precision of variational posteriors, if it is that of training."""
+        """The sentence for readers if variational posteriors keep the prior precision of training; None otherwise."""
         if not any(curve.from_training for curve in self.curves.values()):
             return None
         return (

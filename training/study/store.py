@@ -19,6 +19,7 @@ import numpy as np
 
 from bnnlaplace.checkpoint import CheckpointError, load_pytree, save_pytree
 from training import sealed
+from training.config import Config
 from training.config import to_document as config_document
 from training.errors import UserError
 from training.study.config import Study, applied, from_document, to_document
@@ -71,9 +72,7 @@ def settings_of(study: Study, unit: Unit) -> dict[str, Any]:
     training = next(each for each in study.trainings if each.name == unit.training)
     settings = {"regime": to_document(regime), "training": to_document(training)}
     settings["measures"] = to_document(study.measures)
-    base = config_document(study.config)
-    base["data"] = {name: value for name, value in base["data"].items() if name not in _OF_PLACE}
-    settings["config"] = base
+    settings["config"] = _anywhere(study.config)
     if unit.name != POINTS:
         posterior = next(each for each in study.posteriors if each.name == unit.name)
         document = to_document(posterior)
@@ -82,6 +81,13 @@ def settings_of(study: Study, unit: Unit) -> dict[str, Any]:
         names = ["name", "settings", "weight_decay", *(["folds", "held_out"] if posterior.chosen_by == "folds" else [])]
         settings["training"] = {name: settings["training"][name] for name in names}
     return settings
+
+
+def _anywhere(config: Config) -> dict[str, Any]:
+    """Return the settings of a run without those that say where its data are."""
+    document = config_document(config)
+    document["data"] = {name: value for name, value in document["data"].items() if name not in _OF_PLACE}
+    return document
 
 
 def save_unit(root: Path, unit: Unit, result: Result, settings: Any) -> None:
@@ -172,25 +178,14 @@ def claim_study(root: Path, study: Study, resume: bool) -> None:
     write_atomically(path, sealed.dump(to_document(study), indent=2))
 
 
-def load_study(root: Path) -> Study:
-    """Read the study that a work directory holds.
+def load_study(root: Path, without: Sequence[str] = ()) -> Study:
+    """Read the study that a work directory holds. Fields that are left out take their defaults.
 
     Raises
     ------
     UserError
         There is none, or it was changed after it was saved.
     """
-    return _saved(root)
-
-
-def require_study(root: Path) -> None:
-    """Refuse a work directory that holds no study."""
-    if not (root / STUDY_FILE).exists():
-        raise UserError(f"`--workdir` must hold a study; {root} has no {STUDY_FILE}; check the path")
-
-
-def _saved(root: Path, without: Sequence[str] = ()) -> Study:
-    """Read the saved study. Fields that are left out take their defaults."""
     require_study(root)
     path = root / STUDY_FILE
     try:
@@ -198,6 +193,12 @@ def _saved(root: Path, without: Sequence[str] = ()) -> Study:
         return from_document({name: value for name, value in document.items() if name not in without})
     except UserError as error:
         raise UserError(f"{path} must be a study as it was saved; {error}; restore it, or pass its --config") from None
+
+
+def require_study(root: Path) -> None:
+    """Refuse a work directory that holds no study."""
+    if not (root / STUDY_FILE).exists():
+        raise UserError(f"`--workdir` must hold a study; {root} has no {STUDY_FILE}; check the path")
 
 
 def _require_kept(root: Path, study: Study) -> None:
@@ -208,10 +209,10 @@ def _require_kept(root: Path, study: Study) -> None:
     Raises
     ------
     UserError
-        It does, or there is no saved one.
+        The study lacks something, would train other networks, or there is no saved one.
     """
     # What figures show decides no result. So a study that names a method wrongly there can be mended.
-    there = _saved(root, without=("shown",))
+    there = load_study(root, without=("shown",))
     for name in _MAY_GROW:
         names = [[getattr(entry, "name", entry) for entry in getattr(each, name)] for each in (there, study)]
         if missing := [str(entry) for entry in names[0] if entry not in names[1]]:
@@ -241,8 +242,7 @@ def _trained_with(study: Study, regime: str, training: str, with_folds: bool) ->
     """Return what the networks of a training in a regime depend on, beside their seeds."""
     of = next(each for each in study.regimes if each.name == regime)
     by = next(each for each in study.trainings if each.name == training)
-    config = config_document(applied(study.config, of.settings, by.settings))
-    config["data"] = {name: value for name, value in config["data"].items() if name not in _OF_PLACE}
+    config = _anywhere(applied(study.config, of.settings, by.settings))
     settings = {name: value for name, value in config.items() if name not in (*_AFTER_TRAINING, "seed")}
     return settings | {"weight_decay": by.weight_decay} | ({"held_out": by.held_out} if with_folds else {})
 
