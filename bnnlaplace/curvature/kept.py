@@ -6,8 +6,9 @@ cost one backward pass for each output. They serve every later product at the sa
 of conjugate gradients, and of all iterations of a variational fit. They are kept only if they fit; see `keep`.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -20,15 +21,25 @@ from bnnlaplace.core.summation import accumulated
 from bnnlaplace.core.tree import num_examples, number_type, ravel, size
 from bnnlaplace.core.types import Inputs
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.curvature.rows import FORWARD_DERIVATIVES, RowSizes, in_parts, row_sizes
+from bnnlaplace.curvature.rows import (
+    FORWARD_DERIVATIVES,
+    RowSizes,
+    are_smaller,
+    in_parts,
+    row_sizes,
+    sizes_in_memory,
+)
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
+from bnnlaplace.model.jaxpr import multiplications_of_convolutions
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.spec import output_shape
+from bnnlaplace.model.spec import NetworkSpec, output_shape
 
 # The part of the free memory that rows may take.
 SHARE_OF_MEMORY = 1 / 4
+# A multiplication within a derivative of a convolution takes as long as at least this many in a product of matrices.
+CONVOLUTION_COST = 10
 # Vectors whose outputs go through the likelihood together.
 VECTORS_AT_ONCE = 8
 
@@ -158,7 +169,9 @@ def keep(network: Network, data: Data, *, num_products: int, microbatch: int, by
     """
     expansion = network.unlinearised()
     dtype = number_type(expansion.params)
-    sizes = wide_row_sizes(expansion, data.first, microbatch)
+    if _has_short_numbers(expansion) or not _shorten_products(NetworkSpec.of(expansion, data.first)):
+        return None
+    sizes = sizes_in_memory(expansion, data.first, microbatch)
     if sizes is None or not _pay(sizes, num_products):
         return None
     free, needed = memory.free_bytes(), data.num_examples * sizes.outputs * size(expansion.params) * dtype.itemsize
@@ -172,10 +185,27 @@ def keep(network: Network, data: Data, *, num_products: int, microbatch: int, by
 
 
 def wide_row_sizes(network: Network, inputs: PyTree, microbatch: int) -> RowSizes | None:
-    """Choose the sizes of rows; None if there are none, or if they would be rounded to fewer bits than float32 has."""
-    if jnp.finfo(number_type(network.params)).bits < 32:
-        return None
-    return row_sizes(network, inputs, microbatch)
+    """Choose the sizes of rows that are not kept; None too if they would have fewer bits than float32."""
+    return None if _has_short_numbers(network) else row_sizes(network, inputs, microbatch)
+
+
+def _has_short_numbers(network: Network) -> bool:
+    """Whether rows of this network would be rounded to fewer bits than float32 has."""
+    return jnp.finfo(number_type(network.params)).bits < 32
+
+
+@lru_cache(maxsize=64)
+def _shorten_products(spec: NetworkSpec) -> bool:
+    """Whether a product of a vector with rows takes less time than its derivatives.
+
+    A product with rows takes two multiplications for each output and weight. The forward and the backward derivative
+    take four for each multiplication of the network; those of its convolutions take the longest.
+    """
+    if are_smaller(spec):
+        return True
+    num_outputs = math.prod(output_shape(spec.network(), spec.example.batch(1)))
+    num_weights = size(spec.network().params)
+    return num_outputs * num_weights < 2 * CONVOLUTION_COST * multiplications_of_convolutions(spec)
 
 
 def _pay(sizes: RowSizes, num_products: int) -> bool:

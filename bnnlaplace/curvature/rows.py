@@ -51,7 +51,9 @@ class RowSizes(NamedTuple):
 
 
 def row_sizes(network: Network, inputs: PyTree, microbatch: int, *, unit: int | None = None) -> RowSizes | None:
-    """Choose the sizes for reading rows. None if the network has no convolution, or rows need too much memory.
+    """Choose the sizes for reading rows that are not kept. None if they do not pay, or need too much memory.
+
+    They pay if most weights multiply at several positions. Other weights have factors that are smaller than rows.
 
     Parameters
     ----------
@@ -62,9 +64,14 @@ def row_sizes(network: Network, inputs: PyTree, microbatch: int, *, unit: int | 
     unit
         The number of outputs in a group, by default those of one position.
     """
-    spec, shape = NetworkSpec.of(network, inputs), output_shape(network, inputs)[1:]
-    if not _rows_are_smaller(spec):
+    if not are_smaller(NetworkSpec.of(network, inputs)):
         return None
+    return sizes_in_memory(network, inputs, microbatch, unit=unit)
+
+
+def sizes_in_memory(network: Network, inputs: PyTree, microbatch: int, *, unit: int | None = None) -> RowSizes | None:
+    """Choose the sizes of rows by the memory alone; None if rows of a few inputs do not fit."""
+    spec, shape = NetworkSpec.of(network, inputs), output_shape(network, inputs)[1:]
     number_bytes, num_outputs = number_type(network.params).itemsize, math.prod(shape)
     pass_bytes = number_bytes * numbers_of_example(spec)
     input_bytes = number_bytes * num_outputs * size(network.params) + pass_bytes
@@ -78,8 +85,11 @@ def row_sizes(network: Network, inputs: PyTree, microbatch: int, *, unit: int | 
 
 
 @lru_cache(maxsize=64)
-def _rows_are_smaller(spec: NetworkSpec) -> bool:
-    """Whether some layer has several positions, and most weights belong to no layer that has a single one."""
+def are_smaller(spec: NetworkSpec) -> bool:
+    """Whether rows are smaller than what they are made of.
+
+    They are if some layer has several positions, and most weights belong to no layer that has a single one.
+    """
     weights = find(spec.network(), spec.example.batch(2))
     counts = [math.prod(variable.aval.shape) for variable in weights.jaxpr.params]
     single = sum(counts[leaf] for leaf, layer in weights.layers.items() if layer.positions == 1)

@@ -183,19 +183,7 @@ def by_evidence(
     ValueError
         If a name is unknown, the noise of another likelihood is asked for, or `refit` is needed and not given.
     """
-    if prior_structure is not None and not (
-        isinstance(prior_structure, str) and prior_structure in ("scalar", "layerwise", "diag")
-    ):
-        raise ValueError(
-            "optimize_prior_precision(prior_structure=...) must be 'scalar', 'layerwise', 'diag', or None to keep the "
-            f"ratios of the precisions; got {prior_structure!r:.80}"
-        )
-    if chosen.refit is not None and not callable(chosen.refit):
-        raise ValueError(
-            "optimize_prior_precision(refit=...) must be a function from the new Laplace to the fitted one; got "
-            f"{chosen.refit!r:.80}; try lambda la: la.fit(data, key=key)"
-        )
-    checks.count(max_refits, "optimize_prior_precision(max_refits=...)", advice="try 10")
+    check_evidence_options(chosen, prior_structure, max_refits)
     fitted = chosen.fitted
     if optimize_sigma_noise:
         if fitted.likelihood.sigma_noise is None:
@@ -216,6 +204,23 @@ def by_evidence(
     if isinstance(fitted.structure, SampleStructure):
         return _by_fixed_point(chosen, grouping, optimize_sigma_noise, max_refits)
     return _by_gradient(chosen, grouping, optimize_sigma_noise)
+
+
+def check_evidence_options(chosen: Chosen, prior_structure: PriorStructure | None, max_refits: int) -> None:
+    """Raise ValueError if a name is unknown, a number of refits is not positive, or `refit` is not a function."""
+    if prior_structure is not None and not (
+        isinstance(prior_structure, str) and prior_structure in ("scalar", "layerwise", "diag")
+    ):
+        raise ValueError(
+            "optimize_prior_precision(prior_structure=...) must be 'scalar', 'layerwise', 'diag', or None to keep the "
+            f"ratios of the precisions; got {prior_structure!r:.80}"
+        )
+    if chosen.refit is not None and not callable(chosen.refit):
+        raise ValueError(
+            "optimize_prior_precision(refit=...) must be a function from the new Laplace to the fitted one; got "
+            f"{chosen.refit!r:.80}; try lambda la: la.fit(data, key=key)"
+        )
+    checks.count(max_refits, "optimize_prior_precision(max_refits=...)", advice="try 10")
 
 
 def _overall(chosen: Chosen, best_noise: bool) -> Chosen:

@@ -101,6 +101,19 @@ def numbers_of_example(spec: NetworkSpec) -> int:
 
 
 @lru_cache(maxsize=64)
+def multiplications_of_convolutions(spec: NetworkSpec) -> int:
+    """Count the multiplications within the convolutions of the forward pass of one example."""
+    equations = trace(spec.network(), spec.example.batch(1)).equations
+    return sum(_multiplications(each) for each in equations if each.primitive.name == "conv_general_dilated")
+
+
+def _multiplications(convolution: JaxprEqn) -> int:
+    kernel, out_features = convolution.invars[1].aval.shape, convolution.params["dimension_numbers"].rhs_spec[0]
+    of_output = math.prod(kernel) // max(1, kernel[out_features])
+    return of_output * math.prod(convolution.outvars[0].aval.shape)
+
+
+@lru_cache(maxsize=64)
 def derivative_rounding(spec: NetworkSpec) -> float:
     """Relative error of the derivatives in the weights, from the shortest type between weights and outputs.
 

@@ -1,19 +1,27 @@
 """Choose the prior precision by the evidence, or by the lower bound of a variational posterior."""
 
-import warnings
-
 import jax
 import numpy as np
 from jaxtyping import Float
 
 from bnnlaplace.core import checks
+from bnnlaplace.core.tree import ravel
 from bnnlaplace.fitted import Fitted
-from bnnlaplace.fitting.optimize_prior import NEGLIGIBLE_FACTOR, Chosen, PriorStructure, by_evidence
+from bnnlaplace.fitting.optimize_prior import (
+    NEGLIGIBLE_FACTOR,
+    Chosen,
+    PriorStructure,
+    by_evidence,
+    check_evidence_options,
+)
 from bnnlaplace.predictive.validation import ValidationCurve
-from bnnlaplace.prior import accelerated
-from bnnlaplace.prior.gaussian import Precision
+from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import SampleStructure
+from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.saturation import training_fit, warn_if_saturated
+
+# A step of the precision that promises to raise the bound by less is not taken, in nats.
+NEGLIGIBLE_GAIN = 0.5
 
 
 def choose_prior(
@@ -45,52 +53,48 @@ def by_validation(chosen: Chosen, curve: ValidationCurve) -> Chosen:
 def _by_bound(
     chosen: Chosen, prior_structure: PriorStructure | None, optimize_sigma_noise: bool, max_refits: int
 ) -> Chosen:
-    """Maximise the bound at the present sites and mean, and fit again, until the precisions have settled.
-
-    While the sites stay, the bound depends on the prior as the evidence of a Laplace approximation does. So each step
-    is that of `by_evidence`, and the steps are extrapolated, because they are those of a fixed point.
-    """
-    checks.count(max_refits, "optimize_prior_precision(max_refits=...)", advice="try 10")
-    before = None
+    """Maximise the bound: fit again after each step of the precisions, until the next one promises little."""
+    if chosen.refit is None or optimize_sigma_noise:
+        return _at_present_sites(chosen, prior_structure, optimize_sigma_noise)
+    check_evidence_options(chosen, prior_structure, max_refits)
+    if prior_structure == "scalar" and not chosen.fitted.prior.is_isotropic:
+        chosen = chosen.at_ratios(float(chosen.fitted.prior.precision))
+    grouping, move = _grouping(chosen, prior_structure), None
     for _ in range(max_refits):
-        now = chosen
-        with warnings.catch_warnings():
-            # If ratios change, "lanczos" is fitted again within the step, too.
-            warnings.filterwarnings("ignore", "the prior precisions have not settled")
-            chosen = by_evidence(now, prior_structure, optimize_sigma_noise=optimize_sigma_noise, max_refits=1)
-        change = float(np.abs(np.log(_precisions(chosen.fitted) / _precisions(now.fitted))).max())
-        if chosen.refit is None:
-            remedy = (
-                "pass optimize_prior_precision(refit=lambda la: la.fit(data, key=key, approximation='variational'))"
-            )
-            _warn_of_old_sites(change, f"{remedy} to settle both")
+        fitted = chosen.fitted
+        mean = np.asarray(ravel(fitted.network.params), np.float64)
+        then = prior_step.step(grouping, fitted.prior, fitted.structure, mean, move, np.inf)
+        if then.gain <= NEGLIGIBLE_GAIN:
+            prior_step.warn_of_bounds(grouping, fitted.prior, fitted.structure)
             return chosen
-        is_fitted = prior_structure == "layerwise" and isinstance(chosen.fitted.structure, SampleStructure)
-        if not is_fitted:
-            step = _numbers(now.settings.prior_precision), _numbers(chosen.settings.prior_precision)
-            if before is not None and len(before[0]) == len(step[0]) == len(step[1]):
-                chosen = chosen.at(_like(chosen.settings.prior_precision, accelerated(*step, before)))
-            chosen, before = chosen.fitted_again(), step
-        if change <= np.log(NEGLIGIBLE_FACTOR):
-            return chosen
+        move, precision = then, grouping.as_given(then.after)
+        needs_fit = prior_structure in ("layerwise", "diag") and isinstance(fitted.structure, SampleStructure)
+        chosen = chosen.at_ratios(precision) if needs_fit else chosen.at(precision).fitted_again()
     checks.warn(
         f"the prior precisions have not settled after {max_refits} fits: the last step changed one by a factor of "
-        f"{np.exp(change):.2g}; raise max_refits"
+        f"{move.factor:.2g}; raise max_refits"
     )
     return chosen
 
 
-def _numbers(precision: Precision) -> Float[np.ndarray, " g"]:
-    """All numbers of a prior precision as the user states it: one, one for each group, or one for each weight."""
-    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(precision)])
+def _at_present_sites(chosen: Chosen, prior_structure: PriorStructure | None, optimize_sigma_noise: bool) -> Chosen:
+    """Maximise the bound as if sites and mean stayed, and say how far it went: they follow the precision."""
+    options = {"optimize_sigma_noise": optimize_sigma_noise, "max_refits": 1}
+    best = by_evidence(chosen, prior_structure, **options)
+    change = float(np.abs(np.log(_precisions(best.fitted) / _precisions(chosen.fitted))).max())
+    remedy = "pass optimize_prior_precision(refit=lambda la: la.fit(data, key=key, approximation='variational'))"
+    _warn_of_old_sites(change, f"{remedy} to settle both")
+    return best
 
 
-def _like(precision: Precision, numbers: Float[np.ndarray, " g"]) -> Precision:
-    """The prior precision with other numbers, in the same form."""
-    leaves, structure = jax.tree.flatten(precision)
-    parts = np.split(numbers, np.cumsum([np.size(leaf) for leaf in leaves])[:-1])
-    pairs = zip(leaves, parts, strict=True)
-    return structure.unflatten([part.reshape(np.shape(leaf)) if np.ndim(leaf) else part.item() for leaf, part in pairs])
+def _grouping(chosen: Chosen, prior_structure: PriorStructure | None) -> Grouping:
+    """Which weights share a precision; without a structure they share a factor, and their ratios stay."""
+    params = chosen.fitted.network.params
+    if prior_structure is not None:
+        return Grouping.of(prior_structure, params, chosen.settings.prior_groups)
+    whole = Grouping.of("scalar", params, chosen.settings.prior_groups)
+    given, mean = chosen.settings.prior_precision, whole.precisions(chosen.fitted.prior)[0]
+    return whole._replace(as_given=lambda after: jax.tree.map(lambda each: each * float(after[0] / mean), given))
 
 
 def _precisions(fitted: Fitted) -> Float[np.ndarray, "..."]:

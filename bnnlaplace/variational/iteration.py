@@ -16,7 +16,7 @@ from bnnlaplace.fitted import Fitted
 from bnnlaplace.fitting.fit import fit_structure
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.prepare import Model
-from bnnlaplace.prior import Prior, range_above
+from bnnlaplace.prior import Prior
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
 from bnnlaplace.structure.finite import NotFiniteError
@@ -24,8 +24,10 @@ from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.draws import Draws, draw, without_spread
 from bnnlaplace.variational.expectations import Expectations, expectations
 from bnnlaplace.variational.mean import MeanStep, settle, with_mean
+from bnnlaplace.variational.mixing import Past
 from bnnlaplace.variational.options import Progress, Variational
 from bnnlaplace.variational.preconditioner import preconditioner
+from bnnlaplace.variational.promise import promised_gain
 from bnnlaplace.variational.sites import Sites, at_sites, sites_of
 
 # The first step of the sites, by how much it grows after one that raised the bound, how far it shrinks where the bound
@@ -33,11 +35,9 @@ from bnnlaplace.variational.sites import Sites, at_sites, sites_of
 FIRST_DAMPING, GROWTH, CAUTIOUS_DAMPING, LEAST_DAMPING = 0.7, 1.25, 0.35, 1 / 64
 # Newton's method ends if it gains less than this part of the tolerance.
 OF_TOLERANCE = 0.1
-# The bound has settled if so many accepted steps, one after another, change it by less than the tolerance. A single one
-# may be the turning point between two large ones.
-QUIET_STEPS = 2
-# A prior precision has settled if it moves by less than this factor.
-SETTLED_FACTOR = 1.1
+# The bound has settled if a step changes it by less than the tolerance, and the next one promises less than this many
+# times the tolerance. A small change alone may be that from one side of the maximum to the other.
+PROMISE = 4
 
 
 class Context(NamedTuple):
@@ -146,40 +146,49 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
     ValueError
         If no posterior that was tried has a finite bound.
     """
-    options, damping, quiet, ratio, move = context.options, FIRST_DAMPING, 0, 1.0, None
+    options, damping, move = context.options, FIRST_DAMPING, None
     current = best = _first(context, prior, structure)
-    progress, change, accepted = [], math.inf, True
+    past = _past_with(Past(), current)
+    progress, change, is_settled, is_held = [], math.inf, False, False
     _report(context, progress, current, 1.0)
-    # A step may not fall below the best bound. The sites of a fitted posterior are not known, so that the step from
-    # there cannot be shortened: the iteration goes on from where it leads, and that is the first bound to keep.
+    # A step may not fall below the best bound at its prior. The sites of a fitted posterior are not known, so that the
+    # step from there cannot be shortened: the iteration goes on from where it leads, the first bound to keep.
     reference = -math.inf if current.sites is None else current.terms.elbo
-    while quiet < QUIET_STEPS and damping >= LEAST_DAMPING and len(progress) < options.max_iterations:
-        prior = current.prior
-        if context.grouping is not None and accepted and math.isfinite(current.terms.elbo):
-            prior, ratio, move = _moved(context, current, move)
-        new, share = _step(context, current, prior, damping)
+    prior = current.prior
+    while not is_settled and damping >= LEAST_DAMPING and len(progress) < options.max_iterations:
+        sites, share = _next_sites(context, current, past, damping)
+        new = _step(context, current, prior, sites)
         _report(context, progress, new, share)
         # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
-        accepted = new.terms.elbo > reference - max(options.tolerance, current.terms.sem)
-        if not accepted:
-            damping /= 2
+        if not new.terms.elbo > reference - max(options.tolerance, current.terms.sem):
+            # A step that was extrapolated too far says nothing about the way to the averages: that is tried from now on.
+            damping, past = (damping, past.given_up()) if past.is_mixed else (damping / 2, past)
             current = current._replace(has_overflowed=new.has_overflowed)
             continue
         change = new.terms.elbo - current.terms.elbo
         # A fall within the error may be the sign of a step that was too long.
         damping = min(1.0, GROWTH * damping) if change > 0 else max(damping / 2, min(damping, CAUTIOUS_DAMPING))
-        quiet = quiet + 1 if abs(change) < options.tolerance and ratio < SETTLED_FACTOR else 0
-        current, reference = new, max(reference, new.terms.elbo)
+        current, past, reference = new, _past_with(past, new), max(reference, new.terms.elbo)
         best = new if new.terms.elbo > best.terms.elbo else best
-    if quiet < QUIET_STEPS:
-        _warn_unless_settled(change, ratio, damping < LEAST_DAMPING, len(progress))
+        is_settled = abs(change) < options.tolerance and (
+            _promise(context, new, past, damping) < PROMISE * options.tolerance
+        )
+        if is_settled and context.grouping is not None:
+            # The derivative of the bound in the prior is known where the rest has settled.
+            then = _move(context, current, move)
+            is_held = then.is_held
+            if then.gain > options.tolerance:
+                move, is_settled, reference, past = then, False, -math.inf, past.forgotten()
+                prior = _moved(context, current, move)
+    if not is_settled:
+        _warn_unless_settled(change, move, damping < LEAST_DAMPING, len(progress))
     elif current.terms.elbo > best.terms.elbo - max(options.tolerance, best.terms.sem):
         best = current
     if not math.isfinite(best.terms.elbo):
         raise _overflow(context, best.prior)
     if context.grouping is not None:
-        _warn_of_bounds(context.grouping, best)
-        if move is not None and move.is_held:
+        prior_step.warn_of_bounds(context.grouping, best.prior, best.structure)
+        if is_held:
             checks.warn(
                 "the lower bound prefers a smaller prior precision, at which the Krylov decomposition has not "
                 f"converged with max_vectors={context.krylov.max_vectors}; the smallest at which it has was used; "
@@ -202,31 +211,45 @@ def _first(context: Context, prior: Prior, structure: Structure | None) -> Itera
         raise _overflow(context, prior) from None
 
 
-def _step(context: Context, current: Iterate, prior: Prior, damping: float) -> tuple[Iterate, float]:
-    """Fit the curvature to sites on the way from those of an iterate to the ones it proposes; return how far it went.
+def _past_with(past: Past, iterate: Iterate) -> Past:
+    return past if iterate.sites is None else past.with_step(iterate.sites, iterate.proposed)
+
+
+def _next_sites(context: Context, current: Iterate, past: Past, damping: float) -> tuple[Sites, float]:
+    """Choose sites on the way from those of an iterate to the ones it proposes, and say how far that is.
 
     If the last step from here overflowed, sites are averages over samples that are drawn towards the mean. Where the
     likelihood grows exponentially its average over all samples may be infinite, and so would be any share of that.
     """
-    share, likelihood = damping, context.model.likelihood
     if current.has_overflowed:
-        nearer = [each._replace(deviations=share * each.deviations) for each in current.settled.draws]
-        sites = sites_of(likelihood, nearer, context.by_samples)
-    elif current.sites is None:
-        share, sites = 1.0, current.proposed
-    else:
-        sites = current.sites.towards(current.proposed, share)
+        nearer = [each._replace(deviations=damping * each.deviations) for each in current.settled.draws]
+        return sites_of(context.model.likelihood, nearer, context.by_samples), damping
+    if current.sites is None:
+        return current.proposed, 1.0
+    return past.next(current.sites, current.proposed, damping), damping
+
+
+def _promise(context: Context, current: Iterate, past: Past, damping: float) -> float:
+    """What the next step promises to gain, in nats."""
+    sites = current.sites, current.proposed, _next_sites(context, current, past, damping)[0]
+    posterior = context.model, current.prior, current.structure
+    options = {"scale": context.scale, "microbatch": context.microbatch}
+    return promised_gain(*posterior, sites, context.keys[1], **options)
+
+
+def _step(context: Context, current: Iterate, prior: Prior, sites: Sites) -> Iterate:
+    """Fit the curvature to the sites, and settle the mean."""
     try:
         if sites.are_finite():
             structure = _structure_at(context, sites, prior)
             new = _settled(context, current.settled.mean, prior, structure, sites)
             # Without sites, only samples nearer to the mean make a shorter step.
             is_lost = current.sites is None and not math.isfinite(new.terms.elbo)
-            return new._replace(has_overflowed=is_lost), share
+            return new._replace(has_overflowed=is_lost)
     except (np.linalg.LinAlgError, NotFiniteError):
         pass
     no_steps = current.settled._replace(steps=0, products=0)
-    return current._replace(settled=no_steps, terms=OVERFLOWED, has_overflowed=True), share
+    return current._replace(settled=no_steps, terms=OVERFLOWED, has_overflowed=True)
 
 
 def _report(context: Context, progress: list[Progress], new: Iterate, damping: float) -> None:
@@ -246,18 +269,18 @@ def _overflow(context: Context, prior: Prior) -> ValueError:
     )
 
 
-def _moved(context: Context, best: Iterate, move: prior_step.Move | None) -> tuple[Prior, float, prior_step.Move]:
-    """The prior after a step towards the maximum of the bound, and by which factor it has moved."""
-    grouping = context.grouping
-    before = grouping.precisions(best.prior)
-    posterior = best.prior, best.structure, best.settled.mean
-    after, move = prior_step.step(grouping, *posterior, move, context.krylov.max_vectors)
-    ratio = float(np.exp(np.abs(np.log(after / before)).max()))
+def _move(context: Context, current: Iterate, last: prior_step.Move | None) -> prior_step.Move:
+    """The step of the prior towards the maximum of the bound."""
+    posterior = current.prior, current.structure, current.settled.mean
+    return prior_step.step(context.grouping, *posterior, last, context.krylov.max_vectors)
+
+
+def _moved(context: Context, current: Iterate, move: prior_step.Move) -> Prior:
     dtype = number_type(context.model.network.params)
-    return prior_step.prior_with(grouping, after, best.prior.mean, dtype), ratio, move
+    return prior_step.prior_with(context.grouping, move.after, current.prior.mean, dtype)
 
 
-def _warn_unless_settled(change: float, ratio: float, gives_up: bool, iterations: int) -> None:
+def _warn_unless_settled(change: float, move: prior_step.Move | None, gives_up: bool, iterations: int) -> None:
     """Say why the iteration ended before the bound had settled, and what to change."""
     if iterations == 1:
         checks.warn(
@@ -272,19 +295,11 @@ def _warn_unless_settled(change: float, ratio: float, gives_up: bool, iterations
             "max_vectors for 'lanczos', or a larger prior precision"
         )
         return
-    of_prior = f", and a prior precision by a factor of {ratio:.2g}" if ratio >= SETTLED_FACTOR else ""
+    of_prior = "" if move is None else f", and a prior precision by a factor of {move.factor:.2g}"
     checks.warn(
         f"the variational posterior has not converged in {iterations} iterations: the evidence lower bound still "
         f"changed by {change:.3g} nats{of_prior}; raise Variational(max_iterations=...), or fit the result again"
     )
-
-
-def _warn_of_bounds(grouping: Grouping, best: Iterate) -> None:
-    """Warn of groups whose precision the bound does not determine."""
-    limits = np.log(range_above(best.structure.resolution()))
-    precisions = grouping.precisions(best.prior)
-    at_bound = np.abs(np.log(precisions)[:, None] - limits).min(axis=1) < 1e-2
-    grouping.warn_of_bounds("the lower bound", precisions, at_bound)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a bound that is not finite is refused

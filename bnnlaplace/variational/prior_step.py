@@ -1,7 +1,10 @@
-"""A step of the prior precision towards the maximum of the bound, at the present sites and mean.
+"""A step of the prior precision towards the maximum of the bound.
 
-While these stay, the bound depends on the prior as the evidence of a Laplace approximation does, so that the maximum
-over one precision is a search on the decomposition at hand, and over several of them MacKay's fixed point is a step.
+Where mean and covariance maximise the bound at their prior, its derivative in the log precision of a group of weights
+is that of the prior alone, (gamma - delta s) / 2, with the effective parameters gamma of the group and the squared norm
+s of its mean. So the maximum is the fixed point of delta -> gamma / s (MacKay). But mean and covariance follow the
+precision: where only the scale of the outputs counts, s falls as much as delta rises, and a step of the fixed point
+goes a small part of the way. Hence the step is that of the secant method, and nats say whether it is worth it.
 
 A Krylov decomposition of limited size has not converged at small precisions. There its numbers are not those of the
 bound, and a search that went there would follow them. So no step goes below the precisions where it has converged.
@@ -13,12 +16,15 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from bnnlaplace.evidence.log_joint import LogJoint
-from bnnlaplace.prior import Prior, accelerated, fixed_point_step, maximiser, range_above
+from bnnlaplace.prior import Prior, fixed_point_step, range_above
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import SampleStructure, Structure
 
 # Halvings of the interval, on a logarithmic scale, in which the smallest precision that converges is looked for.
 _HALVINGS = 12
+# The first step goes this many times as far as the fixed point does, and no further than by a factor of two; others
+# are those of the secant, at most so many times that of the fixed point, and no further than by a factor of four.
+_FIRST, _MOST, _FIRST_LOG, _LONGEST_LOG = 10.0, 30.0, np.log(2), np.log(4)
 
 
 class Move(NamedTuple):
@@ -26,15 +32,24 @@ class Move(NamedTuple):
 
     Attributes
     ----------
-    before, proposed
-        The precisions before the step, and those that the bound prefers at the present sites and mean.
+    before, proposed, after
+        The precisions before the step, what one step of the fixed point makes of them, and where the step goes.
+    gain
+        What the bound promises to gain by the step, in nats; inf if the decomposition has not converged before it.
     is_held
-        Whether the decomposition has not converged at the proposed ones, so that the step ended above them.
+        Whether the decomposition has not converged where the step would go, so that it ends above that.
     """
 
     before: Float[np.ndarray, " g"]
     proposed: Float[np.ndarray, " g"]
-    is_held: bool
+    after: Float[np.ndarray, " g"]
+    gain: float
+    is_held: bool = False
+
+    @property
+    def factor(self) -> float:
+        """The largest factor by which a precision changes."""
+        return float(np.exp(np.abs(np.log(self.after / self.before)).max()))
 
 
 def prior_with(
@@ -53,9 +68,9 @@ def step(
     structure: Structure,
     mean: Float[np.ndarray, " P"],
     last: Move | None,
-    max_vectors: int,
-) -> tuple[Float[np.ndarray, " g"], Move]:
-    """Return better precisions, and the move to them, which the next step takes as `last`.
+    max_vectors: float,
+) -> Move:
+    """Return the step to better precisions.
 
     Parameters
     ----------
@@ -64,27 +79,48 @@ def step(
     prior, structure, mean
         Those of the posterior at hand; the structure is in the weights times sqrt(D).
     last
-        What the last step returned; None at the first.
+        The step that was taken before; None at the first.
     max_vectors
         The most vectors that a Krylov decomposition may have.
     """
-    limits = range_above(structure.resolution())
-    deviation = mean - np.asarray(prior.mean, np.float64)
-    squared = prior.squared_norm(deviation)
-    overall = maximiser(structure.log_determinant, LogJoint(0.0), squared, search_range=limits)
-    present = grouping.precisions(prior)
-    now, proposed = present, present * overall / float(prior.precision)
-    if len(present) > 1:
-        now, effective = proposed, structure.effective_parameters(overall, grouping.numbers)
-        proposed = fixed_point_step(effective, LogJoint(0.0), deviation**2, grouping.numbers, now).precisions
-    # Sites and mean follow, so that the precisions go on in the same direction.
-    after = accelerated(now, proposed, None if last is None else (last.before, last.proposed))
-    least = present * _smallest_converged(structure, overall, max_vectors) / float(prior.precision)
-    move = Move(now, proposed, bool((after < least).any()))
-    return np.clip(np.maximum(after, least), *limits), move
+    limits, precision = range_above(structure.resolution()), float(prior.precision)
+    relative = np.broadcast_to(np.asarray(prior.relative, np.float64), mean.shape)
+    squares = relative * (mean - np.asarray(prior.mean, np.float64)) ** 2
+    present, gamma = grouping.precisions(prior), structure.effective_parameters(precision, grouping.numbers)
+    # Ratios within a group stay as they are: its squares and its precision are relative to their geometric mean.
+    inner = present / precision
+    squares = squares / inner[grouping.numbers]
+    proposed = fixed_point_step(
+        gamma, LogJoint(0.0), squares, grouping.numbers, present, search_range=limits
+    ).precisions
+    here, there = np.log(present), np.log(proposed)
+    after = np.exp(here + _secant(here, there, last))
+    wanted = precision * float((after / present).min())
+    least = present * _smallest_converged(structure, wanted, max_vectors) / precision
+    held = np.clip(np.maximum(after, least), *limits)
+    sums = np.bincount(grouping.numbers, weights=squares, minlength=len(present))
+    gradient = 0.5 * (gamma.mean(axis=0) - present * sums)
+    gain = 0.5 * float(gradient @ np.log(held / present))
+    if (held > np.maximum(after, present)).any():
+        gain = np.inf
+    return Move(present, proposed, held, gain, bool((after < least).any()))
 
 
-def _smallest_converged(structure: Structure, wanted: float, max_vectors: int) -> float:
+def _secant(
+    here: Float[np.ndarray, " g"], there: Float[np.ndarray, " g"], last: Move | None
+) -> Float[np.ndarray, " g"]:
+    """The step of the log precisions to where the fixed point would propose no further one."""
+    proposal = there - here
+    if last is None:
+        return np.clip(_FIRST * proposal, -_FIRST_LOG, _FIRST_LOG)
+    change = here - np.log(last.before)
+    # A group that hardly moved has no rate that rounding would not spoil: the proposal is taken as it is.
+    has_moved = np.abs(change) > 1e-3
+    rate = np.divide(there - np.log(last.proposed), change, out=np.zeros_like(change), where=has_moved)
+    return np.clip(proposal / (1 - np.clip(rate, -0.5, 1 - 1 / _MOST)), -_LONGEST_LOG, _LONGEST_LOG)
+
+
+def _smallest_converged(structure: Structure, wanted: float, max_vectors: float) -> float:
     """The smallest precision from `wanted` on at which the decomposition has converged; 0 if that does not bind.
 
     It does not if the decomposition is exact, or may still grow: the next one grows until it has converged.
@@ -98,3 +134,11 @@ def _smallest_converged(structure: Structure, wanted: float, max_vectors: int) -
         middle = 0.5 * (low + high)
         low, high = (low, middle) if structure.reservation(np.exp(middle)) is None else (middle, high)
     return float(np.exp(high))
+
+
+def warn_of_bounds(grouping: Grouping, prior: Prior, structure: Structure) -> None:
+    """Warn of groups whose precision the bound does not determine."""
+    limits = np.log(range_above(structure.resolution()))
+    precisions = grouping.precisions(prior)
+    at_bound = np.abs(np.log(precisions)[:, None] - limits).min(axis=1) < 1e-2
+    grouping.warn_of_bounds("the lower bound", precisions, at_bound)

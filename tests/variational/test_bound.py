@@ -161,8 +161,8 @@ def test_the_gradient_is_zero_in_the_mean_and_at_the_best_prior_in_its_precision
     la = fit(Laplace(drawn.network, hessian_structure=structure, **options))
     in_mean, before = gradients(la, drawn)
     np.testing.assert_allclose(in_mean, 0, atol=1e-5)
-    # By default it ends where a step changes no precision by more than a tenth.
-    monkeypatch.setattr(sys.modules["bnnlaplace.variational.choose_prior"], "NEGLIGIBLE_FACTOR", 1.01)
+    # By default it ends where a step promises to gain less than half a nat.
+    monkeypatch.setattr(sys.modules["bnnlaplace.variational.choose_prior"], "NEGLIGIBLE_GAIN", 1e-4)
     la = la.optimize_prior_precision(prior_structure=groups, refit=fit, max_refits=40)
     in_mean, after = gradients(la, drawn)
     np.testing.assert_allclose(in_mean, 0, atol=1e-5)
