@@ -48,6 +48,6 @@ study = Study(
         Posterior("lanczos", "variational", prior="g", trainings=("adamw",)),
         Posterior("lanczos", "variational", prior="g", folded=True, trainings=("adamw",)),
     ),
-    measures=Measures(foreign=("inverted", "noise"), max_iterations=20),
+    measures=Measures(foreign=("inverted", "noise"), max_iterations=40),
     shown=("adamw.map", "adamw.map-t-split", "adamw.ensemble", "online.map", "online.lanczos-variational"),
 )

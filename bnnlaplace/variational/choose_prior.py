@@ -21,7 +21,7 @@ from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.saturation import training_fit, warn_if_saturated
 
 # A step of the precision that promises to raise the bound by less is not taken, in nats.
-NEGLIGIBLE_GAIN = 0.5
+NEGLIGIBLE_GAIN = 0.1
 
 
 def choose_prior(

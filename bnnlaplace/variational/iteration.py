@@ -35,6 +35,8 @@ from bnnlaplace.variational.sites import Sites, at_sites, sites_of
 FIRST_DAMPING, GROWTH, CAUTIOUS_DAMPING, LEAST_DAMPING = 0.7, 1.25, 0.35, 1 / 64
 # Newton's method ends if it gains less than this part of the tolerance.
 OF_TOLERANCE = 0.1
+# A step of the prior is taken if it promises more than this part of the tolerance: the first one is a guess.
+OF_TOLERANCE_OF_PRIOR = 0.2
 # The bound has settled if a step changes it by less than the tolerance, and the next one promises less than this many
 # times the tolerance. A small change alone may be that from one side of the maximum to the other.
 PROMISE = 4
@@ -165,19 +167,20 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
             damping, past = (damping, past.given_up()) if past.is_mixed else (damping / 2, past)
             current = current._replace(has_overflowed=new.has_overflowed)
             continue
-        change = new.terms.elbo - current.terms.elbo
+        change, prior_before = new.terms.elbo - current.terms.elbo, current.prior
         # A fall within the error may be the sign of a step that was too long.
         damping = min(1.0, GROWTH * damping) if change > 0 else max(damping / 2, min(damping, CAUTIOUS_DAMPING))
         current, past, reference = new, _past_with(past, new), max(reference, new.terms.elbo)
         best = new if new.terms.elbo > best.terms.elbo else best
-        is_settled = abs(change) < options.tolerance and (
+        # A step to another prior changes more than the sites.
+        is_settled = new.prior is prior_before and abs(change) < options.tolerance and (
             _promise(context, new, past, damping) < PROMISE * options.tolerance
         )
         if is_settled and context.grouping is not None:
             # The derivative of the bound in the prior is known where the rest has settled.
             then = _move(context, current, move)
             is_held = then.is_held
-            if then.gain > options.tolerance:
+            if then.gain > OF_TOLERANCE_OF_PRIOR * options.tolerance:
                 move, is_settled, reference, past = then, False, -math.inf, past.forgotten()
                 prior = _moved(context, current, move)
     if not is_settled:

@@ -81,7 +81,7 @@ class Variational:
     num_samples: int | None = None
     tolerance: float = 0.5
     prior_structure: PriorStructure | None = None
-    max_iterations: int = 20
+    max_iterations: int = 40
     max_newton_steps: int = 8
     fixed_mean: bool = False
     on_iteration: Callable[[Progress], None] | None = None

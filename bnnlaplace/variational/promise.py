@@ -23,6 +23,7 @@ from bnnlaplace.variational.sites import Sites, at_sites
 NUM_SAMPLES = 16
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a gain that is not finite promises more than any tolerance
 def promised_gain(
     model: Model,
     prior: Prior,
@@ -33,7 +34,7 @@ def promised_gain(
     scale: float,
     microbatch: int,
 ) -> float:
-    """Estimate what a step of the sites gains, in nats.
+    """Estimate what a step of the sites gains, in nats; NaN if the curvature of the proposed ones overflows.
 
     Cost: as many products with the GGN as there are samples, at each of three sites.
 
