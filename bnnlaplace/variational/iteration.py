@@ -163,7 +163,7 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
         _report(context, progress, new, share)
         # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
         if not new.terms.elbo > reference - max(options.tolerance, current.terms.sem):
-            # A step that was extrapolated too far says nothing about the way to the averages: that is tried from now on.
+            # A step that was extrapolated too far says nothing about one to the averages: such are tried from now on.
             damping, past = (damping, past.given_up()) if past.is_mixed else (damping / 2, past)
             current = current._replace(has_overflowed=new.has_overflowed)
             continue
@@ -173,8 +173,10 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
         current, past, reference = new, _past_with(past, new), max(reference, new.terms.elbo)
         best = new if new.terms.elbo > best.terms.elbo else best
         # A step to another prior changes more than the sites.
-        is_settled = new.prior is prior_before and abs(change) < options.tolerance and (
-            _promise(context, new, past, damping) < PROMISE * options.tolerance
+        is_settled = (
+            new.prior is prior_before
+            and abs(change) < options.tolerance
+            and (_promise(context, new, past, damping) < PROMISE * options.tolerance)
         )
         if is_settled and context.grouping is not None:
             # The derivative of the bound in the prior is known where the rest has settled.

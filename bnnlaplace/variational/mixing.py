@@ -24,7 +24,7 @@ DEPTH = 2
 # Differences that others explain to this part count as explained.
 RCOND = 1e-4
 
-Batches = list[Float[np.ndarray, "B ..."]]
+Batches = list[Float[np.ndarray, "..."]]
 
 
 class Past(NamedTuple):
@@ -43,6 +43,8 @@ class Past(NamedTuple):
         """The same with another step, and without the one that is too old."""
         if sites.by_samples or self.depth == 0:  # samples have no differences: only their distribution counts
             return self
+        if not proposed.are_finite():
+            return self.forgotten()
         residual = [new - old for old, new in zip(sites.batches, proposed.batches, strict=True)]
         return self._replace(
             sites=(*self.sites[-self.depth :], sites.batches), residuals=(*self.residuals[-self.depth :], residual)
