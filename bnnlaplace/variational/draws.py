@@ -12,7 +12,7 @@ and one with 256 claimed -505 and had -508.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -31,7 +31,7 @@ from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive.functional import functional_variances, jacobian_product
 from bnnlaplace.predictive.joint import covariances_from_rows, covariances_within
-from bnnlaplace.structure import RowStructure, SampleStructure
+from bnnlaplace.structure import RowStructure, SampleStructure, Structure
 
 # How many outputs an example has at most for covariances that are exact, and how many samples estimate others.
 MOST_OUTPUTS = 64
@@ -60,8 +60,19 @@ class Draws(NamedTuple):
         return jnp.concatenate([self.mean + self.deviations, self.mean - self.deviations])
 
 
+# Reads, for each batch, the roots R of the covariances R R' that its samples have.
+RootReader = Callable[[Float[Array, "B ... C K"]], None]
+
+
 def draw(
-    fitted: Fitted, data: Data, *, key: Array, num_pairs: int, microbatch: int, kept: KeptRows | None = None
+    fitted: Fitted,
+    data: Data,
+    *,
+    key: Array,
+    num_pairs: int,
+    microbatch: int,
+    kept: KeptRows | None = None,
+    read_roots: RootReader | None = None,
 ) -> Iterator[Draws]:
     """Yield the outputs of each batch. The same key gives the same noise, whatever the posterior.
 
@@ -74,6 +85,8 @@ def draw(
         mean = outputs(fitted.network, batch.inputs, microbatch=microbatch) if means is None else means[number]
         rows = None if kept is None else kept.batches[number]
         roots = _roots(fitted, batch, key, rows, microbatch=microbatch)
+        if read_roots is not None:
+            read_roots(roots)
         points = jnp.asarray(sobol_points(num_pairs, roots.shape[-1]), roots.dtype)
         yield Draws(
             mean,
@@ -81,6 +94,11 @@ def draw(
             jnp.asarray(batch.targets),
             batch.weights,
         )
+
+
+def are_estimates(structure: Structure, num_outputs: int) -> bool:
+    """Whether the covariances of the outputs of an example are estimated by samples of the weights."""
+    return isinstance(structure, SampleStructure) or num_outputs > MOST_OUTPUTS
 
 
 def without_spread(fitted: Fitted, data: Data, *, microbatch: int) -> Iterator[Draws]:

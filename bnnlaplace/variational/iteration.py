@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import number_type, ravel, size
+from bnnlaplace.core.tree import number_type, ravel
 from bnnlaplace.curvature.kronecker import SharedWeights
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.fitting.fit import fit_structure
@@ -21,8 +21,9 @@ from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
 from bnnlaplace.structure.finite import NotFiniteError
 from bnnlaplace.variational import prior_step
+from bnnlaplace.variational.bound import OVERFLOWED, EffectiveParameters, Terms, terms_of
 from bnnlaplace.variational.draws import Draws, draw, without_spread
-from bnnlaplace.variational.expectations import Expectations, expectations
+from bnnlaplace.variational.expectations import expectations
 from bnnlaplace.variational.mean import MeanStep, settle, with_mean
 from bnnlaplace.variational.mixing import Past
 from bnnlaplace.variational.options import Progress, Variational
@@ -80,31 +81,6 @@ class Context(NamedTuple):
         return tuple(jax.random.split(self.krylov.key))
 
 
-class Terms(NamedTuple):
-    """The evidence lower bound and its parts, in nats.
-
-    Attributes
-    ----------
-    elbo
-        The bound.
-    expected
-        E log p(D | f).
-    sem
-        The standard error of that over the samples of the outputs.
-    effective
-        gamma = tr G (G + P0)^-1.
-    """
-
-    elbo: float
-    expected: float
-    sem: float
-    effective: float
-
-
-OVERFLOWED = Terms(-math.inf, -math.inf, 0.0, math.nan)
-"""The bound of a posterior that is not finite."""
-
-
 class Iterate(NamedTuple):
     """A posterior on the way.
 
@@ -155,39 +131,39 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
     _report(context, progress, current, 1.0)
     # A step may not fall below the best bound at its prior. The sites of a fitted posterior are not known, so that the
     # step from there cannot be shortened: the iteration goes on from where it leads, the first bound to keep.
-    reference = -math.inf if current.sites is None else current.terms.elbo
+    reference = OVERFLOWED if current.sites is None else current.terms
     prior = current.prior
     while not is_settled and damping >= LEAST_DAMPING and len(progress) < options.max_iterations:
         sites, share = _next_sites(context, current, past, damping)
         new = _step(context, current, prior, sites)
         _report(context, progress, new, share)
-        # The sites maximise the bound itself and not its average over finitely many samples, which may fall.
-        if not new.terms.elbo > reference - max(options.tolerance, current.terms.sem):
+        # The sites maximise the bound itself and not its average over finitely many samples and probes, which may fall.
+        noise = max(options.tolerance, current.terms.sem, new.terms.noise_beside(reference))
+        if not new.terms.elbo > reference.elbo - noise:
             # A step that was extrapolated too far says nothing about one to the averages: such are tried from now on.
             damping, past = (damping, past.given_up()) if past.is_mixed else (damping / 2, past)
             current = current._replace(has_overflowed=new.has_overflowed)
             continue
         change, prior_before = new.terms.elbo - current.terms.elbo, current.prior
+        enough = max(options.tolerance, new.terms.noise_beside(current.terms))
         # A fall within the error may be the sign of a step that was too long.
         damping = min(1.0, GROWTH * damping) if change > 0 else max(damping / 2, min(damping, CAUTIOUS_DAMPING))
-        current, past, reference = new, _past_with(past, new), max(reference, new.terms.elbo)
+        current, past = new, _past_with(past, new)
+        reference = new.terms if new.terms.elbo > reference.elbo else reference
         best = new if new.terms.elbo > best.terms.elbo else best
         # A step to another prior changes more than the sites.
-        is_settled = (
-            new.prior is prior_before
-            and abs(change) < options.tolerance
-            and (_promise(context, new, past, damping) < PROMISE * options.tolerance)
-        )
+        is_settled = new.prior is prior_before and abs(change) < enough
+        is_settled = is_settled and _promise(context, new, past, damping) < PROMISE * enough
         if is_settled and context.grouping is not None:
             # The derivative of the bound in the prior is known where the rest has settled.
             then = _move(context, current, move)
             is_held = then.is_held
             if then.gain > OF_TOLERANCE_OF_PRIOR * options.tolerance:
-                move, is_settled, reference, past = then, False, -math.inf, past.forgotten()
-                prior = _moved(context, current, move)
+                move, is_settled, reference = then, False, OVERFLOWED
+                damping, past, prior = max(damping, FIRST_DAMPING), past.forgotten(), _moved(context, current, move)
     if not is_settled:
         _warn_unless_settled(change, move, damping < LEAST_DAMPING, len(progress))
-    elif current.terms.elbo > best.terms.elbo - max(options.tolerance, best.terms.sem):
+    elif current.terms.elbo > best.terms.elbo - max(enough, best.terms.sem, best.terms.noise_beside(current.terms)):
         best = current
     if not math.isfinite(best.terms.elbo):
         raise _overflow(context, best.prior)
@@ -314,7 +290,8 @@ def _settled(
     """Draw the outputs, find the best mean for the structure, and compute the bound and the sites there."""
     model, options = context.model, context.options
     posterior = _posterior(context, mean, prior, structure)
-    draws = list(_draws(context, posterior, context.keys[0]))
+    gamma = _effective_parameters(context, structure, sites)
+    draws = list(_draws(context, posterior, context.keys[0], gamma))
     settled = settle(
         model,
         prior,
@@ -327,7 +304,7 @@ def _settled(
         microbatch=context.microbatch,
     )
     proposed = sites_of(model.likelihood, settled.draws, context.by_samples)
-    terms = _terms(context, settled.expected, settled.mean, prior, structure)
+    terms = terms_of(settled.expected, settled.mean, prior, structure, gamma.total, scale=context.scale)
     return Iterate(settled, structure, prior, sites, proposed, terms)
 
 
@@ -347,36 +324,23 @@ def _posterior(context: Context, mean: Float[np.ndarray, " P"], prior: Prior, st
     return Fitted(there.head, there.likelihood, prior, structure, None)
 
 
-def _draws(context: Context, posterior: Fitted, key: Array) -> Iterator[Draws]:
+def _draws(context: Context, posterior: Fitted, key: Array, gamma: EffectiveParameters) -> Iterator[Draws]:
     model = context.model
     options = {"num_pairs": context.num_pairs, "microbatch": context.microbatch, "kept": model.rows}
+    options["read_roots"] = gamma.read if gamma.is_read else None
     return draw(posterior, model.data, key=key, **options)
 
 
 def _with_fresh_samples(context: Context, best: Iterate) -> Iterate:
     """Average the bound anew: the fit chose mean and sites by its own samples, which flatter it."""
     posterior = _posterior(context, best.settled.mean, best.prior, best.structure)
-    draws = _draws(context, posterior, context.keys[1])
+    gamma = _effective_parameters(context, best.structure, best.sites)
+    draws = _draws(context, posterior, context.keys[1], gamma)
     averages = [expectations(context.model.likelihood, each) for each in draws]
-    return best._replace(terms=_terms(context, averages, best.settled.mean, best.prior, best.structure))
+    posterior = best.settled.mean, best.prior, best.structure
+    terms = terms_of(averages, *posterior, gamma.total, scale=context.scale)
+    return best._replace(terms=terms)
 
 
-def _terms(
-    context: Context,
-    averages: list[Expectations],
-    mean: Float[np.ndarray, " P"],
-    prior: Prior,
-    structure: Structure,
-) -> Terms:
-    """The bound with the divergence that the structure knows."""
-    precision = float(prior.precision)
-    expected = context.scale * math.fsum(each.log_likelihood.sum() for each in averages)
-    forms = structure.log_determinant(precision)
-    groups = np.zeros(size(context.model.network.params), int)
-    effective = float(structure.effective_parameters(precision, groups).mean())
-    deviation = mean - np.asarray(prior.mean, np.float64)
-    quadratic = precision * prior.squared_norm(deviation)
-    elbo = expected - 0.5 * (quadratic - effective + forms.mean())
-    # The noise of covariances that probes estimate is not in it: to first order gamma has the same, and it cancels.
-    sem = context.scale * math.sqrt(sum(each.squared_error for each in averages))
-    return Terms(float(elbo), float(expected), sem, effective) if math.isfinite(elbo) else OVERFLOWED
+def _effective_parameters(context: Context, structure: Structure, sites: Sites | None) -> EffectiveParameters:
+    return EffectiveParameters(context.model, structure, sites, scale=context.scale, microbatch=context.microbatch)
