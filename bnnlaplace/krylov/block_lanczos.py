@@ -26,6 +26,24 @@ from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov.tridiagonal import ROUNDING
 
 
+class Factored(NamedTuple):
+    """A positive semidefinite matrix A = R' R, by products with its two factors.
+
+    A product with A in the type of the probes is off by a rounding of its largest eigenvalue, which in each of many
+    null directions would count as an eigenvalue. T as the Gram matrix of Q R' is off by the square of that.
+
+    Attributes
+    ----------
+    images
+        V -> V R' for S rows at once.
+    back
+        Y -> Y R for S rows at once.
+    """
+
+    images: Callable[[Float[Array, "S n"]], Float[Array, "S r"]]
+    back: Callable[[Float[Array, "S r"]], Float[Array, "S n"]]
+
+
 class BlockDecomposition(NamedTuple):
     """K steps of block Lanczos from S probes; m = K S.
 
@@ -39,12 +57,15 @@ class BlockDecomposition(NamedTuple):
         L_0: the probes in the coordinates of the first block.
     residual
         L_K: the coupling to the block that would follow. Zero if the space is invariant.
+    is_gram
+        Whether T is the Gram matrix of Q R' for a `Factored` A.
     """
 
     basis: Float[Array, "m n"]
     tridiagonal: Float[np.ndarray, "m m"]
     start: Float[np.ndarray, "S S"]
     residual: Float[np.ndarray, "S S"]
+    is_gram: np.bool_ = np.False_
 
 
 class Ritz(NamedTuple):
@@ -79,7 +100,7 @@ class Ritz(NamedTuple):
 
 
 def block_lanczos(
-    product: Callable[[Float[Array, "S n"]], Float[Array, "S n"]],
+    product: Callable[[Float[Array, "S n"]], Float[Array, "S n"]] | Factored,
     probes: Float[Array, "S n"],
     *,
     max_vectors: int,
@@ -89,7 +110,8 @@ def block_lanczos(
     Parameters
     ----------
     product
-        V -> V A for S rows at once, with a symmetric A. It is called once for each block, so it should be compiled.
+        V -> V A for S rows at once, with a symmetric A, or its factors. They are called once for each block, so they
+        should be compiled.
     probes
         Z, with the S probes as rows.
     max_vectors
@@ -133,11 +155,12 @@ def block_lanczos(
     epsilon = float(jnp.finfo(probes.dtype).eps)
     newest, start = _orthonormal_rows(probes, (), 10 * epsilon * float(norms.max()))
     basis = probes[:0]
+    gram = _Gram() if isinstance(product, Factored) else None
     diagonal: list[np.ndarray] = []
     off_diagonal: list[np.ndarray] = []
     scale = 0.0
     while True:
-        images = product(newest)
+        images = product(newest) if gram is None else product.back(gram.with_rows(product.images(newest)))
         block = np.asarray(matmul(images, newest.T), np.float64)
         diagonal.append((block + block.T) / 2)  # symmetric but for rounding
         largest = float(jnp.max(jnp.linalg.norm(images, axis=1)))
@@ -153,12 +176,34 @@ def block_lanczos(
         # Appended only now, since the caller still holds the basis without this block. Appended before the product, a
         # second basis would be alive while the product runs.
         basis, newest = jnp.concatenate([basis, newest]), following
-        yield BlockDecomposition(
-            basis, _assemble(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
-        )
+        matrix = _assemble(diagonal, off_diagonal[:-1]) if gram is None else gram.matrix
+        rest = np.asarray(start, np.float64), off_diagonal[-1]
+        yield BlockDecomposition(basis, matrix, *rest, np.bool_(gram is not None))
         exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
         if exhausted or len(basis) + count > max_vectors:
             return
+
+
+class _Gram:
+    """The Gram matrix of rows that come in blocks, in float64 on the host."""
+
+    def __init__(self) -> None:
+        self.matrix = np.zeros((0, 0))
+        self._rows: list[np.ndarray] = []
+
+    def with_rows(self, rows: Float[Array, "S r"]) -> Float[Array, "S r"]:
+        """Append a block of rows, and return it."""
+        own = np.asarray(rows, np.float64)
+        if not np.isfinite(own).all():
+            raise FloatingPointError("block_lanczos(product=...) must return finite values; check the weights")
+        self._rows.append(np.asarray(rows))  # in their own type: half of the memory
+        beside = np.concatenate([own @ np.asarray(old, np.float64).T for old in self._rows], axis=1)
+        size, count = len(self.matrix), len(own)
+        matrix = np.zeros((size + count,) * 2)
+        matrix[:size, :size] = self.matrix
+        matrix[size:], matrix[:, size:] = beside, beside.T
+        self.matrix = matrix
+        return rows
 
 
 def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: float = 0.0) -> Ritz:
@@ -175,7 +220,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
         so values up to twice its size are zero as well: they come in pairs of about one size.
     rounding
         The error of a product over theta_max, if products are rounded to fewer bits than the basis has. Values below
-        this times theta_max are zero then.
+        this times theta_max are zero then. Of a Gram matrix it is the square of that.
 
     Returns
     -------
@@ -186,6 +231,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
     resolution, hidden = np.float64(0.0), np.zeros_like(values)
     if positive:
         of_products = max(ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps), rounding)
+        of_products = of_products**2 if decomposition.is_gram else of_products
         resolution = np.float64(max(of_products * np.abs(values).max(), -2 * values.min()))
         is_hidden = values <= resolution
         hidden = np.where(is_hidden, np.abs(values), 0.0)

@@ -16,7 +16,7 @@ from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.prior import Prior
 from bnnlaplace.structure import KroneckerStructure, Structure
-from bnnlaplace.variational.draws import are_estimates
+from bnnlaplace.variational.draws import are_samples
 from bnnlaplace.variational.expectations import Expectations
 from bnnlaplace.variational.sites import Sites, at_sites
 
@@ -56,10 +56,10 @@ OVERFLOWED = Terms(-math.inf, -math.inf, 0.0, math.nan, np.zeros(0))
 
 
 class EffectiveParameters:
-    """gamma = sum_n tr W_n C_n by the covariances C_n that the samples have, where these are estimates.
+    """gamma = sum_n tr W_n C_n by the covariances C_n, where these are those of samples of the weights.
 
-    To first order the expected log likelihood is wrong by -1/2 tr W_n of the error of C_n, which gamma / 2 takes back.
-    The structure knows gamma better by itself, but then that error would stay in the bound.
+    To first order their error changes the expected log likelihood by -1/2 tr W_n of it, which gamma / 2 takes back. The
+    structure knows gamma better by itself, but then that error would stay in the bound.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class EffectiveParameters:
         num_outputs = math.prod(output_shape(model.head, model.data.first)[1:])
         # Of Kronecker factors the sum is not tr G (G + P0)^-1: they are not the curvature at the sites.
         has_sum = sites is not None and not isinstance(structure, KroneckerStructure)
-        self.is_read = has_sum and are_estimates(structure, num_outputs)
+        self.is_read = has_sum and are_samples(num_outputs)
         self._scale, self._sums = scale, []
         if self.is_read:
             there = at_sites(model, sites)
@@ -113,5 +113,6 @@ def terms_of(
     deviation = mean - np.asarray(prior.mean, np.float64)
     quadratic = precision * prior.squared_norm(deviation)
     elbo = expected - 0.5 * (quadratic - effective + forms.mean())
+    # The noise of covariances that probes estimate is not in it.
     sem = scale * math.sqrt(sum(each.squared_error for each in averages))
     return Terms(float(elbo), float(expected), sem, effective, -0.5 * forms) if math.isfinite(elbo) else OVERFLOWED

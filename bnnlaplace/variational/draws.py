@@ -31,7 +31,7 @@ from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive.functional import functional_variances, jacobian_product
 from bnnlaplace.predictive.joint import covariances_from_rows, covariances_within
-from bnnlaplace.structure import RowStructure, SampleStructure, Structure
+from bnnlaplace.structure import RowStructure, SampleStructure
 
 # How many outputs an example has at most for covariances that are exact, and how many samples estimate others.
 MOST_OUTPUTS = 64
@@ -96,9 +96,9 @@ def draw(
         )
 
 
-def are_estimates(structure: Structure, num_outputs: int) -> bool:
-    """Whether the covariances of the outputs of an example are estimated by samples of the weights."""
-    return isinstance(structure, SampleStructure) or num_outputs > MOST_OUTPUTS
+def are_samples(num_outputs: int) -> bool:
+    """Whether the covariances of the outputs of an example are those of samples of the weights."""
+    return num_outputs > MOST_OUTPUTS
 
 
 def without_spread(fitted: Fitted, data: Data, *, microbatch: int) -> Iterator[Draws]:
@@ -113,7 +113,7 @@ def _roots(
 ) -> Float[Array, "B ... C K"]:
     """Return R with R R' = J (G + P0)^-1 J' at each example and position, or an estimate of that."""
     structure, precision = fitted.structure, fitted.prior.precision
-    if math.prod(output_shape(fitted.network, batch.inputs)[1:]) > MOST_OUTPUTS:
+    if are_samples(math.prod(output_shape(fitted.network, batch.inputs)[1:])):
         count = structure.num_probes if isinstance(structure, SampleStructure) else MOST_OUTPUTS
         push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
         return jnp.moveaxis(push(structure.samples(key, count, precision)), 0, -1) / np.sqrt(count)
