@@ -30,7 +30,6 @@ from bnnlaplace.curvature.rows import (
     row_sizes,
     sizes_in_memory,
 )
-from bnnlaplace.krylov import Factored
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.jaxpr import multiplications_of_convolutions
@@ -134,8 +133,12 @@ class KeptRows(NamedTuple):
 
         return product
 
-    def ggn_factors(self, likelihood: Likelihood, at: Sequence[CurvatureAt], scale: Real[ArrayLike, ""]) -> Factored:
-        """Return the products with R and R' of G = R' R, where the rows of R are those of sqrt(scale) B' J.
+    def ggn_factors(
+        self, likelihood: Likelihood, at: Sequence[CurvatureAt], scale: Real[ArrayLike, ""]
+    ) -> tuple[
+        Callable[[Float[Array, "S P"]], Float[Array, "S R"]], Callable[[Float[Array, "S R"]], Float[Array, "S P"]]
+    ]:
+        """Return V -> V R' and Y -> Y R for G = R' R, where the rows of R are those of sqrt(scale) B' J.
 
         Together they cost what `ggn_product` does.
         """
@@ -154,7 +157,7 @@ class KeptRows(NamedTuple):
             terms = (_back(likelihood, rows, of_batch, part, self.shape) for rows, of_batch, part in triples)
             return self._times_factors(accumulated(terms))
 
-        return Factored(images, back)
+        return images, back
 
     def ggn_factor(self, likelihood: Likelihood, at: Sequence[CurvatureAt]) -> Float[Array, "R P"]:
         """Compute R with R' R = G, one row for each example and column of the factor B, as `dense.factor_rows` does."""

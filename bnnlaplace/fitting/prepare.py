@@ -92,7 +92,7 @@ class Model(NamedTuple):
         # Samples of a likelihood average to the curvature, but the factor that stands for it has another product.
         if self.rows is None or sites.of_sample(self.likelihood) is not None:
             return None
-        return self.rows.ggn_factors(self.likelihood, self.curvature_at(microbatch=microbatch), scale)
+        return Factored(*self.rows.ggn_factors(self.likelihood, self.curvature_at(microbatch=microbatch), scale))
 
     def curvature_at(self, *, microbatch: int) -> list[CurvatureAt]:
         """Where the curvature of each batch is evaluated: at its points, or at the outputs."""

@@ -57,15 +57,15 @@ class BlockDecomposition(NamedTuple):
         L_0: the probes in the coordinates of the first block.
     residual
         L_K: the coupling to the block that would follow. Zero if the space is invariant.
-    is_gram
-        Whether T is the Gram matrix of Q R' for a `Factored` A.
+    rounding_power
+        T is off by this power of the relative rounding of a product: 1, or 2 for a `Factored` A.
     """
 
     basis: Float[Array, "m n"]
     tridiagonal: Float[np.ndarray, "m m"]
     start: Float[np.ndarray, "S S"]
     residual: Float[np.ndarray, "S S"]
-    is_gram: np.bool_ = np.False_
+    rounding_power: np.float64 = np.float64(1)
 
 
 class Ritz(NamedTuple):
@@ -178,7 +178,7 @@ def block_lanczos(
         basis, newest = jnp.concatenate([basis, newest]), following
         matrix = _assemble(diagonal, off_diagonal[:-1]) if gram is None else gram.matrix
         rest = np.asarray(start, np.float64), off_diagonal[-1]
-        yield BlockDecomposition(basis, matrix, *rest, np.bool_(gram is not None))
+        yield BlockDecomposition(basis, matrix, *rest, np.float64(1 if gram is None else 2))
         exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
         if exhausted or len(basis) + count > max_vectors:
             return
@@ -220,7 +220,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
         so values up to twice its size are zero as well: they come in pairs of about one size.
     rounding
         The error of a product over theta_max, if products are rounded to fewer bits than the basis has. Values below
-        this times theta_max are zero then. Of a Gram matrix it is the square of that.
+        this times theta_max are zero then. Of a `Factored` matrix it is the square of that.
 
     Returns
     -------
@@ -231,7 +231,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
     resolution, hidden = np.float64(0.0), np.zeros_like(values)
     if positive:
         of_products = max(ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps), rounding)
-        of_products = of_products**2 if decomposition.is_gram else of_products
+        of_products = of_products ** float(decomposition.rounding_power)
         resolution = np.float64(max(of_products * np.abs(values).max(), -2 * values.min()))
         is_hidden = values <= resolution
         hidden = np.where(is_hidden, np.abs(values), 0.0)

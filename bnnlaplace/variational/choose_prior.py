@@ -20,9 +20,6 @@ from bnnlaplace.structure import SampleStructure
 from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.saturation import training_fit, warn_if_saturated
 
-# A step of the precision that promises to raise the bound by less is not taken, in nats.
-NEGLIGIBLE_GAIN = 0.1
-
 
 def choose_prior(
     chosen: Chosen, prior_structure: PriorStructure | None, *, optimize_sigma_noise: bool, max_refits: int
@@ -64,7 +61,7 @@ def _by_bound(
         fitted = chosen.fitted
         mean = np.asarray(ravel(fitted.network.params), np.float64)
         then = prior_step.step(grouping, fitted.prior, fitted.structure, mean, move, np.inf)
-        if then.gain <= NEGLIGIBLE_GAIN:
+        if then.gain <= prior_step.NEGLIGIBLE_GAIN:
             prior_step.warn_of_bounds(grouping, fitted.prior, fitted.structure)
             return chosen
         move, precision = then, grouping.as_given(then.after)

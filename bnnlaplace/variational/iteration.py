@@ -36,8 +36,6 @@ from bnnlaplace.variational.sites import Sites, at_sites, sites_of
 FIRST_DAMPING, GROWTH, CAUTIOUS_DAMPING, LEAST_DAMPING = 0.7, 1.25, 0.35, 1 / 64
 # Newton's method ends if it gains less than this part of the tolerance.
 OF_TOLERANCE = 0.1
-# A step of the prior is taken if it promises more than this part of the tolerance: the first one is a guess.
-OF_TOLERANCE_OF_PRIOR = 0.2
 # The bound has settled if a step changes it by less than the tolerance, and the next one promises less than this many
 # times the tolerance. A small change alone may be that from one side of the maximum to the other.
 PROMISE = 4
@@ -158,7 +156,7 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
             # The derivative of the bound in the prior is known where the rest has settled.
             then = _move(context, current, move)
             is_held = then.is_held
-            if then.gain > OF_TOLERANCE_OF_PRIOR * options.tolerance:
+            if then.gain > prior_step.NEGLIGIBLE_GAIN:
                 move, is_settled, reference = then, False, OVERFLOWED
                 damping, past, prior = max(damping, FIRST_DAMPING), past.forgotten(), _moved(context, current, move)
     if not is_settled:

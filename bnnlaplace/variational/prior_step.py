@@ -22,6 +22,8 @@ from bnnlaplace.structure import SampleStructure, Structure
 
 # Halvings of the interval, on a logarithmic scale, in which the smallest precision that converges is looked for.
 _HALVINGS = 12
+# A step that promises to raise the bound by less is not taken, in nats. Slopes are gentle, and many steps add up.
+NEGLIGIBLE_GAIN = 0.1
 # The first step goes this many times as far as the fixed point does, and no further than by a factor of three; others
 # are those of the secant, at most so many times that of the fixed point, and no further than by a factor of ten.
 _FIRST, _MOST, _FIRST_LOG, _LONGEST_LOG = 10.0, 30.0, np.log(3), np.log(10)
