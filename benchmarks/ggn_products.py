@@ -1,4 +1,4 @@
-"""How fast are GGN products of Visual Attention Networks?
+"""How fast are GGN products of convolutional networks?
 
     python benchmarks/ggn_products.py [--small]
 
@@ -7,6 +7,8 @@
 3. A product of a block of 64 vectors over these images, linearised once for the block, as block Lanczos calls it.
 4. The exact diagonal over the same images.
 5. Rows of the Jacobian at the same images, as a fit keeps them: forming them, and products and the diagonal from them.
+6. A block of 8 vectors on 200 images of 28 x 28 pixels, by derivatives and from rows: LeNet, most of whose weights are
+   in dense layers.
 
 Weights and images are random, since the cost does not depend on them. Alternatives run in turn in one process;
 compilation is timed apart. Prints a table and writes `benchmarks/results/ggn_products.json`; `--small`, which only
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +39,7 @@ from training.models.depthwise import Method
 from training.models.van import VAN, VARIANTS, VANVariant
 
 CLASSES, PRODUCTS = 10, 6
+LENET_IMAGES, LENET_BLOCK = 200, 8
 
 
 class Sizes(NamedTuple):
@@ -52,6 +56,25 @@ class Sizes(NamedTuple):
 WHOLE = Sizes(VARIANTS["cifar"], VARIANTS["digits"], 64, 1257, 64, 5)
 TINY = VANVariant((2,), (1,), (1,), 3, 2, (4, 4, 1))
 SMALL = Sizes(TINY, TINY, 2, 3, 2, 1)
+
+
+class LeNet(nn.Module):
+    """Two convolutions with pooling, and three dense layers."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        for features in (6, 16):
+            x = nn.avg_pool(nn.relu(nn.Conv(features, (5, 5))(x)), (2, 2), (2, 2))
+        x = x.reshape(len(x), -1)
+        for features in (120, 84):
+            x = nn.relu(nn.Dense(features)(x))
+        return nn.Dense(CLASSES)(x)
+
+
+def lenet(images: int) -> tuple[Network, Array]:
+    """LeNet at its initial weights, and random images."""
+    x = jax.random.normal(jax.random.key(0), (images, 28, 28, 1))
+    return Network.from_linen(LeNet(), jax.jit(LeNet().init)(jax.random.key(1), x[:1])), x
 
 
 def build(variant: VANVariant, images: int, method: Method = "auto") -> tuple[Network, Array]:
@@ -172,6 +195,9 @@ def main(small: bool = False) -> None:
     block = of_a_block(network, x, sizes.block, sizes.repetitions)
     diagonal = of_the_diagonal(network, x, sizes.repetitions)
     kept = of_kept_rows(network, x, sizes.block, sizes.repetitions)
+    dense_head = lenet(2 if small else LENET_IMAGES)
+    lenet_block = of_a_block(*dense_head, LENET_BLOCK, sizes.repetitions)
+    lenet_rows = of_kept_rows(*dense_head, LENET_BLOCK, sizes.repetitions)
 
     large, tiny = (
         f"{height} x {width}, {images} images"
@@ -191,6 +217,9 @@ def main(small: bool = False) -> None:
         (f"{tiny}, one vector, from rows", kept["one"]),
         (f"{tiny}, per vector of a block of {sizes.block}, from rows", kept["block"]),
         (f"{tiny}, exact diagonal, from rows", kept["diagonal"]),
+        (f"LeNet, per vector of a block of {LENET_BLOCK}", lenet_block),
+        (f"LeNet, forming rows, {lenet_rows['forming']['bytes'] / 1e6:.0f} MB", lenet_rows["forming"]),
+        (f"LeNet, per vector of a block of {LENET_BLOCK}, from rows", lenet_rows["block"]),
     ):
         table.add_row(name, f"{1e3 * timing['seconds']:.1f}", f"{timing['compile_seconds']:.1f}")
     console.print(table)
@@ -205,6 +234,8 @@ def main(small: bool = False) -> None:
         f"digits_block_of_{sizes.block}": block,
         "digits_diagonal": diagonal,
         "digits_rows": kept,
+        "lenet_block": lenet_block,
+        "lenet_rows": lenet_rows,
     }
     write(record_name("ggn_products", main, options), content)
 

@@ -33,7 +33,7 @@ _STOPPED = "stopped while fitting the posteriors; the trained network is kept"
 _PROBE_STREAM = 101
 # The same part of the images in every run, whose posteriors then differ by their weights alone.
 _CURVATURE_SEED = 2**63 + 7
-# Nats: the noise of a decomposition in the bound is about one, and two steps in turn must change it by less.
+# Nats: the noise of a decomposition in the bound is about one.
 _TOLERANCE = 5.0
 
 

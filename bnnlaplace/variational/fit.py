@@ -44,6 +44,7 @@ from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.draws import Draws
 from bnnlaplace.variational.iteration import Context, Iterate, iterate
 from bnnlaplace.variational.mean import with_mean
+from bnnlaplace.variational.mixing import DEPTH
 from bnnlaplace.variational.options import Progress, Variational, resolve
 from bnnlaplace.variational.sites import are_by_samples
 
@@ -179,8 +180,8 @@ def _memory(
     """Memory of the structure, and of the outputs and the sites of all examples if their number is known."""
     estimate = memory_of(model, structure, max_vectors)
     outputs, number_bytes = math.prod(shape), number_type(model.head.params).itemsize
-    # Present, proposed and mixed sites, and their factors.
-    sites = 4 * outputs * (2 * num_pairs if by_samples else shape[-1])
+    # Present, proposed and mixed sites, and their factors; of matrices also those of the last steps, with residuals.
+    sites = outputs * (4 * 2 * num_pairs if by_samples else (4 + 2 * (DEPTH + 1)) * shape[-1])
     per_example = number_bytes * (outputs * num_pairs + sites)
     shrink = f"{estimate.shrink}; or use fewer samples, Variational(num_samples=...)"
     return estimate._replace(needed=estimate.needed + (model.data.length or 0) * per_example, shrink=shrink)

@@ -55,10 +55,11 @@ class Variational:
         Samples of the outputs at each training input, an even number: expectations are averages over these. By default
         512 for up to 16 outputs, and fewer for more of them, down to 32.
     tolerance
-        The iteration ends if two steps, one after another, change the evidence lower bound by less than this, in nats.
+        The iteration ends if a step changes the evidence lower bound by less than this, in nats, and the next one
+        promises little; with "lanczos", by less than the noise of its probes if that is larger.
     prior_structure
-        Also maximise over the prior precision, a step in each iteration: one for all weights ("scalar"), one for each
-        group of `prior_groups` ("layerwise"), or one for each weight ("diag"). By default it stays as it is.
+        Also maximise over the prior precision, whenever the rest has settled: one for all weights ("scalar"), one for
+        each group of `prior_groups` ("layerwise"), or one for each weight ("diag"). By default it stays as it is.
     max_iterations
         The largest number of iterations. Each computes the curvature once.
     max_newton_steps

@@ -76,10 +76,10 @@ print(f"{caught[0].category.__name__}: {caught[0].message}")
 # bound is that of the Gaussian at hand, and another one may have a larger bound. `on_iteration=print` would show each
 # iteration.
 #
-# With `prior_structure="scalar"` the fit also chooses the prior precision by the bound, a step in each iteration.
-# "layerwise" and "diag" choose one for each layer and for each weight. Without it the prior stays as it is.
+# With `prior_structure="scalar"` the fit also chooses the prior precision by the bound, a step whenever the rest has
+# settled. "layerwise" and "diag" choose one for each layer and for each weight. Without it the prior stays as it is.
 
-options = bnnlaplace.Variational(prior_structure="scalar", max_iterations=40)
+options = bnnlaplace.Variational(prior_structure="scalar")
 variational = la.fit(train, key=jax.random.key(0), approximation=options)
 bound = variational.log_marginal_likelihood()
 print(f"prior precision {variational.prior_precision:.2g} after {variational.fitted.bound.iterations} iterations")
