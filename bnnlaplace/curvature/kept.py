@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from bnnlaplace.core import memory
@@ -132,32 +131,6 @@ class KeptRows(NamedTuple):
             return self._times_factors(scale * accumulated(terms))
 
         return product
-
-    def ggn_factors(
-        self, likelihood: Likelihood, at: Sequence[CurvatureAt], scale: Real[ArrayLike, ""]
-    ) -> tuple[
-        Callable[[Float[Array, "S P"]], Float[Array, "S R"]], Callable[[Float[Array, "S R"]], Float[Array, "S P"]]
-    ]:
-        """Return V -> V R' and Y -> Y R for G = R' R, where the rows of R are those of sqrt(scale) B' J.
-
-        Together they cost what `ggn_product` does.
-        """
-        root = jnp.sqrt(jnp.asarray(scale, self.centre.dtype))
-
-        def images(vectors: Float[Array, "S P"]) -> Float[Array, "S R"]:
-            vectors = root * self._times_factors(vectors)
-            pairs = zip(self.batches, at, strict=True)
-            parts = [_images(likelihood, rows, of_batch, vectors, self.shape) for rows, of_batch in pairs]
-            return jnp.concatenate([part.reshape(len(vectors), -1) for part in parts], axis=1)
-
-        def back(rows_of_images: Float[Array, "S R"]) -> Float[Array, "S P"]:
-            sizes = [of_batch.weights.shape[0] * math.prod(self.shape[1:]) for of_batch in at]
-            parts = jnp.split(root * rows_of_images, np.cumsum(sizes)[:-1].tolist(), axis=1)
-            triples = zip(self.batches, at, parts, strict=True)
-            terms = (_back(likelihood, rows, of_batch, part, self.shape) for rows, of_batch, part in triples)
-            return self._times_factors(accumulated(terms))
-
-        return images, back
 
     def ggn_factor(self, likelihood: Likelihood, at: Sequence[CurvatureAt]) -> Float[Array, "R P"]:
         """Compute R with R' R = G, one row for each example and column of the factor B, as `dense.factor_rows` does."""
@@ -292,40 +265,6 @@ def _product(
 
     pushed = _pushed(rows, vectors, shape)
     return _pulled(rows, jax.lax.map(curved, pushed, batch_size=min(VECTORS_AT_ONCE, len(vectors))))
-
-
-@partial(jax.jit, static_argnums=4)
-def _images(
-    likelihood: Likelihood,
-    rows: Float[Array, "num K m P"],
-    at: CurvatureAt,
-    vectors: Float[Array, "S P"],
-    shape: tuple[int, ...],
-) -> Float[Array, "S B ..."]:
-    """sqrt(w_n) B_n' J_n v at the examples of a batch, for rows v."""
-
-    def of_one(tangent: Float[Array, "B ... C"]) -> Float[Array, "B ..."]:
-        factors = likelihood.factor_transpose_mv(at.points, tangent)
-        return mb.over_outputs(jnp.sqrt(at.weights), factors) * factors
-
-    return jax.lax.map(of_one, _pushed(rows, vectors, shape), batch_size=min(VECTORS_AT_ONCE, len(vectors)))
-
-
-@partial(jax.jit, static_argnums=4)
-def _back(
-    likelihood: Likelihood,
-    rows: Float[Array, "num K m P"],
-    at: CurvatureAt,
-    images: Float[Array, "S R"],
-    shape: tuple[int, ...],
-) -> Float[Array, "S P"]:
-    """Sum sqrt(w_n) J_n' B_n y_n over the examples of a batch, for rows y of what `_images` returns."""
-
-    def of_one(factors: Float[Array, "B ..."]) -> Float[Array, "B ... C"]:
-        return likelihood.factor_mv(at.points, mb.over_outputs(jnp.sqrt(at.weights), factors) * factors)
-
-    by_example = images.reshape(len(images), at.weights.shape[0], *shape[1:])
-    return _pulled(rows, jax.lax.map(of_one, by_example, batch_size=min(VECTORS_AT_ONCE, len(images))))
 
 
 @partial(jax.jit, static_argnums=3)

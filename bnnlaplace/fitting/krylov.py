@@ -79,8 +79,7 @@ def fit_krylov(
     options.check(dimension)
     shape = (min(options.num_probes, dimension), dimension)
     probes = jax.random.normal(options.key, shape, number_type(model.head.params))
-    factors = model.ggn_factors(scale, microbatch=microbatch)
-    product = model.ggn_product(scale, microbatch=microbatch) if factors is None else factors
+    product = model.ggn_product(scale, microbatch=microbatch)
     for decomposition in _decompositions(product, probes, options.max_vectors):
         structure = KrylovStructure.from_decomposition(decomposition, options.tolerance, rounding_of(model))
         target = options.target_precision
@@ -96,7 +95,7 @@ def fit_krylov(
 
 
 def _decompositions(
-    product: Callable[[Array], Array] | krylov.Factored, probes: Array, max_vectors: int
+    product: Callable[[Array], Array], probes: Array, max_vectors: int
 ) -> Iterator[krylov.BlockDecomposition]:
     """Grow the decomposition; ValueError if a product, or its norm, leaves the range of the type."""
     try:

@@ -16,14 +16,12 @@ from bnnlaplace.curvature.kept import CurvatureAt, KeptRows, keep
 from bnnlaplace.curvature.streamed import primal_product
 from bnnlaplace.evidence.log_likelihood import LogLikelihood, batch_log_likelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
-from bnnlaplace.krylov import Factored
 from bnnlaplace.model import features, subset
 from bnnlaplace.model.batched import check_microbatch
 from bnnlaplace.model.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.model.determinism import check_deterministic
 from bnnlaplace.model.jaxpr import derivative_rounding
 from bnnlaplace.model.likelihood import Likelihood
-from bnnlaplace.model.likelihoods import sites
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, Shapes, output_shape
 from bnnlaplace.prior import Prior
@@ -86,13 +84,6 @@ class Model(NamedTuple):
         if self.rows is None:
             return primal_product(self.head, self.likelihood, self.data, scale, microbatch=microbatch)
         return self.rows.ggn_product(self.likelihood, self.curvature_at(microbatch=microbatch), scale)
-
-    def ggn_factors(self, scale: float, *, microbatch: int) -> Factored | None:
-        """Return the products with the factors of G, if rows are kept and there are such factors."""
-        # Samples of a likelihood average to the curvature, but the factor that stands for it has another product.
-        if self.rows is None or sites.of_sample(self.likelihood) is not None:
-            return None
-        return Factored(*self.rows.ggn_factors(self.likelihood, self.curvature_at(microbatch=microbatch), scale))
 
     def curvature_at(self, *, microbatch: int) -> list[CurvatureAt]:
         """Where the curvature of each batch is evaluated: at its points, or at the outputs."""

@@ -12,7 +12,7 @@ from bnnlaplace.krylov.block_functions import (
     summed_exactly,
     trace_forms,
 )
-from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Factored, Ritz, block_lanczos, ritz
+from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz, block_lanczos, ritz
 from bnnlaplace.krylov.deflation import Eigenpairs, leading_eigenpairs
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos
 from bnnlaplace.krylov.matfun import MatrixFunction, matfun_arnoldi, matfun_lanczos
@@ -25,7 +25,6 @@ __all__ = [
     "Arnoldi",
     "BlockDecomposition",
     "Eigenpairs",
-    "Factored",
     "Lanczos",
     "MatrixFunction",
     "Ritz",

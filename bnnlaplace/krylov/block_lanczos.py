@@ -26,24 +26,6 @@ from bnnlaplace.core.linalg import matmul
 from bnnlaplace.krylov.tridiagonal import ROUNDING
 
 
-class Factored(NamedTuple):
-    """A positive semidefinite matrix A = R' R, by products with its two factors.
-
-    A product with A in the type of the probes is off by a rounding of its largest eigenvalue, which in each of many
-    null directions would count as an eigenvalue. T as the Gram matrix of Q R' is off by the square of that.
-
-    Attributes
-    ----------
-    images
-        V -> V R' for S rows at once.
-    back
-        Y -> Y R for S rows at once.
-    """
-
-    images: Callable[[Float[Array, "S n"]], Float[Array, "S r"]]
-    back: Callable[[Float[Array, "S r"]], Float[Array, "S n"]]
-
-
 class BlockDecomposition(NamedTuple):
     """K steps of block Lanczos from S probes; m = K S.
 
@@ -57,15 +39,12 @@ class BlockDecomposition(NamedTuple):
         L_0: the probes in the coordinates of the first block.
     residual
         L_K: the coupling to the block that would follow. Zero if the space is invariant.
-    rounding_power
-        T is off by this power of the relative rounding of a product: 1, or 2 for a `Factored` A.
     """
 
     basis: Float[Array, "m n"]
     tridiagonal: Float[np.ndarray, "m m"]
     start: Float[np.ndarray, "S S"]
     residual: Float[np.ndarray, "S S"]
-    rounding_power: np.float64 = np.float64(1)
 
 
 class Ritz(NamedTuple):
@@ -100,7 +79,7 @@ class Ritz(NamedTuple):
 
 
 def block_lanczos(
-    product: Callable[[Float[Array, "S n"]], Float[Array, "S n"]] | Factored,
+    product: Callable[[Float[Array, "S n"]], Float[Array, "S n"]],
     probes: Float[Array, "S n"],
     *,
     max_vectors: int,
@@ -110,8 +89,7 @@ def block_lanczos(
     Parameters
     ----------
     product
-        V -> V A for S rows at once, with a symmetric A, or its factors. They are called once for each block, so they
-        should be compiled.
+        V -> V A for S rows at once, with a symmetric A. It is called once for each block, so it should be compiled.
     probes
         Z, with the S probes as rows.
     max_vectors
@@ -155,12 +133,11 @@ def block_lanczos(
     epsilon = float(jnp.finfo(probes.dtype).eps)
     newest, start = _orthonormal_rows(probes, (), 10 * epsilon * float(norms.max()))
     basis = probes[:0]
-    gram = _Gram() if isinstance(product, Factored) else None
     diagonal: list[np.ndarray] = []
     off_diagonal: list[np.ndarray] = []
     scale = 0.0
     while True:
-        images = product(newest) if gram is None else product.back(gram.with_rows(product.images(newest)))
+        images = product(newest)
         block = np.asarray(matmul(images, newest.T), np.float64)
         diagonal.append((block + block.T) / 2)  # symmetric but for rounding
         largest = float(jnp.max(jnp.linalg.norm(images, axis=1)))
@@ -176,34 +153,12 @@ def block_lanczos(
         # Appended only now, since the caller still holds the basis without this block. Appended before the product, a
         # second basis would be alive while the product runs.
         basis, newest = jnp.concatenate([basis, newest]), following
-        matrix = _assemble(diagonal, off_diagonal[:-1]) if gram is None else gram.matrix
-        rest = np.asarray(start, np.float64), off_diagonal[-1]
-        yield BlockDecomposition(basis, matrix, *rest, np.float64(1 if gram is None else 2))
+        yield BlockDecomposition(
+            basis, _assemble(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
+        )
         exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
         if exhausted or len(basis) + count > max_vectors:
             return
-
-
-class _Gram:
-    """The Gram matrix of rows that come in blocks, in float64 on the host."""
-
-    def __init__(self) -> None:
-        self.matrix = np.zeros((0, 0))
-        self._rows: list[np.ndarray] = []
-
-    def with_rows(self, rows: Float[Array, "S r"]) -> Float[Array, "S r"]:
-        """Append a block of rows, and return it."""
-        own = np.asarray(rows, np.float64)
-        if not np.isfinite(own).all():
-            raise FloatingPointError("block_lanczos(product=...) must return finite values; check the weights")
-        self._rows.append(np.asarray(rows))  # in their own type: half of the memory
-        beside = np.concatenate([own @ np.asarray(old, np.float64).T for old in self._rows], axis=1)
-        size, count = len(self.matrix), len(own)
-        matrix = np.zeros((size + count,) * 2)
-        matrix[:size, :size] = self.matrix
-        matrix[size:], matrix[:, size:] = beside, beside.T
-        self.matrix = matrix
-        return rows
 
 
 def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: float = 0.0) -> Ritz:
@@ -220,7 +175,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
         so values up to twice its size are zero as well: they come in pairs of about one size.
     rounding
         The error of a product over theta_max, if products are rounded to fewer bits than the basis has. Values below
-        this times theta_max are zero then. Of a `Factored` matrix it is the square of that.
+        this times theta_max are zero then.
 
     Returns
     -------
@@ -231,7 +186,6 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
     resolution, hidden = np.float64(0.0), np.zeros_like(values)
     if positive:
         of_products = max(ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps), rounding)
-        of_products = of_products ** float(decomposition.rounding_power)
         resolution = np.float64(max(of_products * np.abs(values).max(), -2 * values.min()))
         is_hidden = values <= resolution
         hidden = np.where(is_hidden, np.abs(values), 0.0)
