@@ -25,7 +25,7 @@ class Measurement(NamedTuple):
 
     name: str
     arguments: str
-    """What Python is started with."""
+    """The arguments that Python gets."""
     record: str
     """By its path from the root."""
     minutes: int

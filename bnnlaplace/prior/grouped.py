@@ -98,12 +98,14 @@ def accelerated(
     precisions: Float[np.ndarray, " g"],
     proposed: Float[np.ndarray, " g"],
     before: tuple[Float[np.ndarray, " g"], Float[np.ndarray, " g"]] | None,
+    *,
+    most: float = 4.0,
 ) -> Float[np.ndarray, " g"]:
     """Extrapolate the fixed point from its proposals at `precisions` and at the point `before`.
 
     The fixed point contracts slowly for a group that the data determine only in part. The ratio of its last two moves
     in log delta is the rate r, and the limit lies (1 - r)^-1 times as far away as the next move. This is Aitken's
-    extrapolation, here by at most a factor of four.
+    extrapolation, here by at most a factor of `most`.
 
     Parameters
     ----------
@@ -111,6 +113,8 @@ def accelerated(
         The present delta, and the delta that one step of the fixed point makes of it.
     before
         The same two of the step before; None at the first step.
+    most
+        How many times as far as the proposal a step goes at most.
     """
     if before is None:
         return proposed
@@ -118,7 +122,7 @@ def accelerated(
     change = here - np.log(before[0])
     # A group that hardly moved has no rate that rounding would not spoil: the proposal is taken as it is.
     rate = np.divide(there - np.log(before[1]), change, out=np.zeros_like(change), where=np.abs(change) > 1e-3)
-    return np.exp(here + (there - here) / (1 - np.clip(rate, -0.5, 0.75)))
+    return np.exp(here + (there - here) / (1 - np.clip(rate, -0.5, 1 - 1 / most)))
 
 
 def fixed_point_step(

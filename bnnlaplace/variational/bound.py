@@ -45,7 +45,7 @@ class Terms(NamedTuple):
     by_probe: Float[np.ndarray, " S"]
 
     def noise_beside(self, other: "Terms") -> float:
-        """The standard error over the probes of the difference to another bound; 0 if there are no probes."""
+        """Return the standard error of the difference from another bound, over the probes. Zero without probes."""
         if len(self.by_probe) < 2 or len(self.by_probe) != len(other.by_probe):
             return 0.0
         return float((self.by_probe - other.by_probe).std(ddof=1)) / math.sqrt(len(self.by_probe))

@@ -209,7 +209,7 @@ def _next_sites(context: Context, current: Iterate, past: Past, damping: float) 
 
 
 def _promise(context: Context, current: Iterate, past: Past, damping: float) -> float:
-    """What the next step promises to gain, in nats."""
+    """Estimate how many nats the next step of the sites gains."""
     sites = current.sites, current.proposed, _next_sites(context, current, past, damping)[0]
     posterior = context.model, current.prior, current.structure
     options = {"scale": context.scale, "microbatch": context.microbatch}

@@ -40,7 +40,7 @@ class Past(NamedTuple):
         return len(self.sites) > 1
 
     def with_step(self, sites: Sites, proposed: Sites) -> "Past":
-        """The same with another step, and without the one that is too old."""
+        """Add a step, and drop the oldest one if there are too many."""
         if sites.by_samples or self.depth == 0:  # samples have no differences: only their distribution counts
             return self
         if not proposed.are_finite():

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
 from bnnlaplace.evidence.log_joint import LogJoint
-from bnnlaplace.prior import Prior, fixed_point_step, range_above
+from bnnlaplace.prior import Prior, accelerated, fixed_point_step, range_above
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import SampleStructure, Structure
 
@@ -95,8 +95,7 @@ def step(
     proposed = fixed_point_step(
         gamma, LogJoint(0.0), squares, grouping.numbers, present, search_range=limits
     ).precisions
-    here, there = np.log(present), np.log(proposed)
-    after = np.exp(here + _secant(here, there, last))
+    after = _extrapolated(present, proposed, last)
     wanted = precision * float((after / present).min())
     least = present * _smallest_converged(structure, wanted, max_vectors) / precision
     held = np.clip(np.maximum(after, least), *limits)
@@ -108,18 +107,14 @@ def step(
     return Move(present, proposed, held, gain, bool((after < least).any()))
 
 
-def _secant(
-    here: Float[np.ndarray, " g"], there: Float[np.ndarray, " g"], last: Move | None
+def _extrapolated(
+    present: Float[np.ndarray, " g"], proposed: Float[np.ndarray, " g"], last: Move | None
 ) -> Float[np.ndarray, " g"]:
-    """The step of the log precisions to where the fixed point would propose no further one."""
-    proposal = there - here
+    """The precisions at which the fixed point would propose no further step, as far as one step goes."""
     if last is None:
-        return np.clip(_FIRST * proposal, -_FIRST_LOG, _FIRST_LOG)
-    change = here - np.log(last.before)
-    # A group that hardly moved has no rate that rounding would not spoil: the proposal is taken as it is.
-    has_moved = np.abs(change) > 1e-3
-    rate = np.divide(there - np.log(last.proposed), change, out=np.zeros_like(change), where=has_moved)
-    return np.clip(proposal / (1 - np.clip(rate, -0.5, 1 - 1 / _MOST)), -_LONGEST_LOG, _LONGEST_LOG)
+        return present * np.exp(np.clip(_FIRST * np.log(proposed / present), -_FIRST_LOG, _FIRST_LOG))
+    after = accelerated(present, proposed, (last.before, last.proposed), most=_MOST)
+    return present * np.exp(np.clip(np.log(after / present), -_LONGEST_LOG, _LONGEST_LOG))
 
 
 def _smallest_converged(structure: Structure, wanted: float, max_vectors: float) -> float:

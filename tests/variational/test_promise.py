@@ -1,4 +1,4 @@
-"""What a step of the sites promises is half the derivative of the bound along it, by quadrature."""
+"""The promised gain of a step is half of the derivative of the bound along it. Quadrature gives the derivative."""
 
 import jax
 import jax.numpy as jnp

@@ -209,7 +209,7 @@ def _require_kept(root: Path, study: Study) -> None:
     Raises
     ------
     UserError
-        The study lacks something, would train other networks, or there is no saved one.
+        The study lacks a part of the saved one, it would train other networks, or no study is saved.
     """
     # What figures show decides no result. So a study that names a method wrongly there can be mended.
     there = load_study(root, without=("shown",))
