@@ -8,6 +8,7 @@ decomposition (`krylov`) and what is fitted from it (`structure`); the evidence 
 
 from bnnlaplace import calibration, curvature, evidence, krylov, marglik, predictive, prior, structure
 from bnnlaplace.calibration import detection, temperature
+from bnnlaplace.core.compiler import warn_of_wrong_sums
 from bnnlaplace.core.types import Estimate, LinearOperator, LowerBound, NotAModeWarning, SaturatedPosteriorWarning
 from bnnlaplace.laplace import Laplace
 from bnnlaplace.marglik import marglik_training
@@ -15,6 +16,8 @@ from bnnlaplace.model.likelihood import Likelihood, bernoulli, categorical, gaus
 from bnnlaplace.model.network import Network
 from bnnlaplace.predictive import link, validation
 from bnnlaplace.variational import Variational
+
+warn_of_wrong_sums()
 
 __all__ = [
     "Estimate",

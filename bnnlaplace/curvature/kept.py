@@ -44,6 +44,12 @@ CONVOLUTION_COST = 10
 VECTORS_AT_ONCE = 8
 
 
+# The functions V -> V R' and Y -> Y R, for rows of V and of Y, with G = R' R.
+GGNFactors = tuple[
+    Callable[[Float[Array, "S P"]], Float[Array, "S R"]], Callable[[Float[Array, "S R"]], Float[Array, "S P"]]
+]
+
+
 class CurvatureAt(NamedTuple):
     """Where the curvature of the likelihood is evaluated for one batch, and how much each example counts.
 
@@ -131,6 +137,26 @@ class KeptRows(NamedTuple):
             return self._times_factors(scale * accumulated(terms))
 
         return product
+
+    def ggn_factors(self, likelihood: Likelihood, at: Sequence[CurvatureAt], scale: Real[ArrayLike, ""]) -> GGNFactors:
+        """Return the products with R and R' of G = R' R, where the rows of R are those of sqrt(scale) B' J.
+
+        Together they cost what `ggn_product` does.
+        """
+        root = jnp.sqrt(jnp.asarray(scale, self.centre.dtype))
+
+        def images(vectors: Float[Array, "S P"]) -> Float[Array, "S R"]:
+            vectors, pairs = root * self._times_factors(vectors), zip(self.batches, at, strict=True)
+            parts = [_images(likelihood, rows, of_batch, vectors, self.shape) for rows, of_batch in pairs]
+            return jnp.concatenate([part.reshape(len(vectors), -1) for part in parts], axis=1)
+
+        def back(of_rows: Float[Array, "S R"]) -> Float[Array, "S P"]:
+            parts = jnp.split(root * of_rows, len(self.batches), axis=1)  # all batches have one shape
+            triples = zip(self.batches, at, parts, strict=True)
+            terms = (_back(likelihood, rows, of_batch, part, self.shape) for rows, of_batch, part in triples)
+            return self._times_factors(accumulated(terms))
+
+        return images, back
 
     def ggn_factor(self, likelihood: Likelihood, at: Sequence[CurvatureAt]) -> Float[Array, "R P"]:
         """Compute R with R' R = G, one row for each example and column of the factor B, as `dense.factor_rows` does."""
@@ -265,6 +291,40 @@ def _product(
 
     pushed = _pushed(rows, vectors, shape)
     return _pulled(rows, jax.lax.map(curved, pushed, batch_size=min(VECTORS_AT_ONCE, len(vectors))))
+
+
+@partial(jax.jit, static_argnums=4)
+def _images(
+    likelihood: Likelihood,
+    rows: Float[Array, "num K m P"],
+    at: CurvatureAt,
+    vectors: Float[Array, "S P"],
+    shape: tuple[int, ...],
+) -> Float[Array, "S B ..."]:
+    """sqrt(w_n) B_n' J_n v at the examples of a batch, for rows v."""
+
+    def of_one(tangent: Float[Array, "B ... C"]) -> Float[Array, "B ..."]:
+        columns = likelihood.factor_transpose_mv(at.points, tangent)
+        return mb.over_outputs(jnp.sqrt(at.weights), columns) * columns
+
+    return jax.lax.map(of_one, _pushed(rows, vectors, shape), batch_size=min(VECTORS_AT_ONCE, len(vectors)))
+
+
+@partial(jax.jit, static_argnums=4)
+def _back(
+    likelihood: Likelihood,
+    rows: Float[Array, "num K m P"],
+    at: CurvatureAt,
+    images: Float[Array, "S R"],
+    shape: tuple[int, ...],
+) -> Float[Array, "S P"]:
+    """Sum sqrt(w_n) J_n' B_n y_n over the examples of a batch, for rows y of what `_images` returns."""
+
+    def of_one(columns: Float[Array, "B ..."]) -> Float[Array, "B ... C"]:
+        return likelihood.factor_mv(at.points, mb.over_outputs(jnp.sqrt(at.weights), columns) * columns)
+
+    by_example = images.reshape(len(images), *shape[:-1], -1)
+    return _pulled(rows, jax.lax.map(of_one, by_example, batch_size=min(VECTORS_AT_ONCE, len(images))))
 
 
 @partial(jax.jit, static_argnums=3)

@@ -79,9 +79,15 @@ def fit_krylov(
     options.check(dimension)
     shape = (min(options.num_probes, dimension), dimension)
     probes = jax.random.normal(options.key, shape, number_type(model.head.params))
-    product = model.ggn_product(scale, microbatch=microbatch)
-    for decomposition in _decompositions(product, probes, options.max_vectors):
-        structure = KrylovStructure.from_decomposition(decomposition, options.tolerance, rounding_of(model))
+    factors = model.ggn_factors(scale, microbatch=microbatch)
+    if factors is None:
+        product = model.ggn_product(scale, microbatch=microbatch)
+        decompositions = krylov.block_lanczos(product, probes, max_vectors=options.max_vectors)
+    else:
+        decompositions = krylov.block_golub_kahan(*factors, probes, max_vectors=options.max_vectors)
+    how = options.tolerance, rounding_of(model)
+    for decomposition in _within_range(decompositions, probes.dtype):
+        structure = KrylovStructure.from_decomposition(decomposition, *how, of_factors=factors is not None)
         target = options.target_precision
         if target is None:
             target = _hardest_optimum(structure, *evidence)
@@ -94,14 +100,14 @@ def fit_krylov(
     return structure
 
 
-def _decompositions(
-    product: Callable[[Array], Array], probes: Array, max_vectors: int
+def _within_range(
+    decompositions: Iterator[krylov.BlockDecomposition], dtype: np.dtype
 ) -> Iterator[krylov.BlockDecomposition]:
-    """Grow the decomposition; ValueError if a product, or its norm, leaves the range of the type."""
+    """Pass decompositions on; ValueError if a product, or its norm, leaves the range of the type."""
     try:
-        yield from krylov.block_lanczos(product, probes, max_vectors=max_vectors)
+        yield from decompositions
     except FloatingPointError:
-        raise not_finite(probes.dtype) from None
+        raise not_finite(dtype) from None
 
 
 def _hardest_optimum(structure: KrylovStructure, log_joint: LogJoint, squared_norm: float) -> float:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.core import checks, memory
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import kronecker
-from bnnlaplace.curvature.kept import CurvatureAt, KeptRows, keep
+from bnnlaplace.curvature.kept import CurvatureAt, GGNFactors, KeptRows, keep
 from bnnlaplace.curvature.streamed import primal_product
 from bnnlaplace.evidence.log_likelihood import LogLikelihood, batch_log_likelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
@@ -22,6 +22,7 @@ from bnnlaplace.model.data import Batch, Data, accumulate, check_fits_model
 from bnnlaplace.model.determinism import check_deterministic
 from bnnlaplace.model.jaxpr import derivative_rounding
 from bnnlaplace.model.likelihood import Likelihood
+from bnnlaplace.model.likelihoods import sites
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, Shapes, output_shape
 from bnnlaplace.prior import Prior
@@ -84,6 +85,13 @@ class Model(NamedTuple):
         if self.rows is None:
             return primal_product(self.head, self.likelihood, self.data, scale, microbatch=microbatch)
         return self.rows.ggn_product(self.likelihood, self.curvature_at(microbatch=microbatch), scale)
+
+    def ggn_factors(self, scale: float, *, microbatch: int) -> GGNFactors | None:
+        """Return the products with R and R' of G = R' R, if rows are kept and the likelihood has such factors."""
+        # Curvature that is a mean over samples has no factor of one column for each output.
+        if self.rows is None or sites.of_sample(self.likelihood) is not None:
+            return None
+        return self.rows.ggn_factors(self.likelihood, self.curvature_at(microbatch=microbatch), scale)
 
     def curvature_at(self, *, microbatch: int) -> list[CurvatureAt]:
         """Where the curvature of each batch is evaluated: at its points, or at the outputs."""

@@ -1,7 +1,8 @@
 """Krylov methods for matrices that are known only by their products.
 
-Decompositions (`lanczos`, `arnoldi`, `block_lanczos`), functions of a matrix times a vector (`matfun_lanczos`,
-`matfun_arnoldi`), and traces (`stochastic_lanczos_quadrature`, `trace_forms`). Nothing here knows of networks.
+Decompositions (`lanczos`, `arnoldi`, `block_lanczos`, `block_golub_kahan`), functions of a matrix times a vector
+(`matfun_lanczos`, `matfun_arnoldi`), and traces (`stochastic_lanczos_quadrature`, `trace_forms`). Nothing here knows of
+networks.
 """
 
 from bnnlaplace.krylov.arnoldi import Arnoldi, arnoldi
@@ -12,6 +13,7 @@ from bnnlaplace.krylov.block_functions import (
     summed_exactly,
     trace_forms,
 )
+from bnnlaplace.krylov.block_golub_kahan import block_golub_kahan
 from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Ritz, block_lanczos, ritz
 from bnnlaplace.krylov.deflation import Eigenpairs, leading_eigenpairs
 from bnnlaplace.krylov.lanczos import Lanczos, lanczos
@@ -30,6 +32,7 @@ __all__ = [
     "Ritz",
     "TraceEstimate",
     "arnoldi",
+    "block_golub_kahan",
     "block_lanczos",
     "check_symmetric",
     "gauss_radau",

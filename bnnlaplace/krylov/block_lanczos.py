@@ -16,13 +16,12 @@ Source: Golub and Underwood 1977; Golub and Van Loan, Matrix Computations, secti
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bnnlaplace.core.linalg import matmul
+from bnnlaplace.krylov.block_rows import FLOOR, check_probes, first_block, largest_norm, orthonormal_rows
 from bnnlaplace.krylov.tridiagonal import ROUNDING
 
 
@@ -119,19 +118,9 @@ def block_lanczos(
     bases.
     """
     count, dimension = probes.shape
-    if not 1 <= count <= min(max_vectors, dimension):
-        raise ValueError(
-            f"block_lanczos(probes=...) must have between 1 and min(max_vectors, n) = {min(max_vectors, dimension)} "
-            f"rows; got {count}; use fewer probes or raise max_vectors"
-        )
-    norms = np.asarray(jnp.linalg.norm(probes, axis=1))
-    if not (np.isfinite(norms).all() and (norms > 0).all()):
-        raise ValueError(
-            f"block_lanczos(probes=...) must have finite nonzero rows; got norms {norms}; draw them with normal_probes"
-        )
-
-    epsilon = float(jnp.finfo(probes.dtype).eps)
-    newest, start = _orthonormal_rows(probes, (), 10 * epsilon * float(norms.max()))
+    check_probes("block_lanczos", probes, max_vectors)
+    floor = FLOOR * float(jnp.finfo(probes.dtype).eps)
+    newest, start = first_block(probes)
     basis = probes[:0]
     diagonal: list[np.ndarray] = []
     off_diagonal: list[np.ndarray] = []
@@ -140,42 +129,36 @@ def block_lanczos(
         images = product(newest)
         block = np.asarray(matmul(images, newest.T), np.float64)
         diagonal.append((block + block.T) / 2)  # symmetric but for rounding
-        largest = float(jnp.max(jnp.linalg.norm(images, axis=1)))
-        if not np.isfinite(largest):
-            raise FloatingPointError(
-                f"block_lanczos(product=...) must return finite values; got a row of norm {largest}; check the weights "
-                "and the data that it uses"
-            )
+        largest = largest_norm("block_lanczos(product=...)", images)
         # The largest image so far stands for |A|: rounding of the early, large products stays in all later blocks.
         scale = max(scale, largest)
-        following, lower = _orthonormal_rows(images, (basis, newest), 10 * epsilon * scale)
+        following, lower = orthonormal_rows(images, (basis, newest), floor * scale)
         off_diagonal.append(np.asarray(lower, np.float64))
         # Appended only now, since the caller still holds the basis without this block. Appended before the product, a
         # second basis would be alive while the product runs.
         basis, newest = jnp.concatenate([basis, newest]), following
         yield BlockDecomposition(
-            basis, _assemble(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
+            basis, assembled(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
         )
         exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
         if exhausted or len(basis) + count > max_vectors:
             return
 
 
-def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: float = 0.0) -> Ritz:
+def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: float | None = None) -> Ritz:
     """Diagonalise T in float64.
 
     Parameters
     ----------
     decomposition
-        A decomposition that `block_lanczos` yields.
+        A decomposition that `block_lanczos` or `block_golub_kahan` yields.
     positive
-        Whether A is positive semidefinite. Then values below 4 eps theta_max, with the eps of the basis, are zero: the
-        rounding of products makes such values, of either sign, where A has none. There are as many as A has null
-        directions, so that together they would count as curvature. The most negative value shows how large they are,
-        so values up to twice its size are zero as well: they come in pairs of about one size.
+        Whether A is positive semidefinite. Then small values are zero: rounding makes such values, of either sign,
+        where A has none. There are as many as A has null directions, so that together they would count as curvature.
     rounding
-        The error of a product over theta_max, if products are rounded to fewer bits than the basis has. Values below
-        this times theta_max are zero then.
+        Values up to this times theta_max are zero, if A is positive. By default 4 eps, with the eps of the basis, for
+        products with A in that type. The most negative value shows how large such values are, so values up to twice its
+        size are zero as well: they come in pairs of about one size.
 
     Returns
     -------
@@ -185,8 +168,8 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
     values, vectors = np.linalg.eigh(decomposition.tridiagonal)
     resolution, hidden = np.float64(0.0), np.zeros_like(values)
     if positive:
-        of_products = max(ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps), rounding)
-        resolution = np.float64(max(of_products * np.abs(values).max(), -2 * values.min()))
+        least = ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps) if rounding is None else rounding
+        resolution = np.float64(max(least * np.abs(values).max(), -2 * values.min()))
         is_hidden = values <= resolution
         hidden = np.where(is_hidden, np.abs(values), 0.0)
         values = np.where(is_hidden, 0.0, values)
@@ -196,50 +179,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
     return Ritz(values, vectors, weights, np.linalg.norm(tails, axis=0), tails, resolution, hidden)
 
 
-def _orthonormal_rows(
-    rows: Float[Array, "S n"], basis: tuple[Float[Array, "_ n"], ...], floor: float
-) -> tuple[Float[Array, "S n"], Float[Array, "S S"]]:
-    """Write rows = (something in the span of `basis`) + L Q, with Q orthonormal and orthogonal to `basis`; return Q, L.
-
-    `basis` comes in parts. A direction whose singular value is below `floor` would be normalised rounding: its row of Q
-    and its column of L are set to zero.
-    """
-    rows = _orthogonalise(_orthogonalise(rows, basis), basis)
-    rows, lower = _factorise(rows, floor)
-    # If L is ill-conditioned, the factorisation has magnified what rounding left along the basis. Hence another pass.
-    # Its rows have length one or zero, so any floor between will do.
-    rows, correction = _factorise(_orthogonalise(rows, basis), 0.5)
-    return rows, matmul(lower, correction)
-
-
-def _orthogonalise(rows: Float[Array, "S n"], basis: tuple[Float[Array, "_ n"], ...]) -> Float[Array, "S n"]:
-    """Remove from `rows` what lies along `basis`, block after block, as in modified Gram-Schmidt."""
-    for vectors in basis:
-        # Blocks of one size, so that one compiled program serves every length of the basis.
-        for first in range(0, len(vectors), len(rows)):
-            rows = _remove(rows, jax.lax.dynamic_slice_in_dim(vectors, first, len(rows)))
-    return rows
-
-
-@jax.jit
-def _remove(rows: Float[Array, "S n"], block: Float[Array, "S n"]) -> Float[Array, "S n"]:
-    return rows - matmul(matmul(rows, block.T), block)
-
-
-@jax.jit
-def _factorise(
-    rows: Float[Array, "S n"], floor: Float[ArrayLike, ""]
-) -> tuple[Float[Array, "S n"], Float[Array, "S S"]]:
-    """Write rows = L Q with orthonormal or zero rows of Q; return Q, L."""
-    # The factorisation must reveal the rank: QR alone invents a direction for a dependent row, and later rows have
-    # components along it. The singular values of the small triangular factor tell which directions are there.
-    columns, upper = jnp.linalg.qr(rows.T)
-    left, values, right = jnp.linalg.svd(upper)
-    alive = values > floor
-    return matmul(left.T, columns.T) * alive[:, None], right.T * (values * alive)
-
-
-def _assemble(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> Float[np.ndarray, "m m"]:
+def assembled(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> Float[np.ndarray, "m m"]:
     """Assemble the symmetric matrix T from its blocks."""
     count = len(diagonal[0])
     tridiagonal = np.zeros((len(diagonal) * count,) * 2)

@@ -13,6 +13,7 @@ from bnnlaplace.core.linalg import einsum, matmul
 from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.core.types import AnyArray
+from bnnlaplace.krylov.tridiagonal import ROUNDING
 from bnnlaplace.structure.protocol import PriorPrecision, PriorPrecisions
 
 # Error of a product with G, relative to the largest eigenvalue, over that of the derivatives. On networks in 16 bits
@@ -80,12 +81,16 @@ class KrylovStructure(NamedTuple):
         decomposition: krylov.BlockDecomposition,
         tolerance: float = 0.1,
         rounding: float = OF_FLOAT32,
+        *,
+        of_factors: bool = False,
     ) -> "KrylovStructure":
         """Diagonalise the small matrices behind the two quadrature rules.
 
-        `rounding` is the relative error of the derivatives in the products.
+        `rounding` is the relative error of the derivatives in the products. `of_factors` tells that the decomposition
+        is one of `krylov.block_golub_kahan`, where it enters by its square.
         """
-        ritz = krylov.ritz(decomposition, rounding=OF_PRODUCTS * rounding)
+        of_products = max(ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps), OF_PRODUCTS * rounding)
+        ritz = krylov.ritz(decomposition, rounding=rounding**2 if of_factors else of_products)
         return cls(decomposition, ritz, *krylov.gauss_radau(decomposition, ritz), np.float64(tolerance))
 
     @classmethod

@@ -143,3 +143,55 @@ def test_dependent_probes_leave_no_spurious_direction(x64, order):
     gram = np.asarray(first.basis @ first.basis.T)
     np.testing.assert_allclose(np.sort(np.diagonal(gram)), [0, 1, 1], atol=1e-12)
     np.testing.assert_allclose(first.start @ first.basis, probes, atol=1e-12)
+
+
+def factored(num_probes, max_vectors, dtype=jnp.float64, spectrum=SPECTRUM, seed=0):
+    """The same matrix as R' R with a factor R that is not square."""
+    values = np.asarray(spectrum)
+    rotation, _ = np.linalg.qr(np.random.default_rng(7).normal(size=(len(values), len(values))))
+    factor = jnp.asarray((np.sqrt(values)[:, None] * rotation)[values > 0], dtype)
+    probes = jax.random.normal(jax.random.key(seed), (num_probes, len(values)), dtype)
+    images = jax.jit(lambda rows: jnp.matmul(rows, factor.T, precision="highest"))
+    back = jax.jit(lambda rows: jnp.matmul(rows, factor, precision="highest"))
+    return factor, probes, images, back, list(krylov.block_golub_kahan(images, back, probes, max_vectors=max_vectors))
+
+
+def test_golub_kahan_yields_what_lanczos_does(x64):
+    """Until the space is exhausted: 150 directions and the probes, of which the last block has only a few."""
+    _, probes, images, back, steps = factored(8, 400)
+    lanczos = list(krylov.block_lanczos(lambda rows: back(images(rows)), probes, max_vectors=400))
+    for step, other in zip(steps[:8], lanczos[:8], strict=True):
+        np.testing.assert_allclose(
+            np.linalg.eigvalsh(step.tridiagonal), np.linalg.eigvalsh(other.tridiagonal), atol=1e-8
+        )
+        np.testing.assert_allclose(np.linalg.norm(step.residual), np.linalg.norm(other.residual), rtol=1e-6)
+        np.testing.assert_allclose(step.start @ step.basis[:8], probes, atol=1e-12)
+    forms = krylov.trace_forms(krylov.ritz(steps[-1], rounding=1e-20), lambda values: np.log1p(values / SHIFT))
+    np.testing.assert_allclose(forms, np.log1p(SPECTRUM / SHIFT).sum(), rtol=1e-10)
+
+
+def test_golub_kahan_in_single_precision_knows_eigenvalues_below_the_rounding_of_products(x64):
+    """A twentieth of the log-determinant and more is below eps theta_max. Products lose it, factors do not."""
+    spectrum = np.concatenate([np.geomspace(1e5, 1e-5, 200), np.zeros(200)])
+    shift, eps = 1e-4, float(jnp.finfo(jnp.float32).eps)
+    factor, probes, images, back, steps = factored(8, 280, jnp.float32, spectrum)
+    last = steps[-1]
+    basis = np.asarray(last.basis, np.float64)
+    np.testing.assert_allclose(basis @ basis.T, np.eye(len(basis)) * (np.diagonal(basis @ basis.T) > 0.5), atol=1e-5)
+    along = np.asarray(probes, np.float64) @ np.linalg.svd(np.asarray(factor, np.float64), full_matrices=False)[2].T
+    values = np.linalg.svd(np.asarray(factor, np.float64), compute_uv=False) ** 2
+    exact = along**2 @ np.log1p(values / shift)
+    ritz = krylov.ritz(last, rounding=eps**2)
+    nodes, weights = krylov.gauss_radau(last, ritz)
+    upper, lower = np.log1p(ritz.values / shift) @ ritz.weights**2, np.log1p(nodes / shift) @ weights**2
+    assert (lower <= exact * (1 + 1e-5)).all() and (exact <= upper * (1 + 1e-5)).all()
+    np.testing.assert_allclose(lower, upper, rtol=0.02)
+    *_, by_products = krylov.block_lanczos(lambda rows: back(images(rows)), probes, max_vectors=280)
+    plain = krylov.ritz(by_products)
+    lost = 1 - np.log1p(plain.values / shift) @ plain.weights**2 / exact
+    assert (lost > 0.05).all()
+
+
+def test_golub_kahan_wants_no_more_probes_than_rows():
+    with pytest.raises(ValueError, match=r"probes=...\) must have at most as many rows as R, 2; got 3; use fewer"):
+        next(krylov.block_golub_kahan(lambda v: v[:, :2], lambda y: y, jnp.eye(4)[:3], max_vectors=4))

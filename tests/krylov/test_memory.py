@@ -18,7 +18,7 @@ both = pytest.mark.parametrize("name", DECOMPOSITIONS)
 )
 def test_memory_is_linear_in_depth(name, reorthogonalise):
     size, depth = 2000, 40
-    limit = 4.5 if (name, reorthogonalise) == ("arnoldi", "none") else 3.5
+    limit = 4.5 if name == "arnoldi" else 3.5  # jaxlib 0.10.1 keeps one copy more for it than others
 
     def temporary_numbers(gradient, depth):
         def loss(start, scale):
