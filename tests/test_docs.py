@@ -25,8 +25,8 @@ OLD_PATHS = {
     "bnnlaplace.evidence": "EvidenceCurve IsotropicEvidence curve isotropic log_marginal_likelihood",
     "bnnlaplace.krylov": "Arnoldi BlockDecomposition Eigenpairs Lanczos MatrixFunction Ritz TraceEstimate arnoldi "
     "block_golub_kahan block_lanczos check_symmetric gauss_radau inverse_sqrt_coefficients inverse_sqrt_error lanczos "
-    "leading_eigenpairs matfun_arnoldi matfun_lanczos normal_probes rademacher_probes ritz stochastic_lanczos_quadrature "
-    "summed_exactly trace_forms tridiagonal_matrix",
+    "leading_eigenpairs matfun_arnoldi matfun_lanczos normal_probes rademacher_probes ritz "
+    "stochastic_lanczos_quadrature summed_exactly trace_forms tridiagonal_matrix",
     "bnnlaplace.plots": "PrecisionCurve evidence_curve reliability_diagram spectrum training_curve",
     "bnnlaplace.predictive": "predictions",
     "bnnlaplace.prior": "GroupedOptimum Prior PriorOptimum accelerated bracket by_layer fixed_point_step group_names "

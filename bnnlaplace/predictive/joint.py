@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
 from bnnlaplace.core import checks, memory
+from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.tree import num_examples, number_type, size
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.curvature import rows, tapped
@@ -127,7 +128,9 @@ def functional_posterior(
     return FunctionalGaussian(mean, covariance.reshape(*mean.shape, *mean.shape))
 
 
-def covariances_within(fitted: Fitted, inputs: Inputs, *, microbatch: int) -> Float[Array, "B ... C C"]:
+def covariances_within(
+    fitted: Fitted, inputs: Inputs, factors: Float[Array, "B ... C R"] | None = None, *, microbatch: int
+) -> Float[Array, "B ... C C"]:
     """Compute the covariance of the outputs within each position of each input, from the basis of a `SampleStructure`.
 
     It is exact inside the basis, where samples have an error of sqrt(2 / S). Cost: a backward pass for each output, and
@@ -139,22 +142,34 @@ def covariances_within(fitted: Fitted, inputs: Inputs, *, microbatch: int) -> Fl
         The posterior of the weights, at its own prior.
     inputs, microbatch
         (B, ...), and the largest number of inputs that are differentiated at a time.
+    factors
+        Those of the curvature of the outputs, if the posterior was fitted to these inputs.
     """
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
     network = fitted.network.unlinearised()
     shape = output_shape(network, inputs)[1:]
-    within = partial(_within_of, fitted, width=shape[-1])
     sizes = rows.row_sizes(network, inputs, microbatch)
     if sizes is not None:
-        (read,) = rows.read(network, inputs, sizes, [lambda each: within(_by_input(each))[None]])
-        return read[0].reshape(-1, *shape, shape[-1])
+        parts = (
+            _within_of(fitted, _by_input(part), None if factors is None else factors[index], shape[-1])
+            for index, part in rows.in_parts(network, inputs, sizes)
+        )
+        together = jnp.concatenate([jax.block_until_ready(part) for part in parts])[: num_examples(inputs)]
+        return together.reshape(-1, *shape, shape[-1])
     row_bytes = number_type(network.params).itemsize * size(network.params)
     few = min(microbatch, max(1, derivative_bytes() // (math.prod(shape) * row_bytes)))
-    return by_microbatch(lambda x: within(_rows(network, x, few)), inputs, few).reshape(-1, *shape, shape[-1])
+
+    def of_few(pair: tuple[Inputs, Array | None]) -> Float[Array, "m U C C"]:
+        return _within_of(fitted, _rows(network, pair[0], few), pair[1], shape[-1])
+
+    return by_microbatch(of_few, (inputs, factors), few).reshape(-1, *shape, shape[-1])
 
 
 def covariances_from_rows(
-    fitted: Fitted, rows_of_data: Float[Array, "num K m P"], shape: tuple[int, ...]
+    fitted: Fitted,
+    rows_of_data: Float[Array, "num K m P"],
+    shape: tuple[int, ...],
+    factors: Float[Array, "B ... C R"] | None = None,
 ) -> Float[Array, "B ... C C"]:
     """Compute what `covariances_within` does from rows of the Jacobian that are at hand, a microbatch at a time.
 
@@ -166,12 +181,15 @@ def covariances_from_rows(
         The rows at all inputs, as `curvature.kept` holds them.
     shape
         The shape of the outputs, (B, ..., C).
+    factors
+        As for `covariances_within`; for a `SampleStructure` alone.
     """
-    width, parts = shape[-1], []
+    width, count, parts = shape[-1], rows_of_data.shape[2], []
     for number in range(len(rows_of_data)):
         groups = _part(rows_of_data, number, width)
         if isinstance(fitted.structure, SampleStructure):
-            parts.append(_within_of(fitted, _by_input(groups), width))
+            index = np.minimum(np.arange(number * count, (number + 1) * count), shape[0] - 1)  # the rest is padding
+            parts.append(_within_of(fitted, _by_input(groups), None if factors is None else factors[index], width))
         else:
             parts.append(covariance_reader(fitted, [fitted.prior.precision])(groups)[0])
     return jnp.concatenate(parts)[: shape[0]].reshape(*shape, width)
@@ -183,12 +201,14 @@ def _part(rows_of_data: Float[Array, "num K m P"], number: Int[ArrayLike, ""], w
     return part.reshape(-1, width, *part.shape[1:])
 
 
-def _within_of(fitted: Fitted, by_input: Float[Array, "m K P"], width: int) -> Float[Array, "m U C C"]:
+def _within_of(
+    fitted: Fitted, by_input: Float[Array, "m K P"], factors: Float[Array, "m ... C R"] | None, width: int
+) -> Float[Array, "m U C C"]:
     """The covariances within positions, from the basis of a `SampleStructure`."""
     root = jnp.sqrt(fitted.prior.relative).astype(by_input.dtype)
     white = by_input if fitted.prior.is_isotropic else by_input / root
-    together = fitted.structure.joint_covariance(white, fitted.prior.precision)
-    return _within(together, len(by_input), width)
+    of_outputs = None if factors is None else _of_all_positions(factors)
+    return _at_positions(fitted.structure.covariance_within(white, fitted.prior.precision, of_outputs), width)
 
 
 def _by_input(rows_of_groups: Float[Array, "U C m P"]) -> Float[Array, "m K P"]:
@@ -196,13 +216,20 @@ def _by_input(rows_of_groups: Float[Array, "U C m P"]) -> Float[Array, "m K P"]:
     return by_input.reshape(len(by_input), -1, by_input.shape[-1])
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _within(together: Float[Array, "n n"], num_inputs: int, width: int) -> Float[Array, "m U C C"]:
-    """Cut the covariances within positions out of that of all outputs."""
-    count = together.shape[0] // width
-    blocks = together.reshape(count, width, count, width)
-    of_positions = jax.vmap(lambda i: blocks[i, :, i])(jnp.arange(count))
-    return of_positions.reshape(num_inputs, -1, width, width)
+@partial(jax.jit, static_argnums=1)
+def _at_positions(within: Float[Array, "m K K"], width: int) -> Float[Array, "m U C C"]:
+    """Cut the covariances at each position out of those of all outputs of an input."""
+    blocks = within.reshape(len(within), -1, width, within.shape[1] // width, width)
+    return jnp.moveaxis(jnp.diagonal(blocks, axis1=1, axis2=3), -1, 1)
+
+
+@jax.jit
+def _of_all_positions(factors: Float[Array, "m ... C R"]) -> Float[Array, "m K L"]:
+    """The factors of the curvature of all outputs of an input: those of its positions, side by side."""
+    at_positions = factors.reshape(len(factors), -1, *factors.shape[-2:])
+    count, (width, columns) = at_positions.shape[1], at_positions.shape[2:]
+    together = einsum("mucr,uv->mucvr", at_positions, jnp.eye(count, dtype=factors.dtype))
+    return together.reshape(len(factors), count * width, count * columns)
 
 
 def _check_memory(network: Network, shape: tuple[int, ...]) -> None:

@@ -14,6 +14,7 @@ from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.core.types import AnyArray
 from bnnlaplace.krylov.tridiagonal import ROUNDING
+from bnnlaplace.structure.outside import estimated_share, with_own_curvature
 from bnnlaplace.structure.protocol import PriorPrecision, PriorPrecisions
 
 # Error of a product with G, relative to the largest eigenvalue, over that of the derivatives. On networks in 16 bits
@@ -305,12 +306,26 @@ class KrylovStructure(NamedTuple):
 
         What remains is the noise of c, as S probes estimate it, and that all directions outside the basis count alike.
         """
-        exact = krylov.summed_exactly(self.ritz)
-        dtype = rows.dtype
-        arrays = (jnp.asarray(array, dtype) for array in (self.ritz.vectors, self.ritz.values, self.ritz.weights))
-        return _joint_covariance(
-            self.decomposition.basis, *arrays, jnp.asarray(~exact, dtype), rows, jnp.asarray(prior_precision, dtype)
-        )
+        return _joint_covariance(*self._inside_and_outside(rows, prior_precision))
+
+    def covariance_within(
+        self,
+        rows: Float[Array, "B K P"],
+        prior_precision: PriorPrecision,
+        factors: Float[Array, "B K R"] | None = None,
+    ) -> Float[Array, "B K K"]:
+        """Covariance of the K outputs at each of B inputs, as `joint_covariance` has it.
+
+        If the posterior was fitted to an input, and W = A A' is the curvature of its outputs, pass the `factors` A:
+        they tell along which outputs less variance is left outside of the basis. See `structure/outside.py`.
+        """
+        return _covariance_within(*self._inside_and_outside(rows, prior_precision), factors)
+
+    def _inside_and_outside(self, rows: Float[Array, "B K P"], prior_precision: PriorPrecision) -> tuple[Array, ...]:
+        dtype, sampled = rows.dtype, ~krylov.summed_exactly(self.ritz)
+        arrays = self.ritz.vectors, self.ritz.values, self.ritz.weights, sampled
+        of_ritz = (jnp.asarray(array, dtype) for array in arrays)
+        return _inside_and_outside(self.decomposition.basis, *of_ritz, rows, jnp.asarray(prior_precision, dtype))
 
     def _coefficients(self, key: Array, num_samples: int, prior_precision: PriorPrecision) -> Float[Array, "S m"]:
         """Choose probes and signs, and return (G + delta I)^-1/2 z in the coordinates of the basis."""
@@ -328,7 +343,29 @@ class KrylovStructure(NamedTuple):
 
 
 @jax.jit
-def _joint_covariance(
+def _joint_covariance(known: Float[Array, "B K m"], outside: Float[Array, "B K P"], share: Float[Array, " B"]) -> Array:
+    """Compute `KrylovStructure.joint_covariance` from what `_inside_and_outside` returns."""
+    # A share that is cut at zero stays there; the derivative of its root alone would be infinite.
+    scale = jnp.where(share > 0, jnp.sqrt(jnp.where(share > 0, share, 1)), 0)
+    joint = sum(matmul(part, part.T) for part in (_joined(known), _joined(scale[:, None, None] * outside)))
+    return (joint + joint.T) / 2
+
+
+@jax.jit
+def _covariance_within(
+    known: Float[Array, "B K m"],
+    outside: Float[Array, "B K P"],
+    share: Float[Array, " B"],
+    factors: Float[Array, "B K R"] | None,
+) -> Float[Array, "B K K"]:
+    """Compute `KrylovStructure.covariance_within` from what `_inside_and_outside` returns."""
+    inside, prior = (einsum("bkp,blp->bkl", part, part) for part in (known, outside))
+    rest = share[:, None, None] * prior if factors is None else with_own_curvature(prior, factors, share)
+    return inside + (rest + jnp.swapaxes(rest, -1, -2)) / 2
+
+
+@jax.jit
+def _inside_and_outside(
     basis: Float[Array, "m P"],
     vectors: Float[Array, "m m"],
     values: Float[Array, " m"],
@@ -336,46 +373,17 @@ def _joint_covariance(
     sampled: Float[Array, " m"],
     rows: Float[Array, "B K P"],
     delta: Float[Array, ""],
-) -> Float[Array, "B*K B*K"]:
-    """Compute `KrylovStructure.joint_covariance`; `sampled` is 1 for pairs that the probes estimate, else 0."""
+) -> tuple[Float[Array, "B K m"], Float[Array, "B K P"], Float[Array, " B"]]:
+    """Split J (G + delta)^-1/2 into the part along the Ritz vectors and that of the prior outside; return its share.
+
+    `sampled` is 1 for pairs that the probes estimate, else 0.
+    """
     along_basis = matmul(rows, basis.T)
-    outside = rows - matmul(along_basis, basis)
-    inside = matmul(along_basis, vectors)
-    known = inside * jax.lax.rsqrt(values + delta)
-    share = _outside_scale(known, jnp.sum(outside**2, axis=(1, 2)) / delta, values, weights, sampled, delta)
-    # A share that is cut at zero stays there; the derivative of its root alone would be infinite.
-    scale = jnp.where(share > 0, jnp.sqrt(jnp.where(share > 0, share, 1)), 0)
-    outside = outside * (scale[:, None, None] / jnp.sqrt(delta))
-    joint = sum(matmul(part, part.T) for part in (_joined(known), _joined(outside)))
-    return (joint + joint.T) / 2
+    outside = (rows - matmul(along_basis, basis)) / jnp.sqrt(delta)
+    known = matmul(along_basis, vectors) * jax.lax.rsqrt(values + delta)
+    share = estimated_share(known, jnp.sum(outside**2, axis=(1, 2)), values, weights, sampled, delta)
+    return known, outside, share
 
 
 def _joined(rows: Float[Array, "B K p"]) -> Float[Array, "B*K p"]:
     return rows.reshape(-1, rows.shape[-1])
-
-
-def _outside_scale(
-    known: Float[Array, "B K m"],
-    prior_variance: Float[Array, " B"],
-    values: Float[Array, " m"],
-    weights: Float[Array, "m S"],
-    sampled: Float[Array, " m"],
-    delta: Float[Array, ""],
-) -> Float[Array, " B"]:
-    """Estimate, for each input, the share that posterior variance has of prior variance outside the basis.
-
-    The squares of J (G + delta)^-1/2 z estimate the variance of the posterior, those of J z / sqrt(delta) that of the
-    prior. The latter is known, so by their regression it serves as a control variate. Converged eigenpairs enter
-    neither, as their share is known.
-    """
-    rest = known * sampled
-    posterior = jnp.sum(matmul(rest, weights) ** 2, axis=1)
-    to_prior = jnp.sqrt((values + delta) / delta)
-    prior = jnp.sum(matmul(rest * to_prior, weights) ** 2, axis=1)
-    exact_prior = prior_variance + jnp.sum((rest * to_prior) ** 2, axis=(1, 2))
-    mean, prior_mean = jnp.mean(posterior, axis=1), jnp.mean(prior, axis=1)
-    centred = prior - prior_mean[:, None]
-    variance = jnp.sum(centred**2, axis=1)
-    slope = jnp.sum(centred * posterior, axis=1) / jnp.where(variance > 0, variance, 1)
-    estimate = mean - slope * (prior_mean - exact_prior) - jnp.sum(rest**2, axis=(1, 2))
-    return jnp.clip(estimate / jnp.where(prior_variance > 0, prior_variance, 1), 0, 1)

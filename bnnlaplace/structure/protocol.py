@@ -170,3 +170,15 @@ class SampleStructure(Structure, Protocol):
         The covariance of two inputs does not depend on the others.
         """
         ...
+
+    def covariance_within(
+        self,
+        rows: Float[Array, "B K P"],
+        prior_precision: PriorPrecision,
+        factors: Float[Array, "B K R"] | None = None,
+    ) -> Float[Array, "B K K"]:
+        """Compute the covariance of the K outputs at each of B inputs, from their Jacobian.
+
+        `factors` are those of the curvature of their outputs, if the posterior was fitted to these inputs.
+        """
+        ...

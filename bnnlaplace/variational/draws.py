@@ -12,7 +12,7 @@ and one with 256 claimed -505 and had -508.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -72,11 +72,13 @@ def draw(
     num_pairs: int,
     microbatch: int,
     kept: KeptRows | None = None,
+    factors: Sequence[Float[Array, "B ... C R"]] | None = None,
     read_roots: RootReader | None = None,
 ) -> Iterator[Draws]:
     """Yield the outputs of each batch. The same key gives the same noise, whatever the posterior.
 
-    `kept` are the rows of the Jacobian at the data, if there are any.
+    `kept` are the rows of the Jacobian at the data, if there are any. `factors` are, for each batch, those of the
+    curvature that the posterior was fitted to; they make the covariances of a `SampleStructure` more exact.
 
     Cost: the Jacobian of each example, or a forward-mode derivative for each sample of the weights.
     """
@@ -84,7 +86,8 @@ def draw(
     for number, batch in enumerate(data):
         mean = outputs(fitted.network, batch.inputs, microbatch=microbatch) if means is None else means[number]
         rows = None if kept is None else kept.batches[number]
-        roots = _roots(fitted, batch, key, rows, microbatch=microbatch)
+        of_batch = None if factors is None else factors[number]
+        roots = _roots(fitted, batch, key, rows, of_batch, microbatch=microbatch)
         if read_roots is not None:
             read_roots(roots)
         points = jnp.asarray(sobol_points(num_pairs, roots.shape[-1]), roots.dtype)
@@ -109,7 +112,13 @@ def without_spread(fitted: Fitted, data: Data, *, microbatch: int) -> Iterator[D
 
 
 def _roots(
-    fitted: Fitted, batch: Batch, key: Array, rows: Float[Array, "num R m P"] | None, *, microbatch: int
+    fitted: Fitted,
+    batch: Batch,
+    key: Array,
+    rows: Float[Array, "num R m P"] | None,
+    factors: Float[Array, "B ... C R"] | None,
+    *,
+    microbatch: int,
 ) -> Float[Array, "B ... C K"]:
     """Return R with R R' = J (G + P0)^-1 J' at each example and position, or an estimate of that."""
     structure, precision = fitted.structure, fitted.prior.precision
@@ -118,9 +127,10 @@ def _roots(
         push = jacobian_product(fitted, batch.inputs, microbatch=microbatch)
         return jnp.moveaxis(push(structure.samples(key, count, precision)), 0, -1) / np.sqrt(count)
     if rows is not None and isinstance(structure, (SampleStructure, RowStructure)):
-        return symmetric_root(covariances_from_rows(fitted, rows, output_shape(fitted.network, batch.inputs)))
+        shape = output_shape(fitted.network, batch.inputs)
+        return symmetric_root(covariances_from_rows(fitted, rows, shape, factors))
     if isinstance(structure, SampleStructure):
-        return symmetric_root(covariances_within(fitted, batch.inputs, microbatch=microbatch))
+        return symmetric_root(covariances_within(fitted, batch.inputs, factors, microbatch=microbatch))
     return symmetric_root(next(functional_variances(fitted, batch.inputs, [precision], microbatch=microbatch)))
 
 

@@ -18,7 +18,7 @@ from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.prior import Prior
 from bnnlaplace.prior.grouping import Grouping
-from bnnlaplace.structure import Structure
+from bnnlaplace.structure import SampleStructure, Structure
 from bnnlaplace.structure.finite import NotFiniteError
 from bnnlaplace.variational import prior_step
 from bnnlaplace.variational.bound import OVERFLOWED, EffectiveParameters, Terms, terms_of
@@ -29,7 +29,7 @@ from bnnlaplace.variational.mixing import Past
 from bnnlaplace.variational.options import Progress, Variational
 from bnnlaplace.variational.preconditioner import preconditioner
 from bnnlaplace.variational.promise import promised_gain
-from bnnlaplace.variational.sites import Sites, at_sites, sites_of
+from bnnlaplace.variational.sites import Sites, at_sites, factors_of, sites_of
 
 # The first step of the sites, by how much it grows after one that raised the bound, how far it shrinks where the bound
 # falls within its error, and the smallest one before the fit gives up.
@@ -289,7 +289,7 @@ def _settled(
     model, options = context.model, context.options
     posterior = _posterior(context, mean, prior, structure)
     gamma = _effective_parameters(context, structure, sites)
-    draws = list(_draws(context, posterior, context.keys[0], gamma))
+    draws = list(_draws(context, posterior, context.keys[0], sites, gamma))
     settled = settle(
         model,
         prior,
@@ -322,9 +322,13 @@ def _posterior(context: Context, mean: Float[np.ndarray, " P"], prior: Prior, st
     return Fitted(there.head, there.likelihood, prior, structure, None)
 
 
-def _draws(context: Context, posterior: Fitted, key: Array, gamma: EffectiveParameters) -> Iterator[Draws]:
+def _draws(
+    context: Context, posterior: Fitted, key: Array, sites: Sites | None, gamma: EffectiveParameters
+) -> Iterator[Draws]:
     model = context.model
     options = {"num_pairs": context.num_pairs, "microbatch": context.microbatch, "kept": model.rows}
+    if sites is not None and isinstance(posterior.structure, SampleStructure):
+        options["factors"] = factors_of(model, sites, context.scale)
     options["read_roots"] = gamma.read if gamma.is_read else None
     return draw(posterior, model.data, key=key, **options)
 
@@ -333,7 +337,7 @@ def _with_fresh_samples(context: Context, best: Iterate) -> Iterate:
     """Average the bound anew: the fit chose mean and sites by its own samples, which flatter it."""
     posterior = _posterior(context, best.settled.mean, best.prior, best.structure)
     gamma = _effective_parameters(context, best.structure, best.sites)
-    draws = _draws(context, posterior, context.keys[1], gamma)
+    draws = _draws(context, posterior, context.keys[1], best.sites, gamma)
     averages = [expectations(context.model.likelihood, each) for each in draws]
     posterior = best.settled.mean, best.prior, best.structure
     terms = terms_of(averages, *posterior, gamma.total, scale=context.scale)

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
+from bnnlaplace.core.tree import number_type
 from bnnlaplace.core.types import AnyArray
+from bnnlaplace.curvature.microbatch import over_outputs
 from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.likelihoods import sites
@@ -89,3 +91,15 @@ def at_sites(model: Model, where: Sites) -> Model:
     else:
         points, likelihood = map(sites.roots, where.batches), sites.by_factors(model.likelihood)
     return model._replace(likelihood=likelihood, data=model.data.with_points([jnp.asarray(each) for each in points]))
+
+
+def factors_of(model: Model, where: Sites, scale: float) -> list[Float[Array, "B ... C C"]] | None:
+    """Return A with A A' = W of each batch, times how much an example counts; None if sites are samples."""
+    if where.by_samples:
+        return None
+    dtype = number_type(model.head.params)
+    pairs = zip((jnp.asarray(sites.roots(batch), dtype) for batch in where.batches), model.data, strict=True)
+    return [
+        jnp.sqrt(scale * over_outputs(model.likelihood.weights_of(batch.targets, batch.weights), roots)) * roots
+        for roots, batch in pairs
+    ]
