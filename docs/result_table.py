@@ -1,7 +1,7 @@
 """One table of the results, as `docs/results.py` reads and writes it."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 Row = list[Any]
@@ -28,3 +28,9 @@ class Table:
     """A file of `benchmarks/results`, or one by its path from the root; None for the metrics of the runs."""
     remarks: str = ""
     """What follows from the table, in Markdown, below it."""
+    figures: Mapping[str, str] = field(default_factory=dict)
+    """Figures below the table, in files beside the record, and what they show."""
+
+    def image(self, figure: str) -> str:
+        """Return the name that a figure has in `docs/images`."""
+        return f"{self.name}_{figure}"

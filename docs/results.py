@@ -1,9 +1,9 @@
 """Write the tables of results: `make results`, or `python docs/results.py [WORKDIR ...]`.
 
 Reads what the benchmarks wrote to `benchmarks/results` and what runs of `training.fit_van` wrote to their work
-directories. Keeps the numbers in `docs/results.json`, and writes `docs/results.md` and two tables of `README.md` from
-there. If this machine lacks the record of a table, or the record is not of a whole benchmark, its numbers stay as they
-stand, and the script says so.
+directories. Keeps the numbers in `docs/results.json` and figures in `docs/images`, and writes `docs/results.md` and two
+tables of `README.md` from there. If this machine lacks the record of a table, or the record is not of a whole
+benchmark, its numbers stay as they stand, and the script says so.
 
 To add a table, add a `Table` to `TABLES` in `docs/result_tables.py`.
 """
@@ -11,6 +11,7 @@ To add a table, add a `Table` to `TABLES` in `docs/result_tables.py`.
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from result_tables import METRICS, TABLES, cost
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS, PAGE, README = ROOT / "docs/results.json", ROOT / "docs/results.md", ROOT / "README.md"
+IMAGES = ROOT / "docs/images"
 RUNS = ("checkpoints/van_digits", "checkpoints/van_digits_1", "checkpoints/van_digits_2")
 
 # --- the tables of README.md ----------------------------------------------------------------------------------------
@@ -103,6 +105,9 @@ def update(numbers: Record, runs: Sequence[Path]) -> list[str]:
             report.append(f"{table.name}: kept, as the record lacks {error}; run all parts of `{table.command}`")
             continue
         numbers[table.name] = {"environment": environment_of(records[0]), "rows": rows}
+        for figure in table.figures:
+            if (paths[0].parent / figure).exists():
+                shutil.copyfile(paths[0].parent / figure, IMAGES / table.image(figure))
         report.append(f"{table.name}: written from the records of this machine")
     return report
 
@@ -113,7 +118,9 @@ def measured_with(environment: Record) -> str:
     versions = [f"{name} {value}" for name, value in environment.items() if name not in device and value]
     cores = environment.get("cores", environment.get("cpu_count"))
     where = f"{environment['device']}, {cores} cores"
-    return f"*Measured on {where}{', with ' if versions else ''}{', '.join(versions)}.*"
+    # See `bnnlaplace/core/compiler.py`.
+    doubt = " With this release of jaxlib sums on CPUs can be wrong." if environment.get("jax") == "0.10.2" else ""
+    return f"*Measured on {where}{', with ' if versions else ''}{', '.join(versions)}.{doubt}*"
 
 
 def page(numbers: Record) -> str:
@@ -134,6 +141,9 @@ def page(numbers: Record) -> str:
         lines += markdown(table.columns, [table.write(row) for row in kept["rows"]])
         lines += ["", measured_with(kept["environment"])]
         lines += ["", table.remarks] if table.remarks else []
+        for figure, caption in table.figures.items():
+            if (IMAGES / table.image(figure)).exists():
+                lines += ["", f"![{caption}](images/{table.image(figure)})", "", f"*{caption}*"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,5 +1,6 @@
 """The tables of results are those of the kept numbers, and the records of a machine take their place."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -66,6 +67,25 @@ def test_results_come_from_the_records_of_this_machine_where_they_are_whole(resu
     page = results.page(numbers).replace("\N{NO-BREAK SPACE}", " ")
     assert "| Lanczos | 4 [4, 4] | 0.600 [0.500, 0.700] |" in page and "| 0 better, 2 worse of 2 |" in page
     assert "*Measured on cpu, 3 cores, with jax 1.0.*" in page
+
+
+def test_figures_beside_a_record_are_copied_and_shown(results, tmp_path, monkeypatch):
+    """Those that are there: a figure may be missing, and one that was copied before stays."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "IMAGES", tmp_path)
+    study = next(table for table in results.TABLES if table.name == "study")
+    shown = dataclasses.replace(study, read=lambda _: [], figures={"a.png": "First.", "b.png": "Second."})
+    monkeypatch.setattr(results, "TABLES", [shown])
+    record = tmp_path / study.record
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"versions": {"jax": "0.10.2"}, "device": "cpu", "cores": 2}))
+    (record.parent / "b.png").write_bytes(b"picture")
+    numbers = {}
+    results.update(numbers, [])
+    page = results.page(numbers)
+    assert (tmp_path / "study_b.png").read_bytes() == b"picture"
+    assert "![Second.](images/study_b.png)" in page and "First." not in page
+    assert "With this release of jaxlib sums on CPUs can be wrong." in page
 
 
 def test_a_record_that_was_edited_is_refused(results, tmp_path):

@@ -64,8 +64,9 @@ def _shown(methods: Methods, study: Study) -> list[Any]:
 
 
 def _labels(keys: Sequence[Any]) -> list[str]:
-    """Name methods, in few words where these differ."""
-    whole = [f"{training}: {method_names.label(method)}" for training, method, *_ in keys]
+    """Name methods, in few words where these differ, and with their training if there are several."""
+    several = len({training for training, *_ in keys}) > 1
+    whole = [f"{training}: " * several + method_names.label(method) for training, method, *_ in keys]
     short = [label.split(" (")[0] for label in whole]
     return [brief if short.count(brief) == 1 else label for brief, label in zip(short, whole, strict=True)]
 

@@ -159,9 +159,9 @@ def test_figures_show_each_posterior_at_the_prior_of_its_own_choice(root, monkey
 def test_methods_of_figures_that_differ_in_a_bracket_alone_have_whole_names():
     keys = [("adamw", name, None, None) for name in ("map", "map-t-split", "map-t-validation")]
     assert figures._labels(keys) == [
-        "adamw: MAP", "adamw: MAP + T (held-out folds)", "adamw: MAP + T (validation images)"
+        "MAP", "MAP + T (held-out folds)", "MAP + T (validation images)"
     ]  # fmt: skip
-    assert figures._labels(keys[:2]) == ["adamw: MAP", "adamw: MAP + T"]
+    assert figures._labels(keys[:2]) == ["MAP", "MAP + T"]
 
 
 def test_results_of_other_settings_are_not_summarised_as_those_of_this_study(root):
