@@ -230,7 +230,7 @@ TABLES = [
         "Natural images: a posterior of the last layer against MAP with a temperature",
         "A subset of CIFAR-10 with 10,000 training images, of which 2,000 train, without augmentation, and 1,000 "
         "validate; means over three seeds on 2,000 test images. One fold: a further network, trained without a tenth "
-        "of the training images, chooses the temperature and the prior precision of the last row." + _EARLIER,
+        "of the training images, chooses the temperature and the prior precision of the last row.",
         """\
 - Every posterior is better than MAP, and a temperature is **better than every posterior**. The features have learnt the
   training images, and the evidence of a last layer takes them as given.

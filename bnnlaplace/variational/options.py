@@ -60,6 +60,11 @@ class Variational:
     prior_structure
         Also maximise over the prior precision, whenever the rest has settled: one for all weights ("scalar"), one for
         each group of `prior_groups` ("layerwise"), or one for each weight ("diag"). By default it stays as it is.
+
+        The bound is that of the linearised network, which at the prior mean is f(x) - J (theta* - mu) and not zero:
+        what training has learnt is partly in there. With several precisions the bound can leave the fit of the labels
+        to that part, at precisions of a layer that are a thousand times those of training or more. Where you see such
+        precisions, do not compare the bound with others; use "scalar".
     max_iterations
         The largest number of iterations. Each computes the curvature once.
     max_newton_steps
