@@ -248,14 +248,33 @@ def _structure_of_products(
     `evidence` is as for `fit_krylov`. The number of examples must be known.
     """
     # Not the number of targets, in which the weights of examples are.
-    if model.data.num_examples * outputs_of_example(model) <= options.max_vectors:
+    if _are_few_outputs(model, model.data.num_examples, options):
         return fit_spectral(model.whitened(prior), scale, microbatch=microbatch)
-    if size(model.head.params) <= min(options.num_probes, options.max_vectors):  # one block would span all weights
+    if _are_few_weights(model, options):
         return _eigenpairs(model.whitened(prior), scale, microbatch=microbatch)
     # Weights that are scaled first are not layers, so rows are those of the network as it is.
     beside = memory_of(model, "lanczos", options.max_vectors).needed
     model = model.with_rows(options.max_vectors, microbatch=microbatch, bytes_beside=beside)
     return fit_krylov(model.whitened(prior), scale, options, evidence, microbatch=microbatch)
+
+
+def reads_factor(model: Model, name: str, num_examples: int | None, options: KrylovOptions) -> bool:
+    """Whether a structure is made of columns of the factor B of the curvature, and not of products with it.
+
+    If the number of examples is not known yet, "lanczos" counts as made of products.
+    """
+    few_outputs = num_examples is not None and _are_few_outputs(model, num_examples, options)
+    return name == "full" or (name == "lanczos" and (few_outputs or _are_few_weights(model, options)))
+
+
+def _are_few_outputs(model: Model, num_examples: int, options: KrylovOptions) -> bool:
+    """Whether the factor of the curvature has no more rows than a Krylov basis would."""
+    return num_examples * outputs_of_example(model) <= options.max_vectors
+
+
+def _are_few_weights(model: Model, options: KrylovOptions) -> bool:
+    """Whether one block of probes would span all weights."""
+    return size(model.head.params) <= min(options.num_probes, options.max_vectors)
 
 
 def fit_spectral(model: Model, scale: float, *, microbatch: int) -> SpectralStructure:

@@ -31,7 +31,7 @@ from bnnlaplace.curvature.kronecker import SharedWeights
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.evidence.lower_bound import Bound
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
-from bnnlaplace.fitting.fit import check_options, fit
+from bnnlaplace.fitting.fit import check_options, fit, reads_factor
 from bnnlaplace.fitting.krylov import KrylovOptions
 from bnnlaplace.fitting.prepare import Model, memory_of, prepare
 from bnnlaplace.model.data import Data
@@ -145,11 +145,16 @@ def _context(
     name = settings.hessian_structure
     shape = output_shape(model.head, model.data.first)[1:]
     num_pairs = options.pairs_for(shape[-1])
-    by_samples = are_by_samples(shape[-1], num_pairs)
+    # Samples of the outputs have the right products, but their factor is that of another curvature.
+    is_wide = are_by_samples(shape[-1], num_pairs)
+    by_samples = is_wide and not reads_factor(model, name, model.data.length, krylov)
     memory = _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples)
     memory.check()
     for _ in model.data:
         pass
+    if by_samples and reads_factor(model, name, model.data.num_examples, krylov):
+        by_samples = False
+        _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples).check()
     # Each iteration differentiates all outputs, so rows pay from the second one on.
     num_products = options.max_iterations * math.prod(shape)
     model = model.with_rows(num_products, microbatch=microbatch, bytes_beside=memory.needed)
