@@ -39,6 +39,8 @@ OF_TOLERANCE = 0.1
 # The bound has settled if a step changes it by less than the tolerance, and the next one promises less than this many
 # times the tolerance. A small change alone may be that from one side of the maximum to the other.
 PROMISE = 4
+# The shortest step that is asked. One of 1/50 gains little wherever it is.
+LEAST_PROMISING = 0.25
 
 
 class Context(NamedTuple):
@@ -125,7 +127,7 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
     options, damping, move = context.options, FIRST_DAMPING, None
     current = best = _first(context, prior, structure)
     past = _past_with(Past(), current)
-    progress, change, is_settled, is_held = [], math.inf, False, False
+    progress, change, is_settled, is_held, has_restarted = [], math.inf, False, False, False
     _report(context, progress, current, 1.0)
     # A step may not fall below the best bound at its prior. The sites of a fitted posterior are not known, so that the
     # step from there cannot be shortened: the iteration goes on from where it leads, the first bound to keep.
@@ -141,6 +143,10 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
             # A step that was extrapolated too far says nothing about one to the averages: such are tried from now on.
             damping, past = (damping, past.given_up()) if past.is_mixed else (damping / 2, past)
             current = current._replace(has_overflowed=new.has_overflowed)
+            if damping < LEAST_DAMPING and not has_restarted and math.isfinite(best.terms.elbo):
+                # A fit of the result again may get past what has stopped this one.
+                has_restarted, damping, past = True, FIRST_DAMPING, past.forgotten()
+                current, reference, prior = best._replace(sites=None), OVERFLOWED, best.prior
             continue
         change, prior_before = new.terms.elbo - current.terms.elbo, current.prior
         enough = max(options.tolerance, new.terms.noise_beside(current.terms))
@@ -209,8 +215,8 @@ def _next_sites(context: Context, current: Iterate, past: Past, damping: float) 
 
 
 def _promise(context: Context, current: Iterate, past: Past, damping: float) -> float:
-    """Estimate how many nats the next step of the sites gains."""
-    sites = current.sites, current.proposed, _next_sites(context, current, past, damping)[0]
+    """Estimate how many nats the next step of the sites gains, or one that is not much shorter than a whole one."""
+    sites = current.sites, current.proposed, _next_sites(context, current, past, max(damping, LEAST_PROMISING))[0]
     posterior = context.model, current.prior, current.structure
     options = {"scale": context.scale, "microbatch": context.microbatch}
     return promised_gain(*posterior, sites, context.keys[1], **options)
