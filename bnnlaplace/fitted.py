@@ -337,10 +337,9 @@ class Fitted(NamedTuple):
         if isinstance(self.structure, SampleStructure):
             reservation = self.structure.reservation(precision)
             if reservation is not None:
-                checks.warn(
-                    f"{reservation}; fit again with target_precision= that or more max_vectors, or use "
-                    "optimize_prior_precision()"
-                )
+                # A variational fit grows its decomposition at the prior precision as it is.
+                remedy = "target_precision= that or more max_vectors, or use optimize_prior_precision()"
+                checks.warn(f"{reservation}; fit again with {remedy if self.bound is None else 'more max_vectors'}")
         self._warn_of_rounding(precision)
         return self
 

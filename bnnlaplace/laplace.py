@@ -210,7 +210,7 @@ class Laplace:
             Seeds the probes of "lanczos", and the samples of "variational".
         mean
             "network": expand around the weights of the network. "linear": replace the network by its linearisation
-            there, and expand around the mode of the log joint of that, which exists whatever training did.
+            there, and expand around the mode of its log joint, whatever training did. "variational" does so anyway.
         num_data
             Size of the training set if `data` is a random subset: all sums count num_data / (weight of `data`) times.
         num_probes, max_vectors
@@ -219,7 +219,7 @@ class Laplace:
             exact and costs one gradient for each output.
         tolerance, target_precision
             Lanczos: the decomposition grows until the bound on the relative error of a posterior sample is below this
-            tolerance at this prior precision, by default the maximiser of the evidence.
+            tolerance at this prior precision: by default the best by the evidence, or that of a variational fit.
         microbatch
             Examples linearised at a time; bounds memory.
         shared_weights
@@ -288,17 +288,17 @@ class Laplace:
         Parameters
         ----------
         method
-            "marglik": maximise the evidence, or its lower bound, and warn if the posterior does not fit training data,
-            of which a loaded one has none. "gridsearch": try `precisions`, all in one pass, and choose among those at
+            "marglik": maximise the evidence, or its lower bound. Unless it was loaded, a Laplace posterior warns if it
+            does not fit the training data. "gridsearch": try `precisions`, all in one pass, and choose among those at
             which "lanczos" has converged. Both warn if the optimum is at an end of what they search.
         prior_structure
             What "marglik" chooses: one precision for all weights ("scalar"), for each group of `prior_groups`
-            ("layerwise"), or for each weight ("diag"). None chooses a common factor without computing curvature again.
+            ("layerwise"), or for each weight ("diag"). None, the default, chooses a common factor of all.
         optimize_sigma_noise
             For a regression: also maximise over a common factor of the noise.
         refit, max_refits
             "lanczos" has to be fitted again if ratios change, a variational posterior if any precision does: a function
-            such as lambda la: la.fit(data, key=key), and how many steps of a fixed point call it at most.
+            such as lambda la: la.fit(data, key=key), and how many steps towards the best precision call it at most.
         validation, precisions, link_approx, key, num_samples
             For "gridsearch": arrays (x, y), or (x, y, w) with weights of examples, or batches of such, which are read
             once; the rest as for `validation_curve`. `precisions` defaults to 25 values from 0.01 to 10,000.

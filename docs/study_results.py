@@ -125,12 +125,13 @@ TABLES = [
   labels, and the evidence of a last layer takes its features as given. Networks of folds have not seen the labels that
   they predict. They cost five more trainings.""",
         {
-            "clean_100_severity.png": "100 clean images: NLL against the severity of five shifts, with 95 % intervals "
-            "over seeds and images. Probit link; MAP + T is the temperature from folds.",
+            "clean_100_severity.png": "100 clean images: NLL (on a logarithmic axis) against the severity of five "
+            "shifts, with 95 % intervals over seeds and images. Probit link; MAP + T is the temperature from folds.",
             "clean_100_rejection.png": "100 clean images: accuracy of what is kept, if the least confident test images "
-            "are rejected.",
+            "are rejected. The predictions of all seeds make one curve.",
             "clean_100_detection_noise.png": "100 clean images: detection of images of noise by low confidence, and "
-            "how confident predictions are. All seeds together.",
+            "how confident predictions are. The predictions of all seeds make one curve; the AUROC of the table is a "
+            "mean over seeds.",
         },
     ),
     Shown(
@@ -144,15 +145,14 @@ TABLES = [
     ).table(
         "study_weights",
         "The same for a posterior of all weights",
-        "The same networks and images, with a Lanczos posterior of all weights." + _EARLIER,
+        "The same networks and images, with a Lanczos posterior of all weights.",
         """\
 - The Laplace evidence chooses a posterior whose probabilities are nearly uniform. The variational posterior has less
   than half of its NLL with clean labels, and is still **worse than MAP** on test images. With wrong ones it is better
   than MAP and worse than a temperature.
 - Under shifts of clean images it is **better than the temperature**. Both posteriors detect noise better than MAP does.
 - The mean of the linearised network can be further from the weights than they are long, and is then another network
-  than the one that was trained. The next table keeps the mean at the weights, and leaves the choice to held-out
-  images.""",
+  than the one that was trained.""",
     ),
     Shown(
         "study_digits_trainings",

@@ -4,9 +4,10 @@ import os
 import warnings
 from importlib.metadata import version
 
-# jaxlib 0.10.2 adds up products of more than 32,768 numbers wrongly on CPUs, if one factor is shared by all elements of
-# a batch and the sum is used at once, as in vmap(lambda v: v - sum(p * v)): jax-ml/jax#39103. The curvature of the
-# softmax has this form, and so do derivatives of normalisation layers. Releases before and after are right.
+# jaxlib 0.10.2 computes wrong sums of products on CPUs, if one factor is shared by all elements of a batch and the sum
+# is used at once, as in vmap(lambda v: v - sum(p * v)), where the arrays have more than some 30,000 numbers:
+# jax-ml/jax#39103. The curvature of the softmax has this form, and so do derivatives of normalisation layers. 0.10.1
+# and 0.11.0 are right.
 WRONG_RELEASE = "0.10.2"
 # The switch that mends it.
 SWITCH = "--xla_cpu_experimental_ynn_fusion_type="

@@ -21,7 +21,15 @@ from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.continual import posterior_as_prior
 from bnnlaplace.fitting.krylov import KrylovOptions, fit_krylov
 from bnnlaplace.fitting.mode import at_linear_mode, warn_unless_mode
-from bnnlaplace.fitting.prepare import Model, memory_of, num_outputs, outputs_of_example, prepare, rounding_of
+from bnnlaplace.fitting.prepare import (
+    Model,
+    bytes_of_images,
+    memory_of,
+    num_outputs,
+    outputs_of_example,
+    prepare,
+    rounding_of,
+)
 from bnnlaplace.model.data import Batch, Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.likelihoods import sites
@@ -253,7 +261,7 @@ def _structure_of_products(
     if _are_few_weights(model, options):
         return _eigenpairs(model.whitened(prior), scale, microbatch=microbatch)
     # Weights that are scaled first are not layers, so rows are those of the network as it is.
-    beside = memory_of(model, "lanczos", options.max_vectors).needed
+    beside = memory_of(model, "lanczos", options.max_vectors).needed + bytes_of_images(model, options.max_vectors)
     model = model.with_rows(options.max_vectors, microbatch=microbatch, bytes_beside=beside)
     return fit_krylov(model.whitened(prior), scale, options, evidence, microbatch=microbatch)
 

@@ -63,9 +63,10 @@ class Chosen(NamedTuple):
         if not isinstance(self.fitted.structure, SampleStructure):
             return self.at(precision)
         if self.refit is None:
+            how = "key=key" if self.fitted.bound is None else "key=key, approximation='variational'"
             raise ValueError(
                 "optimize_prior_precision(refit=...) must be given for 'lanczos' if ratios of prior precisions change, "
-                "because its space depends on them; pass refit=lambda la: la.fit(data, key=key), or use 'diag', 'kron' "
+                f"because its space depends on them; pass refit=lambda la: la.fit(data, {how}), or use 'diag', 'kron' "
                 "or 'full'"
             )
         settings = self.settings.at(precision)

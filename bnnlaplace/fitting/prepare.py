@@ -212,6 +212,15 @@ def memory_of(model: Model, hessian_structure: str, max_vectors: int) -> memory.
     return memory.MemoryEstimate(feature_bytes + copies * curvature_bytes, memory.free_bytes(), shrink)
 
 
+def bytes_of_images(model: Model, max_vectors: int) -> int:
+    """Bytes of the images of a Krylov basis under the factor of G, where rows are kept, and of their copy.
+
+    The number of examples must be known.
+    """
+    num_numbers = max_vectors * model.data.num_examples * outputs_of_example(model)
+    return 2 * num_numbers * number_type(model.head.params).itemsize
+
+
 def _kronecker_bytes(model: Model) -> int:
     """Bytes of the Kronecker factors, by abstract evaluation for one example."""
     example = Shapes.of_example(model.data.first).batch(1)

@@ -34,7 +34,8 @@ def block_golub_kahan(
 ) -> Iterator[BlockDecomposition]:
     """Grow a block decomposition of A = R' R one block at a time, yielding it after each.
 
-    In exact arithmetic it yields what `block_lanczos` does. Diagonalise with `ritz(rounding=eps**2)`, or a multiple.
+    In exact arithmetic it yields what `block_lanczos` does. Diagonalise with `ritz(rounding=(10 * eps)**2)` or more:
+    directions in which R is below 10 eps |R| are left out.
 
     Parameters
     ----------
@@ -82,7 +83,7 @@ def block_golub_kahan(
     scale = 0.0
     while True:
         rows = images(newest)
-        # The largest image so far stands for |R|, which bounds the rounding of every product.
+        # The largest image so far stands for |R|, by which every product is rounded.
         scale = max(scale, largest_norm("block_golub_kahan(images=...)", rows))
         if images_basis is None:
             if rows.shape[1] < count:
@@ -95,7 +96,9 @@ def block_golub_kahan(
         images_basis = jnp.concatenate([images_basis, beside])
         own = np.asarray(own, np.float64)  # N_k
         diagonal.append(coupled @ coupled.T + own @ own.T)
-        following, lower = orthonormal_rows(back(beside), (basis, newest), floor * scale)
+        returned = back(beside)
+        scale = max(scale, largest_norm("block_golub_kahan(back=...)", returned))
+        following, lower = orthonormal_rows(returned, (basis, newest), floor * scale)
         coupled = np.asarray(lower, np.float64).T  # M_{k+1}: what is left of Y_k R is M_{k+1}' Q_{k+1}
         off_diagonal.append(own @ coupled.T)
         # Appended only now, as in block_lanczos, so that no second basis is alive while a product runs.

@@ -13,6 +13,7 @@ from bnnlaplace.core.linalg import einsum, matmul
 from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import group_sums
 from bnnlaplace.core.types import AnyArray
+from bnnlaplace.krylov.block_rows import FLOOR
 from bnnlaplace.krylov.tridiagonal import ROUNDING
 from bnnlaplace.structure.outside import estimated_share, with_own_curvature
 from bnnlaplace.structure.protocol import PriorPrecision, PriorPrecisions
@@ -90,8 +91,9 @@ class KrylovStructure(NamedTuple):
         `rounding` is the relative error of the derivatives in the products. `of_factors` tells that the decomposition
         is one of `krylov.block_golub_kahan`, where it enters by its square.
         """
-        of_products = max(ROUNDING * float(jnp.finfo(decomposition.basis.dtype).eps), OF_PRODUCTS * rounding)
-        ritz = krylov.ritz(decomposition, rounding=rounding**2 if of_factors else of_products)
+        eps = float(jnp.finfo(decomposition.basis.dtype).eps)
+        least = max(FLOOR * eps, rounding) ** 2 if of_factors else max(ROUNDING * eps, OF_PRODUCTS * rounding)
+        ritz = krylov.ritz(decomposition, rounding=least)
         return cls(decomposition, ritz, *krylov.gauss_radau(decomposition, ritz), np.float64(tolerance))
 
     @classmethod
@@ -118,7 +120,7 @@ class KrylovStructure(NamedTuple):
             raise ValueError(
                 "a Krylov decomposition must be fitted at the ratios of the prior precisions that it is used with, as "
                 "its space depends on them; construct Laplace(prior_precision=...) with them and fit again, or pass "
-                "optimize_prior_precision(refit=lambda la: la.fit(data, key=key))"
+                "optimize_prior_precision(refit=lambda la: la.fit(data, key=key, ...)) with the options of this fit"
             )
         return self
 

@@ -33,7 +33,7 @@ from bnnlaplace.evidence.lower_bound import Bound
 from bnnlaplace.fitted import Fitted, Settings, Unfitted
 from bnnlaplace.fitting.fit import check_options, fit, reads_factor
 from bnnlaplace.fitting.krylov import KrylovOptions
-from bnnlaplace.fitting.prepare import Model, memory_of, prepare
+from bnnlaplace.fitting.prepare import Model, bytes_of_images, memory_of, prepare
 from bnnlaplace.model.data import Data
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.spec import output_shape
@@ -157,7 +157,8 @@ def _context(
         _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples).check()
     # Each iteration differentiates all outputs, so rows pay from the second one on.
     num_products = options.max_iterations * math.prod(shape)
-    model = model.with_rows(num_products, microbatch=microbatch, bytes_beside=memory.needed)
+    beside = memory.needed + (bytes_of_images(model, krylov.max_vectors) if name == "lanczos" else 0)
+    model = model.with_rows(num_products, microbatch=microbatch, bytes_beside=beside)
     chosen = options.prior_structure
     grouping = None if chosen is None else Grouping.of(chosen, model.network.params, settings.prior_groups)
     sizes = {"num_pairs": num_pairs, "by_samples": by_samples, "scale": model.scale()}

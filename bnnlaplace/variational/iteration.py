@@ -308,7 +308,7 @@ def _settled(
         microbatch=context.microbatch,
     )
     proposed = sites_of(model.likelihood, settled.draws, context.by_samples)
-    terms = terms_of(settled.expected, settled.mean, prior, structure, gamma.total, scale=context.scale)
+    terms = terms_of(settled.expected, settled.mean, prior, structure, gamma, scale=context.scale)
     return Iterate(settled, structure, prior, sites, proposed, terms)
 
 
@@ -346,7 +346,7 @@ def _with_fresh_samples(context: Context, best: Iterate) -> Iterate:
     draws = _draws(context, posterior, context.keys[1], best.sites, gamma)
     averages = [expectations(context.model.likelihood, each) for each in draws]
     posterior = best.settled.mean, best.prior, best.structure
-    terms = terms_of(averages, *posterior, gamma.total, scale=context.scale)
+    terms = terms_of(averages, *posterior, gamma, scale=context.scale)
     return best._replace(terms=terms)
 
 

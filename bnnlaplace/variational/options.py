@@ -135,5 +135,9 @@ def resolve(approximation: object) -> Variational | None:
     """
     if isinstance(approximation, Variational):
         return approximation
-    checks.choice(approximation, "fit(approximation=...)", ("laplace", "variational"))
+    if not (isinstance(approximation, str) and approximation in ("laplace", "variational")):
+        raise ValueError(
+            "fit(approximation=...) must be 'laplace', 'variational' or bnnlaplace.Variational(...) with options; got "
+            f"{approximation!r:.80}; try 'variational'"
+        )
     return Variational() if approximation == "variational" else None
