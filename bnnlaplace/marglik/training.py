@@ -145,8 +145,9 @@ def marglik_training(
     microbatch
         Examples in one step of the inner loop of the curvature; it bounds memory.
     start
-        A result to continue from, with the same other arguments. A run that is continued ends with the same numbers.
-        Weights and prior precisions are those of the result, and `num_epochs` counts its epochs, too.
+        A result to continue from, with the same other arguments (see `train_forward` for a reason to leave that out).
+        A run that is continued with all of them ends with the same numbers as one that was never stopped. Weights and
+        prior precisions are those of the result, and `num_epochs` counts its epochs, too.
     on_epoch
         Called after each epoch with the result so far, for instance to save it.
 

@@ -22,7 +22,8 @@ class Progress(NamedTuple):
     iteration
         Its number, from 1.
     elbo
-        The evidence lower bound in nats; -inf if it, or the curvature, was not finite, so that the step was refused.
+        The evidence lower bound in nats, averaged over the samples that the fit is chosen by: that of the result is a
+        little lower. -inf if it, or the curvature, was not finite, so that the step was refused.
     expected_log_likelihood
         The average of log p(D | f) under the posterior, in nats: the bound without its divergence from the prior.
     prior_precision

@@ -71,10 +71,11 @@ print(f"{caught[0].category.__name__}: {caught[0].message}")
 # The variational posterior is the Gaussian with the largest evidence lower bound (ELBO) for the linearised network. Its
 # curvature and its mean are averaged under its own predictions, so that it knows where the likelihood falls. It needs a
 # key for samples of the outputs, and data that can be read several times. Every structure and every likelihood can be
-# used. For a regression the result is that of Laplace, and options of samples and iterations have no effect. Where the
-# curvature of a likelihood is its Fisher information, as that of "heteroscedastic" is, so is the averaged one: the
-# bound is that of the Gaussian at hand, and another one may have a larger bound. `on_iteration=print` would show each
-# iteration.
+# used. For a regression the result is that of Laplace, and options of samples and iterations have no effect. A
+# likelihood whose curvature is its Fisher information, such as "heteroscedastic", gets the average of that. Then the
+# bound is valid for the Gaussian that is found, but some other Gaussian may have a larger one. `on_iteration=print`
+# would show each iteration, with a bound that is averaged over the samples that the fit was chosen by. The bound of the
+# result is averaged over fresh ones, and is a little lower.
 #
 # With `prior_structure="scalar"` the fit also chooses the prior precision by the bound, a step whenever the rest has
 # settled. "layerwise" and "diag" choose one for each layer and for each weight. Without it the prior stays as it is.
@@ -87,8 +88,8 @@ print(f"{type(bound).__name__}: log evidence of at least {bound.mean:.0f} nats, 
 
 # %% What it predicts
 # The result is used as any other `Laplace`: it predicts, samples, and is saved and loaded. `log_marginal_likelihood` is
-# a `LowerBound`, an `Estimate` of the ELBO. It is below the evidence of the Laplace approximation here. That one is no
-# bound, and its number is too good to be true.
+# a `LowerBound`, an `Estimate` of the ELBO. Here it is below the evidence of the Laplace approximation, which is not a
+# bound of anything, and too good to be true.
 
 predictions = {"MAP": jax.nn.softmax(network(network.params, test[0]))}
 predictions |= {
