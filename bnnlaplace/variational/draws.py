@@ -115,7 +115,7 @@ def _roots(
     fitted: Fitted,
     batch: Batch,
     key: Array,
-    rows: Float[Array, "num R m P"] | None,
+    rows: Float[Array, "num O m P"] | None,
     factors: Float[Array, "B ... C R"] | None,
     *,
     microbatch: int,

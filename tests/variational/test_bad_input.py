@@ -33,7 +33,7 @@ def continued():
 FITS = {
     "unknown approximation": (
         lambda: fit(untrained(), approximation="vi"),
-        "fit(approximation=...) must be 'laplace' or 'variational'; got 'vi'",
+        "must be 'laplace', 'variational' or bnnlaplace.Variational(...) with options; got 'vi'",
     ),
     "no key": (lambda: fit(untrained(), key=None), "must be one random key; got None"),
     "a number for a key": (lambda: fit(untrained(), key=3), "must be one random key; got 3"),
