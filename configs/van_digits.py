@@ -2,7 +2,7 @@
 
 Command    python -m training.fit_van
 Data       digits (embedded): 1,257 training, 180 validation and 360 test images, 10 classes
-Hardware   2 CPU cores, no GPU, 2.1 GB of memory
+Hardware   2 CPU cores, no GPU, 2.2 GB of memory
 Time       two and a half minutes with cold compile caches, two with warm ones
 Expected   The MAP network has a test accuracy of at least 97 %. The log evidence is near -575 nats with Lanczos
            and near -1,320 with the diagonal. At the precision of the evidence both predictives of Laplace are

@@ -173,10 +173,10 @@ def key(value: Any, where: str) -> None:
         raise ValueError(f"{where} must be one random key; got {got}; try jax.random.key(0)")
 
 
-def choice(value: Any, where: str, options: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of the strings in `options`."""
+def choice(value: Any, where: str, options: Sequence[str], *others: str) -> None:
+    """Raise ValueError unless `value` is one of the strings in `options`. `others` names what else is taken."""
     if not isinstance(value, str) or value not in options:
-        names = [repr(option) for option in options]
+        names = [*map(repr, options), *others]
         listed = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
         raise ValueError(f"{where} must be {listed}; got {on_one_line(value)}")
 

@@ -70,6 +70,10 @@ class CurvatureAt(NamedTuple):
         points = outputs(network, batch.inputs, microbatch=microbatch) if batch.points is None else batch.points
         return cls(points, likelihood.weights_of(batch.targets, batch.weights))
 
+    def by_roots(self, columns: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
+        """Multiply what belongs to each example by the root of its weight."""
+        return mb.over_outputs(jnp.sqrt(self.weights), columns) * columns
+
 
 class KeptRows(NamedTuple):
     """The rows of the Jacobian at all training examples.
@@ -289,8 +293,11 @@ def _product(
     def curved(tangent: Float[Array, "B ... C"]) -> Float[Array, "B ... C"]:
         return mb.over_outputs(at.weights, tangent) * likelihood.hessian_mv(at.points, tangent)
 
-    pushed = _pushed(rows, vectors, shape)
-    return _pulled(rows, jax.lax.map(curved, pushed, batch_size=min(VECTORS_AT_ONCE, len(vectors))))
+    return _pulled(rows, _few_at_once(curved, _pushed(rows, vectors, shape)))
+
+
+def _few_at_once(of_one: Callable[[Array], Array], vectors: Float[Array, "S ..."]) -> Float[Array, "S ..."]:
+    return jax.lax.map(of_one, vectors, batch_size=min(VECTORS_AT_ONCE, len(vectors)))
 
 
 @partial(jax.jit, static_argnums=4)
@@ -304,10 +311,9 @@ def _images(
     """sqrt(w_n) B_n' J_n v at the examples of a batch, for rows v."""
 
     def of_one(tangent: Float[Array, "B ... C"]) -> Float[Array, "B ..."]:
-        columns = likelihood.factor_transpose_mv(at.points, tangent)
-        return mb.over_outputs(jnp.sqrt(at.weights), columns) * columns
+        return at.by_roots(likelihood.factor_transpose_mv(at.points, tangent))
 
-    return jax.lax.map(of_one, _pushed(rows, vectors, shape), batch_size=min(VECTORS_AT_ONCE, len(vectors)))
+    return _few_at_once(of_one, _pushed(rows, vectors, shape))
 
 
 @partial(jax.jit, static_argnums=4)
@@ -321,10 +327,10 @@ def _back(
     """Sum sqrt(w_n) J_n' B_n y_n over the examples of a batch, for rows y of what `_images` returns."""
 
     def of_one(columns: Float[Array, "B ..."]) -> Float[Array, "B ... C"]:
-        return likelihood.factor_mv(at.points, mb.over_outputs(jnp.sqrt(at.weights), columns) * columns)
+        return likelihood.factor_mv(at.points, at.by_roots(columns))
 
     by_example = images.reshape(len(images), *shape[:-1], -1)
-    return _pulled(rows, jax.lax.map(of_one, by_example, batch_size=min(VECTORS_AT_ONCE, len(images))))
+    return _pulled(rows, _few_at_once(of_one, by_example))
 
 
 @partial(jax.jit, static_argnums=3)
@@ -335,7 +341,7 @@ def _factor(
     num, _, count, num_weights = rows.shape
     by_example = rows.swapaxes(1, 2).reshape(num * count, *shape[1:], num_weights)[: shape[0]]
     factors = jax.vmap(partial(likelihood.factor_transpose_mv, at.points), -1, -1)(by_example)
-    return (mb.over_outputs(jnp.sqrt(at.weights), factors) * factors).reshape(-1, num_weights)
+    return (at.by_roots(factors)).reshape(-1, num_weights)
 
 
 @partial(jax.jit, static_argnums=3)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bnnlaplace.krylov.block_lanczos import BlockDecomposition, assembled
-from bnnlaplace.krylov.block_rows import FLOOR, check_probes, first_block, largest_norm, orthonormal_rows
+from bnnlaplace.krylov.block_lanczos import BlockDecomposition, Step, grown
+from bnnlaplace.krylov.block_rows import FLOOR, check_probes, largest_norm, orthonormal_rows
 
 
 def block_golub_kahan(
@@ -43,10 +43,8 @@ def block_golub_kahan(
         V -> V R' for S rows at once. It is called once for each block, so it should be compiled.
     back
         Y -> Y R for S rows at once.
-    probes
-        Z, with the S probes as rows.
-    max_vectors
-        The largest m. No block is started that would exceed it.
+    probes, max_vectors
+        As for `block_lanczos`.
 
     Yields
     ------
@@ -72,40 +70,30 @@ def block_golub_kahan(
     >>> np.allclose(np.linalg.eigvalsh(last.tridiagonal), [1, 4, 9], atol=1e-4)
     True
     """
-    count, dimension = probes.shape
     check_probes("block_golub_kahan", probes, max_vectors)
-    floor = FLOOR * float(jnp.finfo(probes.dtype).eps)
-    newest, start = first_block(probes)
-    basis, images_basis = probes[:0], None
-    diagonal: list[np.ndarray] = []
-    off_diagonal: list[np.ndarray] = []
-    coupled = np.zeros((count, count))  # M_k
-    scale = 0.0
-    while True:
+    count = len(probes)
+    floor, scale = FLOOR * float(jnp.finfo(probes.dtype).eps), 0.0
+    images_basis, coupled = None, np.zeros((count, count))  # Y and M_k
+
+    def step(basis: Float[Array, "m n"], newest: Float[Array, "S n"]) -> Step:
+        nonlocal scale, images_basis, coupled
         rows = images(newest)
         # The largest image so far stands for |R|, by which every product is rounded.
         scale = max(scale, largest_norm("block_golub_kahan(images=...)", rows))
-        if images_basis is None:
-            if rows.shape[1] < count:
-                raise ValueError(
-                    f"block_golub_kahan(probes=...) must have at most as many rows as R, {rows.shape[1]}; got {count}; "
-                    "use fewer probes"
-                )
-            images_basis = rows[:0]
-        beside, own = orthonormal_rows(rows, (images_basis,), floor * scale)
+        if rows.shape[1] < count:
+            raise ValueError(
+                f"block_golub_kahan(probes=...) must have at most as many rows as R, {rows.shape[1]}; got {count}; use "
+                "fewer probes"
+            )
+        images_basis = rows[:0] if images_basis is None else images_basis
+        beside, lower = orthonormal_rows(rows, (images_basis,), floor * scale)
         images_basis = jnp.concatenate([images_basis, beside])
-        own = np.asarray(own, np.float64)  # N_k
-        diagonal.append(coupled @ coupled.T + own @ own.T)
+        own = np.asarray(lower, np.float64)  # N_k
+        block = coupled @ coupled.T + own @ own.T
         returned = back(beside)
         scale = max(scale, largest_norm("block_golub_kahan(back=...)", returned))
         following, lower = orthonormal_rows(returned, (basis, newest), floor * scale)
         coupled = np.asarray(lower, np.float64).T  # M_{k+1}: what is left of Y_k R is M_{k+1}' Q_{k+1}
-        off_diagonal.append(own @ coupled.T)
-        # Appended only now, as in block_lanczos, so that no second basis is alive while a product runs.
-        basis, newest = jnp.concatenate([basis, newest]), following
-        yield BlockDecomposition(
-            basis, assembled(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
-        )
-        exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
-        if exhausted or len(basis) + count > max_vectors:
-            return
+        return block, own @ coupled.T, following
+
+    yield from grown(step, probes, max_vectors)

@@ -117,30 +117,45 @@ def block_lanczos(
     decomposition, and 2 m n for the moment in which a block is appended. Keeping earlier decompositions keeps their
     bases.
     """
-    count, dimension = probes.shape
     check_probes("block_lanczos", probes, max_vectors)
-    floor = FLOOR * float(jnp.finfo(probes.dtype).eps)
+    floor, scale = FLOOR * float(jnp.finfo(probes.dtype).eps), 0.0
+
+    def step(basis: Float[Array, "m n"], newest: Float[Array, "S n"]) -> Step:
+        nonlocal scale
+        images = product(newest)
+        block = np.asarray(matmul(images, newest.T), np.float64)
+        # The largest image so far stands for |A|: rounding of the early, large products stays in all later blocks.
+        scale = max(scale, largest_norm("block_lanczos(product=...)", images))
+        following, lower = orthonormal_rows(images, (basis, newest), floor * scale)
+        symmetric = (block + block.T) / 2  # as it is but for rounding
+        return symmetric, np.asarray(lower, np.float64), following
+
+    yield from grown(step, probes, max_vectors)
+
+
+# The diagonal block D_k, the coupling L_k to the next block, and the rows of that.
+Step = tuple[Float[np.ndarray, "S S"], Float[np.ndarray, "S S"], Float[Array, "S n"]]
+
+
+def grown(
+    step: Callable[[Float[Array, "m n"], Float[Array, "S n"]], Step], probes: Float[Array, "S n"], max_vectors: int
+) -> Iterator[BlockDecomposition]:
+    """Yield a decomposition after each step of a block recurrence, which gets the basis and the newest block."""
+    count, dimension = probes.shape
     newest, start = first_block(probes)
     basis = probes[:0]
     diagonal: list[np.ndarray] = []
     off_diagonal: list[np.ndarray] = []
-    scale = 0.0
     while True:
-        images = product(newest)
-        block = np.asarray(matmul(images, newest.T), np.float64)
-        diagonal.append((block + block.T) / 2)  # symmetric but for rounding
-        largest = largest_norm("block_lanczos(product=...)", images)
-        # The largest image so far stands for |A|: rounding of the early, large products stays in all later blocks.
-        scale = max(scale, largest)
-        following, lower = orthonormal_rows(images, (basis, newest), floor * scale)
-        off_diagonal.append(np.asarray(lower, np.float64))
-        # Appended only now, since the caller still holds the basis without this block. Appended before the product, a
-        # second basis would be alive while the product runs.
+        block, coupling, following = step(basis, newest)
+        diagonal.append(block)
+        off_diagonal.append(coupling)
+        # Appended only now, since the caller still holds the basis without this block. Appended before the step, a
+        # second basis would be alive while its products run.
         basis, newest = jnp.concatenate([basis, newest]), following
-        yield BlockDecomposition(
-            basis, assembled(diagonal, off_diagonal[:-1]), np.asarray(start, np.float64), off_diagonal[-1]
-        )
-        exhausted = len(basis) >= dimension or not off_diagonal[-1].any()
+        tridiagonal = _assemble(diagonal, off_diagonal[:-1])
+        yield BlockDecomposition(basis, tridiagonal, np.asarray(start, np.float64), coupling)
+        exhausted = len(basis) >= dimension or not coupling.any()
         if exhausted or len(basis) + count > max_vectors:
             return
 
@@ -179,7 +194,7 @@ def ritz(decomposition: BlockDecomposition, *, positive: bool = True, rounding: 
     return Ritz(values, vectors, weights, np.linalg.norm(tails, axis=0), tails, resolution, hidden)
 
 
-def assembled(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> Float[np.ndarray, "m m"]:
+def _assemble(diagonal: list[np.ndarray], off_diagonal: list[np.ndarray]) -> Float[np.ndarray, "m m"]:
     """Assemble the symmetric matrix T from its blocks."""
     count = len(diagonal[0])
     tridiagonal = np.zeros((len(diagonal) * count,) * 2)

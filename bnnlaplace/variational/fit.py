@@ -146,15 +146,15 @@ def _context(
     shape = output_shape(model.head, model.data.first)[1:]
     num_pairs = options.pairs_for(shape[-1])
     # Samples of the outputs have the right products, but their factor is that of another curvature.
-    is_wide = are_by_samples(shape[-1], num_pairs)
-    by_samples = is_wide and not reads_factor(model, name, model.data.length, krylov)
+    by_samples = are_by_samples(shape[-1], num_pairs) and not reads_factor(model, name, model.data.length, krylov)
     memory = _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples)
     memory.check()
     for _ in model.data:
         pass
     if by_samples and reads_factor(model, name, model.data.num_examples, krylov):
         by_samples = False
-        _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples).check()
+        memory = _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples)
+        memory.check()
     # Each iteration differentiates all outputs, so rows pay from the second one on.
     num_products = options.max_iterations * math.prod(shape)
     beside = memory.needed + (bytes_of_images(model, krylov.max_vectors) if name == "lanczos" else 0)

@@ -334,7 +334,7 @@ def _draws(
     model = context.model
     options = {"num_pairs": context.num_pairs, "microbatch": context.microbatch, "kept": model.rows}
     if sites is not None and isinstance(posterior.structure, SampleStructure):
-        options["factors"] = factors_of(model, sites, context.scale)
+        options["factors"] = factors_of(model, sites, context.scale, microbatch=context.microbatch)
     options["read_roots"] = gamma.read if gamma.is_read else None
     return draw(posterior, model.data, key=key, **options)
 

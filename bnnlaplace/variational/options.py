@@ -136,9 +136,6 @@ def resolve(approximation: object) -> Variational | None:
     """
     if isinstance(approximation, Variational):
         return approximation
-    if not (isinstance(approximation, str) and approximation in ("laplace", "variational")):
-        raise ValueError(
-            "fit(approximation=...) must be 'laplace', 'variational' or bnnlaplace.Variational(...) with options; got "
-            f"{approximation!r:.80}; try 'variational'"
-        )
+    names = ("laplace", "variational")
+    checks.choice(approximation, "fit(approximation=...)", names, "bnnlaplace.Variational(...) with options")
     return Variational() if approximation == "variational" else None

@@ -1,5 +1,6 @@
 """The sites of all examples, and the model whose curvature they are."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -7,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bnnlaplace.core.tree import number_type
 from bnnlaplace.core.types import AnyArray
-from bnnlaplace.curvature.microbatch import over_outputs
 from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.likelihoods import sites
@@ -93,13 +92,9 @@ def at_sites(model: Model, where: Sites) -> Model:
     return model._replace(likelihood=likelihood, data=model.data.with_points([jnp.asarray(each) for each in points]))
 
 
-def factors_of(model: Model, where: Sites, scale: float) -> list[Float[Array, "B ... C C"]] | None:
+def factors_of(model: Model, where: Sites, scale: float, *, microbatch: int) -> list[Float[Array, "B ... C C"]] | None:
     """Return A with A A' = W of each batch, times how much an example counts; None if sites are samples."""
     if where.by_samples:
         return None
-    dtype = number_type(model.head.params)
-    pairs = zip((jnp.asarray(sites.roots(batch), dtype) for batch in where.batches), model.data, strict=True)
-    return [
-        jnp.sqrt(scale * over_outputs(model.likelihood.weights_of(batch.targets, batch.weights), roots)) * roots
-        for roots, batch in pairs
-    ]
+    there = at_sites(model, where).curvature_at(microbatch=microbatch)
+    return [math.sqrt(scale) * each.by_roots(each.points) for each in there]

@@ -13,7 +13,7 @@ from bnnlaplace.core.compiler import warn_of_wrong_sums
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_sums_of_products_with_a_shared_factor(x64, dtype):
-    """Of 40,000 numbers, the factor of the curvature of the softmax: jaxlib 0.10.2 is wrong by as much as they are."""
+    """At 40,000 numbers, more than other tests have: with jaxlib 0.10.2 the error is as large as the numbers are."""
     outputs = 3 * jax.random.normal(jax.random.key(0), (1000, 10), dtype)
     vectors = jax.random.normal(jax.random.key(1), (4, 1000, 10), dtype)
     product = jax.jit(jax.vmap(categorical().factor_transpose_mv, (None, 0)))

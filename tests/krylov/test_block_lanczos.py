@@ -146,7 +146,7 @@ def test_dependent_probes_leave_no_spurious_direction(x64, order):
 
 
 def factored(num_probes, max_vectors, dtype=jnp.float64, spectrum=SPECTRUM, seed=0):
-    """The same matrix as R' R with a factor R that is not square."""
+    """Golub-Kahan steps for a matrix of that spectrum, with a factor that is not square."""
     values = np.asarray(spectrum)
     rotation, _ = np.linalg.qr(np.random.default_rng(7).normal(size=(len(values), len(values))))
     factor = jnp.asarray((np.sqrt(values)[:, None] * rotation)[values > 0], dtype)
