@@ -1,11 +1,32 @@
 """One table of the results, as `docs/results.py` reads and writes it."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 Row = list[Any]
 Record = dict[str, Any]
+Check = Callable[[Sequence[Row]], bool]
+
+
+def _always(rows: Sequence[Row]) -> bool:
+    return True
+
+
+def all_of(*checks: Check) -> Check:
+    """Whether all of some checks hold."""
+    return lambda rows: all(check(rows) for check in checks)
+
+
+@dataclass(frozen=True)
+class Remark:
+    """What follows from a table."""
+
+    text: str
+    """In Markdown."""
+    holds: Check = _always
+    """Whether the rows still say so. Without it the remark explains, and rests on no number of the table."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +47,29 @@ class Table:
     """Turns a row of numbers into the cells of the table."""
     record: str | None = None
     """A file of `benchmarks/results`, or one by its path from the root; None for the metrics of the runs."""
-    remarks: str = ""
-    """What follows from the table, in Markdown, below it."""
+    remarks: Sequence[Remark] = ()
+    """What follows from the table, below it: points of a list if there are several."""
     figures: Mapping[str, str] = field(default_factory=dict)
     """Figures below the table, in files beside the record, and what they show."""
 
     def image(self, figure: str) -> str:
         """Return the name that a figure has in `docs/images`."""
         return f"{self.name}_{figure}"
+
+    def remarks_on(self, rows: Sequence[Row]) -> list[str]:
+        """Return the lines below the table.
+
+        Raises
+        ------
+        SystemExit
+            The rows contradict a remark.
+        """
+        for remark in self.remarks:
+            if not remark.holds(rows):
+                raise SystemExit(
+                    f"the numbers of table {self.name!r} must agree with what is said of them; they contradict: "
+                    f"{' '.join(remark.text.split())} Write that remark anew, where the table is defined"
+                )
+        first, rest = ("- ", "  ") if len(self.remarks) > 1 else ("", "")
+        options = {"initial_indent": first, "subsequent_indent": rest, "break_on_hyphens": False}
+        return [line for remark in self.remarks for line in textwrap.wrap(remark.text, 120, **options)]

@@ -16,8 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from result_numbers import cost
 from result_table import Record
-from result_tables import METRICS, TABLES, cost
+from result_tables import TABLES
+from run_results import METRICS
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMBERS, PAGE, README = ROOT / "docs/results.json", ROOT / "docs/results.md", ROOT / "README.md"
@@ -140,7 +142,7 @@ def page(numbers: Record) -> str:
         lines += ["", f"## {table.heading}", "", table.text, "", f"    {table.command}", ""]
         lines += markdown(table.columns, [table.write(row) for row in kept["rows"]])
         lines += ["", measured_with(kept["environment"])]
-        lines += ["", table.remarks] if table.remarks else []
+        lines += ["", *table.remarks_on(kept["rows"])] if table.remarks else []
         for figure, caption in table.figures.items():
             if (IMAGES / table.image(figure)).exists():
                 lines += ["", f"![{caption}](images/{table.image(figure)})", "", f"*{caption}*"]
@@ -163,9 +165,10 @@ def main(arguments: Sequence[str]) -> None:
     runs = [Path(run).resolve() for run in arguments] or [ROOT / run for run in RUNS]
     numbers = json.loads(NUMBERS.read_text(encoding="utf-8"))
     print("\n".join(update(numbers, runs)))
-    NUMBERS.write_text(in_rows(numbers), encoding="utf-8")
-    PAGE.write_text(page(numbers), encoding="utf-8")
-    README.write_text(readme(README.read_text(encoding="utf-8"), numbers), encoding="utf-8")
+    written = {NUMBERS: in_rows(numbers), PAGE: page(numbers)}
+    written[README] = readme(README.read_text(encoding="utf-8"), numbers)
+    for path, text in written.items():  # all of them or, where a remark is contradicted, none
+        path.write_text(text, encoding="utf-8")
 
 
 def in_rows(numbers: Record) -> str:

@@ -52,6 +52,8 @@ def test_results_come_from_the_records_of_this_machine_where_they_are_whole(resu
 
     numbers = json.loads(results.NUMBERS.read_text(encoding="utf-8"))
     kept = json.dumps(numbers["evidence"])
+    unremarked = [dataclasses.replace(table, remarks=()) for table in results.TABLES]
+    monkeypatch.setattr(results, "TABLES", unremarked)
     report = results.update(numbers, [tmp_path / "run_0", tmp_path / "run_1"])
     assert numbers["products"]["environment"] == {"jax": "1.0", "device": "cpu", "cores": 3}
     assert [row[1] for row in numbers["products"]["rows"]] == [2.5, 1e-6, 250]
@@ -74,7 +76,7 @@ def test_figures_beside_a_record_are_copied_and_shown(results, tmp_path, monkeyp
     monkeypatch.setattr(results, "ROOT", tmp_path)
     monkeypatch.setattr(results, "IMAGES", tmp_path)
     study = next(table for table in results.TABLES if table.name == "study")
-    shown = dataclasses.replace(study, read=lambda _: [], figures={"a.png": "First.", "b.png": "Second."})
+    shown = dataclasses.replace(study, read=lambda _: [], remarks=(), figures={"a.png": "First.", "b.png": "Second."})
     monkeypatch.setattr(results, "TABLES", [shown])
     record = tmp_path / study.record
     record.parent.mkdir(parents=True)
@@ -122,22 +124,35 @@ def metrics(accuracy):
 
 def test_a_study_of_which_units_are_missing_is_kept(results):
     """A difference whose interval excludes zero is bold; that of the reference to itself is a dash."""
-    import study_results
+    import study_table
 
-    row = dict(zip(study_results._KEY, study_results.point("map"), strict=True))
+    row = dict(zip(study_table.KEY, study_table.point("map"), strict=True))
     row["numbers"] = {"nll": 0.5, "ece": 0.1, "auroc": {"noise": 0.9}}
     row["differences"] = {"MAP + T": {"nll": {"value": 0.2, "low": 0.1, "high": 0.3}, "shift_nll": None}}
-    shown = study_results.Shown("study", {study_results.point("map"): "MAP"}, {"few": "10 images"})
+    shown = study_table.Shown("study", {study_table.point("map"): "MAP"}, {"few": "10 images"})
     summary = {"regimes": {"few": {"missing": 0, "methods": [row]}}}
     (numbers,) = shown.read([summary])
-    assert study_results.write(numbers) == [
+    assert study_table.write(numbers) == [
         *("10 images", "MAP", "0.500", "\N{EN DASH}", "**+0.200 [+0.100, +0.300]**"),
         *("\N{EN DASH}", "\N{EN DASH}", "0.100", "0.900"),
     ]
-    assert len(shown.table("name", "heading", "text", "").columns) == len(numbers)
+    assert len(shown.table("name", "heading", "text", []).columns) == len(numbers)
     summary["regimes"]["few"]["missing"] = 2
     with pytest.raises(KeyError, match="2 units of few"):
         shown.read([summary])
+
+
+def test_a_remark_that_the_numbers_contradict_is_refused(results):
+    """So that new numbers are not published under old sentences."""
+    numbers = json.loads(results.NUMBERS.read_text(encoding="utf-8"))
+    (row,) = [row for row in numbers["study"]["rows"] if row[:2] == ["300 images", "MAP"]]
+    row[4] = [0.2, -0.1, 0.5]  # no remark rests on this
+    results.page(numbers)
+    of_bound = "last layer, variational, by the evidence"
+    (row,) = [row for row in numbers["study"]["rows"] if row[:2] == ["100 images", of_bound]]
+    row[3] = [-0.1, -0.3, 0.1]
+    with pytest.raises(SystemExit, match=r"table 'study' .* contradict: .* by its bound alone is \*\*better than MAP"):
+        results.page(numbers)
 
 
 def test_every_table_has_a_command_that_measures_it(results):

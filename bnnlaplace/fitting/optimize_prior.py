@@ -63,11 +63,9 @@ class Chosen(NamedTuple):
         if not isinstance(self.fitted.structure, SampleStructure):
             return self.at(precision)
         if self.refit is None:
-            how = "key=key" if self.fitted.bound is None else "key=key, approximation='variational'"
             raise ValueError(
                 "optimize_prior_precision(refit=...) must be given for 'lanczos' if ratios of prior precisions change, "
-                f"because its space depends on them; pass refit=lambda la: la.fit(data, {how}), or use 'diag', 'kron' "
-                "or 'full'"
+                f"because its space depends on them; pass {_refit_like(self.fitted)}, or use 'diag', 'kron' or 'full'"
             )
         settings = self.settings.at(precision)
         return self._refitted(Unfitted.of(self.fitted.network, self.fitted.likelihood, settings), settings)
@@ -85,7 +83,7 @@ class Chosen(NamedTuple):
         if not isinstance(getattr(refitted, "state", None), Fitted):
             raise ValueError(
                 "optimize_prior_precision(refit=...) must return the fitted Laplace; got "
-                f"{type(refitted).__name__}; pass refit=lambda la: la.fit(data, key=key)"
+                f"{type(refitted).__name__}; pass {_refit_like(self.fitted)}"
             )
         _check_refitted(self._replace(settings=settings), refitted.fitted, refitted.settings)
         return self._replace(fitted=refitted.fitted, settings=refitted.settings)
@@ -113,11 +111,9 @@ def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
         # Checkpoints of the first format do not hold all numbers, which are NaN then.
         return not np.isnan(pair[0]).any() and not np.allclose(*pair, rtol=rtol, atol=atol)
 
-    got, how = None, "key=key"
+    got = None
     if (fitted.bound is None) != (before.bound is None):
-        was_laplace = before.bound is None
-        got = "a variational posterior" if was_laplace else "a Laplace approximation"
-        how = f"key=key, approximation={'laplace' if was_laplace else 'variational'!r}"
+        got = "a variational posterior" if before.bound is None else "a Laplace approximation"
     elif settings.hessian_structure != asked.settings.hessian_structure:
         got = f"hessian_structure={settings.hessian_structure!r}"
     elif fitted.likelihood.name != before.likelihood.name:
@@ -141,8 +137,14 @@ def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
     if got is not None:
         raise ValueError(
             "optimize_prior_precision(refit=...) must fit the Laplace that it is given, to the data of the first fit; "
-            f"got {got}; pass refit=lambda la: la.fit(data, {how})"
+            f"got {got}; pass {_refit_like(before)}"
         )
+
+
+def _refit_like(fitted: Fitted) -> str:
+    """The argument that fits again as before, for error messages."""
+    approximation = "" if fitted.bound is None else ", approximation='variational'"
+    return f"refit=lambda la: la.fit(data, key=key{approximation})"
 
 
 def check_method(method: str, evidence_options: dict[str, Any], grid_options: dict[str, Any]) -> None:

@@ -117,7 +117,9 @@ def test_the_bound_is_that_of_the_posterior_by_sampling_and_no_other_gaussian_ha
     exact, sem = bound_by_sampling(mean, covariance, log_prob, shape)
     bound = la.log_marginal_likelihood()
     assert abs(bound.mean - exact) < 4 * np.hypot(sem, bound.sem)
-    for factor in (0.7, 1.4):  # the same noise, so that the difference is almost free of it
+    # The Fisher information is not the Hessian: its average is not the precision with the largest bound.
+    factors = () if la.likelihood.name == "heteroscedastic" else (0.7, 1.4)
+    for factor in factors:  # the same noise, so that the difference is almost free of it
         assert bound_by_sampling(mean, factor * covariance, log_prob, shape)[0] < exact
     for shift in (0.3, -0.3):
         assert bound_by_sampling(mean + shift * np.sqrt(np.diag(covariance)), covariance, log_prob, shape)[0] < exact

@@ -1,0 +1,140 @@
+"""A table of a study: what its summary says of a few methods in each regime, and checks of remarks on it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from result_table import Check, Remark, Row, Table
+
+Method = tuple[str, str, str | None, str | None]
+"""Training, name of a method, how its prior was chosen, link."""
+
+
+def point(name: str, training: str = "adamw") -> Method:
+    """A method without a posterior."""
+    return training, name, None, None
+
+
+def posterior(name: str, training: str = "adamw", choice: str = "evidence") -> Method:
+    """A posterior whose predictions go through the probit link."""
+    return training, name, choice, "probit"
+
+
+SHIFTED = "under shifts, minus MAP + T of folds"
+KEY = ("training", "method", "prior", "link")
+# What a difference in NLL is to, by its name in a summary.
+TO_FOLDS = {"MAP": "minus MAP", "MAP + T": "minus MAP + T of folds"}
+TO_ALL = TO_FOLDS | {"MAP + T (validation)": "minus MAP + T of validation"}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which study a table shows, and what of it."""
+
+    study: str
+    """Name of the config and of the work directory."""
+    methods: Mapping[Method, str]
+    """What the table calls each method, in its order."""
+    regimes: Mapping[str, str]
+    """What it calls each regime, in its order."""
+    differences: Mapping[str, str] = field(default_factory=lambda: TO_ALL)
+    """Its columns of differences."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Heads of the columns."""
+        return ("training images", "method", "NLL", *self.differences.values(), SHIFTED, "ECE", "AUROC")
+
+    def says(self, method: str, column: str, **verdicts: str) -> Check:
+        """Return a check of a column of differences: "better", "alike" or "worse" by the name of the regime.
+
+        Alike are methods that the test images do not tell apart.
+        """
+        at = self.columns.index(column)
+
+        def check(rows: Sequence[Row]) -> bool:
+            found = {row[0]: _verdict(row[at]) for row in rows if row[1] == method}
+            return all(found[self.regimes[regime]] == verdict for regime, verdict in verdicts.items())
+
+        return check
+
+    def says_not(self, method: str, column: str, **verdicts: str) -> Check:
+        """Return a check that no difference is as these verdicts say."""
+        checks = [self.says(method, column, **{regime: verdict}) for regime, verdict in verdicts.items()]
+        return lambda rows: not any(check(rows) for check in checks)
+
+    def within(self, method: str, column: str, low: float, high: float, regimes: Sequence[str]) -> Check:
+        """Return a check that a number, or the value of a difference, lies between two others in some regimes."""
+        at = self.columns.index(column)
+
+        def check(rows: Sequence[Row]) -> bool:
+            found = {row[0]: row[at] for row in rows if row[1] == method}
+            numbers = [found[self.regimes[regime]] for regime in regimes]
+            return all(low < (each[0] if isinstance(each, list) else each) < high for each in numbers)
+
+        return check
+
+    def orders(self, column: str, *methods: str, regimes: Sequence[str]) -> Check:
+        """Return a check that the numbers of a column rise in this order of methods, in some regimes."""
+        at = self.columns.index(column)
+
+        def check(rows: Sequence[Row]) -> bool:
+            numbers = {(row[0], row[1]): row[at] for row in rows}
+            ordered = [[numbers[self.regimes[regime], method] for method in methods] for regime in regimes]
+            return all(each == sorted(each) for each in ordered)
+
+        return check
+
+    def table(
+        self,
+        name: str,
+        heading: str,
+        text: str,
+        remarks: Sequence[Remark],
+        figures: Mapping[str, str] | None = None,
+    ) -> Table:
+        """Make the table."""
+        command = f"python -m training.study --config configs/{self.study}.py --workdir checkpoints/{self.study}"
+        record = f"checkpoints/{self.study}/summary/summary.json"
+        return Table(name, heading, command, text, self.columns, self.read, write, record, remarks, figures or {})
+
+    def read(self, records: list[dict[str, Any]]) -> list[Row]:
+        """Turn a summary into rows: regime, method, NLL, its differences, that under shifts, ECE and AUROC."""
+        rows = []
+        for regime, label in self.regimes.items():
+            of_regime = records[0]["regimes"][regime]
+            if of_regime["missing"]:
+                raise KeyError(f"{of_regime['missing']} units of {regime}")
+            by_key = {tuple(row[part] for part in KEY): row for row in of_regime["methods"]}
+            for key, name in self.methods.items():
+                numbers, to = by_key[key]["numbers"], by_key[key]["differences"]
+                differences = [_interval(to.get(other, {}).get("nll")) for other in self.differences]
+                shifted = _interval(to.get("MAP + T", {}).get("shift_nll"))
+                measured = numbers["ece"], numbers["auroc"]["noise"]
+                rows.append([label, name, numbers["nll"], *differences, shifted, *measured])
+        return rows
+
+
+def write(row: Row) -> list[str]:
+    """Write a row of numbers. A difference whose interval excludes zero is bold."""
+    regime, name, nll, *differences, ece, auroc = row
+    return [regime, name, f"{nll:.3f}", *map(_difference, differences), f"{ece:.3f}", f"{auroc:.3f}"]
+
+
+def _interval(difference: dict[str, Any] | None) -> list[float] | None:
+    return None if difference is None else [difference[part] for part in ("value", "low", "high")]
+
+
+def _verdict(interval: list[float] | None) -> str:
+    if interval is None:
+        return "no difference"
+    _, low, high = interval
+    return "better" if high < 0 else "worse" if low > 0 else "alike"
+
+
+def _difference(interval: list[float] | None) -> str:
+    if interval is None:
+        return "–"
+    value, low, high = interval
+    text = f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
