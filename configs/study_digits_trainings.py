@@ -9,10 +9,10 @@ Time       four hours on one core: a cell takes 25 minutes
 Expected   The table of docs/results.md: with 100 images MAP of AdamW .61, its ensemble .41, its variational posterior
            .75, and .66 with folded kernels and a g-prior; MAP of posthoc .80, of online .91
 Methods    MAP by AdamW, alone and with a temperature from folds of the training images; a deep ensemble of five; MAP
-           for a prior that stays ("posthoc"), for one that the evidence updates ("online"), and with weights that follow
-           the evidence as well ("joint"), each with posteriors of the last layer and of all weights, by their evidence
-           or bound alone. For AdamW one switch each: batch normalisation folded into kernels, normalisation layers
-           without a posterior, a g-prior, a prior precision for each layer.
+           for a prior that stays ("posthoc"), for one that the evidence updates ("online"), and with weights that
+           follow the evidence as well ("joint"), each with posteriors of the last layer and of all weights, by their
+           evidence or bound alone. For AdamW one switch each: batch normalisation folded into kernels, normalisation
+           layers without a posterior, a g-prior, a prior precision for each layer.
 """
 
 from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior
