@@ -32,7 +32,8 @@ from bnnlaplace import Network, categorical
 from bnnlaplace.core.tree import ravel, size, unraveler
 from bnnlaplace.curvature.diagonal import ggn_diagonal
 from bnnlaplace.curvature.ggn import block_product, ggn_operator
-from bnnlaplace.curvature.kept import CurvatureAt, keep
+from bnnlaplace.curvature.keep import keep
+from bnnlaplace.curvature.kept import CurvatureAt
 from bnnlaplace.curvature.linearisation import linearise
 from bnnlaplace.model.data import as_data
 from training.models.depthwise import Method

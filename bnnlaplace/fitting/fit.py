@@ -14,7 +14,8 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.rounding import OF_FLOAT32
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import dense, diagonal, kronecker
-from bnnlaplace.curvature.kept import CurvatureAt, diagonal_by_rows, wide_row_sizes
+from bnnlaplace.curvature.keep import wide_row_sizes
+from bnnlaplace.curvature.kept import CurvatureAt, diagonal_by_rows
 from bnnlaplace.evidence.log_joint import LogJoint
 from bnnlaplace.evidence.log_likelihood import LogLikelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted

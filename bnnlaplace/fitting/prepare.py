@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, PyTree
 from bnnlaplace.core import checks, memory
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.curvature import kronecker
-from bnnlaplace.curvature.kept import CurvatureAt, GGNFactors, KeptRows, keep
+from bnnlaplace.curvature.keep import keep
+from bnnlaplace.curvature.kept import CurvatureAt, GGNFactors, KeptRows
 from bnnlaplace.curvature.streamed import primal_product
 from bnnlaplace.evidence.log_likelihood import LogLikelihood, batch_log_likelihood
 from bnnlaplace.fitted import Fitted, Settings, Unfitted

@@ -40,7 +40,7 @@ from bnnlaplace.model.spec import output_shape
 from bnnlaplace.prior import Prior
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import Structure
-from bnnlaplace.variational import prior_step
+from bnnlaplace.variational import newton_outputs, prior_step
 from bnnlaplace.variational.draws import Draws
 from bnnlaplace.variational.iteration import Context, Iterate, iterate
 from bnnlaplace.variational.mean import with_mean
@@ -144,25 +144,29 @@ def _context(
     """Check the memory and read the data once, which checks and counts them."""
     name = settings.hessian_structure
     shape = output_shape(model.head, model.data.first)[1:]
-    num_pairs = options.pairs_for(shape[-1])
-    # Samples of the outputs have the right products, but their factor is that of another curvature.
-    by_samples = are_by_samples(shape[-1], num_pairs) and not reads_factor(model, name, model.data.length, krylov)
-    memory = _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples)
-    memory.check()
-    for _ in model.data:
-        pass
-    if by_samples and reads_factor(model, name, model.data.num_examples, krylov):
-        by_samples = False
+
+    def sizes(num_examples: int | None) -> tuple[int, bool, MemoryEstimate]:
+        num_pairs = options.pairs_for(shape, num_examples)
+        # Samples of the outputs have the right products, but their factor is that of another curvature.
+        by_samples = are_by_samples(shape[-1], num_pairs) and not reads_factor(model, name, num_examples, krylov)
         memory = _memory(model, name, krylov.max_vectors, shape, num_pairs, by_samples)
         memory.check()
+        return num_pairs, by_samples, memory
+
+    sizes(model.data.length)
+    for _ in model.data:
+        pass
+    num_pairs, by_samples, memory = sizes(model.data.num_examples)
     # Each iteration differentiates all outputs, so rows pay from the second one on.
     num_products = options.max_iterations * math.prod(shape)
     beside = memory.needed + (bytes_of_images(model, krylov.max_vectors) if name == "lanczos" else 0)
     model = model.with_rows(num_products, microbatch=microbatch, bytes_beside=beside)
     chosen = options.prior_structure
     grouping = None if chosen is None else Grouping.of(chosen, model.network.params, settings.prior_groups)
-    sizes = {"num_pairs": num_pairs, "by_samples": by_samples, "scale": model.scale()}
-    return Context(model, name, options, krylov, shared_weights, microbatch, grouping=grouping, **sizes)
+    in_outputs = not options.fixed_mean and newton_outputs.is_for(model, num_pairs)
+    kernel = newton_outputs.Kernel() if in_outputs else None
+    of_data = {"num_pairs": num_pairs, "by_samples": by_samples, "scale": model.scale(), "kernel": kernel}
+    return Context(model, name, options, krylov, shared_weights, microbatch, grouping=grouping, **of_data)
 
 
 def _start(state: Unfitted | Fitted, settings: Settings, context: Context) -> tuple[Prior, Structure | None]:

@@ -26,6 +26,9 @@ from bnnlaplace.variational.draws import Draws, draw, without_spread
 from bnnlaplace.variational.expectations import expectations
 from bnnlaplace.variational.mean import MeanStep, settle, with_mean
 from bnnlaplace.variational.mixing import Past
+from bnnlaplace.variational.newton import Newton
+from bnnlaplace.variational.newton_outputs import Kernel, OutputNewton
+from bnnlaplace.variational.newton_weights import WeightNewton
 from bnnlaplace.variational.options import Progress, Variational
 from bnnlaplace.variational.preconditioner import preconditioner
 from bnnlaplace.variational.promise import promised_gain
@@ -41,6 +44,8 @@ OF_TOLERANCE = 0.1
 PROMISE = 4
 # The shortest step that is asked. One of 1/50 gains little wherever it is.
 LEAST_PROMISING = 0.25
+# The mean is fitted to the samples if fresh ones lower the bound by more than so many standard errors.
+FITTED_TO_SAMPLES = 3
 
 
 class Context(NamedTuple):
@@ -62,6 +67,8 @@ class Context(NamedTuple):
         Whether sites are samples of the outputs rather than matrices.
     grouping
         Which weights share a prior precision that is to be chosen; None if the prior stays.
+    kernel
+        The products of the rows of the Jacobian, if Newton steps of the mean are found in the space of the outputs.
     """
 
     model: Model
@@ -74,6 +81,7 @@ class Context(NamedTuple):
     num_pairs: int
     by_samples: bool
     grouping: Grouping | None
+    kernel: Kernel | None
 
     @property
     def keys(self) -> tuple[Array, Array]:
@@ -179,7 +187,9 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
                 f"converged with max_vectors={context.krylov.max_vectors}; the smallest at which it has was used; "
                 "raise max_vectors, or state the prior precision"
             )
-    return _with_fresh_samples(context, best), progress
+    fresh = _with_fresh_samples(context, best)
+    _warn_if_fitted_to_samples(context, best.terms, fresh.terms)
+    return fresh, progress
 
 
 def _first(context: Context, prior: Prior, structure: Structure | None) -> Iterate:
@@ -287,6 +297,17 @@ def _warn_unless_settled(change: float, move: prior_step.Move | None, gives_up: 
     )
 
 
+def _warn_if_fitted_to_samples(context: Context, own: Terms, fresh: Terms) -> None:
+    """Warn if the bound is much lower with fresh samples than with those of the fit."""
+    gap = own.elbo - fresh.elbo
+    if math.isfinite(gap) and gap > max(context.options.tolerance, FITTED_TO_SAMPLES * math.hypot(own.sem, fresh.sem)):
+        checks.warn(
+            f"the mean of the variational posterior is fitted to its {2 * context.num_pairs} samples of the outputs: "
+            f"with fresh ones the evidence lower bound is lower by {gap:.3g} nats; use more of them, such as "
+            f"Variational(num_samples={8 * context.num_pairs})"
+        )
+
+
 @np.errstate(over="ignore", invalid="ignore")  # a bound that is not finite is refused
 def _settled(
     context: Context, mean: Float[np.ndarray, " P"], prior: Prior, structure: Structure, sites: Sites | None
@@ -298,10 +319,8 @@ def _settled(
     draws = list(_draws(context, posterior, context.keys[0], sites, gamma))
     settled = settle(
         model,
-        prior,
-        partial(_preconditioner, context, prior, structure),
+        _newton(context, mean, prior, structure),
         draws,
-        mean,
         scale=context.scale,
         tolerance=OF_TOLERANCE * options.tolerance,
         max_steps=0 if options.fixed_mean else options.max_newton_steps,
@@ -310,6 +329,14 @@ def _settled(
     proposed = sites_of(model.likelihood, settled.draws, context.by_samples)
     terms = terms_of(settled.expected, settled.mean, prior, structure, gamma, scale=context.scale)
     return Iterate(settled, structure, prior, sites, proposed, terms)
+
+
+def _newton(context: Context, mean: Float[np.ndarray, " P"], prior: Prior, structure: Structure) -> Newton:
+    options = {"scale": context.scale, "microbatch": context.microbatch}
+    if context.kernel is not None:
+        return OutputNewton(context.model, prior, context.kernel.of(context.model, prior), mean, **options)
+    inverse_at = partial(_preconditioner, context, prior, structure)
+    return WeightNewton(context.model, prior, inverse_at, mean, **options)
 
 
 def _preconditioner(context: Context, prior: Prior, structure: Structure, there: Model) -> Structure:

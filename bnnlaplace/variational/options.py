@@ -10,8 +10,10 @@ import numpy as np
 from bnnlaplace.core import checks
 from bnnlaplace.fitting.optimize_prior import PriorStructure
 
-# Samples of an example have about this many numbers by default, and are not fewer or more than these.
+# By default the samples of an example have about this many numbers, and are not fewer or more than these.
 NUMBERS, FEWEST_AND_MOST = 8192, (32, 512)
+# Those of few examples are more: all examples together have about this many numbers, and one at most that many samples.
+NUMBERS_OF_ALL, MOST_OF_FEW = 2**22, 4096
 
 
 class Progress(NamedTuple):
@@ -32,7 +34,8 @@ class Progress(NamedTuple):
         How far the sites went towards their averages, between 0 and 1. It is halved where the bound would fall. The
         first step of a fit that goes on from a fitted posterior is a whole one.
     newton_steps, products
-        Newton steps of the mean, and how often their conjugate gradients multiplied by the GGN.
+        Newton steps of the mean, and how often their conjugate gradients multiplied by the GGN. Where all examples have
+        few outputs together, steps are found among these, without such products.
     """
 
     iteration: int
@@ -54,7 +57,8 @@ class Variational:
     ----------
     num_samples
         Samples of the outputs at each training input, an even number: expectations are averages over these. By default
-        512 for up to 16 outputs, and fewer for more of them, down to 32.
+        512 for up to 16 outputs, and fewer for more of them, down to 32; for few examples up to 4096. With too few the
+        mean is fitted to the samples. Then the bound in `on_iteration` is far above that of the result.
     tolerance
         The iteration ends if a step changes the evidence lower bound by less than this, in nats, and the next one
         promises little; with "lanczos", by less than the noise of its probes if that is larger.
@@ -89,7 +93,7 @@ class Variational:
     tolerance: float = 0.5
     prior_structure: PriorStructure | None = None
     max_iterations: int = 40
-    max_newton_steps: int = 8
+    max_newton_steps: int = 20
     fixed_mean: bool = False
     on_iteration: Callable[[Progress], None] | None = None
 
@@ -108,7 +112,7 @@ class Variational:
         if self.prior_structure is not None:
             checks.choice(self.prior_structure, "Variational(prior_structure=...)", get_args(PriorStructure))
         checks.count(self.max_iterations, "Variational(max_iterations=...)", advice="try 20")
-        checks.count(self.max_newton_steps, "Variational(max_newton_steps=...)", advice="try 8")
+        checks.count(self.max_newton_steps, "Variational(max_newton_steps=...)", advice="try 20")
         if not isinstance(self.fixed_mean, bool):
             raise ValueError(
                 f"Variational(fixed_mean=...) must be True or False; got {self.fixed_mean!r:.80}; try True"
@@ -119,11 +123,13 @@ class Variational:
                 f"{self.on_iteration!r:.80}; try print"
             )
 
-    def pairs_for(self, num_outputs: int) -> int:
-        """Half of the samples, for that many outputs at one position."""
+    def pairs_for(self, shape: tuple[int, ...], num_examples: int | None) -> int:
+        """Half of the samples, for outputs of that shape at each example; their number may not be known yet."""
         if self.num_samples is not None:
             return self.num_samples // 2
-        return int(np.clip(2 ** math.floor(math.log2(NUMBERS / num_outputs)), *FEWEST_AND_MOST)) // 2
+        usual = float(np.clip(NUMBERS / shape[-1], *FEWEST_AND_MOST))
+        of_few = NUMBERS_OF_ALL / (max(num_examples, 1) * math.prod(shape)) if num_examples is not None else 0.0
+        return 2 ** math.floor(math.log2(max(usual, min(of_few, MOST_OF_FEW)))) // 2
 
 
 def resolve(approximation: object) -> Variational | None:

@@ -103,10 +103,10 @@ for name, probs in predictions.items():
 
 # %% What it costs
 # An iteration costs a Laplace fit of the structure, samples of the outputs at all training inputs, and Newton steps of
-# the mean. Memory grows with the samples: up to 512 numbers, by default, for each output of each training example. The
-# Jacobian of a convolutional network is formed once for all iterations, if it takes at most a quarter of the free
-# memory. The iteration begins where the last fit ended. So fitting the result again, or at another prior precision
-# near by, takes few iterations.
+# the mean. Memory grows with the samples: by default up to 512 numbers for each output of each training example, and up
+# to 4,096 if examples are few. The Jacobian of a convolutional network is formed once for all iterations, if it takes
+# at most a quarter of the free memory. The iteration begins where the last fit ended. So fitting the result again, or
+# at another prior precision near by, takes few iterations.
 
 again = variational.fit(train, key=jax.random.key(0), approximation="variational")
 print(f"fitted again: {again.fitted.bound.iterations} iterations")

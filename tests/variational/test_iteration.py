@@ -57,6 +57,22 @@ def test_a_small_change_is_not_enough_to_end(settled, monkeypatch):
     assert changes[-1] < Variational().tolerance and next(promises, None) is None
 
 
+@pytest.mark.filterwarnings("ignore:the variational posterior")  # it need not converge
+def test_a_mean_that_is_fitted_to_its_samples_warns():
+    """It does well at those of the fit and not at others: a bound that is lower, and sites that lead elsewhere."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(64, 96)).astype(np.float32), rng.integers(3, size=64)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.asarray(rng.normal(size=(96, 3)), np.float32))
+    la, progress = Laplace(network, hessian_structure="full", prior_precision=0.1), []
+    chosen = Variational(num_samples=16, max_iterations=4, on_iteration=progress.append)
+    with pytest.warns(UserWarning, match=r"fitted to its 16 samples .* lower by .*num_samples=64"):
+        few = la.fit(data, key=KEY, approximation=chosen)
+    bound = few.log_marginal_likelihood()
+    assert bound.mean < max(step.elbo for step in progress) - 3 * bound.sem
+    many = la.fit(data, key=KEY, approximation=Variational(max_iterations=4))  # and does not warn
+    assert many.log_marginal_likelihood().mean > bound.mean + 3 * bound.sem
+
+
 def fitted(la, data, **options):
     return la.fit(data, key=KEY, approximation=Variational(num_samples=128, **options))
 

@@ -105,6 +105,7 @@ def test_no_sample_of_a_site_stays_for_ever():
     assert one.towards(other, 0.5).towards(other, 0.5).batches[0].mean() == 1
 
 
+@pytest.mark.filterwarnings("ignore:the mean of the variational posterior is fitted to its 64 samples")
 @pytest.mark.parametrize("structure", ["full", "lanczos"])
 def test_exact_structures_have_matrices_as_sites_whatever_the_number_of_classes(x64, structure):
     """The factor of sites kept as samples is that of another curvature: the bound was 20 nats above the evidence."""

@@ -175,7 +175,6 @@ def fitting(posterior: Posterior, trained: Trained, config: Config, train: Split
     curvature, is_variational = config.curvature, posterior.approximation == "variational"
     images = curvature_images(config, train)
     options = Variational(
-        num_samples=measures.samples + measures.samples % 2,
         prior_structure=_chosen_along(posterior, trained),
         max_iterations=measures.max_iterations,
         fixed_mean=posterior.fixed_mean,
