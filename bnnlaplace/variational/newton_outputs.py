@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+import scipy  # its parts are imported at their first use, which takes half a second
 from jaxtyping import Array, Float
-from scipy import linalg
 
 from bnnlaplace.core.tree import number_type
 from bnnlaplace.fitting.prepare import Model
@@ -101,8 +101,8 @@ class OutputNewton(Newton):
         inner[np.diag_indices_from(inner)] += 1.0
         if not np.isfinite(inner).all() or not np.isfinite(kernel_target).all():
             return Move([], np.nan, None, None)
-        factor = linalg.cho_factor(inner, lower=True, overwrite_a=True, check_finite=False)
-        solved = linalg.cho_solve(factor, _times(blocks, kernel_target, transposed=True), check_finite=False)
+        factor = scipy.linalg.cho_factor(inner, lower=True, overwrite_a=True, check_finite=False)
+        solved = scipy.linalg.cho_solve(factor, _times(blocks, kernel_target, transposed=True), check_finite=False)
         dual = target - _times(blocks, solved)
         new_images = self._kernel @ dual / delta
         cross, new_form, form = float(images @ dual), float(dual @ new_images), self._form
