@@ -187,6 +187,11 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
                 f"converged with max_vectors={context.krylov.max_vectors}; the smallest at which it has was used; "
                 "raise max_vectors, or state the prior precision"
             )
+    if not best.settled.is_settled:
+        checks.warn(
+            f"the mean of the variational posterior has not settled in {context.options.max_newton_steps} Newton "
+            "steps; raise Variational(max_newton_steps=...), or use a larger prior precision"
+        )
     fresh = _with_fresh_samples(context, best)
     _warn_if_fitted_to_samples(context, best.terms, fresh.terms)
     return fresh, progress

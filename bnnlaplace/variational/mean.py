@@ -42,6 +42,8 @@ class MeanStep(NamedTuple):
         sum_n J_n' r_n, times the scale of the data, (P,).
     steps, products
         Newton steps and GGN products.
+    is_settled
+        Whether the last step promised less than the tolerance, or none was to be taken.
     """
 
     mean: Float[np.ndarray, " P"]
@@ -50,6 +52,7 @@ class MeanStep(NamedTuple):
     gradient: Float[np.ndarray, " P"]
     steps: int
     products: int
+    is_settled: bool
 
 
 def settle(
@@ -94,7 +97,8 @@ def settle(
         move.go(length)
         draws = [each._replace(mean=each.mean + length * by) for each, by in zip(draws, move.images, strict=True)]
     gradient = pulled(model, expected, scale, microbatch=microbatch)
-    return MeanStep(newton.mean(), draws, expected, gradient, step, products)
+    is_settled = step < max_steps or max_steps == 0 or 0.5 * decrement <= tolerance
+    return MeanStep(newton.mean(), draws, expected, gradient, step, products, is_settled)
 
 
 def _line_search(model: Model, draws: Sequence[Draws], move: Move, scale: float) -> float:

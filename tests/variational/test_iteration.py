@@ -57,6 +57,12 @@ def test_a_small_change_is_not_enough_to_end(settled, monkeypatch):
     assert changes[-1] < Variational().tolerance and next(promises, None) is None
 
 
+@pytest.mark.filterwarnings("ignore:the variational posterior")  # it is stopped
+def test_a_mean_that_has_not_settled_warns():
+    with pytest.warns(UserWarning, match=r"has not settled in 1 Newton steps; raise .*max_newton_steps"):
+        fit(sharp(), [], max_newton_steps=1, max_iterations=2)
+
+
 @pytest.mark.filterwarnings("ignore:the variational posterior")  # it need not converge
 def test_a_mean_that_is_fitted_to_its_samples_warns():
     """It does well at those of the fit and not at others: a bound that is lower, and sites that lead elsewhere."""
