@@ -5,9 +5,9 @@ Command    python -m training.study --config configs/study_digits_weights.py \
 Data       digits (embedded): 100 training images, clean and with 20 % wrong labels; 180 validation and 360 test images,
            10 classes; 5 shifts of 200 test images at 5 severities; the test images inverted, and noise
 Hardware   2 CPU cores, no GPU, under 4 GB of memory
-Time       25 minutes on one core: a cell takes 2 to 3 minutes, six networks and two posteriors
+Time       15 minutes on one core: a cell takes one to two minutes, six networks and two posteriors
 Expected   The table of docs/results.md: with 100 images MAP .61, Laplace by the evidence 1.92, the variational
-           posterior by its bound .77
+           posterior by its bound .69
 Methods    MAP by AdamW, alone and with a temperature from folds of the training images, from one share of them, and
            from validation images; the Lanczos posterior of all weights, Laplace and variational, whose prior precision
            the evidence, or its bound, chooses.

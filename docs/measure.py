@@ -59,7 +59,7 @@ MEASUREMENTS = (
     *(run(seed, workdir) for seed, workdir in enumerate(RUNS)),
     benchmark("variational", 15),
     study("study_digits_short", 20),
-    study("study_digits_weights", 25),
+    study("study_digits_weights", 15),
     study("study_digits_trainings", 150),
     study("study_digits_folds", 50),
     study("study_cifar10_short", 60, f" --data-dir {DATA}"),

@@ -19,8 +19,8 @@ _DIGITS = {
     "wrong_300": "300 images, 20 % wrong labels",
 }
 _EARLIER = (
-    " The variational posteriors are those of an earlier version, whose search for the prior precision could end below "
-    "the largest bound."
+    " The variational posteriors are those of an earlier version, with 100 samples of the outputs at each image. The "
+    "mean followed these."
 )
 
 SHORT = Shown("study_digits_short", _MAP | _LAST_LAYER, _DIGITS, TO_FOLDS)
@@ -149,13 +149,14 @@ TABLES = [
         [
             Remark(
                 "The Laplace evidence chooses a posterior whose probabilities are nearly uniform. The variational "
-                "posterior has less than half of its NLL with clean labels, and is still **worse than MAP** on test "
-                "images. With wrong ones it is better than MAP and worse than a temperature.",
+                "posterior has little more than a third of its NLL with clean labels, which the test images do not "
+                "tell from that of MAP; it is **worse than the temperature**. With wrong labels it is better than MAP "
+                "and worse than a temperature.",
                 all_of(
                     WEIGHTS.within(_ALL_LAPLACE, "NLL", 1.5, 2.303, ["clean_100", "wrong_100"]),
-                    WEIGHTS.within(_ALL_VARIATIONAL, "NLL", 0, 0.9, ["clean_100"]),
-                    WEIGHTS.says(_ALL_VARIATIONAL, _AGAINST_MAP, clean_100="worse", wrong_100="better"),
-                    WEIGHTS.says(_ALL_VARIATIONAL, _AGAINST_T, wrong_100="worse"),
+                    WEIGHTS.within(_ALL_VARIATIONAL, "NLL", 0.6, 0.75, ["clean_100"]),
+                    WEIGHTS.says(_ALL_VARIATIONAL, _AGAINST_MAP, clean_100="alike", wrong_100="better"),
+                    WEIGHTS.says(_ALL_VARIATIONAL, _AGAINST_T, clean_100="worse", wrong_100="worse"),
                 ),
             ),
             Remark(
@@ -273,7 +274,8 @@ TABLES = [
         "Natural images: a posterior of the last layer against MAP with a temperature",
         "A subset of CIFAR-10 with 10,000 training images, of which 2,000 train, without augmentation, and 1,000 "
         "validate; means over three seeds on 2,000 test images. One fold: a further network, trained without a tenth "
-        "of the training images, chooses the temperature and the prior precision of the last row.",
+        "of the training images, chooses the temperature and the prior precision of the last row. The variational "
+        "posterior is that of an earlier version, with 100 samples of the outputs at each image.",
         [
             Remark(
                 "Every posterior is better than MAP, and a temperature is **better than every posterior**. The "
