@@ -130,7 +130,8 @@ def study(images: int, seed: int, steps: int, names: list[str], samples: int | N
     for name in names:
         for label, approximation in (("laplace", "laplace"), ("variational", Variational(num_samples=samples))):
             results[f"{name}, {label}"] = posterior(network, sets, STRUCTURES[name], approximation, seed)
-        results[f"{name}, variational"]["fits"] = found["seconds"] / results[f"{name}, laplace"]["seconds"]
+        seconds_of = [results[f"{name}, {label}"]["seconds"] for label in ("variational", "laplace")]
+        results[f"{name}, variational"]["fits"] = seconds_of[0] / seconds_of[1]
     return results
 
 
