@@ -92,11 +92,11 @@ TABLE = Table(
             ),
         ),
         Remark(
-            'A variational fit from the weights takes 7 Laplace fits for the last layer, 15 for "full", and 70 to 180 '
-            "for the others, whose Laplace fit takes a fraction of a second where the rows of the Jacobian are kept.",
+            'A variational fit from the weights takes 9 Laplace fits for the last layer, 11 for "full", and 30 to 80 for '
+            "the others, whose Laplace fit takes a fraction of a second where the rows of the Jacobian are kept.",
             lambda rows: all(
                 low < value(rows, f"{name}, variational", "fits") < high
-                for name, low, high in zip(STRUCTURES, (14, 60, 60, 60, 6), (16, 190, 190, 190, 8), strict=True)
+                for name, low, high in zip(STRUCTURES, (10, 29, 29, 29, 8), (12, 81, 81, 81, 10), strict=True)
             ),
         ),
     ],
