@@ -92,8 +92,8 @@ TABLE = Table(
             ),
         ),
         Remark(
-            'A variational fit from the weights takes 9 Laplace fits for the last layer, 11 for "full", and 30 to 80 for '
-            "the others, whose Laplace fit takes a fraction of a second where the rows of the Jacobian are kept.",
+            'A variational fit from the weights takes 9 Laplace fits for the last layer, 11 for "full", and 30 to 80 '
+            "for the others, whose Laplace fit takes a fraction of a second where the rows of the Jacobian are kept.",
             lambda rows: all(
                 low < value(rows, f"{name}, variational", "fits") < high
                 for name, low, high in zip(STRUCTURES, (10, 29, 29, 29, 8), (12, 81, 81, 81, 10), strict=True)
