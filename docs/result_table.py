@@ -10,8 +10,9 @@ Record = dict[str, Any]
 Check = Callable[[Sequence[Row]], bool]
 
 
-def _always(rows: Sequence[Row]) -> bool:
-    return True
+def row_of(rows: Sequence[Row], label: str) -> Row:
+    """Return the row that begins with a label."""
+    return next(row for row in rows if row[0] == label)
 
 
 def all_of(*checks: Check) -> Check:
@@ -21,11 +22,11 @@ def all_of(*checks: Check) -> Check:
 
 @dataclass(frozen=True)
 class Remark:
-    """What follows from a table."""
+    """A statement below a table, and whether its numbers support it."""
 
     text: str
     """In Markdown."""
-    holds: Check = _always
+    holds: Check = lambda rows: True
     """Whether the rows still say so. Without it the remark explains, and rests on no number of the table."""
 
 
@@ -48,7 +49,7 @@ class Table:
     record: str | None = None
     """A file of `benchmarks/results`, or one by its path from the root; None for the metrics of the runs."""
     remarks: Sequence[Remark] = ()
-    """What follows from the table, below it: points of a list if there are several."""
+    """Statements below the table, as a list if there are several."""
     figures: Mapping[str, str] = field(default_factory=dict)
     """Figures below the table, in files beside the record, and what they show."""
 
@@ -68,7 +69,7 @@ class Table:
             if not remark.holds(rows):
                 raise SystemExit(
                     f"the numbers of table {self.name!r} must agree with what is said of them; they contradict: "
-                    f"{' '.join(remark.text.split())} Write that remark anew, where the table is defined"
+                    f"{remark.text} Write that remark anew, where the table is defined"
                 )
         first, rest = ("- ", "  ") if len(self.remarks) > 1 else ("", "")
         options = {"initial_indent": first, "subsequent_indent": rest, "break_on_hyphens": False}

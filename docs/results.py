@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from result_numbers import cost
-from result_table import Record
+from result_table import Record, row_of
 from result_tables import TABLES
 from run_results import METRICS
 
@@ -43,8 +43,8 @@ def headline(numbers: Record) -> list[str]:
 
 def benchmarks(numbers: Record) -> list[str]:
     """Return one row of each comparison."""
-    krylov = next(row for row in numbers["krylov"]["rows"] if row[0] == "Lanczos, depth 100, value and gradient")
-    torch = next(row for row in numbers["laplace_torch"]["rows"] if row[0] == "MLP 64-128-128, all, kron")
+    krylov = row_of(numbers["krylov"]["rows"], "Lanczos, depth 100, value and gradient")
+    torch = row_of(numbers["laplace_torch"]["rows"], "MLP 64-128-128, all, kron")
     evidence = numbers["evidence"]["rows"][0]
     cells = [
         ["Lanczos, 10,000 rows, depth 100, with gradient (`krylov.py`)", cost(krylov[1], None), "matfree 0.6.3"]

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from result_numbers import digits, spread
-from result_table import Record, Remark, Row, Table
+from result_table import Record, Remark, Row, Table, row_of
 
 METRICS = ("accuracy", "nll", "ece", "brier", "confidence", "auroc", "fpr95")
 
@@ -41,10 +41,6 @@ def write_methods(row: Row) -> list[str]:
     label, precision, *metrics, against = row
     verdict = "–" if against is None else "{} better, {} worse of {}".format(*against)
     return [label, spread(precision, digits), *map(spread, metrics), verdict]
-
-
-def row_of(rows: Sequence[Row], label: str) -> Row:
-    return next(row for row in rows if row[0] == label)
 
 
 def mean_of(rows: Sequence[Row], label: str, metric: str) -> float:

@@ -18,6 +18,7 @@ _DIGITS = {
     "clean_300": "300 images",
     "wrong_300": "300 images, 20 % wrong labels",
 }
+_FEW = {name: _DIGITS[name] for name in ("clean_100", "wrong_100")}
 _EARLIER = (
     " The variational posteriors are those of an earlier version, with 100 samples of the outputs at each image. The "
     "mean followed these."
@@ -31,7 +32,7 @@ WEIGHTS = Shown(
         posterior("lanczos-laplace"): "all weights, Laplace, by the evidence",
         posterior("lanczos-variational"): "all weights, variational, by the evidence",
     },
-    {name: _DIGITS[name] for name in ("clean_100", "wrong_100")},
+    _FEW,
 )
 TRAININGS = Shown(
     "study_digits_trainings",
@@ -52,7 +53,7 @@ TRAININGS = Shown(
         posterior("lanczos-laplace", "online"): "online: all weights, Laplace",
         posterior("lanczos-variational", "online"): "online: all weights, variational",
     },
-    {name: _DIGITS[name] for name in ("clean_100", "wrong_100")},
+    _FEW,
     TO_FOLDS,
 )
 FOLDS = Shown(
@@ -74,14 +75,13 @@ NATURAL = Shown(
 # Names of rows, for the checks of remarks.
 _LAPLACE, _VARIATIONAL = _LAST_LAYER.values()
 _ALL_LAPLACE, _ALL_VARIATIONAL = list(WEIGHTS.methods.values())[-2:]
-_OF_ADAMW, _FEW = "AdamW: all weights, variational", ("clean_100", "wrong_100")
+_OF_ADAMW = "AdamW: all weights, variational"
 _SWITCHES = tuple(
     f"the same, {switch}" for switch in ("batch normalisation folded into kernels", "g-prior", "folded, with a g-prior")
 )
-_WITH_VALIDATION = "MAP + temperature, from the validation images"
-_BY_FOLDS = "all weights, Laplace, by folds"
+_WITH_VALIDATION, _BY_FOLDS = list(FOLDS.methods.values())[-2:]
 _AGAINST_MAP, _AGAINST_T, _AGAINST_VALIDATION = TO_ALL.values()
-_CLEAN, _WRONG = ("clean_100", "clean_300"), ("wrong_100", "wrong_300")
+_CLEAN = ("clean_100", "clean_300")
 
 TABLES = [
     SHORT.table(
@@ -106,7 +106,8 @@ TABLES = [
                 "The variational posterior by its bound alone is **better than MAP** with 100 images, and with wrong "
                 "labels. With 300 clean images the test images do not tell them apart.",
                 SHORT.says(
-                    *(_VARIATIONAL, _AGAINST_MAP),
+                    _VARIATIONAL,
+                    _AGAINST_MAP,
                     clean_100="better",
                     wrong_100="better",
                     wrong_300="better",
@@ -122,7 +123,8 @@ TABLES = [
                 "trainings.",
                 all_of(
                     SHORT.says(
-                        *(_VARIATIONAL, _AGAINST_T),
+                        _VARIATIONAL,
+                        _AGAINST_T,
                         clean_300="alike",
                         clean_100="alike",
                         wrong_300="alike",
@@ -153,7 +155,7 @@ TABLES = [
                 "tell from that of MAP; it is **worse than the temperature**. With wrong labels it is better than MAP "
                 "and worse than a temperature.",
                 all_of(
-                    WEIGHTS.within(_ALL_LAPLACE, "NLL", 1.5, 2.303, ["clean_100", "wrong_100"]),
+                    WEIGHTS.within(_ALL_LAPLACE, "NLL", 1.5, 2.303, _FEW),
                     WEIGHTS.within(_ALL_VARIATIONAL, "NLL", 0.6, 0.75, ["clean_100"]),
                     WEIGHTS.says(_ALL_VARIATIONAL, _AGAINST_MAP, clean_100="alike", wrong_100="better"),
                     WEIGHTS.says(_ALL_VARIATIONAL, _AGAINST_T, clean_100="worse", wrong_100="worse"),
@@ -164,8 +166,8 @@ TABLES = [
                 "better than MAP does.",
                 all_of(
                     WEIGHTS.says(_ALL_VARIATIONAL, SHIFTED, clean_100="better"),
-                    WEIGHTS.orders("AUROC", "MAP", _ALL_LAPLACE, regimes=["clean_100", "wrong_100"]),
-                    WEIGHTS.orders("AUROC", "MAP", _ALL_VARIATIONAL, regimes=["clean_100", "wrong_100"]),
+                    WEIGHTS.orders("AUROC", "MAP", _ALL_LAPLACE, regimes=_FEW),
+                    WEIGHTS.orders("AUROC", "MAP", _ALL_VARIATIONAL, regimes=_FEW),
                 ),
             ),
             Remark(
@@ -292,7 +294,7 @@ TABLES = [
                 "The bound of the variational posterior prefers a narrower posterior than held-out images do: it "
                 "trusts the features most. The wider one of Laplace is nearer to what held-out images choose.",
                 NATURAL.orders(
-                    *("NLL", list(NATURAL.methods.values())[-1], _LAPLACE, _VARIATIONAL), regimes=["clean_2000"]
+                    "NLL", list(NATURAL.methods.values())[-1], _LAPLACE, _VARIATIONAL, regimes=["clean_2000"]
                 ),
             ),
         ],

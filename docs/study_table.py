@@ -34,9 +34,9 @@ class Shown:
     study: str
     """Name of the config and of the work directory."""
     methods: Mapping[Method, str]
-    """What the table calls each method, in its order."""
+    """The rows of each regime in their order: methods, and their names in the table."""
     regimes: Mapping[str, str]
-    """What it calls each regime, in its order."""
+    """The regimes in their order, and their names in the table."""
     differences: Mapping[str, str] = field(default_factory=lambda: TO_ALL)
     """Its columns of differences."""
 

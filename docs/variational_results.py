@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 from result_numbers import digits
-from result_table import Record, Remark, Row, Table
+from result_table import Record, Remark, Row, Table, row_of
 
 _NUMBERS = ("prior_precision", "evidence", "train_nll", "nll", "ece", "probit_nll", "fits")
 
@@ -14,7 +14,7 @@ STRUCTURES = ("full", "Lanczos", "kron", "diagonal", "last layer, full")
 
 def value(rows: Sequence[Row], method: str, name: str) -> float:
     """Return a number of a method; "inf" is above all others."""
-    return float(next(row for row in rows if row[0] == method)[1 + _NUMBERS.index(name)])
+    return float(row_of(rows, method)[1 + _NUMBERS.index(name)])
 
 
 def read(records: list[Record]) -> list[Row]:

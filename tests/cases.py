@@ -105,6 +105,33 @@ class Convolutions(nn.Module):
         return nn.Dense(3, name="head")(nn.LayerNorm(name="norm")(x).reshape(x.shape[0], -1))
 
 
+class Positions(nn.Module):
+    """Convolutions that predict three classes at each of four positions of inputs (N, 5, 2)."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(3, (2,), padding="VALID", name="second")(jnp.tanh(nn.Conv(4, (2,), name="first")(x)))
+
+
+class Labelled(NamedTuple):
+    """A network at random weights, inputs, labels of each position, and how much each example counts."""
+
+    network: bnnlaplace.Network
+    inputs: np.ndarray
+    labels: np.ndarray
+    weights: np.ndarray
+
+
+def at_positions(count: int) -> Labelled:
+    """`Positions` with that many examples, in float64 if that is on."""
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(count, 5, 2))
+    params = Positions().init(jax.random.key(0), inputs)["params"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
+    network = bnnlaplace.Network.from_linen(Positions(), {"params": params})
+    return Labelled(network, inputs, rng.integers(3, size=(count, 4)), rng.uniform(0.5, 2, size=count))
+
+
 class Transformer(nn.Module):
     """Embeddings, attention, and a gate for each of several outputs."""
 

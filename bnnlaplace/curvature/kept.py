@@ -20,10 +20,7 @@ from bnnlaplace.core.linalg import einsum
 from bnnlaplace.core.summation import accumulated
 from bnnlaplace.core.types import Inputs
 from bnnlaplace.curvature import microbatch as mb
-from bnnlaplace.curvature.rows import (
-    RowSizes,
-    in_parts,
-)
+from bnnlaplace.curvature.rows import RowSizes, in_parts
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.data import Batch
 from bnnlaplace.model.likelihood import Likelihood

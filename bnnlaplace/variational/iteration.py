@@ -187,13 +187,8 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
                 f"converged with max_vectors={context.krylov.max_vectors}; the smallest at which it has was used; "
                 "raise max_vectors, or state the prior precision"
             )
-    if not best.settled.is_settled:
-        checks.warn(
-            f"the mean of the variational posterior has not settled in {context.options.max_newton_steps} Newton "
-            "steps; raise Variational(max_newton_steps=...), or use a larger prior precision"
-        )
     fresh = _with_fresh_samples(context, best)
-    _warn_if_fitted_to_samples(context, best.terms, fresh.terms)
+    _warn_of_mean(context, best, fresh.terms)
     return fresh, progress
 
 
@@ -302,8 +297,14 @@ def _warn_unless_settled(change: float, move: prior_step.Move | None, gives_up: 
     )
 
 
-def _warn_if_fitted_to_samples(context: Context, own: Terms, fresh: Terms) -> None:
-    """Warn if the bound is much lower with fresh samples than with those of the fit."""
+def _warn_of_mean(context: Context, best: Iterate, fresh: Terms) -> None:
+    """Warn if the mean has not settled, or the bound is much lower with fresh samples than with those of the fit."""
+    if not best.settled.is_settled:
+        checks.warn(
+            f"the mean of the variational posterior has not settled in {context.options.max_newton_steps} Newton "
+            "steps; raise Variational(max_newton_steps=...), or use a larger prior precision"
+        )
+    own = best.terms
     gap = own.elbo - fresh.elbo
     if math.isfinite(gap) and gap > max(context.options.tolerance, FITTED_TO_SAMPLES * math.hypot(own.sem, fresh.sem)):
         checks.warn(
@@ -329,7 +330,6 @@ def _settled(
         scale=context.scale,
         tolerance=OF_TOLERANCE * options.tolerance,
         max_steps=0 if options.fixed_mean else options.max_newton_steps,
-        microbatch=context.microbatch,
     )
     proposed = sites_of(model.likelihood, settled.draws, context.by_samples)
     terms = terms_of(settled.expected, settled.mean, prior, structure, gamma, scale=context.scale)

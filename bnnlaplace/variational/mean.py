@@ -22,7 +22,6 @@ from bnnlaplace.fitting.prepare import Model
 from bnnlaplace.variational.draws import Draws
 from bnnlaplace.variational.expectations import Expectations, expectations, log_likelihood_at
 from bnnlaplace.variational.newton import Move, Newton
-from bnnlaplace.variational.newton_weights import pulled
 from bnnlaplace.variational.sites import at_sites, sites_of
 
 # Halvings of a step, and Armijo's constant.
@@ -63,7 +62,6 @@ def settle(
     scale: float,
     tolerance: float,
     max_steps: int,
-    microbatch: int,
 ) -> MeanStep:
     """Maximise the bound over the mean of the weights, at the deviations of `draws`.
 
@@ -79,8 +77,8 @@ def settle(
         (all training examples) / (examples in the data).
     tolerance
         Newton's method ends if a step promises to gain less than this, in nats.
-    max_steps, microbatch
-        The largest number of Newton steps, and how many examples are linearised at a time.
+    max_steps
+        The largest number of Newton steps.
     """
     draws, products, decrement = list(draws), 0, np.inf
     for step in range(max_steps + 1):  # noqa: B007
@@ -96,9 +94,8 @@ def settle(
             break
         move.go(length)
         draws = [each._replace(mean=each.mean + length * by) for each, by in zip(draws, move.images, strict=True)]
-    gradient = pulled(model, expected, scale, microbatch=microbatch)
     is_settled = step < max_steps or max_steps == 0 or 0.5 * decrement <= tolerance
-    return MeanStep(newton.mean(), draws, expected, gradient, step, products, is_settled)
+    return MeanStep(newton.mean(), draws, expected, newton.gradient(expected), step, products, is_settled)
 
 
 def _line_search(model: Model, draws: Sequence[Draws], move: Move, scale: float) -> float:

@@ -21,11 +21,10 @@ from jaxtyping import Array, Float
 
 from bnnlaplace.core.tree import number_type
 from bnnlaplace.fitting.prepare import Model
-from bnnlaplace.model.likelihoods import sites
 from bnnlaplace.prior import Prior
 from bnnlaplace.variational.expectations import Expectations
-from bnnlaplace.variational.newton import Move, Newton
-from bnnlaplace.variational.sites import are_by_samples
+from bnnlaplace.variational.newton import Move, Newton, pulled, pushed
+from bnnlaplace.variational.sites import are_by_samples, factors_at
 
 # The most outputs of all examples together. Their matrix is then factorised in a tenth of a second on one core.
 MOST_OUTPUTS = 2048
@@ -79,15 +78,12 @@ class OutputNewton(Newton):
         scale: float,
         microbatch: int,
     ) -> None:
-        self._model, self._prior, self._kernel = model, prior, kernel
-        self._scale, self._microbatch = scale, microbatch
-        self._centre = np.asarray(prior.mean, np.float64)
-        self._precision = np.asarray(float(prior.precision) * np.asarray(prior.relative, np.float64))
+        super().__init__(model, prior, scale=scale, microbatch=microbatch)
+        self._kernel = kernel
         # u = share * start + P0^-1 J' dual, with its images J u and u' P0 u.
         self._start, self._share = mean - self._centre, 1.0
         self._dual = np.zeros(len(kernel))
-        row = jnp.asarray(self._start, number_type(model.network.params))[None]
-        self._images = _flat([each[0] for each in model.rows.pushed(row)])
+        self._images = _flat(pushed(model, self._start, microbatch=microbatch))
         self._form = float(prior.precision) * float(prior.squared_norm(self._start))
 
     def move(self, at_sites: Model, expected: Sequence[Expectations]) -> Move:
@@ -122,16 +118,13 @@ class OutputNewton(Newton):
 
     def mean(self) -> Float[np.ndarray, " P"]:
         """The mean where the steps have led."""
-        pulled = self._model.rows.pulled(self._by_batch(self._dual))
-        from_outputs = np.asarray(pulled, np.float64) / self._precision
-        return self._centre + self._share * self._start + from_outputs
+        of_outputs = pulled(self._model, self._by_batch(self._dual), microbatch=self._microbatch)
+        return self._centre + self._share * self._start + of_outputs / self._precision
 
     def _factors(self, at_sites: Model) -> Float[np.ndarray, "N C C"]:
         """A at each position of each example, times the root of how much it counts."""
-        there = at_sites.curvature_at(microbatch=self._microbatch)
-        of_batches = [each.by_roots(sites.factors_of(at_sites.likelihood, each.points)) for each in there]
-        parts = [np.asarray(each, np.float64).reshape(-1, *each.shape[-2:]) for each in of_batches]
-        return np.sqrt(self._scale) * np.concatenate(parts)
+        of_batches = factors_at(at_sites, self._scale, microbatch=self._microbatch)
+        return np.concatenate([np.asarray(each, np.float64).reshape(-1, *each.shape[-2:]) for each in of_batches])
 
     def _by_batch(self, outputs: Float[np.ndarray, " R"]) -> list[Float[Array, "B ... C"]]:
         dtype = number_type(self._model.network.params)

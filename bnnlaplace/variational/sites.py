@@ -94,7 +94,9 @@ def at_sites(model: Model, where: Sites) -> Model:
 
 def factors_of(model: Model, where: Sites, scale: float, *, microbatch: int) -> list[Float[Array, "B ... C C"]] | None:
     """Return A with A A' = W of each batch, times how much an example counts; None if sites are samples."""
-    if where.by_samples:
-        return None
-    there = at_sites(model, where).curvature_at(microbatch=microbatch)
-    return [math.sqrt(scale) * each.by_roots(each.points) for each in there]
+    return None if where.by_samples else factors_at(at_sites(model, where), scale, microbatch=microbatch)
+
+
+def factors_at(there: Model, scale: float, *, microbatch: int) -> list[Float[Array, "B ... C C"]]:
+    """Return the same for a model that is at sites which are matrices."""
+    return [math.sqrt(scale) * each.by_roots(each.points) for each in there.curvature_at(microbatch=microbatch)]

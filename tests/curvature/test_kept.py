@@ -1,6 +1,6 @@
 """Products from rows of the Jacobian in memory are those without them. Rows are kept only where they pay and fit."""
 
-import flax.linen as nn
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,22 +22,9 @@ from bnnlaplace.variational import newton_outputs
 COUNT = 11
 
 
-class Positions(nn.Module):
-    """Convolutions that predict three classes at each of four positions."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Conv(3, (2,), padding="VALID", name="second")(jnp.tanh(nn.Conv(4, (2,), name="first")(x)))
-
-
 @pytest.fixture
 def problem(x64):
-    rng = np.random.default_rng(0)
-    inputs = rng.normal(size=(COUNT, 5, 2))
-    params = Positions().init(jax.random.key(0), inputs)["params"]
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
-    network = bnnlaplace.Network.from_linen(Positions(), {"params": params})
-    return network, inputs, rng.integers(3, size=(COUNT, 4)), rng.uniform(0.5, 2, size=COUNT)
+    return cases.at_positions(COUNT)
 
 
 def kept_and_where(network, likelihood, data):

@@ -1,6 +1,6 @@
 """A Newton step of the mean is that of the dense Hessian, in the space of the outputs and in that of the weights."""
 
-import flax.linen as nn
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,27 +25,15 @@ from bnnlaplace.variational.sites import at_sites, sites_of
 SCALE, DELTA = 2.5, 0.3
 
 
-class Positions(nn.Module):
-    """Convolutions that predict three classes at each of four positions."""
-
-    @nn.compact
-    def __call__(self, x):
-        return nn.Conv(3, (2,), padding="VALID", name="second")(jnp.tanh(nn.Conv(4, (2,), name="first")(x)))
-
-
 @pytest.fixture
 def problem(x64):
     """A model that keeps rows, in two batches of which one is padded, with examples that count differently."""
-    rng = np.random.default_rng(0)
-    inputs, labels, weights = rng.normal(size=(11, 5, 2)), rng.integers(3, size=(11, 4)), rng.uniform(0.5, 2, size=11)
-    params = Positions().init(jax.random.key(0), inputs)["params"]
-    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), params)
-    network = bnnlaplace.Network.from_linen(Positions(), {"params": params})
+    network, inputs, labels, weights = cases.at_positions(11)
     data = as_data([(inputs[:6], labels[:6], weights[:6]), (inputs[6:], labels[6:], weights[6:])])
     for _ in data:
         pass
     rows = keep(network, data, num_products=1000, microbatch=4)
-    count = len(ravel(params))
+    rng, count = np.random.default_rng(1), len(ravel(network.params))
     prior = Prior(DELTA, rng.uniform(0.5, 2, size=count), rng.normal(size=count))
     model = Model(network.linearised(), network, bnnlaplace.categorical(), data, None, rows)
     return model, prior, (inputs, labels, weights)
