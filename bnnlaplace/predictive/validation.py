@@ -255,7 +255,7 @@ def _scores(
         options = {"link_approx": link_approx, "microbatch": microbatch}
         return np.array([_scores_of_variances(fitted, batch, grid, **options) for fitted in posteriors])
     if has_classes(likelihood):
-        expected = partial(link.monte_carlo, likelihood)
+        expected = partial(link.monte_carlo_double, likelihood)
 
         def score(posterior: FunctionalPosterior) -> list[float]:
             return _class_score(likelihood, expected, posterior.mean, posterior.deviations, *targets)
@@ -286,13 +286,14 @@ def _scores_of_variances(
     variances = functional_variances(fitted, inputs, grid, **options)
     if is_regression:
         return np.array([_gaussian_score(likelihood, mean, variance, *targets) for variance in variances])
-    expected = partial(link.probit, likelihood) if link_approx == "probit" else link.bridge_mean
+    function = partial(link.probit, likelihood) if link_approx == "probit" else link.bridge_mean
+    expected = partial(link.in_double, function)
     return np.array([_class_score(likelihood, expected, mean, variance, *targets) for variance in variances])
 
 
 def _class_score(
     likelihood: Likelihood,
-    expected: Callable[[Array, Array], Array],
+    expected: Callable[[Array, Array], np.ndarray],
     mean: Float[Array, "b ... C"],
     spread: Float[Array, "..."],
     targets: Num[AnyArray, "b ..."],
@@ -300,21 +301,21 @@ def _class_score(
 ) -> list[float]:
     """Score class labels, soft targets or binary targets: the summed NLL, how many labels count, the gaps of bins.
 
-    `expected` maps the mean of the outputs and their `spread`, variances or samples, to E[y].
+    `expected` maps the mean of the outputs and their `spread`, variances or samples, to E[y] in double precision.
     """
     if likelihood.name == "binary":
         # P(class 0) is computed as that of class 1 for -f: 1 - p would be zero where p rounds to 1.
-        probs = jnp.stack([expected(-mean, -spread if spread.ndim > mean.ndim else spread), expected(mean, spread)], -1)
+        of_zero = expected(-mean, -spread if spread.ndim > mean.ndim else spread)
+        probs = np.stack([of_zero, expected(mean, spread)], axis=-1)
         targets = np.asarray(targets, np.float64)
         is_hard = np.isin(targets, (0, 1)).all()
         targets = targets.astype(np.int64) if is_hard else np.stack([1 - targets, targets], axis=-1)
     else:
         probs, targets = expected(mean, spread), np.asarray(targets)
-    probs = np.asarray(probs)
     of_labels = _over(weights, probs.shape[:-1])
     if targets.shape == probs.shape:  # soft targets
         with np.errstate(divide="ignore", invalid="ignore"):
-            terms = np.where(targets > 0, targets * np.log(probs.astype(np.float64)), 0.0)
+            terms = np.where(targets > 0, targets * np.log(probs), 0.0)
         return [*_sums(terms.sum(axis=-1), of_labels), np.nan]
     probs, labels, of_labels = probs.reshape(-1, probs.shape[-1]), targets.reshape(-1), of_labels.reshape(-1)
     known = of_labels > 0

@@ -121,6 +121,32 @@ def test_monte_carlo_is_the_mean_over_samples(x64, seed):
     assert (np.abs(found - (p + curvature * 0.3**2 / 2)) <= 4 * sem + 0.3**4 / 8).all()
 
 
+def test_an_average_in_double_precision_keeps_what_single_precision_would_lose():
+    """Probabilities of zero, whose labels have an infinite NLL."""
+    mean = np.float32([[0.0, 200.0], [0.0, 0.0]])
+    deviations = np.float32([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 10.0], [-1.0, 0.0]]])
+    probs = link.monte_carlo_double(bnnlaplace.categorical(), mean, deviations)
+    np.testing.assert_array_equal(link.monte_carlo(bnnlaplace.categorical(), mean, deviations)[0], [0, 1])
+    np.testing.assert_allclose(np.log(probs[0, 0]), np.logaddexp(-200, -210) - np.log(2), rtol=1e-12)
+    np.testing.assert_allclose(probs[1], [0.5, 0.5], rtol=1e-12)
+
+
+@pytest.mark.parametrize("link_approx", ["probit", "mc"])
+@pytest.mark.parametrize("likelihood", ["classification", "binary"])
+def test_the_validation_nll_of_a_label_that_is_far_off_is_finite(likelihood, link_approx):
+    """With logits of some hundreds its probability is zero in single precision."""
+    outputs = 2 if likelihood == "classification" else 1
+    weights = np.float32([[1.0, -0.5], [0.5, 1.0]])[:, :outputs]
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, weights)
+    x = np.float32(RNG.choice([-1, 1], size=(20, 2)))
+    y = RNG.integers(0, 2, size=20) if outputs == 2 else RNG.integers(0, 2, size=(20, 1))
+    la = bnnlaplace.Laplace(network, likelihood, hessian_structure="full", prior_precision=1e4).fit((x, y))
+    options = {"link_approx": link_approx, "key": jax.random.key(0)}
+    curve = la.validation_curve(200 * x, y, [1e4, 1e5], **options)
+    nll = curve.negative_log_likelihood
+    assert np.isfinite(nll).all() and (nll > 30).all()
+
+
 @pytest.fixture
 def classifier(x64):
     x, y = RNG.normal(size=(30, 2)), RNG.integers(0, 3, size=30)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -313,15 +314,13 @@ class _HeldOut:
         """Evaluate the predictive of one posterior through each link."""
         variance = np.diagonal(posterior.variance, axis1=1, axis2=2)
         by_link = {
-            "MC": link.monte_carlo(la.likelihood, posterior.mean, posterior.deviations),
-            PROBIT: link.probit(la.likelihood, posterior.mean, variance),
+            "MC": link.monte_carlo_double(la.likelihood, posterior.mean, posterior.deviations),
+            PROBIT: link.in_double(partial(link.probit, la.likelihood), posterior.mean, variance),
         }
         approximation = "Laplace" if la.fitted.bound is None else "variational"
         described = {"structure": name.split(",")[0], "approximation": approximation}
         described |= {"prior_choice": choice, "prior_precision": precision}
         for link_name, probs in by_link.items():
-            probs = np.asarray(probs, np.float64)
-            probs /= probs.sum(axis=1, keepdims=True)  # Rows should sum to one in double precision too.
             yield self._result(probs, **described, link=link_name)
 
     def _result(self, probs: np.ndarray, **description: Any) -> MethodResult:

@@ -3,12 +3,12 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from scipy.special import softmax
 
 from bnnlaplace import Laplace, Network, Variational
 from bnnlaplace.core.tree import leaf_names
@@ -87,8 +87,8 @@ def methods_of(
     for (choice, precision), prediction in zip(fit.choices.items(), predictions, strict=True):
         variance = np.diagonal(prediction.variance, axis1=1, axis2=2)
         by_link = {
-            "MC": _monte_carlo(prediction.mean, prediction.deviations),
-            "probit": link.probit(la.likelihood, prediction.mean, variance),
+            "MC": link.monte_carlo_double(la.likelihood, prediction.mean, prediction.deviations),
+            "probit": link.in_double(partial(link.probit, la.likelihood), prediction.mean, variance),
         }
         evidence = la.evidence_curve([precision]).log_marginal_likelihood
         description = {
@@ -106,17 +106,6 @@ def methods_of(
         for name, probs in by_link.items():
             bins = config.evaluation.bins
             yield measured(probs, held_out, bins, measures.splits, **description, link=name)
-
-
-def _monte_carlo(mean: Any, deviations: Any) -> np.ndarray:
-    """Average class probabilities over samples in double precision.
-
-    In single precision a class whose logit is 104 below the largest in all samples has probability 0, and its NLL is
-    infinite, which no interval could take.
-    """
-    mean = np.asarray(mean, np.float64)
-    total = sum(softmax(mean + np.asarray(deviation, np.float64), axis=-1) for deviation in deviations)
-    return total / len(deviations)
 
 
 def _network(posterior: Posterior, trained: Trained, config: Config, of: RegimeData) -> tuple[Network, Any]:

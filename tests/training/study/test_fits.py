@@ -7,16 +7,7 @@ import numpy as np
 from bnnlaplace.predictive.validation import ValidationCurve
 from training.config import Config
 from training.study.config import Measures
-from training.study.fits import VALIDATION, _by_validation, _is_of_no_normalisation, _monte_carlo, recorded
-
-
-def test_an_average_over_samples_keeps_probabilities_that_single_precision_would_lose():
-    mean = np.float32([[0.0, 200.0], [0.0, 0.0]])
-    deviations = np.float32([[[0.0, 0.0], [1.0, 0.0]], [[0.0, 10.0], [-1.0, 0.0]]])
-    probs = _monte_carlo(mean, deviations)
-    assert probs[0, 0] > 0
-    np.testing.assert_allclose(np.log(probs[0, 0]), np.logaddexp(-200, -210) - np.log(2), rtol=1e-12)
-    np.testing.assert_allclose(probs[1], [0.5, 0.5], rtol=1e-12)
+from training.study.fits import VALIDATION, _by_validation, _is_of_no_normalisation, recorded
 
 
 def test_scales_and_biases_of_normalisation_layers_are_told_from_others():
