@@ -172,7 +172,8 @@ class Fitted(NamedTuple):
         if _has_same_ratios(prior, self.prior):  # a structure may remember what it has factorised
             return self._replace(prior=prior)
         structure = self.structure.whitened(prior.relative / self.prior.relative)
-        return self._replace(prior=prior, structure=check_in_range(structure))
+        bound = None if self.bound is None else self.bound._replace(precision=np.float64(np.nan))
+        return self._replace(prior=prior, structure=check_in_range(structure), bound=bound)
 
     def with_sigma_noise(self, sigma_noise: float | Float[ArrayLike, "*C"]) -> "Fitted":
         """The same posterior of a regression at another noise. No curvature is computed again.
@@ -220,15 +221,16 @@ class Fitted(NamedTuple):
     def log_marginal_likelihood(self) -> Estimate:
         """The log evidence at the prior; if that is a posterior of earlier data, given those.
 
-        Of a variational posterior it is the evidence lower bound. At another prior than that of the fit it is the bound
-        with the mean and the averaged curvature as they are, to second order in the change of the covariance.
+        Of a variational posterior it is the evidence lower bound. At another prior than that of the fit that is
+        extrapolated, with the mean and the averaged curvature as they are: the expected log likelihood is taken for
+        linear in the covariance. It is no bound there.
         """
         self.check_known("the evidence")
         others = self.log_joint()(self.prior.quadratic_form(self.network.params))
         # G holds the curvature of earlier data, too. What it adds to the precision of the prior counts.
         forms = self.structure.log_determinant(float(self.prior.precision)) - self.prior.log_determinant()
         estimate = estimate_of_forms(others, forms)
-        return estimate if self.bound is None else self.bound.of(estimate)
+        return estimate if self.bound is None else self.bound.of(estimate, float(self.prior.precision))
 
     def evidence_curve(self, precisions: Iterable[float] | None) -> EvidenceCurve:
         """The log evidence at each tau, with D as it is; by default at 61 over six decades around the maximum."""
@@ -241,7 +243,7 @@ class Fitted(NamedTuple):
         found = curve(self.structure.log_determinant, self.log_joint(), self.squared_distance, grid)
         if self.bound is None:
             return found
-        return found._replace(log_marginal_likelihood=self.bound.of(found.log_marginal_likelihood))
+        return found._replace(log_marginal_likelihood=self.bound.extrapolated(found.log_marginal_likelihood))
 
     def evidence_optimum(self) -> PriorOptimum:
         """The tau that maximises the evidence, and an interval for the errors of probes and truncation."""

@@ -209,8 +209,8 @@ class Laplace:
         key
             Seeds the probes of "lanczos", and the samples of "variational".
         mean
-            "network": expand around the weights of the network. "linear": replace the network by its linearisation
-            there, and expand around the mode of its log joint, whatever training did. "variational" does so anyway.
+            "network": expand around the weights. "linear": replace the network by its linearisation there, for later
+            fits of the result as well, and expand around the mode of its log joint. "variational" does so anyway.
         num_data
             Size of the training set if `data` is a random subset: all sums count num_data / (weight of `data`) times.
         num_probes, max_vectors
@@ -250,7 +250,7 @@ class Laplace:
         return memory_estimate(self.state, self.settings, as_data(data), max_vectors=max_vectors, microbatch=microbatch)
 
     def log_marginal_likelihood(self, prior_precision: Precision | None = None) -> Estimate:
-        """The log evidence in nats at `prior_precision`, by default at the object's own; a `LowerBound` if variational.
+        """Log evidence in nats at `prior_precision`, by default its own, where a variational fit has a `LowerBound`.
 
         `sem` is the standard error over the probes, 0 if the evidence is exact, without the truncation of Lanczos,
         which lowers the mean by at most `krylov_error().log_determinant / 2`. "lanczos" answers at its own ratios.
@@ -260,8 +260,8 @@ class Laplace:
     def evidence_curve(self, precisions: Iterable[float] | None = None) -> EvidenceCurve:
         """The log evidence at many prior precisions, by default 61 over six decades around the maximum.
 
-        If the prior is not isotropic they are geometric means over the weights, whose ratios are kept. Of a variational
-        posterior it is a `LowerBound`, with the mean and the averaged curvature of the fit at all precisions.
+        If the prior is not isotropic they are geometric means over the weights, whose ratios are kept. A variational
+        posterior extrapolates its lower bound from the precision of its fit: elsewhere the curve is no bound.
         """
         return self.fitted.evidence_curve(precisions)
 

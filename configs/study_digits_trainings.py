@@ -5,9 +5,9 @@ Command    python -m training.study --config configs/study_digits_trainings.py \
 Data       digits (embedded): 100 training images, clean and with 20 % wrong labels; 180 validation and 360 test images,
            10 classes; 5 shifts of 200 test images at 5 severities; the test images inverted, and noise
 Hardware   2 CPU cores, no GPU, under 4 GB of memory
-Time       two to three hours on one core: a cell takes a quarter of an hour
+Time       about two hours on one core: a cell takes 8 to 14 minutes
 Expected   The table of docs/results.md: with 100 images MAP of AdamW .61, its ensemble .41, its variational posterior
-           .75, and .66 with folded kernels and a g-prior; MAP of posthoc .80, of online .91
+           .69, and .60 with folded kernels and a g-prior; MAP of posthoc .80, of online .91, of joint 2.1
 Methods    MAP by AdamW, alone and with a temperature from folds of the training images; a deep ensemble of five; MAP
            for a prior that stays ("posthoc"), for one that the evidence updates ("online"), and with weights that
            follow the evidence as well ("joint"), each with posteriors of the last layer and of all weights, by their

@@ -17,6 +17,7 @@ from training.config import Config, Curvature, Data, Evaluation, Model, Optimize
 from training.study.config import Measures, Posterior, Regime, Study, Training
 
 FEW = {"data.train_examples": 100, "optimizer.epochs": 120, "optimizer.polish_epochs": 240}
+SOME = {"data.train_examples": 300, "optimizer.epochs": 60, "optimizer.polish_epochs": 120}
 WRONG = {"data.wrong_labels": 0.2}
 
 study = Study(
@@ -31,12 +32,15 @@ study = Study(
     regimes=(
         Regime("clean_100", FEW),
         Regime("wrong_100", FEW | WRONG),
+        Regime("clean_300", SOME),
+        Regime("wrong_300", SOME | WRONG),
     ),
     seeds=(0, 1, 2, 3, 4),
     trainings=(Training("adamw", weight_decay=0.5),),
     posteriors=(
         Posterior("lanczos", "laplace"),
         Posterior("lanczos", "variational"),
+        Posterior("lanczos", "variational", prior="g", folded=True),
     ),
     measures=Measures(foreign=("inverted", "noise"), max_iterations=20),
     shown=("adamw.map", "adamw.map-t-split", "adamw.lanczos-laplace", "adamw.lanczos-variational"),

@@ -1,7 +1,8 @@
 """The tables of results: where the numbers of each come from, and how they are written. See `docs/results.py`."""
 
+import evidence_studies
 import run_results
-import study_results
+import training_studies
 import variational_results
 from result_numbers import cost, digits, ratio
 from result_table import Record, Remark, Row, Table
@@ -138,7 +139,8 @@ def write_evidence(row: Row) -> list[str]:
 TABLES = [
     *run_results.TABLES,
     variational_results.TABLE,
-    *study_results.TABLES,
+    *evidence_studies.TABLES,
+    *training_studies.TABLES,
     Table(
         "krylov",
         "Lanczos, Arnoldi and their adjoints beside matfree",

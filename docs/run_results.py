@@ -162,8 +162,8 @@ TABLES = [
         "evidence_of_runs",
         "The evidence of the whole GGN and of its diagonal",
         SUMMARISE,
-        "The highest log evidence on the grid, in nats, and the highest lower bound of the variational posteriors, at "
-        "the sites of the fit: mean, lowest and highest of the three runs.",
+        "The highest log evidence on the grid, in nats, and that of the lower bound of the variational posteriors, as "
+        "it extrapolates from the fit: mean, lowest and highest of the three runs.",
         ("structure", "highest log evidence or lower bound"),
         read_evidence_of_runs,
         lambda row: [row[0], spread(row[1], "{:,.0f}".format)],
@@ -179,7 +179,8 @@ TABLES = [
         write_modes,
         remarks=[
             Remark(
-                "The weights are near a mode, but not at it, so the evidence is that of a point beside its mode.",
+                "The mode is further from the weights than one standard deviation, and nearer than a posterior sample. "
+                "So the weights are near a mode and not at it, and the evidence is that of a point beside its mode.",
                 lambda rows: all(rows[at][1] > 1 and rows[at][2] < rows[at + 1][1] for at in (1, 3)),
             )
         ],

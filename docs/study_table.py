@@ -1,6 +1,6 @@
 """A table of a study: what its summary says of a few methods in each regime, and checks of remarks on it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +20,27 @@ def posterior(name: str, training: str = "adamw", choice: str = "evidence") -> M
     return training, name, choice, "probit"
 
 
+AVERAGED, CALIBRATED = "NLL, averaged over samples", "NLL, calibrated"
 SHIFTED = "under shifts, minus MAP + T of folds"
 KEY = ("training", "method", "prior", "link")
 # What a difference in NLL is to, by its name in a summary.
 TO_FOLDS = {"MAP": "minus MAP", "MAP + T": "minus MAP + T of folds"}
 TO_ALL = TO_FOLDS | {"MAP + T (validation)": "minus MAP + T of validation"}
+AGAINST_MAP, AGAINST_T, AGAINST_VALIDATION = TO_ALL.values()
+
+# Rows and regimes of several tables, and their names there.
+MAP: dict[Method, str] = {
+    point("map"): "MAP",
+    point("map-t-split"): "MAP + temperature, from folds of the training images",
+    point("map-t-validation"): "MAP + temperature, from the validation images",
+}
+DIGITS = {
+    "clean_100": "100 images",
+    "wrong_100": "100 images, 20 % wrong labels",
+    "clean_300": "300 images",
+    "wrong_300": "300 images, 20 % wrong labels",
+}
+FEW = {name: DIGITS[name] for name in ("clean_100", "wrong_100")}
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,8 @@ class Shown:
     @property
     def columns(self) -> tuple[str, ...]:
         """Heads of the columns."""
-        return ("training images", "method", "NLL", *self.differences.values(), SHIFTED, "ECE", "AUROC")
+        numbers = ("NLL", AVERAGED, CALIBRATED, *self.differences.values(), SHIFTED, "ECE", "AUROC")
+        return ("training images", "method", *numbers)
 
     def says(self, method: str, column: str, **verdicts: str) -> Check:
         """Return a check of a column of differences: "better", "alike" or "worse" by the name of the regime.
@@ -74,6 +91,16 @@ class Shown:
 
         return check
 
+    def rises(self, method: str, *columns: str, regimes: Iterable[str]) -> Check:
+        """Return a check that the numbers of a method rise in this order of columns, in some regimes."""
+        places = [self.columns.index(column) for column in columns]
+
+        def check(rows: Sequence[Row]) -> bool:
+            found = {row[0]: [row[at] for at in places] for row in rows if row[1] == method}
+            return all(found[self.regimes[regime]] == sorted(found[self.regimes[regime]]) for regime in regimes)
+
+        return check
+
     def orders(self, column: str, *methods: str, regimes: Sequence[str]) -> Check:
         """Return a check that the numbers of a column rise in this order of methods, in some regimes."""
         at = self.columns.index(column)
@@ -99,7 +126,7 @@ class Shown:
         return Table(name, heading, command, text, self.columns, self.read, write, record, remarks, figures or {})
 
     def read(self, records: list[dict[str, Any]]) -> list[Row]:
-        """Turn a summary into rows: regime, method, NLL, its differences, that under shifts, ECE and AUROC."""
+        """Turn a summary into rows: regime, method, three kinds of NLL, differences, that under shifts, ECE, AUROC."""
         rows = []
         for regime, label in self.regimes.items():
             of_regime = records[0]["regimes"][regime]
@@ -110,15 +137,17 @@ class Shown:
                 numbers, to = by_key[key]["numbers"], by_key[key]["differences"]
                 differences = [_interval(to.get(other, {}).get("nll")) for other in self.differences]
                 shifted = _interval(to.get("MAP + T", {}).get("shift_nll"))
-                measured = numbers["ece"], numbers["auroc"]["noise"]
-                rows.append([label, name, numbers["nll"], *differences, shifted, *measured])
+                averaged = by_key.get((*key[:-1], "MC"), {}).get("numbers", {}).get("nll")
+                nll = numbers["nll"], averaged, -numbers["calibrated"]
+                rows.append([label, name, *nll, *differences, shifted, numbers["ece"], numbers["auroc"]["noise"]])
         return rows
 
 
 def write(row: Row) -> list[str]:
     """Write a row of numbers. A difference whose interval excludes zero is bold."""
-    regime, name, nll, *differences, ece, auroc = row
-    return [regime, name, f"{nll:.3f}", *map(_difference, differences), f"{ece:.3f}", f"{auroc:.3f}"]
+    regime, name, nll, averaged, calibrated, *differences, ece, auroc = row
+    numbers = ["–" if number is None else f"{number:.3f}" for number in (nll, averaged, calibrated)]
+    return [regime, name, *numbers, *map(_difference, differences), f"{ece:.3f}", f"{auroc:.3f}"]
 
 
 def _interval(difference: dict[str, Any] | None) -> list[float] | None:

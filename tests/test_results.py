@@ -127,13 +127,13 @@ def test_a_study_of_which_units_are_missing_is_kept(results):
     import study_table
 
     row = dict(zip(study_table.KEY, study_table.point("map"), strict=True))
-    row["numbers"] = {"nll": 0.5, "ece": 0.1, "auroc": {"noise": 0.9}}
+    row["numbers"] = {"nll": 0.5, "calibrated": -0.4, "ece": 0.1, "auroc": {"noise": 0.9}}
     row["differences"] = {"MAP + T": {"nll": {"value": 0.2, "low": 0.1, "high": 0.3}, "shift_nll": None}}
     shown = study_table.Shown("study", {study_table.point("map"): "MAP"}, {"few": "10 images"})
     summary = {"regimes": {"few": {"missing": 0, "methods": [row]}}}
     (numbers,) = shown.read([summary])
     assert study_table.write(numbers) == [
-        *("10 images", "MAP", "0.500", "\N{EN DASH}", "**+0.200 [+0.100, +0.300]**"),
+        *("10 images", "MAP", "0.500", "\N{EN DASH}", "0.400", "\N{EN DASH}", "**+0.200 [+0.100, +0.300]**"),
         *("\N{EN DASH}", "\N{EN DASH}", "0.100", "0.900"),
     ]
     assert len(shown.table("name", "heading", "text", []).columns) == len(numbers)
@@ -144,13 +144,16 @@ def test_a_study_of_which_units_are_missing_is_kept(results):
 
 def test_a_remark_that_the_numbers_contradict_is_refused(results):
     """So that new numbers are not published under old sentences."""
+    from evidence_studies import SHORT
+    from study_table import AGAINST_MAP, AGAINST_T
+
     numbers = json.loads(results.NUMBERS.read_text(encoding="utf-8"))
     (row,) = [row for row in numbers["study"]["rows"] if row[:2] == ["300 images", "MAP"]]
-    row[4] = [0.2, -0.1, 0.5]  # no remark rests on this
+    row[SHORT.columns.index(AGAINST_T)] = [0.2, -0.1, 0.5]  # no remark rests on this
     results.page(numbers)
     of_bound = "last layer, variational, by the evidence"
     (row,) = [row for row in numbers["study"]["rows"] if row[:2] == ["100 images", of_bound]]
-    row[3] = [-0.1, -0.3, 0.1]
+    row[SHORT.columns.index(AGAINST_MAP)] = [-0.1, -0.3, 0.1]
     with pytest.raises(SystemExit, match=r"table 'study' .* contradict: .* by its bound alone is \*\*better than MAP"):
         results.page(numbers)
 

@@ -206,6 +206,7 @@ def _bound(stored: dict[str, Any]) -> Bound:
         np.float64(declared.number(stored["expected_log_likelihood"], "expected log likelihood")),
         np.float64(declared.number(stored["sem"], "standard error of the bound", least=0)),
         np.int64(iterations),
+        np.float64(declared.number(stored["precision"], "prior precision of the bound", least=0, may_be_unknown=True)),
     )
 
 

@@ -143,7 +143,7 @@ def _check_refitted(asked: Chosen, fitted: Fitted, settings: Settings) -> None:
 
 def _refit_like(fitted: Fitted) -> str:
     """The argument that fits again as before, for error messages."""
-    approximation = "" if fitted.bound is None else ", approximation='variational'"
+    approximation = "" if fitted.bound is None else ", approximation=..."  # a name, or options that would be lost
     return f"refit=lambda la: la.fit(data, key=key{approximation})"
 
 

@@ -87,7 +87,7 @@ def checked_plan(
         _check_prior(prior_precision, prior_structure, network, prior_groups)
         data = _checked_data(data, network, likelihood)
     is_array = data.length is not None
-    first = num_examples(data.first)
+    first = data.num_examples if is_array else num_examples(data.first)
     batch_size = _batch_size(batch_size, first, is_array)
     if train_forward is not None:
         _check_train_forward(train_forward, network, Shapes.of_example(data.first).batch(batch_size), key)
@@ -105,7 +105,7 @@ def checked_plan(
     depth, probes = (10, 1) if method == "joint" else (20, 8)
     depth = _depth(num_matvecs, depth, network, data, used)
     options = EvidenceOptions(hessian_structure, depth, num_probes or probes, gradient, microbatch)
-    num_data = float(data.total_weight)
+    num_data = float(data.num_examples)
     settings = MarglikSettings(
         optimizer, prior_optimizer, num_data, method, options, prior_groups, train_forward, memory
     )

@@ -23,8 +23,8 @@ from bnnlaplace.marglik.objective import (
     half_log_determinant,
     half_quadratic_form,
     negative_log_likelihood,
+    num_present,
     per_weight,
-    total_weight,
 )
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
@@ -84,7 +84,7 @@ def prior_update(
 
     def moved(log: Array, slope: Array, square: Array) -> Array:
         # `square` is delta_g |theta_g|^2 at the present delta, so the fixed point is delta_g gamma_g / square. Few
-        # probes may put gamma_g below zero, and one update goes no further than by a factor of 20.
+        # probes may put gamma_g below zero, and one iteration goes no further than by a factor of 20.
         move = jnp.log(jnp.maximum(-slope, 1e-6)) - jnp.log(jnp.maximum(square, 1e-12))
         return jnp.clip(log + jnp.clip(move, -3, 3), *bounds).astype(log.dtype)
 
@@ -115,7 +115,7 @@ def _log_determinant(
     groups: Groups,
 ) -> Callable[[LogPrecision], tuple[Float[Array, ""], Estimate]]:
     """Return the function from log precisions to the log-determinant and the evidence, at fixed weights."""
-    scale, model = num_data / total_weight(batch), {"network": network, "likelihood": likelihood}
+    scale, model = num_data / num_present(batch), {"network": network, "likelihood": likelihood}
     if options.hessian_structure == "diag":
         counts = curvature_weights(network, likelihood, (*batch, None)[:3])
         sizes = {"weights": counts, "scale": scale, "microbatch": min(options.microbatch, 32)}

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from bnnlaplace.core import checks
 from bnnlaplace.core.tree import as_vector, leaf_names, num_examples, ravel
@@ -104,21 +104,24 @@ def per_weight(log_precision: LogPrecision, params: PyTree, groups: Groups = by_
     return jax.tree.unflatten(jax.tree.structure(params), leaves)
 
 
-def total_weight(batch: Batch) -> Float[Array, ""] | int:
-    """Return how many examples a batch counts for."""
-    return jnp.sum(batch[2]) if len(batch) == 3 else num_examples(batch[0])
+def num_present(batch: Batch) -> Int[Array, ""] | int:
+    """Return how many examples a batch has, without those of weight zero."""
+    return jnp.count_nonzero(batch[2]) if len(batch) == 3 else num_examples(batch[0])
 
 
 def negative_log_likelihood(
     likelihood: Likelihood, outputs: Float[Array, "B ... C"], batch: Batch, num_data: float
 ) -> Float[Array, ""]:
-    """Return the negative log likelihood of a batch, scaled to all data."""
+    """Return the negative log likelihood of a batch, scaled to all data: by N/B for N examples, B of them present.
+
+    A scale by the sum of the weights would cut those of heavy examples: the batch that has one would count for less.
+    """
     log_prob = likelihood.log_prob(outputs, batch[1])
     if len(batch) == 3:
         weights = over_outputs(jnp.asarray(batch[2], log_prob.dtype), log_prob)
         # What an example of weight zero holds need not have a likelihood.
         log_prob = jnp.where(weights > 0, weights * log_prob, 0)
-    return -num_data / total_weight(batch) * jnp.sum(log_prob)
+    return -num_data / jnp.maximum(num_present(batch), 1) * jnp.sum(log_prob)
 
 
 def half_quadratic_form(params: PyTree, log_precision: LogPrecision, groups: Groups = by_layer) -> Float[Array, ""]:
@@ -149,7 +152,7 @@ def half_log_determinant(
         probes,
         network=network,
         likelihood=likelihood,
-        scale=num_data / total_weight(batch),
+        scale=num_data / num_present(batch),
         # Rows of probes state their number themselves.
         **options._asdict() | ({} if checks.is_key(probes) else {"num_probes": None}),
     )
@@ -187,7 +190,7 @@ def negative_log_evidence(
     network, likelihood
         The model.
     num_data
-        N, the number of training examples.
+        N, the number of training examples, without those of weight zero.
     options
         How the log-determinant is estimated.
     groups

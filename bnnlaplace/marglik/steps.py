@@ -50,7 +50,7 @@ class MarglikSettings(NamedTuple):
     prior_optimizer
         That of the logarithms of the prior precisions, for "joint".
     num_data
-        N, the number of training examples.
+        N, the number of training examples, without those of weight zero.
     method
         "joint": weights and prior follow the gradient of the evidence. "online": weights follow that of the log joint,
         and the prior is set to the maximiser of the evidence.

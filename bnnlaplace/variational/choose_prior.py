@@ -18,6 +18,7 @@ from bnnlaplace.predictive.validation import ValidationCurve
 from bnnlaplace.prior.grouping import Grouping
 from bnnlaplace.structure import SampleStructure
 from bnnlaplace.variational import prior_step
+from bnnlaplace.variational.options import Variational
 from bnnlaplace.variational.saturation import training_fit, warn_if_saturated
 
 
@@ -57,19 +58,20 @@ def _by_bound(
     if prior_structure == "scalar" and not chosen.fitted.prior.is_isotropic:
         chosen = chosen.at_ratios(float(chosen.fitted.prior.precision))
     grouping, move = _grouping(chosen, prior_structure), None
-    for _ in range(max_refits):
+    for number in range(max_refits + 1):
         fitted = chosen.fitted
         mean = np.asarray(ravel(fitted.network.params), np.float64)
         then = prior_step.step(grouping, fitted.prior, fitted.structure, mean, move, np.inf)
-        if then.gain <= prior_step.NEGLIGIBLE_GAIN:
+        if not then.pays(Variational.tolerance):  # as fits have by default
             prior_step.warn_of_bounds(grouping, fitted.prior, fitted.structure)
             return chosen
-        move, precision = then, grouping.as_given(then.after)
-        needs_fit = prior_structure in ("layerwise", "diag") and isinstance(fitted.structure, SampleStructure)
-        chosen = chosen.at_ratios(precision) if needs_fit else chosen.at(precision).fitted_again()
+        if number < max_refits:
+            move, precision = then, grouping.as_given(then.after)
+            needs_fit = prior_structure in ("layerwise", "diag") and isinstance(fitted.structure, SampleStructure)
+            chosen = chosen.at_ratios(precision) if needs_fit else chosen.at(precision).fitted_again()
     checks.warn(
-        f"the prior precisions have not settled after {max_refits} fits: the last step changed one by a factor of "
-        f"{move.factor:.2g}; raise max_refits"
+        f"the prior precisions have not settled after {max_refits} fits: the next step would change one by a factor of "
+        f"{then.factor:.2g}; raise max_refits"
     )
     return chosen
 
@@ -79,7 +81,7 @@ def _at_present_sites(chosen: Chosen, prior_structure: PriorStructure | None, op
     options = {"optimize_sigma_noise": optimize_sigma_noise, "max_refits": 1}
     best = by_evidence(chosen, prior_structure, **options)
     change = float(np.abs(np.log(_precisions(best.fitted) / _precisions(chosen.fitted))).max())
-    remedy = "pass optimize_prior_precision(refit=lambda la: la.fit(data, key=key, approximation='variational'))"
+    remedy = "pass optimize_prior_precision(refit=lambda la: la.fit(data, key=key, approximation=...))"
     _warn_of_old_sites(change, f"{remedy} to settle both")
     return best
 

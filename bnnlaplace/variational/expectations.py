@@ -37,7 +37,7 @@ def expectations(likelihood: Likelihood, draws: Draws) -> Expectations:
     log_probs, residuals = _log_probs_and_residuals(likelihood, draws)
     log_probs = np.asarray(log_probs, np.float64)
     pairs = 0.5 * (log_probs[: len(log_probs) // 2] + log_probs[len(log_probs) // 2 :])
-    spread = pairs.var(axis=0, ddof=1).sum() / len(pairs) if len(pairs) > 1 else 0.0
+    spread = pairs.var(axis=0, ddof=1).sum() / len(pairs) if len(pairs) > 1 else np.nan
     return Expectations(pairs.mean(axis=0), float(spread), residuals)
 
 

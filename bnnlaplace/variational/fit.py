@@ -208,7 +208,8 @@ def _as_fitted(context: Context, best: Iterate, progress: list[Progress]) -> Fit
         np.float64(context.scale * num_targets),
         np.float64(0.0),
     ).check()
-    bound = Bound(np.float64(terms.expected), np.float64(terms.sem), np.int64(len(progress)))
+    precision = np.float64(best.prior.precision)
+    bound = Bound(np.float64(terms.expected), np.float64(terms.sem), np.int64(len(progress)), precision)
     return Fitted(there.network, model.likelihood, best.prior, best.structure, in_place, bound)
 
 

@@ -170,15 +170,15 @@ def iterate(context: Context, prior: Prior, structure: Structure | None) -> tupl
             # The derivative of the bound in the prior is known where the rest has settled.
             then = _move(context, current, move)
             is_held = then.is_held
-            if then.gain > prior_step.NEGLIGIBLE_GAIN:
+            if then.pays(options.tolerance):
                 move, is_settled, reference = then, False, OVERFLOWED
                 damping, past, prior = max(damping, FIRST_DAMPING), past.forgotten(), _moved(context, current, move)
+    if not math.isfinite(best.terms.elbo):
+        raise _overflow(context, best.prior)
     if not is_settled:
         _warn_unless_settled(change, move, damping < LEAST_DAMPING, len(progress))
     elif current.terms.elbo > best.terms.elbo - max(enough, best.terms.sem, best.terms.noise_beside(current.terms)):
         best = current
-    if not math.isfinite(best.terms.elbo):
-        raise _overflow(context, best.prior)
     if context.grouping is not None:
         prior_step.warn_of_bounds(context.grouping, best.prior, best.structure)
         if is_held:
@@ -259,8 +259,8 @@ def _overflow(context: Context, prior: Prior) -> ValueError:
     """The error for a fit without a finite bound."""
     return ValueError(
         "fit(approximation='variational') must find a posterior with a finite evidence lower bound; got none, as the "
-        f"log likelihood of {context.model.likelihood.name!r} overflows at samples of the outputs at prior precision "
-        f"{float(prior.precision):.3g}; use a larger prior precision, or compute in float64"
+        f"log likelihood of {context.model.likelihood.name!r} is not finite at samples of the outputs at prior "
+        f"precision {float(prior.precision):.3g}; use a larger prior precision, or compute in float64, if it overflows"
     )
 
 

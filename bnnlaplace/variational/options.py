@@ -56,9 +56,10 @@ class Variational:
     Attributes
     ----------
     num_samples
-        Samples of the outputs at each training input, an even number: expectations are averages over these. By default
-        512 for up to 16 outputs, and fewer for more of them, down to 32; for few examples up to 4096. With too few the
-        mean is fitted to the samples. Then the bound in `on_iteration` is far above that of the result.
+        Samples of the outputs at each training input, an even number of at least 4: expectations are averages over
+        these. By default 512 for up to 16 outputs, and fewer for more of them, down to 32; for few examples up to 4096.
+        With too few the mean is fitted to the samples. Then the bound in `on_iteration` is far above that of the
+        result.
     tolerance
         The iteration ends if a step changes the evidence lower bound by less than this, in nats, and the next one
         promises little; with "lanczos", by less than the noise of its probes if that is larger.
@@ -75,7 +76,8 @@ class Variational:
     max_newton_steps
         The largest number of Newton steps in the mean within an iteration.
     fixed_mean
-        Keep the mean at the weights of the network, and fit the covariance alone. Use it where the mean of the
+        Keep the mean at the weights of the network, or at that of the posterior that is fitted again, and fit the
+        covariance alone. Use it where the mean of the
         linearised network is far from the weights, and predicts worse than they do. The bound then prefers a smaller
         prior precision than held-out data do, because it counts the distance of the weights to the prior mean in full.
         So choose the precision on held-out data, such as folds of the training set. (Ortega et al., "Fixed-mean
@@ -99,7 +101,7 @@ class Variational:
 
     def __post_init__(self) -> None:
         if self.num_samples is not None:
-            count = checks.count(self.num_samples, "Variational(num_samples=...)", least=2, advice="try 256")
+            count = checks.count(self.num_samples, "Variational(num_samples=...)", least=4, advice="try 256")
             if count % 2:
                 raise ValueError(
                     f"Variational(num_samples=...) must be even, as samples come in pairs; got {count}; try {count + 1}"

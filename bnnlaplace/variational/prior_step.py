@@ -22,8 +22,11 @@ from bnnlaplace.structure import SampleStructure, Structure
 
 # Halvings of the interval, on a logarithmic scale, in which the smallest precision that converges is looked for.
 _HALVINGS = 12
-# A step that promises to raise the bound by less is not taken, in nats. Slopes are gentle, and many steps add up.
-NEGLIGIBLE_GAIN = 0.1
+# Where the steps ahead promise to raise the bound by less than this part of the tolerance of a fit, none is taken. The
+# promise is that of a straight line between slopes, and the bound is not a parabola.
+SHARE_OF_TOLERANCE = 0.2
+# A precision is worth another step if the fixed point makes it smaller by more than this factor.
+NEAR = 1.1
 # The first step goes this many times as far as the fixed point does, and no further than by a factor of three; others
 # are those of the secant, at most so many times that of the fixed point, and no further than by a factor of ten.
 _FIRST, _MOST, _FIRST_LOG, _LONGEST_LOG = 10.0, 30.0, np.log(3), np.log(10)
@@ -37,7 +40,10 @@ class Move(NamedTuple):
     before, proposed, after
         The precisions before the step, what one step of the fixed point makes of them, and where the step goes.
     gain
-        What the bound promises to gain by the step, in nats; inf if the decomposition has not converged before it.
+        What the bound promises to gain by this step and those that would follow in its direction, in nats; inf if the
+        decomposition has not converged before it.
+    falls
+        Whether a precision may be far above the best one, where the bound is flat.
     is_held
         Whether the decomposition has not converged where the step would go, so that it ends above that.
     """
@@ -46,7 +52,12 @@ class Move(NamedTuple):
     proposed: Float[np.ndarray, " g"]
     after: Float[np.ndarray, " g"]
     gain: float
+    falls: bool = False
     is_held: bool = False
+
+    def pays(self, tolerance: float) -> bool:
+        """Whether to take the step, for a fit with this tolerance in nats."""
+        return self.falls or self.gain > SHARE_OF_TOLERANCE * tolerance
 
     @property
     def factor(self) -> float:
@@ -95,26 +106,29 @@ def step(
     proposed = fixed_point_step(
         gamma, LogJoint(0.0), squares, grouping.numbers, present, search_range=limits
     ).precisions
-    after = _extrapolated(present, proposed, last)
+    target = _target(present, proposed, last)
+    longest = _FIRST_LOG if last is None else _LONGEST_LOG
+    after = present * np.exp(np.clip(np.log(target / present), -longest, longest))
     wanted = precision * float((after / present).min())
     least = present * _smallest_converged(structure, wanted, max_vectors) / precision
     held = np.clip(np.maximum(after, least), *limits)
     sums = np.bincount(grouping.numbers, weights=squares, minlength=len(present))
     gradient = 0.5 * (gamma.mean(axis=0) - present * sums)
-    gain = 0.5 * float(gradient @ np.log(held / present))
+    most = gamma.mean(axis=0) + (2 * gamma.std(axis=0, ddof=1) / np.sqrt(len(gamma)) if len(gamma) > 1 else 0.0)
+    gain = 0.5 * float(gradient @ np.log(np.clip(np.maximum(target, least), *limits) / present))
     if (held > np.maximum(after, present)).any():
         gain = np.inf
-    return Move(present, proposed, held, gain, bool((after < least).any()))
+    falls = (most < present * sums / NEAR) & (held < present / NEAR)
+    return Move(present, proposed, held, gain, bool(falls.any()), bool((after < least).any()))
 
 
-def _extrapolated(
+def _target(
     present: Float[np.ndarray, " g"], proposed: Float[np.ndarray, " g"], last: Move | None
 ) -> Float[np.ndarray, " g"]:
-    """The precisions at which the fixed point would propose no further step, as far as one step goes."""
+    """The precisions at which the fixed point would propose no further step."""
     if last is None:
-        return present * np.exp(np.clip(_FIRST * np.log(proposed / present), -_FIRST_LOG, _FIRST_LOG))
-    after = accelerated(present, proposed, (last.before, last.proposed), most=_MOST)
-    return present * np.exp(np.clip(np.log(after / present), -_LONGEST_LOG, _LONGEST_LOG))
+        return present * (proposed / present) ** _FIRST
+    return accelerated(present, proposed, (last.before, last.proposed), most=_MOST)
 
 
 def _smallest_converged(structure: Structure, wanted: float, max_vectors: float) -> float:

@@ -137,6 +137,20 @@ def test_the_steps_make_the_loop_and_change_no_state():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), new, wanted)
 
 
+def test_a_heavy_example_counts_as_often_in_batches_as_in_all_data():
+    """One example of class 0 weighs as much as all 31 of class 1. Some examples of weight zero are no examples."""
+    weights = np.r_[31.0, np.ones(31), np.zeros(8)].astype(np.float32)
+    labels = np.r_[np.zeros(1), np.ones(31), np.full(8, 2)].astype(int)
+    network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.zeros((1, 3)))
+    rate = optax.adam(optax.cosine_decay_schedule(0.1, 800))
+    options = {"num_epochs": 100, "batch_size": 4, "burn_in_epochs": 99, "num_matvecs": 2, "prior_precision": 1e-3}
+    data = np.ones((40, 1), np.float32), labels, weights
+    result = train(network, data, rate, method="online", evidence_every=1, prior_structure="scalar", **options)
+    assert int(result.state.step) == 800
+    probability = jax.nn.softmax(result.network(result.network.params, np.ones((1, 1), np.float32)))[0, 0]
+    assert 0.42 < probability < 0.58  # of the ratio of sums it would be a tenth
+
+
 def test_batches_that_are_read_again_and_weights_of_examples():
     """Examples of weight zero do not count, whatever they hold."""
     weights = np.repeat([1.0, 0.0], [40, 20]).astype(np.float32)

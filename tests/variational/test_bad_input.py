@@ -112,11 +112,11 @@ CHOICES = {
     "a refit that is no function": ({"refit": 3}, "must be a function from the new Laplace to the fitted one"),
     "a refit by Laplace": (
         {"refit": lambda la: la.fit((X, Y))},
-        "got a Laplace approximation; pass refit=lambda la: la.fit(data, key=key, approximation='variational')",
+        "got a Laplace approximation; pass refit=lambda la: la.fit(data, key=key, approximation=...)",
     ),
     "a refit of other data": (
         {"refit": lambda la: fit(la, (X[:6], Y[:6]))},
-        "18 targets for 36; pass refit=lambda la: la.fit(data, key=key, approximation='variational')",
+        "18 targets for 36; pass refit=lambda la: la.fit(data, key=key, approximation=...)",
     ),
     "the noise of a classification": ({"optimize_sigma_noise": True}, "must be asked of a regression"),
     "no refits": ({"refit": fit, "max_refits": 0}, "max_refits=...) must be an integer of at least 1"),

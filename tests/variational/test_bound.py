@@ -160,11 +160,27 @@ def test_the_gradient_is_zero_in_the_mean_and_at_the_best_prior_in_its_precision
     la = fit(Laplace(drawn.network, hessian_structure=structure, **options))
     in_mean, before = gradients(la, drawn)
     np.testing.assert_allclose(in_mean, 0, atol=1e-5)
-    # By default it ends where a step promises to gain less than a tenth of a nat.
-    monkeypatch.setattr(prior_step, "NEGLIGIBLE_GAIN", 1e-4)
+    # By default it ends where further steps promise to gain less than a tenth of a nat.
+    monkeypatch.setattr(prior_step, "SHARE_OF_TOLERANCE", 2e-4)
     la = la.optimize_prior_precision(prior_structure=groups, refit=fit, max_refits=40)
     in_mean, after = gradients(la, drawn)
     np.testing.assert_allclose(in_mean, 0, atol=1e-5)
     if groups == "scalar":
         before, after = before.sum(keepdims=True), after.sum(keepdims=True)
     assert np.abs(after).max() < 0.02 * np.abs(before).max()
+
+
+@pytest.mark.parametrize("by_refits", [False, exhaustive(True)])
+def test_the_best_prior_is_found_from_far_above_it_and_from_far_below(drawn, by_refits):
+    """Far above, the bound is flat: a step there promises next to nothing."""
+    options = {"num_samples": 64} if by_refits else {"num_samples": 64, "prior_structure": "scalar", "tolerance": 0.05}
+
+    def fit(la):
+        return la.fit(drawn.data, key=KEY, approximation=Variational(**options))
+
+    found = [fit(Laplace(drawn.network, hessian_structure="diag", prior_precision=start)) for start in (1e-2, 1e4)]
+    if by_refits:
+        found = [la.optimize_prior_precision(refit=fit, max_refits=20) for la in found]
+    low, high = (la.log_marginal_likelihood().mean for la in found)
+    assert abs(low - high) < 0.2
+    assert abs(np.log(found[0].prior_precision / found[1].prior_precision)) < (1 if by_refits else 0.2)

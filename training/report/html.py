@@ -33,7 +33,7 @@ _CAPTIONS = {
     "posteriors of this report, at the prior precision of the highest evidence. Training estimates the evidence from "
     "--prior.examples images, and a small part of all images makes the estimate too high.",
     "evidence": "Evidence and validation NLL against the prior precision. The curve of a variational posterior is its "
-    "lower bound of the evidence, with everything but the precision as fitted. Dots: what the evidence chose, with "
+    "lower bound of the evidence, extrapolated from the fit. Dots: what the evidence chose, with "
     "its error, or what a variational posterior keeps from training, and what that costs in NLL. Diamonds: the lowest "
     "NLL. The bands reach two standard errors up and down. Where Lanczos stopped early the evidence can be too low, "
     "and its band reaches further up by as much.",
