@@ -2,15 +2,17 @@
 
 Command    python -m training.study --config configs/study_digits_weights.py \
            --workdir checkpoints/study_digits_weights --resume
-Data       digits (embedded): 100 training images, clean and with 20 % wrong labels; 180 validation and 360 test images,
-           10 classes; 5 shifts of 200 test images at 5 severities; the test images inverted, and noise
+Data       digits (embedded): 100 and 300 training images, clean and with 20 % wrong labels; 180 validation and 360 test
+           images, 10 classes; 5 shifts of 200 test images at 5 severities; the test images inverted, and noise
 Hardware   2 CPU cores, no GPU, under 4 GB of memory
-Time       15 minutes on one core: a cell takes one to two minutes, six networks and two posteriors
+Time       about an hour and a half on one core: a cell takes two to three minutes with 100 images, and five to eight
+           with 300, six networks and three posteriors
 Expected   The table of docs/results.md: with 100 images MAP .61, Laplace by the evidence 1.92, the variational
            posterior by its bound .69
 Methods    MAP by AdamW, alone and with a temperature from folds of the training images, from one share of them, and
-           from validation images; the Lanczos posterior of all weights, Laplace and variational, whose prior precision
-           the evidence, or its bound, chooses.
+           from validation images; the Lanczos posterior of all weights, Laplace and variational, and variational with
+           batch normalisation folded into kernels and a g-prior. The evidence, or its bound, chooses the prior
+           precision.
 """
 
 from training.config import Config, Curvature, Data, Evaluation, Model, Optimizer, Prior

@@ -59,7 +59,7 @@ MEASUREMENTS = (
     *(run(seed, workdir) for seed, workdir in enumerate(RUNS)),
     benchmark("variational", 15),
     study("study_digits_short", 20),
-    study("study_digits_weights", 60),
+    study("study_digits_weights", 90),
     study("study_digits_structures", 40),
     study("study_digits_trainings", 120),
     study("study_digits_folds", 30),
