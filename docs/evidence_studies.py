@@ -28,8 +28,9 @@ WEIGHTS = Shown(
     | {
         posterior("lanczos-laplace"): "all weights, Laplace, by the evidence",
         posterior("lanczos-variational"): "all weights, variational, by the evidence",
+        posterior("lanczos-variational-g-folded"): "the same, folded, with a g-prior",
     },
-    FEW,
+    DIGITS,
 )
 STRUCTURES = Shown(
     "study_digits_structures",
@@ -58,7 +59,7 @@ NATURAL = Shown(
 )
 # Names of rows, for the checks of remarks.
 _LAPLACE, _VARIATIONAL = _LAST_LAYER.values()
-_ALL_LAPLACE, _ALL_VARIATIONAL = list(WEIGHTS.methods.values())[3:5]
+_ALL_LAPLACE, _ALL_VARIATIONAL, _FOLDED_G = list(WEIGHTS.methods.values())[3:]
 _CLEAN = ("clean_100", "clean_300")
 
 TABLES = [
