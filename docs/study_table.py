@@ -80,7 +80,7 @@ class Shown:
         checks = [self.says(method, column, **{regime: verdict}) for regime, verdict in verdicts.items()]
         return lambda rows: not any(check(rows) for check in checks)
 
-    def within(self, method: str, column: str, low: float, high: float, regimes: Sequence[str]) -> Check:
+    def within(self, method: str, column: str, low: float, high: float, regimes: Iterable[str]) -> Check:
         """Return a check that a number, or the value of a difference, lies between two others in some regimes."""
         at = self.columns.index(column)
 
@@ -101,7 +101,7 @@ class Shown:
 
         return check
 
-    def orders(self, column: str, *methods: str, regimes: Sequence[str]) -> Check:
+    def orders(self, column: str, *methods: str, regimes: Iterable[str]) -> Check:
         """Return a check that the numbers of a column rise in this order of methods, in some regimes."""
         at = self.columns.index(column)
 
