@@ -60,7 +60,7 @@ MEASUREMENTS = (
     benchmark("variational", 15),
     study("study_digits_short", 20),
     study("study_digits_weights", 90),
-    study("study_digits_structures", 40),
+    study("study_digits_structures", 30),
     study("study_digits_trainings", 120),
     study("study_digits_folds", 30),
     study("study_cifar10_short", 60, f" --data-dir {DATA}"),

@@ -133,7 +133,7 @@ def page(numbers: Record) -> str:
         "<!-- Written by docs/results.py from docs/results.json; edit those. -->",
         "",
         "The command above a table writes the record from which its numbers come. `make measure` runs all of them, in "
-        "about seven hours on 2 cores, and goes on where it was stopped. `make results` then writes this page again.",
+        "about eight hours on 2 cores, and goes on where it was stopped. `make results` then writes this page again.",
     ]
     for table in TABLES:
         if table.name not in numbers:  # `update` has said so
