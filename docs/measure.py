@@ -1,7 +1,7 @@
 """Measure what the tables of results show: `make measure`, or `python docs/measure.py [--list] [--data DIR] [NAME]`.
 
 Runs every command whose record this machine lacks, one after another, because most of them measure time. `--list` says
-which these are, and how long each takes; all of them take about seven hours on 2 cores. A record that is there is not
+which these are, and how long each takes; all of them take about eight hours on 2 cores. A record that is there is not
 measured again: remove it to do so. Runs and studies go on where they were stopped. `make results` writes the tables.
 """
 
