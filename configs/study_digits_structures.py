@@ -6,8 +6,8 @@ Data       digits (embedded): 100 training images, clean and with 20 % wrong lab
            10 classes; 5 shifts of 200 test images at 5 severities; the test images inverted, and noise
 Hardware   2 CPU cores, no GPU, under 4 GB of memory
 Time       half an hour on one core: a cell takes two to five minutes, six networks and six posteriors
-Expected   The table of docs/results.md: with 100 images MAP .61, Laplace posteriors of all weights 1.9 to 2.0, variational
-           ones .69 to .71, of the last layer .55
+Expected   The table of docs/results.md: with 100 images MAP .61, Laplace posteriors of all weights 1.9 to 2.0,
+           variational ones .69 to .71, of the last layer .55
 Methods    MAP by AdamW, alone and with a temperature from folds of the training images, from one share of them, and
            from validation images; posteriors of all weights with the diagonal and with Kronecker factors, and of the
            last layer with Kronecker factors, each Laplace and variational; the evidence, or its bound, chooses their

@@ -21,7 +21,7 @@ from training.data.load import ImageData
 from training.data.reading import Split
 from training.errors import Interrupted, UserError
 from training.models.van import Normalise
-from training.report.evaluation import evaluate, foreign_images, mode_distance
+from training.report.evaluation import _choices, evaluate, foreign_images, mode_distance
 from training.report.html import write_results
 from training.train.checkpoints import TrainResult
 from training.train.prior import geometric_mean
@@ -273,6 +273,9 @@ def test_a_variational_posterior_is_evaluated_at_the_precision_of_its_bound(fitt
     assert own != variational.evidence_optimum().prior_precision
     assert list(again.training_fits) == ["diagonal", "Lanczos"]
     assert again.foremost.label == "Lanczos Laplace (evidence, probit)"
+    # One that keeps the precision of training is not said to have chosen it.
+    curve = again.curves["diagonal, variational"]._replace(from_training=True)
+    assert list(_choices(curve)) == ["training", "validation NLL"]
 
 
 def test_training_images_are_predicted_by_the_posterior_at_its_evidence_optimum(results, fitted):

@@ -26,7 +26,16 @@ from training.data.reading import Split
 from training.errors import UserError
 from training.report.command import command_of
 from training.report.examples import chosen_examples
-from training.report.results import EVIDENCE, PROBIT, KrylovResult, MethodResult, ModeDistance, Predictions, RunResults
+from training.report.results import (
+    EVIDENCE,
+    PROBIT,
+    TRAINING,
+    KrylovResult,
+    MethodResult,
+    ModeDistance,
+    Predictions,
+    RunResults,
+)
 from training.train.checkpoints import TrainResult
 
 if TYPE_CHECKING:
@@ -346,7 +355,8 @@ class _HeldOut:
 
 
 def _choices(curve: "PrecisionCurve") -> dict[str, float]:
-    return {EVIDENCE: curve.evidence_optimum, "validation NLL": curve.nll_optimum}
+    by_training_images = TRAINING if curve.from_training else EVIDENCE
+    return {by_training_images: curve.evidence_optimum, "validation NLL": curve.nll_optimum}
 
 
 def _key(config: Config, stream: int) -> jax.Array:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 2
 """2 tells Laplace from variational posteriors by `approximation`, and in labels."""
 
-EVIDENCE, PROBIT = "evidence", "probit"
+EVIDENCE, TRAINING, PROBIT = "evidence", "training", "probit"
 """The choice of the prior precision and the link with which a posterior is in the short table."""
 
 
@@ -55,7 +55,7 @@ class MethodResult:
     approximation: str | None = None
     """Laplace or variational. None without a posterior."""
     prior_choice: str | None = None
-    """Which score chose the prior precision: evidence or validation NLL. None without a posterior."""
+    """What chose the prior precision: the evidence of the posterior itself, that of training, or the validation NLL."""
     prior_precision: float | None = None
     link: str | None = None
     """MC or probit. None without a posterior."""
@@ -80,7 +80,7 @@ class MethodResult:
     @property
     def is_in_short_table(self) -> bool:
         """Whether it uses nothing but the training data, or is a point prediction: one row a method."""
-        return self.prior_choice in (None, EVIDENCE) and self.link in (None, PROBIT)
+        return self.prior_choice in (None, EVIDENCE, TRAINING) and self.link in (None, PROBIT)
 
     @property
     def curve(self) -> str | None:
