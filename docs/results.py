@@ -16,8 +16,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import in_short
 from result_numbers import cost
-from result_table import Record, row_of
+from result_table import Record, Table, row_of
 from result_tables import TABLES
 from run_results import METRICS
 
@@ -130,6 +131,7 @@ def measured_with(environment: Record) -> str:
 
 def page(numbers: Record) -> str:
     """Return `results.md`."""
+    tables = [line for table in TABLES if table.name in numbers for line in section(table, numbers[table.name])]
     lines = [
         "# Results",
         "",
@@ -137,19 +139,24 @@ def page(numbers: Record) -> str:
         "",
         "The command above a table writes the record from which its numbers come. `make measure` runs all of them, in "
         "about eight hours on 2 cores, and goes on where it was stopped. `make results` then writes this page again.",
+        "",
+        "Which posterior to take where images are few, by 95 % intervals of differences in NLL:",
+        "",
+        *in_short.lines(numbers),
     ]
-    for table in TABLES:
-        if table.name not in numbers:  # `update` has said so
-            continue
-        kept = numbers[table.name]
-        lines += ["", f"## {table.heading}", "", table.text, "", f"    {table.command}", ""]
-        lines += markdown(table.columns, [table.write(row) for row in kept["rows"]])
-        lines += ["", measured_with(kept["environment"])]
-        lines += ["", *table.remarks_on(kept["rows"])] if table.remarks else []
-        for figure, caption in table.figures.items():
-            if (IMAGES / table.image(figure)).exists():
-                lines += ["", f"![{caption}](images/{table.image(figure)})", "", f"*{caption}*"]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + tables) + "\n"
+
+
+def section(table: Table, kept: Record) -> list[str]:
+    """Return the lines of a table with all that belongs to it."""
+    lines = ["", f"## {table.heading}", "", table.text, "", f"    {table.command}", ""]
+    lines += markdown(table.columns, [table.write(row) for row in kept["rows"]])
+    lines += ["", measured_with(kept["environment"])]
+    lines += ["", *table.remarks_on(kept["rows"])] if table.remarks else []
+    for figure, caption in table.figures.items():
+        if (IMAGES / table.image(figure)).exists():
+            lines += ["", f"![{caption}](images/{table.image(figure)})", "", f"*{caption}*"]
+    return lines
 
 
 def readme(text: str, numbers: Record) -> str:

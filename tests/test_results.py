@@ -84,7 +84,7 @@ def test_figures_beside_a_record_are_copied_and_shown(results, tmp_path, monkeyp
     (record.parent / "b.png").write_bytes(b"picture")
     numbers = {}
     results.update(numbers, [])
-    page = results.page(numbers)
+    page = "\n".join(results.section(shown, numbers["study"]))
     assert (tmp_path / "study_b.png").read_bytes() == b"picture"
     assert "![Second.](images/study_b.png)" in page and "First." not in page
     assert "With this release of jaxlib sums on CPUs can be wrong." in page
@@ -156,6 +156,19 @@ def test_a_remark_that_the_numbers_contradict_is_refused(results):
     row[SHORT.columns.index(AGAINST_MAP)] = [-0.1, -0.3, 0.1]
     with pytest.raises(SystemExit, match=r"table 'study' .* contradict: .* by its bound alone is \*\*better than MAP"):
         results.page(numbers)
+
+
+def test_a_finding_that_a_table_contradicts_is_refused(results):
+    """It rests on several tables, which are measured at different times."""
+    import in_short
+    from study_table import AGAINST_T
+    from training_studies import TRAININGS
+
+    numbers = json.loads(results.NUMBERS.read_text(encoding="utf-8"))
+    (row,) = [row for row in numbers["study_trainings"]["rows"] if row[:2] == ["100 images", "AdamW: ensemble of five"]]
+    row[TRAININGS.columns.index(AGAINST_T)] = [-0.1, -0.3, 0.1]
+    with pytest.raises(SystemExit, match=r"an ensemble.* must agree with table 'study_trainings'"):
+        in_short.lines(numbers)
 
 
 def test_every_table_has_a_command_that_measures_it(results):
