@@ -22,7 +22,7 @@ from bnnlaplace.model import arrays
 from bnnlaplace.model.likelihood import Likelihood, check_targets, is_ours
 from bnnlaplace.model.likelihoods.own import check_functions
 from bnnlaplace.model.network import Network
-from bnnlaplace.model.pairs import Pair, as_pair, is_pair_of_arrays, not_a_pair, present_first
+from bnnlaplace.model.pairs import Pair, as_pair, in_batch, is_pair_of_arrays, not_a_pair, present_first
 from bnnlaplace.model.spec import call_refused, check_outputs, output_shape, shapes_in_words, signatures
 
 # Inputs and targets, and perhaps weights of examples: arrays, or batches of such that can be iterated over. An
@@ -136,9 +136,10 @@ class Data:
             If batches differ in structure, or this pass gives more or fewer examples than the first one.
         """
         expected, count, total_weight, checksums, points = None, 0, 0.0, [], iter(self._points or ())
-        for pair in self._pairs:
-            # Later passes give the same numbers again, or an error.
-            pair = as_pair(pair, is_checked=self._count is not None)
+        for number, pair in enumerate(self._pairs):
+            which = None if self.length is not None else number
+            with in_batch(which):  # later passes give the same numbers again, or an error
+                pair = as_pair(pair, is_checked=self._count is not None)
             x, y = pair.inputs, pair.targets
             structure = jax.tree.structure(x), [*signatures(x), *signatures(y)]
             if expected not in (None, structure):
@@ -152,7 +153,8 @@ class Data:
             count += len(y) if pair.weights is None else int(np.count_nonzero(pair.weights))
             total_weight += len(y) if pair.weights is None else pair.weights.sum(dtype=np.float64)
             if self._check is not None and self._count is None:
-                self._check(x, y)
+                with in_batch(which):
+                    self._check(x, y)
             if self._ordered:
                 checksums.append(_checksum(pair))
                 self._check_order(checksums)

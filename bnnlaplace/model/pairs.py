@@ -1,5 +1,7 @@
 """A batch as users hand it over: inputs, targets and perhaps weights of the examples, in arrays of any library."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -76,6 +78,18 @@ def as_pair(batch: Any, *, is_checked: bool = False) -> Pair:
     # Which targets may be infinite or NaN, a likelihood knows: see `check_targets`.
     arrays.check_fits_type(y, _Y)
     return Pair(jax.tree.map(jnp.asarray, x), jnp.asarray(y), weights)
+
+
+@contextmanager
+def in_batch(number: int | None) -> Iterator[None]:
+    """Say in an error which batch it is about; None if the data are not batches."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        if number is None:
+            raise
+        kind = TypeError if isinstance(error, TypeError) else ValueError  # others may take other arguments
+        raise kind(f"batch {number}: {error}") from error
 
 
 def example_weights(weights: Any, count: int, where: str) -> Float[np.ndarray, " B"]:

@@ -130,12 +130,12 @@ def bad_batches(problem):
         ((x[:0], y[:0]), {}, f"{counts} 0 inputs and 0 targets"),
         (({"a": x, "b": x[:3]}, y), {}, "must be arrays with as many examples in each; got 3 and 11 examples"),
         (3, {}, "must be two arrays.*got int for a batch"),
-        ([(x, y), (x, y + 1)], {}, "labels must lie in 0..2"),
+        ([(x, y), (x, y + 1)], {}, "batch 1: .* labels must lie in 0..2"),
         ((x, y.astype(float)), {}, "labels must be integers of shape"),
         (
             [(x, y), (x * np.nan, y)],
             {},
-            "x must be finite; got NaN or infinite values in 11 of 11 of them, first in number 0",
+            "batch 1: .* x must be finite; got NaN or infinite values in 11 of 11 of them, first in number 0",
         ),
     ]
 
