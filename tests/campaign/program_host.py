@@ -95,7 +95,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "checkpoint": (checkpoints, "save_pytree"),
     "fitting": (posteriors.Laplace, "fit"),
     "curves": (evaluation, "precision_curve"),
-    "evaluation": (evaluation.link, "monte_carlo"),
+    "evaluation": (evaluation.link, "monte_carlo_double"),
     "figures": (html, "draw_figures"),
     "report": (html, "render_report"),
 }
