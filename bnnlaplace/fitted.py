@@ -223,7 +223,7 @@ class Fitted(NamedTuple):
 
         Of a variational posterior it is the evidence lower bound. At another prior than that of the fit that is
         extrapolated, with the mean and the averaged curvature as they are: the expected log likelihood is taken for
-        linear in the covariance. It is no bound there.
+        linear in the covariance. There it may be above the evidence.
         """
         self.check_known("the evidence")
         others = self.log_joint()(self.prior.quadratic_form(self.network.params))

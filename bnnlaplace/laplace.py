@@ -261,7 +261,7 @@ class Laplace:
         """The log evidence at many prior precisions, by default 61 over six decades around the maximum.
 
         If the prior is not isotropic they are geometric means over the weights, whose ratios are kept. A variational
-        posterior extrapolates its lower bound from the precision of its fit: elsewhere the curve is no bound.
+        posterior extrapolates its lower bound from the precision of its fit, and may be above the evidence elsewhere.
         """
         return self.fitted.evidence_curve(precisions)
 

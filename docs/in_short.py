@@ -1,12 +1,11 @@
-"""What follows from several tables of results together, at the head of the page."""
+"""Findings that rest on several tables of results. The page begins with them."""
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from evidence_studies import NATURAL, SHORT, STRUCTURES, WEIGHTS
-from result_table import Check, all_of
+from result_table import Check, all_of, as_list
 from study_table import AGAINST_MAP, AGAINST_T, DIGITS, FEW, SHIFTED, point, posterior
 from training_studies import TRAININGS
 
@@ -33,8 +32,7 @@ def lines(numbers: Mapping[str, Any]) -> list[str]:
         for table, holds in finding.holds.items():
             if not holds(numbers[table]["rows"]):
                 raise SystemExit(f"{finding.text} must agree with table {table!r}; write it anew in docs/in_short.py")
-    options = {"initial_indent": "- ", "subsequent_indent": "  ", "break_on_hyphens": False}
-    return [line for finding in FINDINGS for line in textwrap.wrap(finding.text, 120, **options)]
+    return as_list([finding.text for finding in FINDINGS])
 
 
 _LAST_LAYER = SHORT.methods[posterior("last-layer-full-variational")]

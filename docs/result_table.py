@@ -15,6 +15,13 @@ def row_of(rows: Sequence[Row], label: str) -> Row:
     return next(row for row in rows if row[0] == label)
 
 
+def as_list(texts: Sequence[str]) -> list[str]:
+    """Return the lines of a Markdown list, or of a paragraph if there is one text alone."""
+    first, rest = ("- ", "  ") if len(texts) > 1 else ("", "")
+    options = {"initial_indent": first, "subsequent_indent": rest, "break_on_hyphens": False}
+    return [line for text in texts for line in textwrap.wrap(text, 120, **options)]
+
+
 def all_of(*checks: Check) -> Check:
     """Whether all of some checks hold."""
     return lambda rows: all(check(rows) for check in checks)
@@ -71,6 +78,4 @@ class Table:
                     f"the numbers of table {self.name!r} must agree with what is said of them; they contradict: "
                     f"{remark.text} Write that remark anew, where the table is defined"
                 )
-        first, rest = ("- ", "  ") if len(self.remarks) > 1 else ("", "")
-        options = {"initial_indent": first, "subsequent_indent": rest, "break_on_hyphens": False}
-        return [line for remark in self.remarks for line in textwrap.wrap(remark.text, 120, **options)]
+        return as_list([remark.text for remark in self.remarks])

@@ -150,9 +150,9 @@ TABLES = [
             Remark(
                 "Where a fifth of the labels is wrong, the posterior is better than the temperature of the folds under "
                 "shifts with 100 images, and not told apart from it with 300. On test images it is not told apart from "
-                "it with 100 images, and **worse** with 300. Folds "
-                "score by labels of which a fifth is wrong, and those of the test images are right: with 300 images "
-                "both choices are too cautious, the posterior's most.",
+                "it with 100 images, and **worse** with 300. Folds score by labels of which a fifth is wrong, and "
+                "those of the test images are right: with 300 images both choices are too cautious, the posterior's "
+                "most.",
                 all_of(
                     FOLDS.says(_BY_FOLDS, SHIFTED, wrong_100="better", wrong_300="alike"),
                     FOLDS.says(_BY_FOLDS, AGAINST_T, wrong_100="alike", wrong_300="worse"),

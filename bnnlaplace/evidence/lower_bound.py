@@ -36,6 +36,6 @@ class Bound(NamedTuple):
         return (LowerBound if is_own else Estimate)(*self.extrapolated(estimate))
 
     def extrapolated(self, estimate: Estimate) -> Estimate:
-        """The same at any precisions."""
+        """Give an estimate the error of the expected log likelihood, without saying that it is a bound."""
         sem = np.hypot(estimate.sem, self.sem)
         return Estimate(estimate.mean, sem if np.ndim(sem) else float(sem))

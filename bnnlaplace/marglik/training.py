@@ -288,9 +288,9 @@ def _batches(plan: Plan, epoch: int) -> Iterator[Batch]:
             for batch in plan.data:
                 yield batch.inputs, batch.targets, batch.weights
         return
-    whole, present = _present(plan)
-    order = present[np.asarray(jax.random.permutation(_key(plan, _ORDER, epoch), len(present)))]
-    for first in range(0, len(order) - plan.batch_size + 1, plan.batch_size):
+    whole, count = next(iter(plan.data)), plan.data.num_examples  # those of weight zero are the last ones
+    order = np.asarray(jax.random.permutation(_key(plan, _ORDER, epoch), count))
+    for first in range(0, count - plan.batch_size + 1, plan.batch_size):
         yield _rows(whole, order[first : first + plan.batch_size])
 
 
@@ -298,15 +298,9 @@ def _curvature_batch(plan: Plan, step: int, batch: Any) -> Batch:
     """Draw the examples of the curvature: from all examples of arrays, otherwise the first of the batch at hand."""
     if not plan.is_array:
         return jax.tree.map(lambda leaf: leaf[: plan.curvature_size], batch)
-    whole, present = _present(plan)
-    chosen = jax.random.choice(_key(plan, _CURVATURE, step), len(present), (plan.curvature_size,), replace=False)
-    return _rows(whole, present[np.asarray(chosen)])
-
-
-def _present(plan: Plan) -> tuple[Any, np.ndarray]:
-    """Return the whole data, and the numbers of the examples whose weight is not zero."""
-    whole = next(iter(plan.data))
-    return whole, np.flatnonzero(np.asarray(whole.weights))
+    whole, count = next(iter(plan.data)), plan.data.num_examples
+    chosen = jax.random.choice(_key(plan, _CURVATURE, step), count, (plan.curvature_size,), replace=False)
+    return _rows(whole, np.asarray(chosen))
 
 
 def _rows(whole: Any, index: np.ndarray) -> Batch:

@@ -1,6 +1,7 @@
 """E[y] for Gaussian outputs of a network: by samples, by the probit approximation, or by the Laplace bridge."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
@@ -58,6 +59,20 @@ def monte_carlo_double(
     """Average as `monte_carlo` does, `in_double`, with memory for one sample at a time."""
     mean = np.asarray(mean, np.float64)
     return sum(in_double(likelihood.mean, mean + np.asarray(each)) for each in deviations) / len(deviations)
+
+
+def by_link_in_double(
+    likelihood: Likelihood,
+    mean: Float[AnyArray, "B ... C"],
+    covariance: Float[AnyArray, "B ... C C"],
+    deviations: Float[AnyArray, "S B ... C"],
+) -> dict[str, Float[np.ndarray, "B ... C"]]:
+    """Return E[y] through "MC" and "probit", from the numbers of a `FunctionalPosterior`."""
+    variance = np.diagonal(covariance, axis1=-2, axis2=-1)
+    return {
+        "MC": monte_carlo_double(likelihood, mean, deviations),
+        "probit": in_double(partial(probit, likelihood), mean, variance),
+    }
 
 
 def in_double(function: Callable[..., Array], *arrays: Float[AnyArray, "..."]) -> Float[np.ndarray, "..."]:

@@ -77,11 +77,11 @@ class Variational:
         The largest number of Newton steps in the mean within an iteration.
     fixed_mean
         Keep the mean at the weights of the network, or at that of the posterior that is fitted again, and fit the
-        covariance alone. Use it where the mean of the
-        linearised network is far from the weights, and predicts worse than they do. The bound then prefers a smaller
-        prior precision than held-out data do, because it counts the distance of the weights to the prior mean in full.
-        So choose the precision on held-out data, such as folds of the training set. (Ortega et al., "Fixed-mean
-        Gaussian processes for post-hoc Bayesian deep learning", arXiv 2412.04177.)
+        covariance alone. Use it where the mean of the linearised network is far from the weights, and predicts worse
+        than they do. The bound then prefers a smaller prior precision than held-out data do, because it counts the
+        distance of the weights to the prior mean in full. So choose the precision on held-out data, such as folds of
+        the training set. (Ortega et al., "Fixed-mean Gaussian processes for post-hoc Bayesian deep learning", arXiv
+        2412.04177.)
     on_iteration
         Called with the `Progress` of each iteration, such as `print`.
 

@@ -138,7 +138,7 @@ def test_the_steps_make_the_loop_and_change_no_state():
 
 
 def test_a_heavy_example_counts_as_often_in_batches_as_in_all_data():
-    """One example of class 0 weighs as much as all 31 of class 1. Some examples of weight zero are no examples."""
+    """One example of class 0 weighs as much as all 31 of class 1. Eight others have weight zero."""
     weights = np.r_[31.0, np.ones(31), np.zeros(8)].astype(np.float32)
     labels = np.r_[np.zeros(1), np.ones(31), np.full(8, 2)].astype(int)
     network = bnnlaplace.Network.from_function(lambda w, x: x @ w, jnp.zeros((1, 3)))

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,7 +27,6 @@ from training.report.command import command_of
 from training.report.examples import chosen_examples
 from training.report.results import (
     EVIDENCE,
-    PROBIT,
     TRAINING,
     KrylovResult,
     MethodResult,
@@ -321,11 +319,8 @@ class _HeldOut:
         self, name: str, la: Laplace, choice: str, precision: float, posterior: FunctionalPosterior
     ) -> Iterator[MethodResult]:
         """Evaluate the predictive of one posterior through each link."""
-        variance = np.diagonal(posterior.variance, axis1=1, axis2=2)
-        by_link = {
-            "MC": link.monte_carlo_double(la.likelihood, posterior.mean, posterior.deviations),
-            PROBIT: link.in_double(partial(link.probit, la.likelihood), posterior.mean, variance),
-        }
+        numbers = posterior.mean, posterior.variance, posterior.deviations
+        by_link = link.by_link_in_double(la.likelihood, *numbers)
         approximation = "Laplace" if la.fitted.bound is None else "variational"
         described = {"structure": name.split(",")[0], "approximation": approximation}
         described |= {"prior_choice": choice, "prior_precision": precision}

@@ -55,7 +55,7 @@ class MethodResult:
     approximation: str | None = None
     """Laplace or variational. None without a posterior."""
     prior_choice: str | None = None
-    """What chose the prior precision: the evidence of the posterior itself, that of training, or the validation NLL."""
+    """What chose the prior precision: evidence, training or validation NLL. None without a posterior."""
     prior_precision: float | None = None
     link: str | None = None
     """MC or probit. None without a posterior."""

@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -85,11 +84,8 @@ def methods_of(
         microbatch=config.curvature.microbatch,
     )
     for (choice, precision), prediction in zip(fit.choices.items(), predictions, strict=True):
-        variance = np.diagonal(prediction.variance, axis1=1, axis2=2)
-        by_link = {
-            "MC": link.monte_carlo_double(la.likelihood, prediction.mean, prediction.deviations),
-            "probit": link.in_double(partial(link.probit, la.likelihood), prediction.mean, variance),
-        }
+        numbers = prediction.mean, prediction.variance, prediction.deviations
+        by_link = link.by_link_in_double(la.likelihood, *numbers)
         evidence = la.evidence_curve([precision]).log_marginal_likelihood
         description = {
             "training": training,
