@@ -45,7 +45,10 @@ study = Study(
         Posterior("full", "laplace", weights="last_layer", chosen_by="folds"),
     ),
     measures=Measures(
-        foreign=("inverted", "noise", "cifar100", "notmnist"), shift_examples=200, test_examples=2_000, max_iterations=20
+        foreign=("inverted", "noise", "cifar100", "notmnist"),
+        shift_examples=200,
+        test_examples=2_000,
+        max_iterations=20,
     ),
     shown=("adamw.map", "adamw.map-t-split", "adamw.last-layer-full-laplace", "adamw.last-layer-full-variational"),
 )

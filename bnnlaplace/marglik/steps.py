@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from bnnlaplace.core.tree import ravel
 from bnnlaplace.core.types import Estimate
 from bnnlaplace.marglik.fixed_point import prior_update
+from bnnlaplace.marglik.held import all_finite, averaged, first_bad_step, forgotten
 from bnnlaplace.marglik.objective import (
     PRECISION_RANGE,
     Batch,
@@ -199,7 +200,6 @@ def map_step(
     mean_gradients = jax.tree.map(lambda leaf: leaf / num_data, gradients)
     updates, opt_state = settings.optimizer.update(mean_gradients[0], state.opt_state, state.params)
     norm = jnp.linalg.norm(ravel(gradients[0]))
-    is_finite = jnp.isfinite(value) & jnp.isfinite(norm)
     state = state._replace(
         params=jax.tree.map(lambda leaf, update: (leaf + update).astype(leaf.dtype), state.params, updates),
         frozen=frozen,
@@ -207,7 +207,7 @@ def map_step(
         loss=(value / num_data).astype(state.loss.dtype),
         gradient_norm=norm.astype(state.gradient_norm.dtype),
         step=state.step + 1,
-        bad_step=jnp.where(is_finite | (state.bad_step >= 0), state.bad_step, state.step),
+        bad_step=first_bad_step(state.bad_step, state.step, all_finite(value, norm)),
     )
     if not train_prior:
         return state
@@ -246,7 +246,7 @@ def evidence_step(
     if settings.method == "online":
         update = prior_update(state.params, state.log_precision, batch, key, **model)
         evidence, state = update.log_evidence, state._replace(log_precision=update.log_precision)
-        numbers = jax.tree.leaves(update.log_precision)
+        computed = update.log_precision
     else:
         gradient = jax.grad(
             lambda params, log_precision: half_log_determinant(params, log_precision, batch, key, **model),
@@ -256,17 +256,15 @@ def evidence_step(
         estimate, terms = gradient(state.params, state.log_precision)
         if settings.train_forward is not None and jax.tree.leaves(state.frozen):
             estimate = jax.tree.map(jnp.zeros_like, estimate[0]), estimate[1]
-        newest = 1 / jnp.minimum(state.estimates + 1, settings.memory)
-        held = jax.tree.map(lambda old, new: (old + newest * (new - old)).astype(old.dtype), state.held, estimate)
+        computed = averaged(state.held, estimate, state.estimates, settings.memory)
         evidence = terms.log_marginal_likelihood
-        state = state._replace(held=held, estimates=state.estimates + 1)
-        numbers = jax.tree.leaves(held)
-    is_finite = jnp.isfinite(evidence.mean) & jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]))
+        state = state._replace(held=computed, estimates=state.estimates + 1)
+    bad_step = first_bad_step(state.bad_step, state.step, all_finite(evidence.mean, computed))
     evidence = jax.tree.map(lambda number, like: number.astype(like.dtype), evidence, state.evidence)
-    bad_step = jnp.where(is_finite | (state.bad_step >= 0), state.bad_step, state.step)
     return state._replace(evidence=evidence, bad_step=bad_step)
 
 
 def without_determinant(state: MarglikState) -> MarglikState:
     """Return the state with the gradient of the log-determinant forgotten, to settle at a mode of the log joint."""
-    return state._replace(held=jax.tree.map(jnp.zeros_like, state.held), estimates=jnp.int32(0))
+    held, estimates = forgotten(state.held)
+    return state._replace(held=held, estimates=estimates)

@@ -25,7 +25,7 @@ import optax
 
 import bnnlaplace
 from bnnlaplace.core.types import Estimate
-from bnnlaplace.marglik import EvidenceOptions, prior_update
+from bnnlaplace.marglik import EvidenceOptions, held, prior_update
 from bnnlaplace.marglik.objective import half_log_determinant
 from training.config import Config, Prior
 from training.data.load import ImageData
@@ -102,7 +102,8 @@ def forgotten(evidence: Any) -> Any:
     """Return the state without a gradient of the log-determinant, as when the network changes."""
     if not evidence:
         return evidence
-    return evidence._replace(held=jax.tree.map(jnp.zeros_like, evidence.held), estimates=jnp.int32(0))
+    gradient, estimates = held.forgotten(evidence.held)
+    return evidence._replace(held=gradient, estimates=estimates)
 
 
 class Window(NamedTuple):
@@ -184,28 +185,28 @@ def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> E
     @jax.jit
     def joint(network: Any, state: Any, images: Any, labels: Any, key: jax.Array, share: jax.Array) -> Any:
         logs = jax.tree.map(jnp.log, state.prior_precision)
-        gradient = jax.grad(
+        gradient_of = jax.grad(
             lambda params, logs: half_log_determinant(params, logs, (images, labels), key, network=network, **model),
             (0, 1),
             has_aux=True,
         )
-        (of_weights, of_logs), terms = gradient(state.params, logs)
+        (of_weights, of_logs), terms = gradient_of(state.params, logs)
         estimate = jax.tree.map(lambda leaf: share * leaf, of_weights), of_logs
         value, before = terms.log_marginal_likelihood.mean, state.evidence
         # Welford's update: the deviations are small beside the mean.
         number, deviation = before.count + 1, value - before.mean
         mean = before.mean + deviation / number
-        newest = 1 / jnp.minimum(before.estimates + 1, MEMORY)
-        held = jax.tree.map(lambda old, new: old + newest * (new - old), before.held, estimate)
+        gradient = held.averaged(before.held, estimate, before.estimates, MEMORY)
         evidence = before._replace(
-            held=held,
+            held=gradient,
             estimates=before.estimates + 1,
             active=jnp.bool(True),
             mean=mean,
             squares=before.squares + deviation * (value - mean),
             count=number,
         )
-        return state._replace(evidence=evidence, bad_step=_first_bad(state, value, held))
+        is_finite = held.all_finite(value, gradient)
+        return state._replace(evidence=evidence, bad_step=held.first_bad_step(state.bad_step, state.step, is_finite))
 
     @jax.jit
     def online(network: Any, state: Any, images: Any, labels: Any, key: jax.Array) -> Any:
@@ -213,7 +214,8 @@ def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> E
         rest = {"network": network, **model}
         update = prior_update(state.params, logs, (images, labels), key, **rest)
         precision = jax.tree.map(lambda log: jnp.clip(jnp.exp(log), *PRECISION_RANGE), update.log_precision)
-        bad_step = _first_bad(state, update.log_evidence.mean, precision)
+        is_finite = held.all_finite(update.log_evidence.mean, precision)
+        bad_step = held.first_bad_step(state.bad_step, state.step, is_finite)
         of_diagonal = None
         if options.hessian_structure != diagonal.hessian_structure:
             compared = prior_update(state.params, logs, (images, labels), key, **rest | {"options": diagonal})
@@ -234,9 +236,3 @@ def make_evidence_steps(config: Config, data: ImageData, module: nn.Module) -> E
         return online(network(state), state, data.train.images[chosen], data.train.labels[chosen], key)
 
     return EvidenceSteps(joint_at, online_at)
-
-
-def _first_bad(state: Any, value: jax.Array, numbers: Any) -> jax.Array:
-    """The number of the first step with something that is not finite, or -1."""
-    finite = jnp.isfinite(value) & jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)]))
-    return jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bnnlaplace.marglik.held import all_finite, first_bad_step
 from training.config import Optimizer, Prior
 from training.train.batches import Plan
 from training.train.evidence import PRECISION_RANGE, initial_evidence, precision_optimizer
@@ -80,7 +81,6 @@ def make_steps(passes: Passes, config: Optimizer, plan: Plan, prior: Prior) -> S
             gradient = jax.tree.map(lambda g, h: g + h / plan.num_examples, gradient, held)
         direction, opt_state = optimizer.update(gradient, state.opt_state)
         rate, norm = schedule(state.step), optax.tree.norm(gradient)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         sums = EpochSums(
             state.sums.loss + loss, state.sums.correct + correct, state.sums.steps + 1, plan.num_examples * norm
         )
@@ -89,7 +89,7 @@ def make_steps(passes: Passes, config: Optimizer, plan: Plan, prior: Prior) -> S
             opt_state=opt_state,
             step=state.step + 1,
             sums=sums,
-            bad_step=jnp.where(finite | (state.bad_step >= 0), state.bad_step, state.step),
+            bad_step=first_bad_step(state.bad_step, state.step, all_finite(loss, norm)),
         )
 
     def train(state: TrainState, images: Any, labels: Any, key: jax.Array) -> TrainState:
