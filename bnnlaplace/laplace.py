@@ -21,7 +21,7 @@ from bnnlaplace.model.data import PairOrBatches, as_data, check_inputs
 from bnnlaplace.model.likelihood import Likelihood, resolve
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.subset import Subset
-from bnnlaplace.predictive.functional import FunctionalPosterior, functional_posteriors, functional_variances
+from bnnlaplace.predictive.functional import FunctionalPosterior, Spread, functional_posteriors, functional_variances
 from bnnlaplace.predictive.joint import FunctionalGaussian, functional_posterior
 from bnnlaplace.predictive.predictions import predictions
 from bnnlaplace.predictive.validation import ValidationCurve, validation_curve
@@ -395,9 +395,8 @@ class Laplace:
         With `joint` the covariance (B, ..., C, B, ..., C) is that between all inputs, exact but for "lanczos" outside
         its basis; MemoryError if it does not fit. Without, it is that within each input, and draws are independent.
         """
-        fitted = self.fitted.warn_unless_converged()
         check_inputs(self.network, x)
-        return functional_posterior(fitted, x, joint=joint, microbatch=microbatch)
+        return functional_posterior(self.fitted.warn_unless_converged(), x, joint=joint, microbatch=microbatch)
 
     def functional_posteriors(
         self,
@@ -408,6 +407,7 @@ class Laplace:
         num_samples: int,
         microbatch: int = 64,
         joint: bool = False,
+        spread: Spread = "covariance",
     ) -> Iterator[FunctionalPosterior]:
         """Mean, covariance and samples of the linearised outputs at each input, for several prior precisions.
 
@@ -418,14 +418,14 @@ class Laplace:
         ----------
         x, precisions, key, num_samples, microbatch
             Inputs (B, ...); the rest as for `validation_curve`.
-        joint
-            Push samples of the weights through the Jacobian for every structure, so that each sample is a function.
+        joint, spread
+            Push samples of the weights through the Jacobian, so that each is a function. "marginal" for the variance of
+            each output, or "none", in place of their covariance: many outputs are then sampled in this way, too.
         """
-        fitted = self.fitted
         check_inputs(self.network, x)
         grid = checked_grid(precisions, "functional_posteriors(precisions=...)")
-        options = {"key": key, "num_samples": num_samples, "microbatch": microbatch, "joint": joint}
-        return functional_posteriors(fitted, x, grid, **options)
+        how = {"key": key, "num_samples": num_samples, "microbatch": microbatch, "joint": joint, "spread": spread}
+        return functional_posteriors(self.fitted, x, grid, **how)
 
     def functional_variance(self, x: Inputs, *, microbatch: int = 64) -> Float[Array, "B ... C C"]:
         """Covariance J (G + P0)^-1 J' of the linearised outputs at inputs (B, ...); for "lanczos" from all samples."""

@@ -1,7 +1,7 @@
 """Measure what the tables of results show: `make measure`, or `python docs/measure.py [--list] [--data DIR] [NAME]`.
 
 Runs every command whose record this machine lacks, one after another, because most of them measure time. `--list` says
-which these are, and how long each takes; all of them take about eight hours on 2 cores. A record that is there is not
+which these are, and how long each takes; all of them take about nine hours on 2 cores. A record that is there is not
 measured again: remove it to do so. Runs and studies go on where they were stopped. `make results` writes the tables.
 """
 
@@ -58,7 +58,7 @@ def benchmark(name: str, minutes: int, options: str = "", suffix: str = "") -> M
 MEASUREMENTS = (
     *(run(seed, workdir) for seed, workdir in enumerate(RUNS)),
     benchmark("variational", 15),
-    study("study_digits_short", 20),
+    study("study_digits_short", 100),
     study("study_digits_weights", 90),
     study("study_digits_structures", 30),
     study("study_digits_trainings", 120),

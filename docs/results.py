@@ -138,7 +138,7 @@ def page(numbers: Record) -> str:
         "<!-- Written by docs/results.py from docs/results.json; edit those. -->",
         "",
         "The command above a table writes the record from which its numbers come. `make measure` runs all of them, in "
-        "about eight hours on 2 cores, and goes on where it was stopped. `make results` then writes this page again.",
+        "about nine hours on 2 cores, and goes on where it was stopped. `make results` then writes this page again.",
         "",
         "Which posterior to take where images are few, by 95 % intervals of differences in NLL:",
         "",

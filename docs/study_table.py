@@ -40,6 +40,7 @@ DIGITS = {
     "clean_300": "300 images",
     "wrong_300": "300 images, 20 % wrong labels",
 }
+MORE_DIGITS = DIGITS | {"clean_1257": "1,257 images", "wrong_1257": "1,257 images, 20 % wrong labels"}
 FEW = {name: DIGITS[name] for name in ("clean_100", "wrong_100")}
 
 
@@ -55,11 +56,13 @@ class Shown:
     """The regimes in their order, and their names in the table."""
     differences: Mapping[str, str] = field(default_factory=lambda: TO_ALL)
     """Its columns of differences."""
+    foreign: Mapping[str, str] = field(default_factory=lambda: {"noise": "AUROC"})
+    """The sets of foreign images in their order, and the heads of their columns of AUROC."""
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Heads of the columns."""
-        numbers = ("NLL", AVERAGED, CALIBRATED, *self.differences.values(), SHIFTED, "ECE", "AUROC")
+        numbers = ("NLL", AVERAGED, CALIBRATED, *self.differences.values(), SHIFTED, "ECE", *self.foreign.values())
         return ("training images", "method", *numbers)
 
     def says(self, method: str, column: str, **verdicts: str) -> Check:
@@ -123,10 +126,10 @@ class Shown:
         """Make the table."""
         command = f"python -m training.study --config configs/{self.study}.py --workdir checkpoints/{self.study}"
         record = f"checkpoints/{self.study}/summary/summary.json"
-        return Table(name, heading, command, text, self.columns, self.read, write, record, remarks, figures or {})
+        return Table(name, heading, command, text, self.columns, self.read, self.write, record, remarks, figures or {})
 
     def read(self, records: list[dict[str, Any]]) -> list[Row]:
-        """Turn a summary into rows: regime, method, three kinds of NLL, differences, that under shifts, ECE, AUROC."""
+        """Turn a summary into rows, with the cells of `columns`."""
         rows = []
         for regime, label in self.regimes.items():
             of_regime = records[0]["regimes"][regime]
@@ -139,15 +142,15 @@ class Shown:
                 shifted = _interval(to.get("MAP + T", {}).get("shift_nll"))
                 averaged = by_key.get((*key[:-1], "MC"), {}).get("numbers", {}).get("nll")
                 nll = numbers["nll"], averaged, -numbers["calibrated"]
-                rows.append([label, name, *nll, *differences, shifted, numbers["ece"], numbers["auroc"]["noise"]])
+                auroc = [numbers["auroc"][foreign] for foreign in self.foreign]
+                rows.append([label, name, *nll, *differences, shifted, numbers["ece"], *auroc])
         return rows
 
-
-def write(row: Row) -> list[str]:
-    """Write a row of numbers. A difference whose interval excludes zero is bold."""
-    regime, name, nll, averaged, calibrated, *differences, ece, auroc = row
-    numbers = ["–" if number is None else f"{number:.3f}" for number in (nll, averaged, calibrated)]
-    return [regime, name, *numbers, *map(_difference, differences), f"{ece:.3f}", f"{auroc:.3f}"]
+    def write(self, row: Row) -> list[str]:
+        """Write a row of numbers. A difference whose interval excludes zero is bold."""
+        differences = {*self.differences.values(), SHIFTED}
+        cells = dict(zip(self.columns, row, strict=True))
+        return [_difference(cell) if column in differences else _number(cell) for column, cell in cells.items()]
 
 
 def _interval(difference: dict[str, Any] | None) -> list[float] | None:
@@ -159,6 +162,10 @@ def _verdict(interval: list[float] | None) -> str:
         return "no difference"
     _, low, high = interval
     return "better" if high < 0 else "worse" if low > 0 else "alike"
+
+
+def _number(cell: str | float | None) -> str:
+    return cell if isinstance(cell, str) else "–" if cell is None else f"{cell:.3f}"
 
 
 def _difference(interval: list[float] | None) -> str:

@@ -132,7 +132,7 @@ def test_a_study_of_which_units_are_missing_is_kept(results):
     shown = study_table.Shown("study", {study_table.point("map"): "MAP"}, {"few": "10 images"})
     summary = {"regimes": {"few": {"missing": 0, "methods": [row]}}}
     (numbers,) = shown.read([summary])
-    assert study_table.write(numbers) == [
+    assert shown.write(numbers) == [
         *("10 images", "MAP", "0.500", "\N{EN DASH}", "0.400", "\N{EN DASH}", "**+0.200 [+0.100, +0.300]**"),
         *("\N{EN DASH}", "\N{EN DASH}", "0.100", "0.900"),
     ]

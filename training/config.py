@@ -160,8 +160,8 @@ class Optimizer:
     """Peak learning rate."""
     batch_size: Count = 32
     """Images per step."""
-    epochs: Count = 40
-    """Epochs of training, in which batch statistics and drop-path are live."""
+    epochs: CountOrZero = 40
+    """Epochs of training, in which batch statistics and drop-path are live. May be 0 only if --init-from is given."""
     warmup_epochs: CountOrZero = 3
     """Epochs of linear warm-up within `epochs`."""
     polish_epochs: CountOrZero = 45
@@ -322,6 +322,19 @@ class Config:
     prior: Prior = field(default_factory=Prior)
     curvature: Curvature = field(default_factory=Curvature)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    init_from: Directory | None = None
+    """Start from weights that training.import_weights wrote to this directory; default: random ones. Their head is kept
+    if it has as many outputs as there are classes. With --optimizer.epochs 0 --optimizer.warmup-epochs 0
+    --optimizer.polish-epochs 0 --prior.update posthoc they are not trained: posteriors are fitted to them as they are.
+    """
+
+    @field_validator("init_from")
+    @classmethod
+    def _weights_to_begin_with(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        optimizer = info.data.get("optimizer")
+        if value is None and optimizer is not None and optimizer.epochs == 0:
+            raise PydanticCustomError("weights", "Input should be given where `optimizer.epochs` is 0")
+        return value
 
 
 def checked(config: Config) -> Config:

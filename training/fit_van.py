@@ -28,6 +28,7 @@ from training.config import Config
 from training.data.load import ImageData, load, with_statistics
 from training.errors import UserError
 from training.models import van
+from training.pretrained.start import start_from
 from training.report import evaluation
 from training.report.html import write_results
 from training.train import loop
@@ -54,9 +55,9 @@ def fit(argv: Sequence[str], console: Console) -> None:
         section = with_statistics(arguments.settings.data, data.train.images)
         config = dataclasses.replace(arguments.settings, data=section)
         module = van.from_config(config, len(data.class_names))
-        _check(config, data, module)
-        # A run that was begun may be finished; `train` checks it if it is not.
-        if not (arguments.resume and list_steps(arguments.workdir / "train")):
+        is_begun = arguments.resume and bool(list_steps(arguments.workdir / "train"))
+        _check(config, data, module, is_begun)
+        if not is_begun:  # it may be finished; `train` checks it if it is not
             check_window(config)
         foreign = evaluation.foreign_images(config, data)
     with (
@@ -113,14 +114,16 @@ def _load_fitted(config: Config, workdir: Path, network: Network, console: Conso
         return None
 
 
-def _check(config: Config, data: ImageData, module: van.VAN) -> None:
+def _check(config: Config, data: ImageData, module: van.VAN, is_begun: bool) -> None:
     """Find what would stop the run later, before a work directory is made for it. Nothing is computed."""
     loop.check_batch_size(config, data)
     image = jax.ShapeDtypeStruct((1, *data.train.images.shape[1:]), np.uint8)
     try:
-        jax.eval_shape(partial(module.init, train=False), {"params": jax.random.key(0)}, image)
+        variables = jax.eval_shape(partial(module.init, train=False), {"params": jax.random.key(0)}, image)
     except ValueError as error:
         raise UserError(f"`data.name` and `model.variant` do not fit each other: {error}") from None
+    if config.init_from is not None and not is_begun:
+        start_from(config.init_from, config, variables["params"], variables.get("batch_stats", {}))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,8 @@ def ggn_diagonal(
     Notes
     -----
     Cost: a backward pass for each example and output, without the gradients of matrices that have one position; none
-    for a last layer. Memory: the activations of `microbatch` examples and their gradients of all other weights.
+    for a last layer, and one for each of its inputs if outputs are twice as many (see `bnnlaplace.curvature.head`).
+    Memory: the activations of `microbatch` examples and their gradients of all other weights.
     """
     microbatch = examples_at_once(network, inputs, microbatch)
     batches = mb.split(inputs, microbatch, number_type(params), weights, points)
@@ -66,16 +67,16 @@ def ggn_diagonal(
         single = {leaf for leaf, layer in passed.weights.layers.items() if layer.positions == 1}
         others = [leaf for leaf in range(len(leaves)) if leaf not in passed.direct]
 
-        def squares(column: Array) -> dict[int, Array]:
-            gradients = passed.gradients(factor_mv(passed.outputs, column))
+        def squares(gradients: dict[int, Array]) -> dict[int, Array]:
             return {
                 leaf: gradients[leaf][:, 0] ** 2 if leaf in single else _squared(passed, leaf, gradients[leaf], weights)
                 for leaf in others
             }
 
-        sums = tapped.over_columns(squares, passed.outputs) if others else {}
+        points = batch.at(passed.outputs)
+        sums = tapped.over_factor(passed, likelihood, factor_mv, points, squares) if others else {}
         if passed.direct:
-            of_outputs = curvature_diagonal(likelihood, batch.at(passed.outputs))
+            of_outputs = curvature_diagonal(likelihood, points)
             for leaf in passed.direct:
                 sums[leaf] = of_outputs if leaf in single else einsum("m,mc->c", weights, of_outputs)
         for leaf in single:

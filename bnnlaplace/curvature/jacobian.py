@@ -15,12 +15,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Real
 
 from bnnlaplace.core.linalg import einsum, matmul
 from bnnlaplace.core.tree import summed_type
 from bnnlaplace.curvature import tapped
 from bnnlaplace.curvature.direct import direct_leaves
+from bnnlaplace.curvature.head import num_narrow_features
 from bnnlaplace.curvature.layers import find
 from bnnlaplace.curvature.layout import Layout, as_matrices, as_matrix
 from bnnlaplace.model.network import Network
@@ -205,12 +207,15 @@ class JacobianSize(NamedTuple):
         The numbers for each output that all examples share: unit vectors, or what a structure makes of them.
     layers
         (inputs, columns) of each layer that has one position.
+    features
+        How many features have derivatives from which those of all outputs follow; 0 if that does not pay.
     """
 
     example: int
     output: int
     shared: int
     layers: tuple[tuple[int, int], ...]
+    features: int
 
     def columns(self, num_outputs: int) -> int:
         """Count the columns of the layers whose inputs `Jacobian.times` multiplies first.
@@ -236,10 +241,12 @@ def jacobian(
     at_once: int | None = None,
     *,
     factor_mv: Callable[[Float[Array, "M ... C"], Float[Array, "M ... C"]], Float[Array, "M ... C"]] | None = None,
+    of_features: dict[int, Float[Array, "H M ..."]] | None = None,
 ) -> Jacobian:
     """Differentiate some of the outputs of each example.
 
-    Cost: a backward pass for each of them, without the gradients of layers; none if all leaves are direct.
+    Cost: a backward pass for each of them, without the gradients of layers; none if all leaves are direct, or the
+    derivatives of the features are at hand.
 
     Parameters
     ----------
@@ -251,6 +258,8 @@ def jacobian(
         How many of them go through a backward pass together; by default all.
     factor_mv
         A function (f, u) -> B u, such as that of a likelihood. With it the result is made of rows of B' J instead of J.
+    of_features
+        What `feature_derivatives` returned; not with `factor_mv`.
     """
 
     count, shape = len(passed.outputs), numbers.shape
@@ -265,7 +274,10 @@ def jacobian(
         return {leaf: g for leaf, g in passed.gradients(cotangent).items() if leaf not in direct}
 
     derivatives = {}
-    if len(direct) < len(leaves):
+    if of_features is not None:
+        columns = picked(passed.head.kernel, numbers.reshape(-1), axis=1)
+        derivatives = {leaf: einsum("hk,h...->k...", columns, each) for leaf, each in of_features.items()}
+    elif len(direct) < len(leaves):
         derivatives = tapped.at_columns(gradients, passed.outputs, numbers.reshape(-1), at_once)
 
     def leaf_jacobian(leaf: int) -> LeafJacobian:
@@ -284,6 +296,21 @@ def jacobian(
         return LeafJacobian(passed.layer_inputs[leaf], grouped, layer.layout)
 
     return Jacobian([leaf_jacobian(leaf) for leaf in leaves])
+
+
+def feature_derivatives(passed: tapped.Pass, at_once: int | None = None) -> dict[int, Float[Array, "H M ..."]]:
+    """Differentiate the features of a narrow head in all weights before it: a backward pass for each of them.
+
+    Parameters
+    ----------
+    passed
+        A forward pass of M examples.
+    at_once
+        How many features go through a backward pass together; by default all.
+    """
+    num_features = len(passed.head.kernel)
+    features = jnp.zeros((len(passed.outputs), num_features), passed.head.kernel.dtype)
+    return tapped.at_columns(passed.head.differentiate(), features, np.arange(num_features), at_once)
 
 
 def size_of_jacobian(network: Network, inputs: PyTree) -> JacobianSize:
@@ -312,10 +339,10 @@ def _size(spec: NetworkSpec) -> JacobianSize:
             output += 2 * count  # the sum over positions forms the derivatives in the weights, and joins them
         else:
             layers.append((rows, count // rows))
-    return JacobianSize(example, output, shared, tuple(layers))
+    return JacobianSize(example, output, shared, tuple(layers), num_narrow_features(weights, direct))
 
 
-def picked(array: Float[Array, "..."], places: Int[ArrayLike, "U C"], *, axis: int) -> Float[Array, "..."]:
+def picked(array: Float[Array, "..."], places: Int[ArrayLike, "..."], *, axis: int) -> Float[Array, "..."]:
     """Take the numbers at the places of unit vectors along an axis; zero past the end, where vectors are zero."""
     return jnp.take(array, jnp.asarray(places), axis=axis, mode="fill", fill_value=0)
 

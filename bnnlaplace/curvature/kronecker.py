@@ -167,7 +167,8 @@ def factors(
     Notes
     -----
     Cost: for each example and output a backward pass, but for a layer whose outputs are those of the network, which has
-    sum_n Lambda_n as its factor B. To that a layer adds for each example and output O^2
+    sum_n Lambda_n as its factor B. If it has at least twice as many outputs as inputs, all others take a pass for each
+    of these inputs (see `bnnlaplace.curvature.head`). To that a layer adds for each example and pass O^2
     multiplications for "reduce", and O^2 for each position for "expand"; and I^2 for each example or position once.
     "partial_traces" adds T O (2 T + O) or I O (T + I + O), whichever is less. Memory: the sums; the activations and
     patches of `microbatch` examples; their gradients of weights that are not layers, and for "partial_traces" T^2 or
@@ -187,14 +188,14 @@ def factors(
             if leaf not in passed.direct
         }
 
-        def squares(column: Array) -> dict[int, PyTree]:
-            gradients = passed.gradients(factor_mv(passed.outputs, column))
+        def squares(gradients: dict[int, Array]) -> dict[int, PyTree]:
             return {leaf: rule.of_column(gradients[leaf]) for leaf, rule in rules.items()}
 
-        totals = tapped.over_columns(squares, passed.outputs) if rules else {}
+        points = batch.at(passed.outputs)
+        totals = tapped.over_factor(passed, likelihood, factor_mv, points, squares) if rules else {}
         sums = {leaf: rule.sums(totals[leaf], scale) for leaf, rule in rules.items()}
         if passed.direct:
-            sums |= _direct_sums(passed, likelihood, batch.at(passed.outputs), weights, scale)
+            sums |= _direct_sums(passed, likelihood, points, weights, scale)
         return [sums[leaf] for leaf in range(len(leaves))]
 
     return mb.summed(batch_sums, batches)

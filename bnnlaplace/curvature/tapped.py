@@ -16,11 +16,14 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Literal, Var
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree, Shaped
 
-from bnnlaplace.core.linalg import all_products
+from bnnlaplace.core.linalg import all_products, einsum
 from bnnlaplace.core.tree import examples, summed_type
 from bnnlaplace.curvature.direct import direct_leaves
+from bnnlaplace.curvature.head import Head, head_layer
 from bnnlaplace.curvature.layers import Entry, Layer, Weights, at_one_example, find
+from bnnlaplace.curvature.layout import as_matrix
 from bnnlaplace.model.jaxpr import run
+from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.network import Network
 
 
@@ -43,6 +46,8 @@ class Pass(NamedTuple):
         derivative with respect to the leaf itself (M, ...).
     direct
         The leaves whose derivatives are the cotangents themselves; see `bnnlaplace.curvature.direct`.
+    head
+        The last dense layer, if all other weights reach the outputs through it alone; see `bnnlaplace.curvature.head`.
     """
 
     weights: Weights
@@ -50,6 +55,7 @@ class Pass(NamedTuple):
     layer_inputs: dict[int, Float[Array, "M T I"]]
     gradients: Callable[[Float[Array, "M ... C"]], dict[int, Float[Array, "M ..."]]]
     direct: frozenset[int]
+    head: Head | None = None
 
 
 def forward(network: Network, params: PyTree, inputs: PyTree[Shaped[ArrayLike, "M ..."]]) -> Pass:
@@ -93,28 +99,94 @@ def forward(network: Network, params: PyTree, inputs: PyTree[Shaped[ArrayLike, "
     value_of = known | dict(zip(saved, values, strict=True))
     entry_results = [result for index in sorted(entries) for result in jaxpr.equations[index].outvars]
 
+    def by_leaf(derivatives_at_taps: list[Array]) -> dict[int, Float[Array, "M ..."]]:
+        at = dict(zip(entry_results, derivatives_at_taps, strict=True))
+        derivatives = {
+            leaf: _as_columns(layer, jaxpr.equations[layer.entry.index], at) for leaf, layer in weights.layers.items()
+        }
+        for leaf, entries_of_leaf in weights.entries.items():
+            summands = [_per_example(weights, leaf, entry, value_of, at) for entry in entries_of_leaf]
+            # A leaf without any entry has no effect: its derivative is zero.
+            zero = jnp.zeros((len(outputs), *leaves[leaf].shape), leaves[leaf].dtype)
+            derivatives[leaf] = sum(summands, zero)
+        return derivatives
+
+    def in_summed_type(derivatives: dict[int, Array]) -> dict[int, Float[Array, "M ..."]]:
+        return {leaf: derivatives[leaf].astype(summed_type(leaves[leaf].dtype)) for leaf in sorted(derivatives)}
+
     def gradients(cotangent: Float[Array, "M ... C"]) -> dict[int, Float[Array, "M ..."]]:
         with all_products():
-            (derivatives_at_taps,) = pullback(cotangent)
-            at = dict(zip(entry_results, derivatives_at_taps, strict=True))
-            derivatives = {
-                leaf: _as_columns(layer, jaxpr.equations[layer.entry.index], at)
-                for leaf, layer in weights.layers.items()
-            }
-            for leaf, entries_of_leaf in weights.entries.items():
-                summands = [_per_example(weights, leaf, entry, value_of, at) for entry in entries_of_leaf]
-                # A leaf without any entry has no effect: its derivative is zero.
-                zero = jnp.zeros((len(outputs), *leaves[leaf].shape), leaves[leaf].dtype)
-                derivatives[leaf] = sum(summands, zero)
+            derivatives = by_leaf(pullback(cotangent)[0])
             if weights.rest:
                 derivatives |= _by_whole_network(network, params, inputs, weights.rest, cotangent)
-        return {leaf: derivatives[leaf].astype(summed_type(leaves[leaf].dtype)) for leaf in sorted(derivatives)}
+        return in_summed_type(derivatives)
 
     layer_inputs = {
         leaf: _as_rows(layer, jaxpr.equations[layer.entry.index], value_of).astype(summed_type(leaves[leaf].dtype))
         for leaf, layer in weights.layers.items()
     }
-    return Pass(weights, outputs, layer_inputs, gradients, direct_leaves(weights))
+    direct = direct_leaves(weights)
+    leaf = head_layer(weights, direct)
+    if leaf is None:
+        return Pass(weights, outputs, layer_inputs, gradients, direct)
+    layer = weights.layers[leaf]
+
+    def differentiate() -> Callable[[Float[Array, "M H"]], dict[int, Float[Array, "M ..."]]]:
+        def features(zeros: list[Array]) -> Array:
+            (operand, _), *_ = layer.entry.operands
+            equation = jaxpr.equations[layer.entry.index]
+            with all_products():
+                given = known | dict(zip(taps, zeros, strict=True))
+                (value,) = run(jaxpr, tapped_equations, given, [equation.invars[operand]])
+            return _as_rows(layer, equation, {equation.invars[operand]: value})
+
+        at, pullback_of_features = jax.vjp(features, zeros)
+
+        def at_features(cotangent: Float[Array, "M H"]) -> dict[int, Float[Array, "M ..."]]:
+            with all_products():
+                derivatives = by_leaf(pullback_of_features(cotangent[:, None].astype(at.dtype))[0])
+            return in_summed_type({leaf: derivatives[leaf] for leaf in derivatives if leaf not in direct})
+
+        return at_features
+
+    flat = jnp.asarray(leaves[leaf], summed_type(leaves[leaf].dtype)).reshape(-1)
+    kernel = as_matrix(flat, layer.layout.segments)
+    return Pass(weights, outputs, layer_inputs, gradients, direct, Head(kernel, differentiate))
+
+
+def over_factor(
+    passed: Pass,
+    likelihood: Likelihood,
+    factor_mv: Callable[[Float[Array, "M ... C"], Float[Array, "M ... C"]], Float[Array, "M ... C"]],
+    points: Float[Array, "M ..."],
+    function: Callable[[dict[int, Float[Array, "M ..."]]], PyTree],
+) -> PyTree:
+    """Sum `function` over the columns of a factor of the curvature of the outputs.
+
+    It gets the derivatives of all leaves that are not direct along a column. If the network has a narrow head, the
+    columns are those of a root of the curvature of its features.
+
+    Parameters
+    ----------
+    passed
+        The forward pass.
+    likelihood, points
+        The likelihood, and where its curvature is evaluated.
+    factor_mv
+        (outputs, u) -> B u, with the weights of positions in it.
+    function
+        A function from derivatives by leaf to a pytree.
+    """
+    if passed.head is None or not passed.head.is_narrow:
+        return over_columns(
+            lambda column: function(passed.gradients(factor_mv(passed.outputs, column))), passed.outputs
+        )
+    root, gradients = passed.head.root(likelihood, points), passed.head.differentiate()
+
+    def along(column: Float[Array, "M H"]) -> PyTree:
+        return function(gradients(einsum("mhk,mk->mh", root, column)))
+
+    return over_columns(along, root[:, 0])
 
 
 def over_columns(function: Callable[[Float[Array, "M ... C"]], PyTree], outputs: Float[Array, "M ... C"]) -> PyTree:

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from itertools import repeat
+from typing import NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from bnnlaplace.core import checks
 from bnnlaplace.core.tree import number_type, size
 from bnnlaplace.core.types import AnyArray, Inputs
 from bnnlaplace.curvature import rows, tapped
-from bnnlaplace.curvature.jacobian import jacobian, size_of_jacobian
+from bnnlaplace.curvature.jacobian import feature_derivatives, jacobian, size_of_jacobian
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.arrays import as_arrays
 from bnnlaplace.model.batched import by_microbatch, check_microbatch, outputs, pushforward
@@ -22,10 +23,14 @@ from bnnlaplace.model.jaxpr import numbers_of_example
 from bnnlaplace.model.network import Network
 from bnnlaplace.model.spec import NetworkSpec, output_shape
 from bnnlaplace.predictive.reading import (
+    Draws,
     FunctionalPosterior,
+    Spread,
     covariance_reader,
+    draws_functions,
     have_one_expansion,
     marginal_samples,
+    of_covariance,
     products,
     read_all,
     reading_of,
@@ -33,7 +38,7 @@ from bnnlaplace.predictive.reading import (
     whitening,
 )
 from bnnlaplace.structure import CovarianceStructure, OutputCovariance, RowStructure, SampleStructure
-from bnnlaplace.structure.protocol import PriorPrecisions
+from bnnlaplace.structure.protocol import PriorPrecision, PriorPrecisions
 
 # How many bytes of derivatives, and of what a structure makes of them, are in memory at a time. The activations of
 # backward passes that run together may take as much again. On CPU a larger number would gain nothing. If not all passes
@@ -41,6 +46,8 @@ from bnnlaplace.structure.protocol import PriorPrecisions
 JACOBIAN_BYTES, CPU_JACOBIAN_BYTES, CACHED_BYTES = 2**28, 2**25, 2**23
 # A program takes this many inputs before it takes several outputs of each.
 FEW_INPUTS = 8
+# Bytes of samples of the weights that are in memory at a time.
+SAMPLE_BYTES = 2**28
 
 
 def functional_posteriors(
@@ -52,6 +59,7 @@ def functional_posteriors(
     num_samples: int,
     microbatch: int = 64,
     joint: bool = False,
+    spread: Spread = "covariance",
 ) -> Iterator[FunctionalPosterior]:
     """Yield the posterior of the linearised outputs at each of several prior precisions.
 
@@ -76,12 +84,17 @@ def functional_posteriors(
         Multiply samples of the weights by the Jacobian, so that each sample is one function: correlated over inputs,
         and the same at all inputs that are asked with one key. Cost: a forward-mode derivative for each sample, input
         and precision.
+    spread
+        What `variance` holds: "covariance" that between the outputs of a position, "marginal" the variance of each
+        output, "none" nothing. A covariance of many outputs is formed only if it is asked for: without, samples are
+        drawn as with `joint`, if there are more outputs than samples at all precisions, or more than 256.
     """
     checks.key(key, "functional_posteriors(key=...)")
     checks.count(num_samples, "functional_posteriors(num_samples=...)", advice="try 32")
     check_joint(joint, "functional_posteriors")
+    checks.choice(spread, "functional_posteriors(spread=...)", get_args(Spread))
     # The checks above run at the call. Those inside a generator would run at its first element.
-    return _one_after_another(fitted, inputs, precisions, key, num_samples, microbatch, joint)
+    return _one_after_another(fitted, inputs, precisions, Draws(key, num_samples, microbatch, joint, spread))
 
 
 def check_joint(joint: bool, where: str) -> None:
@@ -91,33 +104,46 @@ def check_joint(joint: bool, where: str) -> None:
 
 
 def _one_after_another(
-    fitted: Fitted,
-    inputs: Inputs,
-    precisions: PriorPrecisions,
-    key: Array,
-    num_samples: int,
-    microbatch: int,
-    joint: bool,
+    fitted: Fitted, inputs: Inputs, precisions: PriorPrecisions, draws: Draws
 ) -> Iterator[FunctionalPosterior]:
     """Yield what `functional_posteriors` promises."""
+    key, num_samples, microbatch, joint, spread = draws
     fitted, inputs = fitted.at_features(inputs, microbatch=microbatch)
-    if not joint and (reading := reading_of(fitted, inputs, precisions, key, num_samples, microbatch)) is not None:
+    are_functions = draws_functions(fitted, inputs, draws, len(precisions))
+    if not joint and (reading := reading_of(fitted, inputs, precisions, draws)) is not None:
         yield from read_all(inputs, [reading], microbatch)[0]
         return
     mean = outputs(fitted.network, inputs, microbatch=microbatch)
     if isinstance(fitted.structure, SampleStructure):
         for deviations in _sampled(fitted, inputs, key, num_samples, precisions, microbatch=microbatch):
-            yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
+            yield FunctionalPosterior(mean, sample_variance(deviations, spread), deviations)
         return
-    for precision, variance in zip(
-        precisions, _covariances(fitted, inputs, precisions, microbatch=microbatch), strict=True
-    ):
-        if joint:
-            directions = fitted.structure.samples(key, num_samples, precision)
-            deviations = jacobian_product(fitted, inputs, microbatch=microbatch)(directions)
+    variances = repeat(None)
+    if spread != "none" or not are_functions:
+        is_marginal = are_functions and spread == "marginal"
+        variances = _covariances(fitted, inputs, precisions, microbatch=microbatch, marginal=is_marginal)
+    for precision, variance in zip(precisions, variances):  # noqa: B905 (None repeats without end)
+        if are_functions:
+            deviations = _of_functions(fitted, inputs, key, num_samples, precision, microbatch)
+            yield FunctionalPosterior(mean, variance, deviations)
         else:
             deviations = marginal_samples(key, variance, num_samples)
-        yield FunctionalPosterior(mean, variance, deviations)
+            yield FunctionalPosterior(mean, of_covariance(variance, spread), deviations)
+
+
+def _of_functions(
+    fitted: Fitted, inputs: Inputs, key: Array, num_samples: int, precision: PriorPrecision, microbatch: int
+) -> Float[Array, "S B ... C"]:
+    """Multiply samples of the weights by the Jacobian, as many at a time as have memory."""
+    push = jacobian_product(fitted, inputs, microbatch=microbatch)
+    network = fitted.network
+    most = max(1, SAMPLE_BYTES // (number_type(network.params).itemsize * size(network.params)))
+    num_parts = math.ceil(num_samples / most)
+    if num_parts == 1:
+        return push(fitted.structure.samples(key, num_samples, precision))
+    count = math.ceil(num_samples / num_parts)
+    parts = [push(fitted.structure.samples(each, count, precision)) for each in jax.random.split(key, num_parts)]
+    return jnp.concatenate(parts)[:num_samples]
 
 
 def shared_posteriors(
@@ -128,6 +154,7 @@ def shared_posteriors(
     keys: Sequence[Array],
     num_samples: int,
     microbatch: int = 64,
+    spread: Spread = "covariance",
 ) -> list[Iterator[FunctionalPosterior]]:
     """Do what `functional_posteriors` does for several posteriors. Those of one convolutional network share a Jacobian.
 
@@ -135,7 +162,7 @@ def shared_posteriors(
     ----------
     posteriors, precisions, keys
         The posteriors, and for each of them its prior precisions and the random key of its samples.
-    inputs, num_samples, microbatch
+    inputs, num_samples, microbatch, spread
         As for `functional_posteriors`.
 
     Returns
@@ -147,12 +174,11 @@ def shared_posteriors(
     first, shared = posteriors[0].network, []
     inputs = as_arrays(inputs, "inputs to predict at")
     for number, (fitted, grid, key) in enumerate(zip(posteriors, precisions, keys, strict=True)):
-        reading = None
+        draws, reading = Draws(key, num_samples, microbatch, spread=spread), None
         if not fitted.network.is_subset and have_one_expansion(fitted.network, first):
-            reading = reading_of(fitted, inputs, grid, key, num_samples, microbatch)
+            reading = reading_of(fitted, inputs, grid, draws)
         if reading is None:
-            options = {"key": key, "num_samples": num_samples, "microbatch": microbatch}
-            results[number] = functional_posteriors(fitted, inputs, grid, **options)
+            results[number] = functional_posteriors(fitted, inputs, grid, **draws._asdict())
         else:
             shared.append((number, reading))
     if shared:
@@ -257,12 +283,16 @@ def derivative_bytes() -> int:
 
 
 class _Sizes(NamedTuple):
-    """How many inputs are differentiated at a time, how many groups of `unit` outputs, and how many passes together."""
+    """How many inputs are differentiated at a time, how many groups of `unit` outputs, and how many passes together.
+
+    `by_features` says that the passes are those of features, from which all outputs follow.
+    """
 
     inputs: int
     groups: int
     unit: int
     passes: int
+    by_features: bool = False
 
 
 def _sizes(
@@ -286,6 +316,10 @@ def _sizes(
     # Shared derivatives are weighted anew at each input for the covariances of several outputs.
     weighted = sizes.shared if unit > 1 else 0
     per_output = sizes.output + weighted + int(structure.rows_for_output * num_weights) + num_precisions * unit
+    # Few features are differentiated once, if there is room for that; otherwise a pass for each output.
+    of_features = number_bytes * sizes.features * sizes.output
+    by_features = 0 < FEW_INPUTS * of_features <= limit / 2
+    per_input += sizes.features * sizes.output if by_features else 0
     input_bytes, group_bytes = pass_bytes + number_bytes * per_input, number_bytes * unit * per_output
     shared_bytes = number_bytes * unit * sizes.shared
     # First as many groups as fit with a few inputs, then as many inputs as fit with these groups.
@@ -294,10 +328,10 @@ def _sizes(
     room = limit - min_inputs * input_bytes
     groups = min(num_groups, max(1, room // (shared_bytes + min_inputs * group_bytes)))
     num_inputs = min(microbatch, max(1, (limit - groups * shared_bytes) // (input_bytes + groups * group_bytes)))
-    passes = groups * unit
+    passes = sizes.features if by_features else groups * unit
     if num_inputs * passes * pass_bytes > limit:
         passes = max(1, min(CACHED_BYTES, limit) // (num_inputs * pass_bytes))
-    return _Sizes(num_inputs, groups, unit, passes)
+    return _Sizes(num_inputs, groups, unit, passes, by_features)
 
 
 @partial(jax.jit, static_argnums=2)
@@ -311,8 +345,12 @@ def _microbatch_covariances(
     # All steps take equally many groups. The last step may reach beyond the last output, where derivatives are zero.
     indices = np.arange(num_steps * math.ceil(num_groups / num_steps) * sizes.unit).reshape(num_steps, -1, sizes.unit)
 
+    # A network whose equations depend on the number of examples has a head with some numbers alone.
+    of_features = feature_derivatives(passed, sizes.passes) if sizes.by_features and passed.head is not None else None
+
     def step(indices: Int[AnyArray, "U C"]) -> Float[Array, "m U D C C"]:
-        return jnp.moveaxis(covariance(jacobian(passed, indices, sizes.passes)), 0, 2)
+        derivatives = jacobian(passed, indices, sizes.passes, of_features=of_features)
+        return jnp.moveaxis(covariance(derivatives), 0, 2)
 
     by_step = step(indices[0])[None] if num_steps == 1 else jax.lax.map(step, jnp.asarray(indices))
     by_group = jnp.moveaxis(by_step, 0, 1).reshape(by_step.shape[1], -1, *by_step.shape[3:])[:, :num_groups]

@@ -64,11 +64,10 @@ def monte_carlo_double(
 def by_link_in_double(
     likelihood: Likelihood,
     mean: Float[AnyArray, "B ... C"],
-    covariance: Float[AnyArray, "B ... C C"],
+    variance: Float[AnyArray, "B ... C"],
     deviations: Float[AnyArray, "S B ... C"],
 ) -> dict[str, Float[np.ndarray, "B ... C"]]:
-    """Return E[y] through "MC" and "probit", from the numbers of a `FunctionalPosterior`."""
-    variance = np.diagonal(covariance, axis1=-2, axis2=-1)
+    """Return E[y] through "MC" and "probit", from the numbers of a `FunctionalPosterior` with marginal variances."""
     return {
         "MC": monte_carlo_double(likelihood, mean, deviations),
         "probit": in_double(partial(probit, likelihood), mean, variance),

@@ -1,22 +1,29 @@
 """Predictions under the posterior, by the linearised network or by the network at samples of the weights."""
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from bnnlaplace.core import checks
-from bnnlaplace.core.tree import ravel, unraveler
+from bnnlaplace.core.tree import num_examples, ravel, unraveler
 from bnnlaplace.core.types import Inputs
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.likelihood import Likelihood
 from bnnlaplace.model.likelihoods import heteroscedastic
+from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive import link
 from bnnlaplace.predictive.functional import functional_posteriors, functional_variances
+from bnnlaplace.predictive.reading import Draws, draws_functions
 from bnnlaplace.structure import SampleStructure
+
+# Numbers of samples of the outputs that are in memory at a time.
+MOST_NUMBERS = 2**24
 
 
 def predictions(
@@ -85,8 +92,7 @@ def predictions(
                 (mean, of_noise), (variance, _) = (jnp.split(moment, 2, axis=-1) for moment in (mean, variance))
                 return mean, variance + of_noise if with_noise else variance, of_noise
             return (mean, variance + noise) if is_regression else mean
-        (posterior,) = functional_posteriors(fitted, inputs, precisions, **draw)
-        return link.monte_carlo(likelihood, posterior.mean, posterior.deviations)
+        return _averages(fitted, inputs, Draws(**draw, spread="none"))
     # "probit" and regression need no samples: mean and variance of the outputs are enough.
     mean = outputs(fitted.network, inputs, microbatch=microbatch)
     # Only the bridge needs covariances between outputs. Their diagonal alone is much cheaper.
@@ -98,6 +104,22 @@ def predictions(
     if is_regression:
         return mean, variance + noise
     return link.bridge(mean, variance) if needs_covariance else link.probit(likelihood, mean, variance)
+
+
+def _averages(fitted: Fitted, inputs: Inputs, draws: Draws) -> Float[Array, "B ... C"]:
+    """Average E[y] over samples of the linearised outputs, with memory for those of some inputs at a time."""
+
+    def of_some(inputs: Inputs) -> Float[Array, "b ... C"]:
+        (posterior,) = functional_posteriors(fitted, inputs, [fitted.prior.precision], **draws._asdict())
+        return link.monte_carlo(fitted.likelihood, posterior.mean, posterior.deviations)
+
+    if not draws_functions(fitted, inputs, draws):  # one key must not give the samples of two parts
+        return of_some(inputs)
+    numbers_of_input = draws.num_samples * math.prod(output_shape(fitted.network, inputs)[1:])
+    size = draws.microbatch * max(1, MOST_NUMBERS // (draws.microbatch * numbers_of_input))
+    starts = range(0, max(1, num_examples(inputs)), size)
+    parts = [jax.tree.map(lambda leaf, at=at: leaf[at : at + size], inputs) for at in starts]
+    return jnp.concatenate([of_some(part) for part in parts]) if len(parts) > 1 else of_some(inputs)
 
 
 def _check_options(likelihood: Likelihood, pred_type: str, link_approx: str, with_noise: bool) -> None:

@@ -1,8 +1,9 @@
 """What a posterior reads from rows of the Jacobian, and its predictions, which follow from that."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,15 @@ from bnnlaplace.curvature import rows
 from bnnlaplace.fitted import Fitted
 from bnnlaplace.model.batched import outputs
 from bnnlaplace.model.network import Network
+from bnnlaplace.model.spec import output_shape
 from bnnlaplace.structure import RowStructure, SampleStructure
 from bnnlaplace.structure.protocol import PriorPrecisions, RowCovariance
+
+# With no more outputs their covariance, and its root, are cheap, whatever the number of samples. With more than
+# MANY_OUTPUTS they are dear, whatever the number of precisions that share the derivatives.
+FEW_OUTPUTS, MANY_OUTPUTS = 32, 256
+
+Spread = Literal["covariance", "marginal", "none"]
 
 
 class FunctionalPosterior(NamedTuple):
@@ -28,16 +36,27 @@ class FunctionalPosterior(NamedTuple):
     mean
         f(x; theta*), (B, ..., C).
     variance
-        J Sigma J' within each output position, (B, ..., C, C). A `SampleStructure` estimates it from the samples.
+        J Sigma J' within each output position, (B, ..., C, C); its diagonal, (B, ..., C); or None. See `spread` of
+        `functional_posteriors`. A `SampleStructure` estimates it from the samples.
     deviations
         Samples of J (theta - theta*), (S, B, ..., C). They are samples of functions, which belong together over inputs,
-        for a `SampleStructure` and with `functional_posteriors(joint=True)`. Otherwise those of one input and output
-        position are independent of those of all others.
+        for a `SampleStructure`, with `joint`, and for many outputs whose covariance is not asked for. Otherwise those
+        of one input and output position are independent of those of all others.
     """
 
     mean: Float[Array, "B ... C"]
-    variance: Float[Array, "B ... C C"]
+    variance: Float[Array, "B ... C C"] | Float[Array, "B ... C"] | None
     deviations: Float[Array, "S B ... C"]
+
+
+class Draws(NamedTuple):
+    """What is asked of a functional posterior; see `functional_posteriors`."""
+
+    key: Array
+    num_samples: int
+    microbatch: int = 64
+    joint: bool = False
+    spread: Spread = "covariance"
 
 
 class Reading(NamedTuple):
@@ -48,29 +67,42 @@ class Reading(NamedTuple):
     finish: Callable[[Float[Array, "B ... C"], Float[Array, "k B U ..."]], Iterator[FunctionalPosterior]]
 
 
-def reading_of(
-    fitted: Fitted, inputs: Inputs, precisions: PriorPrecisions, key: Array, num_samples: int, microbatch: int
-) -> Reading | None:
+def draws_functions(fitted: Fitted, inputs: Inputs, draws: Draws, num_precisions: int = 1) -> bool:
+    """Whether samples of the outputs are those of functions, and one key gives the same functions at other inputs.
+
+    They are if `joint` asks for it, and with a `SampleStructure`. Covariances, if nobody asks for them, take a backward
+    pass for each output, which serves all precisions, and a root for each precision. Functions take a forward
+    derivative for each sample and precision. So functions are drawn if outputs are more than these, or very many.
+    """
+    if draws.joint or isinstance(fitted.structure, SampleStructure):
+        return True
+    num_outputs = math.prod(output_shape(fitted.network, inputs)[1:])
+    few = max(FEW_OUTPUTS, min(MANY_OUTPUTS, draws.num_samples * num_precisions))
+    return draws.spread != "covariance" and num_outputs > few
+
+
+def reading_of(fitted: Fitted, inputs: Inputs, precisions: PriorPrecisions, draws: Draws) -> Reading | None:
     """Prepare to read a posterior from rows; None if that would not pay."""
-    structure, sizes = fitted.structure, rows.row_sizes(fitted.network.unlinearised(), inputs, microbatch)
+    structure, sizes = fitted.structure, rows.row_sizes(fitted.network.unlinearised(), inputs, draws.microbatch)
     if sizes is None:
         return None
     if isinstance(structure, SampleStructure):
-        directions, combined = structure.sample_directions(key, num_samples, precisions)
+        directions, combined = structure.sample_directions(draws.key, draws.num_samples, precisions)
         if not rows.directions_pay(sizes, len(directions)):
             return None
 
         def of_samples(mean: Float[Array, "B ... C"], images: Float[Array, "R B U C"]) -> Iterator[FunctionalPosterior]:
             for deviations in combined(images.reshape(len(images), *mean.shape)):
-                yield FunctionalPosterior(mean, sample_variance(deviations), deviations)
+                yield FunctionalPosterior(mean, sample_variance(deviations, draws.spread), deviations)
 
         return Reading(fitted.network, partial(products, directions, whitening(fitted)), of_samples)
-    if not isinstance(structure, RowStructure):
+    if not isinstance(structure, RowStructure) or draws_functions(fitted, inputs, draws, len(precisions)):
         return None
 
     def of_covariances(mean: Float[Array, "B ... C"], read: Float[Array, "D B U C C"]) -> Iterator[FunctionalPosterior]:
         for variance in read[: len(precisions)].reshape(len(precisions), *mean.shape, mean.shape[-1]):
-            yield FunctionalPosterior(mean, variance, marginal_samples(key, variance, num_samples))
+            deviations = marginal_samples(draws.key, variance, draws.num_samples)
+            yield FunctionalPosterior(mean, of_covariance(variance, draws.spread), deviations)
 
     return Reading(fitted.network, covariance_reader(fitted, precisions), of_covariances)
 
@@ -168,12 +200,29 @@ def marginal_samples(key: Array, variance: Float[Array, "B ... C C"], num_sample
     return einsum("...cd,s...d->s...c", root, noise)
 
 
-def sample_variance(deviations: Float[Array, "S B ... C"]) -> Float[Array, "B ... C C"]:
+def of_covariance(
+    covariance: Float[Array, "B ... C C"], spread: Spread
+) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"] | None:
+    """Return what `spread` asks for, from a covariance at each input and position."""
+    if spread == "none":
+        return None
+    return jnp.diagonal(covariance, axis1=-2, axis2=-1) if spread == "marginal" else covariance
+
+
+def sample_variance(
+    deviations: Float[Array, "S B ... C"], spread: Spread = "covariance"
+) -> Float[Array, "B ... C C"] | Float[Array, "B ... C"] | None:
     """Estimate the functional variance from samples with known mean zero. Its relative standard error is sqrt(2 / S).
 
     Parameters
     ----------
     deviations
         Samples of J (theta - theta*).
+    spread
+        What of it is wanted.
     """
+    if spread == "none":
+        return None
+    if spread == "marginal":
+        return jnp.mean(deviations**2, axis=0)
     return einsum("s...c,s...d->...cd", deviations, deviations) / len(deviations)

@@ -21,6 +21,7 @@ from bnnlaplace.model.spec import output_shape
 from bnnlaplace.predictive import link
 from bnnlaplace.predictive.functional import FunctionalPosterior, functional_variances, shared_posteriors
 from bnnlaplace.predictive.link import LinkApproximation
+from bnnlaplace.predictive.reading import Draws, draws_functions
 from bnnlaplace.predictive.validation_data import Batch, checked_batches
 from bnnlaplace.prior.scalar import checked_grid, lowest
 from bnnlaplace.structure import SampleStructure
@@ -151,8 +152,8 @@ def validation_curve(
     Notes
     -----
     The network is differentiated once for the whole grid; see `functional_posteriors`. "probit" needs C numbers for
-    each input and precision, "bridge" C^2, "mc" as many and the samples. Memory: these numbers at all precisions, for
-    the inputs of a microbatch or for more inputs if they are few.
+    each input and precision, "bridge" C^2, and "mc" as many and the samples, or the samples alone if there are many
+    outputs. Memory: these numbers at all precisions, for the inputs of a microbatch or for more inputs if they are few.
     """
     options = {"link_approx": link_approx, "key": key, "num_samples": num_samples, "microbatch": microbatch}
     return validation_curves([fitted], data, precisions, **options)[0]
@@ -264,11 +265,12 @@ def _scores(
         def score(posterior: FunctionalPosterior) -> list[float]:
             return _number_score(likelihood, posterior, *targets)
 
-    # A sample of a `SampleStructure` is a function, which must be the same one in all slices. Samples from covariances
-    # are drawn at each input, so every slice gets noise of its own.
-    is_function = [isinstance(fitted.structure, SampleStructure) for fitted in posteriors]
-    keys = [key if fixed or not number else jax.random.fold_in(key, number) for fixed in is_function]
-    options = {"keys": keys, "num_samples": num_samples, "microbatch": microbatch}
+    # A sample that is a function must be the same one in all slices. Samples from covariances are drawn at each input,
+    # so every slice gets noise of its own.
+    draws = Draws(key, num_samples, microbatch, spread="none")
+    are_functions = [draws_functions(fitted, batch.inputs, draws, len(grid)) for fitted in posteriors]
+    keys = [key if fixed or not number else jax.random.fold_in(key, number) for fixed in are_functions]
+    options = {"keys": keys, "num_samples": num_samples, "microbatch": microbatch, "spread": "none"}
     shared = shared_posteriors(posteriors, batch.inputs, [grid] * len(posteriors), **options)
     return np.array([[score(posterior) for posterior in of_one] for of_one in shared])
 

@@ -76,14 +76,15 @@ def settle(
     scale
         (all training examples) / (examples in the data).
     tolerance
-        Newton's method ends if a step promises to gain less than this, in nats.
+        Newton's method ends if a step promises to gain less than this, in nats, or less than the rounding of the bound.
     max_steps
         The largest number of Newton steps.
     """
     draws, products, decrement = list(draws), 0, np.inf
     for step in range(max_steps + 1):  # noqa: B007
         expected = [expectations(model.likelihood, each) for each in draws]
-        if step == max_steps or 0.5 * decrement <= tolerance:
+        least = max(tolerance, _rounding(expected, scale))
+        if step == max_steps or 0.5 * decrement <= least:
             break
         move = newton.move(at_sites(model, sites_of(model.likelihood, draws)), expected)
         products, decrement = products + move.products, move.decrement
@@ -94,8 +95,14 @@ def settle(
             break
         move.go(length)
         draws = [each._replace(mean=each.mean + length * by) for each, by in zip(draws, move.images, strict=True)]
-    is_settled = step < max_steps or max_steps == 0 or 0.5 * decrement <= tolerance
+    is_settled = step < max_steps or max_steps == 0 or 0.5 * decrement <= least
     return MeanStep(newton.mean(), draws, expected, newton.gradient(expected), step, products, is_settled)
+
+
+def _rounding(expected: Sequence[Expectations], scale: float) -> float:
+    """The rounding of the expected log likelihood, in nats: a smaller gain is none."""
+    total = sum(float(np.abs(each.log_likelihood).sum()) for each in expected)
+    return float(jnp.finfo(expected[0].residuals.dtype).eps) * scale * total
 
 
 def _line_search(model: Model, draws: Sequence[Draws], move: Move, scale: float) -> float:

@@ -234,6 +234,8 @@ def test_bad_arguments(posteriors, problem, unchecked_annotations):
             la.functional_posterior(x, joint=value)
         with pytest.raises(ValueError, match=r"functional_posteriors\(joint=...\) must be True or False; got"):
             la.functional_posteriors(x, [1.0], key=key, num_samples=2, joint=value)
+    with pytest.raises(ValueError, match=r"functional_posteriors\(spread=...\) must be"):
+        la.functional_posteriors(x, [1.0], key=key, num_samples=2, spread="all")
     for value in (0, 2.5, True):
         with pytest.raises(ValueError, match="microbatch=... must be an integer of at least 1"):
             la.functional_posterior(x, microbatch=value)

@@ -137,8 +137,8 @@ def test_parts_follow_memory(problem, monkeypatch):
         monkeypatch.setattr(posterior, "JACOBIAN_BYTES", most)
         return posterior._sizes(la.network, images, la.structure, 18 // unit, unit, 1, 64)
 
-    assert [sizes(2**25, unit) for unit in (1, 3)] == [(64, 18, 1, 18), (64, 6, 3, 18)]
-    assert [sizes(1, unit) for unit in (1, 3)] == [(1, 1, 1, 1), (1, 1, 3, 1)]
+    assert [sizes(2**25, unit) for unit in (1, 3)] == [(64, 18, 1, 18, False), (64, 6, 3, 18, False)]
+    assert [sizes(1, unit) for unit in (1, 3)] == [(1, 1, 1, 1, False), (1, 1, 3, 1, False)]
     between = [sizes(most, 1) for most in (40_000, 60_000, 100_000)]
     assert all(8 <= found.inputs < 64 and 1 <= found.groups < 18 for found in between), between
     assert between[0].groups < between[1].groups < between[2].groups

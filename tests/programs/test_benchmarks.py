@@ -52,6 +52,12 @@ def test_product_benchmark_runs_small():
     assert record["digits_diagonal"]["seconds"] > 0 and record["largest_relative_difference"] < 1e-5
 
 
+def test_benchmark_of_many_classes_runs_small():
+    record, _ = run("many_classes", "--small")
+    (case,) = record["results"].values()
+    assert set(case["again"]) == {"fit", "probit", "mc"} and case["memory_mb"] > 0
+
+
 def test_kronecker_benchmark_runs_small():
     record, _ = run("kronecker", "--small")
     results = record["models"]["cnn"]

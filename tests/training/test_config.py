@@ -113,11 +113,14 @@ def test_help_names_every_field_with_the_default_of_the_chosen_config(
     assert "It is code that is executed" in text
     assert "(default: 77)" in text and "(default: checkpoints/mine)" in text
     for section in dataclasses.fields(Config):
-        for field in dataclasses.fields(section.default_factory) if section.name != "seed" else ():
+        for field in dataclasses.fields(section.default_factory) if section.name not in ALONE else ():
             assert f"--{section.name}.{field.name.replace('_', '-')}" in text
-    for option in ("--config", "--workdir", "--resume", "--seed"):
+    for option in ("--config", "--workdir", "--resume", "--seed", "--init-from"):
         assert option in text
-    assert text.count("(default:") == 4 + sum(len(dataclasses.fields(record)) for record in _sections())
+    assert text.count("(default:") == 5 + sum(len(dataclasses.fields(record)) for record in _sections())
+
+
+ALONE = ("seed", "init_from")  # fields that are no sections
 
 
 def _sections() -> list[Any]:
@@ -191,7 +194,7 @@ def test_an_unusable_config_file_is_one_line(content: str | None, message: str, 
         (Optimizer, {"polish_learning_rate": float("inf")}, "optimizer.polish_learning_rate"),
         (Optimizer, {"clip_norm": float("nan")}, "optimizer.clip_norm"),
         (Optimizer, {"batch_size": 0}, "optimizer.batch_size"),
-        (Optimizer, {"epochs": 0}, "optimizer.epochs"),
+        (Optimizer, {"epochs": -1}, "optimizer.epochs"),
         (Optimizer, {"polish_epochs": -1}, "optimizer.polish_epochs"),
         (Optimizer, {"epochs": 2, "warmup_epochs": 3}, "optimizer.warmup_epochs"),
         (Optimizer, {"epochs": 2}, "optimizer.warmup_epochs"),  # whose default is 3

@@ -8,9 +8,9 @@ ROOT = Path(__file__).resolve().parents[2]
 # Each room imports only from those before it. The programs at the end import nothing of one another.
 ROOMS = (
     *("errors", "faults", "sealed", "lock", "config", "settings", "workdir"),
-    *("cli", "data", "models", "train", "trained_on", "posteriors", "report", "study"),
+    *("cli", "data", "models", "pretrained", "train", "trained_on", "posteriors", "report", "study"),
 )
-PROGRAMS = ("fit_van", "evaluate", "summarise")
+PROGRAMS = ("fit_van", "evaluate", "import_weights", "summarise")
 
 
 def imported_rooms(file: Path) -> set[str]:

@@ -90,6 +90,22 @@ class Pointwise(nn.Module):
         return _linear(kernel, x) + bias.reshape(-1, *(1,) * (x.ndim - 1))
 
 
+class Classifier(nn.Module):
+    """A linear map of the channels to logits: (C, N) to (N, features), without a transpose of either.
+
+    So its outputs are those of the network, and curvature and variances take no backward pass through it.
+    """
+
+    features: int
+    kernel_std: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), (x.shape[0], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return lax.dot_general(x, kernel, (((0,), (0,)), ((), ()))) + bias
+
+
 class Depthwise(nn.Module):
     """A depthwise convolution with bias: (C, H, W, N) to the same."""
 
@@ -250,7 +266,7 @@ class VAN(nn.Module):
             for index in range(depth):
                 x = Block(ratio, next(rates), self.depthwise, name=f"block{stage}_{index}")(x, train)
             x = nn.LayerNorm(epsilon=1e-6, reduction_axes=0, feature_axes=0, name=f"norm{stage}")(x)
-        return Pointwise(self.num_classes, kernel_std=0.02, name="head")(jnp.mean(x, (1, 2))).T
+        return Classifier(self.num_classes, kernel_std=0.02, name="head")(jnp.mean(x, (1, 2)))
 
     def _drop_rates(self) -> list[float]:
         blocks = sum(self.depths)

@@ -309,6 +309,7 @@ class _HeldOut:
             keys=[_key(self.config, _SAMPLE_STREAM)] * len(posteriors),
             num_samples=settings.num_probes,
             microbatch=settings.microbatch,
+            spread="marginal",
         )
         for (name, la), of_one in zip(posteriors.items(), predicted, strict=True):
             interruption.stop_if_requested(_STOPPED)

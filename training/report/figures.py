@@ -59,7 +59,8 @@ def draw_figures(results: RunResults) -> dict[str, "Figure"]:
     figures["rejection"] = plots.rejection_curves(rejection, looks)
     if results.examples:
         figures["images"] = plots.picture_groups(_pictures(results), looks)
-    figures["training"] = plots.training_curve(results.history)
+    if results.history:  # a run may begin and end with imported weights
+        figures["training"] = plots.training_curve(results.history)
     figures["spectrum"] = plots.spectrum(results.krylov.ritz_values, optima, results.krylov.residual_norms)
     return figures
 

@@ -57,8 +57,19 @@ def _as_name(value: str) -> str:
 def _without_seed(value: dict[str, Any]) -> dict[str, Any]:
     if "seed" in value:
         raise PydanticCustomError("seed", "Input should leave out seed, which `study.seeds` has")
+    if "init_from" in value:
+        raise PydanticCustomError("weights", _FROM_RANDOM)
     return value
 
+
+def _from_random_weights(value: Config) -> Config:
+    if value.init_from is not None:
+        raise PydanticCustomError("weights", _FROM_RANDOM)
+    return value
+
+
+# Seeds, ensembles and networks of folds differ by their first weights.
+_FROM_RANDOM = "Input should leave out init_from: networks of a study start from random weights"
 
 Name = Annotated[str, AfterValidator(_as_name)]
 Names = Annotated[tuple[Name, ...], *_items()]
@@ -200,7 +211,7 @@ class Measures:
 class Study:
     """One study."""
 
-    config: Config
+    config: Annotated[Config, AfterValidator(_from_random_weights)]
     """The base of all runs. Its seed is not used. `evaluation.bins` and the grid of precisions are."""
     regimes: Annotated[tuple[Regime, ...], *_items(1)]
     seeds: Annotated[tuple[Seed, ...], *_items(1)]

@@ -82,6 +82,7 @@ def methods_of(
         key=_key(config, _SAMPLE_STREAM),
         num_samples=num_samples,
         microbatch=config.curvature.microbatch,
+        spread="marginal",
     )
     for (choice, precision), prediction in zip(fit.choices.items(), predictions, strict=True):
         numbers = prediction.mean, prediction.variance, prediction.deviations

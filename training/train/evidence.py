@@ -143,6 +143,10 @@ def check_window(config: Config) -> None:
     epochs = range(counts.first, counts.last + 1)
     if any(epoch % counts.every == 0 for epoch in epochs) if is_online else len(epochs):
         return
+    if not optimizer.epochs + optimizer.polish_epochs:
+        raise UserError(
+            f"`prior.update` must be posthoc where nothing is trained; got {prior.update}; use --prior.update posthoc"
+        )
     every = f"`prior.{'every_epochs' if is_online else 'every_steps'}` {counts.every}"
     due = f"after each multiple of {counts.every}" if is_online else "in each"
     raise UserError(

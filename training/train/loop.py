@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
@@ -31,6 +32,7 @@ from training.data.augment import augment
 from training.data.load import ImageData
 from training.data.reading import Split
 from training.errors import Interrupted, UserError
+from training.pretrained.start import start_from
 from training.train import progress
 from training.train.batch_statistics import make_moments, population_statistics
 from training.train.batches import Plan, fixed_order, weighted_batches
@@ -115,7 +117,7 @@ def train(
     UserError
         The batch is larger than the training set. The evidence is to train the prior, but in no epoch. Loss, evidence
         or a gradient is not finite: the message names the step, and the last good checkpoint is kept. There are
-        checkpoints, but none is good, or they record other settings.
+        checkpoints, but none is good, or they record other settings. Or as `start_from` with `config.init_from`.
     Interrupted
         Ctrl-C or SIGTERM came. The running step was finished, and a checkpoint was written.
 
@@ -129,6 +131,8 @@ def train(
     if journal.step < run.plan.total_steps:  # a run that an earlier release finished can still be evaluated
         check_window(config)
     rewrite_log(workdir, journal.history)
+    if not run.plan.total_steps:
+        return _without_steps(run, state, journal)
     with (
         interruption.watch() as interrupted,
         progress.show(console, journal.step, run.plan.total_steps, run.plan.total_epochs) as display,
@@ -148,6 +152,16 @@ def train(
             if _checkpoint_is_due(run.plan, journal, time.monotonic() - saved_at):
                 _save(run, state, journal)
                 saved_at = time.monotonic()
+    return result_of(state, journal)
+
+
+def _without_steps(run: _Run, state: TrainState, journal: Journal) -> TrainResult:
+    """Keep the weights that the run starts from, and measure how far they are from a mode."""
+    if not list_steps(run.workdir / "train"):
+        journal.gradient_norm, journal.prior_gradient_norm = _joint_gradient(run, state)
+        if not math.isfinite(journal.gradient_norm):
+            raise UserError("the log joint must have a finite gradient at the weights of --init-from; import others")
+        _save(run, state, journal)
     return result_of(state, journal)
 
 
@@ -193,6 +207,11 @@ def _initial_state(run: _Run) -> TrainState:
 
 def _begin(run: _Run) -> tuple[TrainState, Journal]:
     state = _initial_state(run)
+    if run.config.init_from is not None:
+        started = start_from(run.config.init_from, run.config, state.params, state.batch_stats)
+        _say(run, started.described)
+        on_device = jax.tree.map(jnp.asarray, (started.params, started.batch_stats))
+        state = state._replace(params=on_device[0], batch_stats=on_device[1])
     return state, Journal()
 
 
