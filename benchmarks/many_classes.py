@@ -12,7 +12,6 @@ writes `many_classes_small.json`. About four minutes on 2 cores.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import tyro
-from record import console, interleaved, judge, record_name, write
+from record import console, interleaved, judge, peak_memory_mb, record_name, write
 from rich.table import Table
 
 from bnnlaplace import Laplace, Network
@@ -65,15 +64,11 @@ def stages(structure: str, num_classes: int) -> dict[str, Callable[[], Any]]:
 def measure_case(structure: str, num_classes: int) -> dict[str, Any]:
     """Time one case in this process, and how far it raises the highest memory."""
     warnings.simplefilter("ignore")  # the weights are not trained
-    before = _peak()
+    before = peak_memory_mb()
     cases = stages(structure, num_classes)
     first = interleaved(cases, 1)
     again = interleaved(cases, REPETITIONS)
-    return {"first": first, "again": again, "memory_mb": _peak() - before}
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"first": first, "again": again, "memory_mb": peak_memory_mb() - before}
 
 
 def in_own_process(structure: str, num_classes: int) -> dict[str, Any]:
@@ -86,7 +81,7 @@ def in_own_process(structure: str, num_classes: int) -> dict[str, Any]:
 
 
 def targets(results: dict[str, dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """What these numbers should be at most."""
+    """Return each number that has a target, and the most that it should be."""
     bounds = {}
     if case := results.get("diag, 1000"):
         bounds["diag, 1,000 classes, averages over samples: seconds"] = case["again"]["mc"], 1.0

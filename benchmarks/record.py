@@ -155,6 +155,11 @@ def _path_name(path: Path) -> str:
     return f"{path.name}-{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
 
 
+def peak_memory_mb() -> float:
+    """The highest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def write(name: str, content: Mapping[str, Any]) -> Path:
     """Write `results/NAME.json` with versions, device, cores and peak memory of this process, and print its path."""
     device = jax.devices()[0]
@@ -163,7 +168,7 @@ def write(name: str, content: Mapping[str, Any]) -> Path:
         "platform": device.platform,
         "device": device.device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_memory_mb": peak_memory_mb(),
     }
     if shared := environment.keys() & content.keys():
         raise ValueError(f"a record must not have {sorted(shared)} twice; rename them in its content")

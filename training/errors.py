@@ -19,3 +19,8 @@ class StorageError(UserError):
 
 class Interrupted(Exception):
     """Ctrl-C or a termination signal ended the run after its state was saved; the programs exit with status 130."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type of an error and what it says, without line breaks."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

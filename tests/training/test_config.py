@@ -120,7 +120,7 @@ def test_help_names_every_field_with_the_default_of_the_chosen_config(
     assert text.count("(default:") == 5 + sum(len(dataclasses.fields(record)) for record in _sections())
 
 
-ALONE = ("seed", "init_from")  # fields that are no sections
+ALONE = ("seed", "init_from")  # fields with one value each, beside the sections
 
 
 def _sections() -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from training.config import Config, checked
-from training.errors import UserError
+from training.errors import UserError, one_line
 from training.workdir import CONFIG_FILE, load_saved_config
 
 DEFAULT_CONFIG = Path("configs/van_digits.py")
@@ -143,7 +143,7 @@ def load_definition(path: Path, name: str, record: type[Record], check: Callable
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # such as SystemExit
-        fault = " ".join(f"{type(error).__name__}: {error}".split())
+        fault = one_line(error)
         raise UserError(f"a config file must run without errors; {path} raised {fault}; mend the file") from None
     defined = names.get(name)
     if not isinstance(defined, record):

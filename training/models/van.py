@@ -85,8 +85,7 @@ class Pointwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), (x.shape[0], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel, bias = _kernel_and_bias(self, x.shape[0])
         return _linear(kernel, x) + bias.reshape(-1, *(1,) * (x.ndim - 1))
 
 
@@ -101,8 +100,7 @@ class Classifier(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.normal(self.kernel_std), (x.shape[0], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel, bias = _kernel_and_bias(self, x.shape[0])
         return lax.dot_general(x, kernel, (((0,), (0,)), ((), ()))) + bias
 
 
@@ -352,6 +350,12 @@ def from_config(config: Config, num_classes: int) -> VAN:
 def _per_channel(v: Array) -> Array:
     """Give a vector of channels the axes of (C, H, W, N)."""
     return v[:, None, None, None]
+
+
+def _kernel_and_bias(layer: Pointwise | Classifier, channels: int) -> tuple[Array, Array]:
+    """Return the weights of a linear map of channels."""
+    kernel = layer.param("kernel", nn.initializers.normal(layer.kernel_std), (channels, layer.features))
+    return kernel, layer.param("bias", nn.initializers.zeros, (layer.features,))
 
 
 def _linear(kernel: Array, x: Array) -> Array:

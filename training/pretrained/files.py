@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from training.errors import UserError
+from training.errors import UserError, one_line
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".pth", ".pth.tar", ".pt", ".bin")
@@ -18,6 +18,7 @@ SAFE_TORCH = (2, 6)
 
 # Entries under which training scripts keep the weights, beside the optimiser and the like.
 _WEIGHTS = ("state_dict", "model", "model_state_dict")
+_LONGEST = 300  # characters of what a library says
 # A name that data parallelism puts in front of all others.
 _PARALLEL = "module."
 
@@ -61,9 +62,13 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         with safe_open(path, framework="flax") as file:
             return {name: _in_single_precision(np.asarray(file.get_tensor(name))) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} must be a file of safetensors; got {_line(error)}; download it again") from error
+        raise UserError(
+            f"{path} must be a file of safetensors; got {one_line(error)[:_LONGEST]}; download it again"
+        ) from error
     except Exception as error:  # as for numbers of 8 or 4 bits, which Flax has no type for
-        raise UserError(f"{path} must hold numbers of 16 bits or more; got {_line(error)}; convert them") from error
+        raise UserError(
+            f"{path} must hold numbers of 16 bits or more; got {one_line(error)[:_LONGEST]}; convert them"
+        ) from error
 
 
 def _read_pickle(path: Path) -> dict[str, np.ndarray]:
@@ -87,14 +92,16 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
                 f"{path} must hold nothing but arrays and plain values; as a pickle it would call {called[1]}; nothing "
                 "of it was run; where you trust it, save the `state_dict()` of the model anew, or as safetensors"
             ) from None
-        raise UserError(f"{path} must be a file of PyTorch; got {_line(error)}; download it again") from error
+        raise UserError(
+            f"{path} must be a file of PyTorch; got {one_line(error)[:_LONGEST]}; download it again"
+        ) from error
     state = _state_of(held)
     if state is None:
         raise UserError(
             f"{path} must hold weights by name, or under one of {', '.join(_WEIGHTS)}; got {type(held).__name__}"
             f"{_names_of(held)}; save the `state_dict()` of the model"
         )
-    return {name: _in_single_precision(_as_array(tensor)) for name, tensor in state.items()}
+    return {name: _as_array(tensor) for name, tensor in state.items()}
 
 
 def _state_of(held: Any) -> Mapping[str, Any] | None:
@@ -113,6 +120,7 @@ def _names_of(held: Any) -> str:
 
 
 def _as_array(tensor: Any) -> np.ndarray:
+    """An array of PyTorch in NumPy, numbers in 16 bits as float32."""
     import torch
 
     is_short = tensor.dtype in (torch.bfloat16, torch.float16)
@@ -124,8 +132,3 @@ def _in_single_precision(array: np.ndarray) -> np.ndarray:
     """Numbers in 16 bits as float32; others as they are."""
     is_short = array.dtype.itemsize == 2 and array.dtype.kind in "fV"
     return array.astype(np.float32) if is_short else array
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, in one line of bounded length."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

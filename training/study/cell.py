@@ -12,6 +12,7 @@ from rich.console import Console
 
 from training import faults
 from training.cli import interruption
+from training.errors import one_line
 from training.study import fits, store
 from training.study.config import Study, Training
 from training.study.held_out import Fold, fit_by_folds
@@ -142,7 +143,7 @@ def _result(cell: Cell, unit: Unit) -> Result:
     except FAILURES as error:
         if _is_of_disk(error):
             raise
-        failed = " ".join(f"{type(error).__name__}: {error}".split())
+        failed = one_line(error)
     sizes = {name: len(getattr(cell.of.data, name).labels) for name in ("train", "validation")}
     about = {
         "images": sizes | {"test": cell.held_out.num_test, "shifted": len(cell.held_out.shift_labels)},
